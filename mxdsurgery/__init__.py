@@ -1,0 +1,35 @@
+"""mxdsurgery: language models with Mixture-of-Decoders layers in place of their MLP blocks.
+
+The public functions are named as the commands: `analyze`, `plan`, `convert`, `evaluate`, `generate`; `load` reads a converted
+folder, `MxDLayer` is the layer, `MxDError` the base of all named errors.
+"""
+
+# The order matters: a function takes the place of the module that it is named after.
+from mxdsurgery.analyze import Analysis, analyze
+from mxdsurgery.checkpoint import Converted, load
+from mxdsurgery.convert import Conversion, convert
+from mxdsurgery.errors import MxDError
+from mxdsurgery.evaluate import evaluate
+from mxdsurgery.generate import generate
+from mxdsurgery.layer import Coefficients, MxDLayer
+from mxdsurgery.plan import Plan, plan
+from mxdsurgery.recipe import Recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Analysis",
+    "Coefficients",
+    "Conversion",
+    "Converted",
+    "MxDError",
+    "MxDLayer",
+    "Plan",
+    "Recipe",
+    "analyze",
+    "convert",
+    "evaluate",
+    "generate",
+    "load",
+    "plan",
+]

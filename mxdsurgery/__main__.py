@@ -1,0 +1,5 @@
+"""``python -m mxdsurgery``."""
+
+from mxdsurgery.cli import main
+
+main(prog_name="mxdsurgery")

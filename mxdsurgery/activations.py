@@ -1,0 +1,92 @@
+"""What goes into MLP blocks and comes out of them, recorded from one forward pass of the model."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mxdsurgery.blocks import Block
+
+
+class Activations(NamedTuple):
+    """A block's input ``x`` and output ``y``, each (B, T, D), in the model's dtype."""
+
+    x: Tensor
+    y: Tensor
+
+
+class _LastBlockReached(Exception):
+    """Ends a forward pass once everything that was asked for is recorded."""
+
+
+@contextmanager
+def hooked(*hooks: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    """Removes hooks on leaving, however the block is left."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def record_activations(model: PreTrainedModel, blocks: Sequence[Block], input_ids: Tensor) -> dict[int, Activations]:
+    """Runs the model on a batch and returns the blocks' activations, by layer.
+
+    The pass stops after the last block asked for: later layers and the language-model head are not computed.
+
+    Args:
+        model: the model, as it is (with whatever blocks it holds).
+        blocks: the blocks to look at.
+        input_ids: (B, T) int64, on the model's device.
+    """
+    with recording(model, blocks, stop=True) as recorded, torch.no_grad():
+        try:
+            model(input_ids=input_ids, use_cache=False)
+        except _LastBlockReached:
+            pass
+        return {block.layer: recorded[block.layer] for block in blocks}
+
+
+@contextmanager
+def recording(model: PreTrainedModel, blocks: Sequence[Block], stop: bool = False) -> Iterator[dict[int, Activations]]:
+    """While open, every forward pass leaves the blocks' activations in the mapping that is yielded.
+
+    Args:
+        model: the model, as it is.
+        blocks: the blocks to look at.
+        stop: whether to end a pass (by an exception) after the last block.
+    """
+    inputs: dict[int, Tensor] = {}
+    recorded: dict[int, Activations] = {}
+    shape: list[torch.Size] = []
+    last = max(block.layer for block in blocks)
+
+    def note_shape(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        shape[:] = [kwargs["input_ids"].shape if "input_ids" in kwargs else args[0].shape]
+
+    def note_input(layer: int) -> Callable:
+        def hook(_module: nn.Module, args: tuple) -> None:
+            inputs[layer] = args[0]
+
+        return hook
+
+    def note_output(layer: int) -> Callable:
+        def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
+            x = inputs.pop(layer)
+            # Some families flatten (B, T) before the block.
+            recorded[layer] = Activations(x.view(*shape[0], -1), output.view(*shape[0], -1))
+            if stop and layer == last:
+                raise _LastBlockReached
+
+        return hook
+
+    root = model.base_model
+    handles = [model.register_forward_pre_hook(note_shape, with_kwargs=True)]
+    for block in blocks:
+        handles.append(root.get_submodule(block.path).register_forward_pre_hook(note_input(block.layer)))
+        handles.append(root.get_submodule(block.output_path).register_forward_hook(note_output(block.layer)))
+    with hooked(*handles):
+        yield recorded

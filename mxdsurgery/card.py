@@ -1,0 +1,119 @@
+"""The model card, and the short table of figures that ends a conversion and an evaluation."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from mxdsurgery.console import compact
+from mxdsurgery.plan import Plan
+from mxdsurgery.recipe import Recipe
+
+# The figures of the short table: JSON name, heading, how to print it.
+FIGURES = (
+    ("delta_ce", "ΔCE", "{:+.4f}"),
+    ("kl", "KL", "{:.4f}"),
+    ("top1_agreement", "top-1 agreement", "{:.1%}"),
+    ("nmse", "NMSE", "{:.4f}"),
+    ("zero_delta_ce", "ΔCE if zeroed", "{:+.4f}"),
+    ("loss_recovered", "loss recovered", "{:.1%}"),
+    ("constant_gate_delta_ce", "ΔCE, experts frozen", "{:+.4f}"),
+    ("expert_share", "expert share", "{:.2f}"),
+    ("dead_share", "unused experts", "{:.1%}"),
+)
+
+LEGEND = """\
+ΔCE: nats per token that next-token prediction got worse by. KL: from the original's predictions. ΔCE if zeroed: with the block
+removed altogether. Experts frozen: the experts' say replaced by its best constant. Expert share: how much of the layer's worth
+the choice of experts carries (0: the dense path does it all). Unused: never fired on these tokens."""
+
+
+def figure_rows(evaluation: dict[str, Any]) -> list[list[str]]:
+    """One row per converted layer and one for all together, as printed."""
+    entries = [(str(entry["layer"]), entry) for entry in evaluation["layers"]] + [("all", evaluation["all"])]
+    return [[name, *(_print(entry[key], form) for key, _, form in FIGURES)] for name, entry in entries]
+
+
+def _print(value: float | None, form: str) -> str:
+    return "n/a" if value is None else form.format(value)
+
+
+def evaluation_table(evaluation: dict[str, Any]) -> Table:
+    """For a terminal."""
+    ce = evaluation["original"]["ce"]
+    title = f"On {evaluation['tokens']:,} held-out tokens (original cross-entropy {ce:.4f} nats per token)"
+    table = Table("layer", title=title)
+    for _, heading, _ in FIGURES:
+        table.add_column(heading, justify="right")
+    rows = figure_rows(evaluation)
+    for row in rows[:-1]:
+        table.add_row(*row)
+    table.add_section()
+    table.add_row(*rows[-1])
+    return table
+
+
+def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any]) -> str:
+    """README.md of an exported folder."""
+    base = Path(plan.model).name if Path(plan.model).is_dir() else plan.model
+    on_hub = "/" in plan.model and not Path(plan.model).is_dir()
+    header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    header += [f"base_model: {plan.model}"] if on_hub else []
+    header += ["tags: [mixture-of-decoders, mxdsurgery, interpretability]", "---"]
+    columns = ["layer", *(heading for _, heading, _ in FIGURES)]
+    table = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    table += ["| " + " | ".join(row) + " |" for row in figure_rows(evaluation)]
+    interval = evaluation["all"]["delta_ce_ci"]
+    settings = {name: value for name, value in recipe.to_dict().items() if name not in ("model", "out", "overwrite")}
+    settings = {name: Path(value).name if _is_local(value) else value for name, value in settings.items()}
+    first = plan.layers[0]
+    revision = f" (revision {plan.revision})" if plan.revision else ""
+    return "\n".join(
+        [
+            *header,
+            f"# {base}, {len(plan.layers)} MLP blocks as Mixtures of Decoders",
+            "",
+            f"Made from `{base}`{revision} by mxdsurgery. The MLP blocks of layers "
+            f"{', '.join(str(layer.block.layer) for layer in plan.layers)} are replaced by Mixture-of-Decoders layers "
+            f"(arXiv 2505.21364) with N = {first.n_experts:,} experts each, K = {first.k} of them active per token. "
+            f"{compact(plan.original_parameters)} parameters became {compact(plan.parameters)}.",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)',
+            'tokenizer = AutoTokenizer.from_pretrained("this folder")',
+            "```",
+            "",
+            f"The coefficients of the experts of layer {first.block.layer} are the output of `{_gate_path(plan)}`: "
+            "values and expert indices, (batch, tokens, K). A forward hook there reads and changes them.",
+            "",
+            "## What it cost",
+            "",
+            f"Measured on {evaluation['tokens']:,} tokens of held-out text ({evaluation['sequences']} contexts of "
+            f"{evaluation['context']}, position 0 left out) against the original model, whose cross-entropy there is "
+            f"{evaluation['original']['ce']:.4f} nats per token. All layers together: ΔCE "
+            f"{evaluation['all']['delta_ce']:+.4f}, 95 % interval [{interval[0]:+.4f}, {interval[1]:+.4f}]. Intervals of all "
+            "figures are in evaluation.json.",
+            "",
+            *table,
+            "",
+            LEGEND,
+            "",
+            "## How it was made",
+            "",
+            "```yaml",
+            yaml.safe_dump(settings, sort_keys=False).rstrip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def _gate_path(plan: Plan) -> str:
+    return f"model.base_model.{plan.layers[0].block.path}.gate"
+
+
+def _is_local(value: object) -> bool:
+    return isinstance(value, str) and Path(value).exists()

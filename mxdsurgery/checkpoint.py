@@ -1,0 +1,146 @@
+"""A converted model: its classes, what its config says, and reading its folder back without running any code in it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from mxdsurgery.errors import NotConvertedError, WeightsError
+from mxdsurgery.initialize import layer_shape
+from mxdsurgery.layer import MxDLayer, MxDSurgeryMixin
+from mxdsurgery.plan import Plan, read_plan
+
+# Of the `mxd` entry in an exported config.json and of the weights' names. Raised when either changes.
+FORMAT_VERSION = 1
+
+PLAN_FILE, RECIPE_FILE, EVALUATION_FILE = "plan.json", "recipe.yaml", "evaluation.json"
+
+_CONVERTED = "a folder that mxdsurgery convert wrote"
+
+
+def converted_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The config class of a family's converted models: the family's own, with one more entry, ``mxd``."""
+    fields = {"model_type": f"mxd-{base.model_type}", "mxd": None, "__annotations__": {"mxd": dict | None}}
+    return type(f"MxD{base.__name__}", (base,), fields | {"__module__": __name__})
+
+
+def converted_model_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """The class of a family's converted models: a subclass of the family's own."""
+    return type(f"MxD{base.__name__}", (MxDSurgeryMixin, base), {"config_class": config, "__module__": __name__})
+
+
+def converted_config(base: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
+    """The config of a converted model: the base model's, and what stands where."""
+    base_model = Path(plan.model).name if Path(plan.model).is_dir() else plan.model
+    mxd = {
+        "format_version": FORMAT_VERSION,
+        "family": base.model_type,
+        "base_model": base_model,
+        "base_revision": plan.revision,
+        "layers": [
+            {
+                "layer": layer.block.layer,
+                "path": layer.block.path,
+                "bypass": list(layer.block.bypass),
+                "shape": layer_shape(layer.block, layer.n_experts, layer.k),
+            }
+            for layer in plan.layers
+        ],
+    }
+    values = base.to_dict()
+    for name in ("model_type", "architectures", "transformers_version", "auto_map"):
+        values.pop(name, None)
+    return converted_config_class(type(base))(**values, mxd=mxd)
+
+
+@dataclass
+class Converted:
+    """A converted model in memory.
+
+    Attributes:
+        folder: where it was read from.
+        model: the whole model.
+        plan: what was converted.
+        layers: the MxD layers in the model, by layer index.
+    """
+
+    folder: Path
+    model: PreTrainedModel
+    plan: Plan
+    layers: dict[int, MxDLayer]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer in the folder."""
+        return AutoTokenizer.from_pretrained(self.folder, config=self.model.config, trust_remote_code=False)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a converted model, checked.
+
+    Raises:
+        NotConvertedError: the folder is not there, is not one of ours, or was written by a newer version.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise NotConvertedError(f"{str(folder)!r} is not a folder with a config.json", expected=_CONVERTED)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise NotConvertedError(f"{path} is not JSON: {error}", expected=_CONVERTED) from None
+    mxd = values.get("mxd") if isinstance(values, dict) else None
+    if not isinstance(mxd, dict) or mxd.get("family") not in CONFIG_MAPPING:
+        kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
+        raise NotConvertedError(
+            f"{str(folder)!r} holds an ordinary model ({kind})",
+            expected=_CONVERTED,
+            fix="run mxdsurgery convert on it first",
+        )
+    if mxd.get("format_version") != FORMAT_VERSION:
+        raise NotConvertedError(
+            f"{str(folder)!r} has format version {mxd.get('format_version')}",
+            expected=f"version {FORMAT_VERSION}",
+            fix="upgrade mxdsurgery",
+        )
+    return values
+
+
+def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: str = "auto") -> Converted:
+    """Loads a converted model. Only its weights and data are read: the Python files in the folder are not run.
+
+    Args:
+        folder: what ``convert`` wrote.
+        device: where the weights go.
+        dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        NotConvertedError: the folder is not there or not one of ours.
+        WeightsError: weights are missing or cannot be read.
+    """
+    folder = Path(folder)
+    values = read_config(folder)
+    base_config = CONFIG_MAPPING[values["mxd"]["family"]]
+    config_class = converted_config_class(base_config)
+    config = config_class.from_pretrained(folder)
+    model_class = converted_model_class(MODEL_FOR_CAUSAL_LM_MAPPING[base_config], config_class)
+    try:
+        model, info = model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        plan = read_plan(folder / PLAN_FILE)
+    except Exception as error:  # transformers, safetensors and json raise a dozen kinds here
+        raise WeightsError(f"{str(folder)!r} cannot be loaded: {error}", expected="the folder as it was written") from None
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise WeightsError(f"{str(folder)!r}: {len(missing)} weights are missing or of another shape: {missing[0]} ...")
+    model.to(device).eval().requires_grad_(False)
+    layers = {block.layer: model.base_model.get_submodule(block.path) for block in plan.blocks}
+    return Converted(folder, model, plan, layers)

@@ -1,0 +1,171 @@
+"""The command line: each command reads its flags, calls the public function of its name and prints what it returns."""
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+import datasets
+import transformers
+from rich.console import Console
+
+import mxdsurgery
+from mxdsurgery.card import LEGEND, evaluation_table
+from mxdsurgery.console import ConsoleReporter
+from mxdsurgery.errors import MxDError
+from mxdsurgery.recipe import RECIPE_KEYS, Recipe, parse_count
+
+_INTERRUPTED = 130  # what a shell expects of a process that Ctrl-C ended
+
+
+class _RecipeValue(click.ParamType):
+    """A flag's value, checked by the recipe key of its name."""
+
+    def __init__(self, name: str) -> None:
+        self.recipe_key = name
+        self.name = RECIPE_KEYS[name].kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return RECIPE_KEYS[self.recipe_key].parse(self.recipe_key, value)
+
+
+class _Count(click.ParamType):
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        count = parse_count(value)
+        if count is None or count < 1:
+            self.fail(f"{value!r} is no whole number of at least 1 (k, M and B suffixes allowed)", param, ctx)
+        return count
+
+
+def _recipe_options(command: Callable) -> Callable:
+    """A flag for every recipe key, in the recipe's order."""
+    for field in reversed(dataclasses.fields(Recipe)):
+        key = RECIPE_KEYS[field.name]
+        flag = "--" + field.name.replace("_", "-")
+        if field.name == "model":
+            continue  # the argument
+        if key.kind == "flag":
+            option = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=key.doc)
+        else:
+            shown = key.doc + (f" [{', '.join(key.choices)}]" if key.choices else "")
+            option = click.option(flag, field.name, type=_RecipeValue(field.name), default=None, help=shown)
+        command = option(command)
+    return command
+
+
+def _named_errors(command: Callable) -> Callable:
+    """A user's mistake: its three lines on stderr and exit code 2. Ctrl-C: what is there, and 130."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except MxDError as error:
+            click.echo(f"{type(error).__name__}: {error}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt as interrupt:
+            click.echo(f"\n{str(interrupt) or 'Interrupted. Nothing was written.'}", err=True)
+            sys.exit(_INTERRUPTED)
+
+    return wrapped
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_table(*parts: Any) -> None:
+    console = Console(highlight=False, emoji=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, emoji=False, width=160)
+    for part in parts:
+        console.print(part)
+
+
+def _quiet_libraries() -> None:
+    """The libraries' own progress bars and advice would interrupt ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mxdsurgery")
+def main() -> None:
+    """Replace the MLP blocks of a language model by Mixtures of Decoders, and see what it costs."""
+    _quiet_libraries()
+
+
+@main.command()
+@click.argument("model")
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_named_errors
+def analyze(model: str, revision: str | None, as_json: bool) -> None:
+    """Show which MLP blocks MODEL has, from its config alone."""
+    analysis = mxdsurgery.analyze(model, revision=revision)
+    _print_json(analysis.to_dict()) if as_json else _print_table(analysis.table())
+
+
+@main.command()
+@click.argument("model")
+@click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_recipe_options
+@_named_errors
+def plan(model: str, recipe: str | None, as_json: bool, **overrides: Any) -> None:
+    """Show what a conversion of MODEL would make and take, without weights."""
+    made, resolved = mxdsurgery.plan(model, recipe=recipe, **overrides)
+    if as_json:
+        _print_json(made.to_dict() | {"recipe": resolved.to_dict()})
+    else:
+        _print_table(made.table(), *made.summary(resolved))
+
+
+@main.command()
+@click.argument("model")
+@click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
+@_recipe_options
+@_named_errors
+def convert(model: str, recipe: str | None, **overrides: Any) -> None:
+    """Convert MODEL: distil, evaluate and export."""
+    made = mxdsurgery.convert(model, recipe=recipe, reporter=ConsoleReporter(), **overrides)
+    _print_table(evaluation_table(made.evaluation), LEGEND, f"\nThe converted model is in {made.out}")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--data", help="Held-out text; default: the recipe's.")
+@click.option("--tokens", type=_Count(), help="How many of its tokens; default: the recipe's eval_tokens.")
+@click.option("--base", help="The original model, if it is not where the recipe says.")
+@click.option("--device", type=_RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_named_errors
+def evaluate(folder: str, as_json: bool, **options: Any) -> None:
+    """Measure the converted model in DIR against its original."""
+    figures = mxdsurgery.evaluate(folder, reporter=ConsoleReporter(), **options)
+    _print_json(figures) if as_json else _print_table(evaluation_table(figures), LEGEND)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--prompt", required=True, help="How the text begins.")
+@click.option("--max-new-tokens", type=_Count(), default=100, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True)
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
+@click.option("--samples", type=_Count(), default=1, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@_named_errors
+def generate(folder: str, prompt: str, **options: Any) -> None:
+    """Continue a prompt with the converted model in DIR."""
+    for text in mxdsurgery.generate(folder, prompt=prompt, **options):
+        click.echo(text)

@@ -1,0 +1,242 @@
+"""``convert``: the whole job, from a model's name to a folder that transformers loads."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mxdsurgery.blocks import prove_block
+from mxdsurgery.checkpoint import PLAN_FILE, RECIPE_FILE
+from mxdsurgery.console import ProgressLine, Reporter, compact, duration
+from mxdsurgery.distill import Progress, distill
+from mxdsurgery.errors import DeviceError
+from mxdsurgery.export import check_output, export, write_json
+from mxdsurgery.initialize import initial_layer, measure_statistics
+from mxdsurgery.layer import MxDLayer
+from mxdsurgery.measure import measure
+from mxdsurgery.model import load_model, load_tokenizer
+from mxdsurgery.plan import Plan, plan
+from mxdsurgery.recipe import Recipe
+from mxdsurgery.text import Packing, TextStream
+
+# The statistics that layers start from rest on so many batches of the training text.
+_STATISTICS_BATCHES = 4
+# Contexts on which the reloaded checkpoint is compared with the model in memory.
+_CHECK_CONTEXTS = 2
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while training; ``str()`` says where it stood and what was kept."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What ``convert`` made.
+
+    Attributes:
+        out: the folder.
+        plan: what was converted.
+        recipe: how, resolved.
+        evaluation: the figures, as in evaluation.json.
+        seconds: of training.
+    """
+
+    out: Path
+    plan: Plan
+    recipe: Recipe
+    evaluation: dict[str, Any]
+    seconds: float
+
+
+def convert(model: str, *, recipe: str | Path | None = None, reporter: Reporter | None = None, **overrides: Any) -> Conversion:
+    """Replaces MLP blocks by Mixture-of-Decoders layers, distils them, measures the cost and exports the result.
+
+    Args:
+        model: hub id, local folder, ``demo-glu`` or ``demo-mlp``.
+        recipe: a recipe file or the name of one that comes with mxdsurgery; default: the one made for the model.
+        reporter: what to tell while working; default: nothing.
+        **overrides: recipe keys, for example ``layers="2-5"``, ``tokens=2_000_000``, ``k=16``, ``out="folder"``.
+
+    Returns:
+        The folder and the figures.
+
+    Raises:
+        MxDError: one of its named kinds; the output folder is not there then.
+        Interrupted: Ctrl-C while training; the layers so far are kept in ``<out>.interrupted``.
+    """
+    reporter = reporter or Reporter()
+    made, resolved = plan(model, recipe=recipe, **overrides)
+    out = check_output(resolved.out, resolved.overwrite)
+    for line in (f"recipe     {made.recipe_file}", *made.summary(resolved)):
+        reporter.say(line)
+    accelerator = make_accelerator(resolved)
+    tokenizer = load_tokenizer(model, resolved.revision)
+    train, heldout = open_texts(resolved, tokenizer)
+
+    base = load_model(model, revision=resolved.revision, dtype=made.dtype, device=accelerator.device)
+    worst = max(prove_block(base, block) for block in made.blocks)
+    reporter.say(f"proof      {len(made.blocks)} blocks recomputed from their weights, largest relative error {worst:.1e}")
+    layers, progress = _train(base, made, resolved, train, accelerator, reporter, out)
+
+    with reporter.progress("evaluate", "passes") as line:
+        evaluation = measure(base, made.blocks, layers, heldout, resolved.batch, line.update)
+    evaluation |= {"data": resolved.eval_data or resolved.data, "training": _training_record(progress, train)}
+    for entry in evaluation["layers"]:
+        entry["training_dead_share"] = progress.dead_share[entry["layer"]]
+    differences = export(base, layers, made, resolved, evaluation, tokenizer, heldout[:_CHECK_CONTEXTS], out)
+    reporter.say(f"exported   {out}; reloaded without mxdsurgery, logits differ by at most {differences['logits']:.1g}")
+    accelerator.end_training()
+    return Conversion(out, made, resolved, evaluation, progress.seconds)
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Accelerate, on the recipe's device, with its precision and tracker.
+
+    Raises:
+        DeviceError: the device is not there, or several processes were launched.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(recipe.device, True):
+        usable = ["cpu", *(name for name, available in there.items() if available)]
+        raise DeviceError(
+            f"recipe key 'device' is {recipe.device!r}, which this machine does not have", expected=" or ".join(usable)
+        )
+    AcceleratorState._reset_state()  # a second conversion in the same process may want another precision
+    accelerator = Accelerator(
+        cpu=recipe.device == "cpu",
+        mixed_precision="bf16" if _uses_bf16(recipe) else "no",
+        log_with=None if recipe.tracker == "none" else recipe.tracker,
+        project_dir=None if recipe.tracker == "none" else f"{recipe.out}.runs",
+    )
+    if accelerator.num_processes > 1:
+        raise DeviceError(
+            f"{accelerator.num_processes} processes were launched", expected="one", fix="run without accelerate launch"
+        )
+    torch.manual_seed(recipe.seed)
+    if recipe.tracker != "none":
+        settings = {name: value for name, value in recipe.to_dict().items() if value is not None}
+        accelerator.init_trackers("mxdsurgery", config=settings)
+    return accelerator
+
+
+def _uses_bf16(recipe: Recipe) -> bool:
+    """Whether training computes under bf16 autocast: as asked, or where the device multiplies bf16 matrices itself."""
+    if recipe.precision != "auto":
+        return recipe.precision == "bf16"
+    if recipe.device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return False
+
+
+def open_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[TextStream, Tensor]:
+    """The training text, and the held-out contexts (S, T): of ``eval_data``, or else the first ones of ``data``.
+
+    Raises:
+        DataError: either cannot be read or is too short.
+    """
+    packing = Packing(tokenizer, recipe.context, recipe.prepend_bos)
+    train = TextStream(recipe.data, packing, recipe.text_column)
+    if recipe.eval_data is not None:
+        heldout = TextStream(recipe.eval_data, packing, recipe.text_column).spread(recipe.eval_tokens)
+    else:
+        heldout = train.first(recipe.eval_tokens)
+        train = dataclasses.replace(train, skip=len(heldout))
+    next(train.contexts())  # fails now, not after the model is loaded
+    train.passes = 0
+    return train, heldout
+
+
+def _train(
+    base: PreTrainedModel,
+    made: Plan,
+    recipe: Recipe,
+    train: TextStream,
+    accelerator: Accelerator,
+    reporter: Reporter,
+    out: Path,
+) -> tuple[dict[int, MxDLayer], Progress]:
+    """New layers, initialised and trained, in the base model's dtype and frozen."""
+    contexts = recipe.batch // recipe.context
+    progress = Progress(made.steps, contexts * recipe.context)
+    sample = [
+        batch.to(accelerator.device) for batch, _ in zip(train.batches(contexts), range(_STATISTICS_BATCHES), strict=False)
+    ]
+    train.passes = 0
+    statistics = measure_statistics(base, made.blocks, sample)
+    layers = {
+        layer.block.layer: initial_layer(
+            base,
+            layer.block,
+            n_experts=layer.n_experts,
+            k=layer.k,
+            init=recipe.init,
+            statistics=statistics[layer.block.layer],
+            seed=recipe.seed,
+        )
+        for layer in made.layers
+    }
+    try:
+        with reporter.progress("distil", "tokens") as line:
+            distill(
+                base,
+                made.blocks,
+                layers,
+                train.batches(contexts),
+                recipe,
+                accelerator,
+                progress,
+                _report_to(line, progress),
+            )
+    except KeyboardInterrupt:
+        raise Interrupted(_keep_unfinished(out, layers, made, recipe, progress)) from None
+    dead = sum(progress.dead_share.values()) / len(progress.dead_share)
+    passes = f", {train.passes} passes over the text" if train.passes > 1 else ""
+    reporter.say(
+        f"distilled  {compact(progress.tokens)} tokens in {duration(progress.seconds)}{passes}, {dead:.1%} of experts dead"
+    )
+    return {index: layer.to(base.dtype).eval().requires_grad_(False) for index, layer in layers.items()}, progress
+
+
+def _report_to(line: ProgressLine, progress: Progress) -> Callable[[Progress], None]:
+    def report(_: Progress) -> None:
+        mean = sum(progress.nmse.values()) / len(progress.nmse)
+        line.update(progress.tokens, progress.steps * progress.tokens_per_step, f"NMSE {mean:.4f}")
+
+    return report
+
+
+def _training_record(progress: Progress, train: TextStream) -> dict[str, Any]:
+    return {
+        "tokens": progress.tokens,
+        "steps": progress.steps,
+        "seconds": round(progress.seconds, 1),
+        "passes_over_the_text": train.passes,
+    }
+
+
+def _keep_unfinished(out: Path, layers: dict[int, MxDLayer], made: Plan, recipe: Recipe, progress: Progress) -> str:
+    """Writes the layers as far as they are trained, and says so. Replaces what an earlier interruption left."""
+    folder = out.with_name(out.name + ".interrupted")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tensors = {f"{i}.{name}": t.contiguous() for i, layer in layers.items() for name, t in layer.state_dict().items()}
+    save_file(tensors, folder / "layers.safetensors")
+    (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    write_json(folder / PLAN_FILE, made.to_dict())
+    state = dataclasses.asdict(progress) | {"tokens": progress.tokens, "finished": False}
+    write_json(folder / "state.json", json.loads(json.dumps(state)))
+    return (
+        f"Interrupted at step {progress.step} of {progress.steps} ({compact(progress.tokens)} tokens). "
+        f"No model was written to {out}. The layers so far are in {folder}: layers.safetensors (fp32 weights), "
+        "state.json (where training stood), recipe.yaml and plan.json."
+    )

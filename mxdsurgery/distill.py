@@ -1,0 +1,164 @@
+"""Distillation: each new layer learns its block's output from its block's input, all layers from one pass of the model.
+
+Source of loss and schedule: arXiv 2505.21364. Inputs and targets come from the unmodified model (teacher forcing), so the
+layers are independent and errors do not propagate from one to another while training.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mxdsurgery.activations import record_activations
+from mxdsurgery.blocks import Block
+from mxdsurgery.errors import DivergedError
+from mxdsurgery.layer import MxDLayer
+from mxdsurgery.recipe import Recipe
+
+# Losses are looked at every so many steps: looking waits for the device.
+_CHECK_EVERY = 20
+# A loss this many times the first one has diverged.
+_DIVERGED = 10.0
+# An expert is dead when it has not fired for this share of the training tokens.
+_DEAD_AFTER = 0.1
+
+
+@dataclass
+class Progress:
+    """Where a distillation stands; kept up to date while it runs, so that an interrupted one can be described."""
+
+    steps: int
+    tokens_per_step: int
+    step: int = 0
+    seconds: float = 0.0
+    nmse: dict[int, float] = field(default_factory=dict)  # by layer: ‖ŷ-y‖²/‖y‖² over the last steps looked at
+    dead_share: dict[int, float] = field(default_factory=dict)  # by layer
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens seen."""
+        return self.step * self.tokens_per_step
+
+
+class _LayerInTraining:
+    """A layer with what its training needs: Adam, the firing record and running sums between two looks."""
+
+    def __init__(self, index: int, layer: MxDLayer, recipe: Recipe) -> None:
+        self.index, self.layer, self.unit_norm = index, layer, recipe.unit_norm
+        self.optimizer = torch.optim.Adam(layer.parameters(), lr=recipe.lr, fused=True)
+        weight = layer.experts.weight
+        self.last_fired = torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=weight.device)  # loss, ‖ŷ-y‖², ‖y‖²
+        self.first_loss: float | None = None
+
+    def look(self, step: int, steps_since: int) -> float:
+        """The NMSE since the last look.
+
+        Raises:
+            DivergedError: the loss is NaN or far above where it began.
+        """
+        loss_sum, error, power = self.sums.tolist()
+        self.sums.zero_()
+        loss = loss_sum / steps_since
+        if self.first_loss is None:
+            self.first_loss = loss
+        if not math.isfinite(loss) or loss > _DIVERGED * self.first_loss:
+            raise DivergedError(
+                f"layer {self.index}: the loss is {loss:.3g} at step {step}, after {self.first_loss:.3g} at the start",
+                expected="a falling loss",
+                fix="lower --lr (a third of it), raise --warmup, or train with --precision fp32",
+            )
+        return error / max(power, 1e-30)
+
+
+def distillation_loss(y_hat: Tensor, y: Tensor) -> Tensor:
+    """``mean(‖ŷ - y‖² / ‖y‖)`` over tokens: y_hat and y (tokens, D) -> scalar fp32. Source: arXiv 2505.21364."""
+    error = (y_hat.float() - y).square().sum(-1)
+    return (error / y.norm(dim=-1).clamp_min(1e-6)).mean()
+
+
+def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
+    """Linear warm-up, constant, linear decay to zero; step counts from 0."""
+    warmup, decay = recipe.warmup * steps, recipe.decay * steps
+    rise = (step + 1) / warmup if warmup > 0 else 1.0
+    fall = (steps - step) / decay if decay > 0 else 1.0
+    return recipe.lr * min(1.0, rise, fall)
+
+
+def train_step(job: _LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_seen: int, accelerator: Accelerator) -> None:
+    """One Adam step of one layer on x, y (tokens, D) in fp32."""
+    layer = job.layer
+    with accelerator.autocast():
+        a = layer.gate(x)
+        y_hat = layer.combine(a, x)
+    loss = distillation_loss(y_hat, y)
+    job.optimizer.zero_grad(set_to_none=True)
+    accelerator.backward(loss)
+    if job.unit_norm:
+        _remove_radial_gradient(layer.experts.weight)
+    for group in job.optimizer.param_groups:
+        group["lr"] = lr
+    job.optimizer.step()
+    if job.unit_norm:
+        layer.experts.normalize()
+    with torch.no_grad():
+        job.last_fired[a.indices[a.values > 0]] = tokens_seen
+        job.sums += torch.stack([loss.detach(), (y_hat - y).square().sum(), y.square().sum()]).double()
+
+
+def _remove_radial_gradient(weight: Tensor) -> None:
+    """Takes out of the gradient of C (N, D), rows of unit length, what would only change the rows' length."""
+    with torch.no_grad():
+        weight.grad -= (weight.grad * weight).sum(1, keepdim=True) * weight
+
+
+def distill(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    layers: dict[int, MxDLayer],
+    batches: Iterator[Tensor],
+    recipe: Recipe,
+    accelerator: Accelerator,
+    progress: Progress,
+    report: Callable[[Progress], None],
+) -> None:
+    """Trains all layers in place, each on the unmodified model's activations, from one pass over the text.
+
+    Args:
+        model: the unmodified model.
+        blocks: the blocks that the layers stand for.
+        layers: by layer index; fp32, on the model's device.
+        batches: endless batches of input ids, (B, T) int64.
+        recipe: lr, warmup, decay, unit_norm.
+        accelerator: device, precision and trackers.
+        progress: says how many steps; updated on the way.
+        report: called now and then with the progress.
+
+    Raises:
+        DivergedError: naming the layer.
+    """
+    jobs = [_LayerInTraining(block.layer, layers[block.layer], recipe) for block in blocks]
+    start = time.perf_counter()
+    looked_at = 0
+    for step in range(progress.steps):
+        input_ids = next(batches).to(accelerator.device)
+        activations = record_activations(model, blocks, input_ids)
+        lr = learning_rate(step, progress.steps, recipe)
+        tokens_seen = (step + 1) * progress.tokens_per_step
+        for job in jobs:
+            x, y = (tensor.flatten(0, 1).float() for tensor in activations.pop(job.index))
+            train_step(job, x, y, lr, tokens_seen, accelerator)
+        progress.step, progress.seconds = step + 1, time.perf_counter() - start
+        if progress.step % _CHECK_EVERY == 0 or progress.step in (1, progress.steps):
+            for job in jobs:
+                progress.nmse[job.index] = job.look(progress.step, progress.step - looked_at)
+                alive_since = tokens_seen - _DEAD_AFTER * progress.steps * progress.tokens_per_step
+                progress.dead_share[job.index] = (job.last_fired <= max(0.0, alive_since)).float().mean().item()
+            looked_at = progress.step
+            accelerator.log({f"nmse/layer_{i}": v for i, v in progress.nmse.items()} | {"lr": lr}, step=progress.step)
+            report(progress)

@@ -1,0 +1,84 @@
+"""The named errors of a user's mistake: what was found, what was expected, what to do next.
+
+Every one of them ends a command with exit code 2 and these lines on stderr, never a traceback. Internal invariants are
+``assert``s; anything else that is raised is a bug of ours.
+"""
+
+
+class MxDError(Exception):
+    """A mistake or a circumstance that the user can mend.
+
+    Args:
+        found: what is wrong, naming the recipe key, layer path or file.
+        expected: what would have been right.
+        fix: what to do next.
+    """
+
+    def __init__(self, found: str, *, expected: str | None = None, fix: str | None = None) -> None:
+        self.found, self.expected, self.fix = found, expected, fix
+        lines = [found]
+        if expected:
+            lines.append(f"expected: {expected}")
+        if fix:
+            lines.append(f"to mend: {fix}")
+        super().__init__("\n".join(lines))
+
+
+class RecipeError(MxDError):
+    """A recipe or flag with an unknown key, a wrong type or a value out of range."""
+
+
+class LayerSelectionError(MxDError):
+    """A ``layers`` value that cannot be read or names a layer that the model does not have."""
+
+
+class ModelNotFoundError(MxDError):
+    """No such folder, no such model on the hub, or the hub cannot be reached."""
+
+
+class GatedModelError(MxDError):
+    """The hub has the model, but not for this user."""
+
+
+class NotCausalLMError(MxDError):
+    """A model that does not predict next tokens."""
+
+
+class UnknownFamilyError(MxDError):
+    """An architecture that transformers does not know, or that needs code of its own."""
+
+
+class UnsupportedBlockError(MxDError):
+    """An MLP block that was not found, or whose output could not be recomputed from the weights found in it."""
+
+
+class WeightsError(MxDError):
+    """Weights that are missing, incomplete or not safetensors."""
+
+
+class DataError(MxDError):
+    """Text that is missing, empty, too short or of a form that cannot be read."""
+
+
+class OutputError(MxDError):
+    """An output folder that exists already or cannot be written."""
+
+
+class NotConvertedError(MxDError):
+    """A folder that does not hold a model converted by mxdsurgery."""
+
+
+class BaseModelError(MxDError):
+    """The base model that a converted one is compared with is missing or is another one."""
+
+
+class DivergedError(MxDError):
+    """A layer's loss became NaN or grew without bound."""
+
+
+class ExportError(MxDError):
+    """The exported checkpoint, reloaded, did not do what the model in memory did."""
+
+
+class DeviceError(MxDError):
+    """A device or a way of launching that is not there or not supported."""

@@ -1,0 +1,98 @@
+"""``evaluate``: measures a converted model again, on the same or another text."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from mxdsurgery.checkpoint import RECIPE_FILE, Converted, load
+from mxdsurgery.console import Reporter
+from mxdsurgery.convert import make_accelerator, open_texts
+from mxdsurgery.demo import DEMO_MODELS
+from mxdsurgery.errors import BaseModelError, MxDError
+from mxdsurgery.export import write_evaluation
+from mxdsurgery.measure import measure
+from mxdsurgery.model import load_model
+from mxdsurgery.recipe import Recipe, load_recipe
+from mxdsurgery.surgery import replaced
+from mxdsurgery.text import Packing, TextStream
+
+
+def evaluate(
+    folder: str | Path,
+    *,
+    data: str | None = None,
+    tokens: int | None = None,
+    base: str | None = None,
+    device: str | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Measures a converted model against its original on held-out text; saves the figures in its folder.
+
+    Args:
+        folder: what ``convert`` wrote.
+        data: the text; default: the recipe's held-out text.
+        tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
+        base: the original model, where it is not found any more as the recipe names it.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``; default: the recipe's.
+        reporter: what to tell while working; default: nothing.
+
+    Returns:
+        The JSON object that evaluation.json holds; ``mxdsurgery.measure.measure`` says what is in it.
+
+    Raises:
+        NotConvertedError: the folder is not one of ours.
+        BaseModelError: the original model is missing, or is not the one that this was made from.
+        DataError: the text cannot be read or is too short.
+    """
+    reporter = reporter or Reporter()
+    folder = Path(folder)
+    converted = load(folder)
+    given = {"eval_tokens": tokens, "device": device}
+    recipe = Recipe(**load_recipe(folder / RECIPE_FILE) | {name: value for name, value in given.items() if value is not None})
+    accelerator = make_accelerator(recipe)
+    tokenizer = converted.tokenizer()
+    if data is not None:
+        stream = TextStream(data, Packing(tokenizer, recipe.context, recipe.prepend_bos), recipe.text_column)
+        heldout = stream.spread(recipe.eval_tokens)
+    else:
+        _, heldout = open_texts(recipe, tokenizer)
+    original = load_original(converted, base or recipe.model, recipe)
+    original.to(accelerator.device)
+    for layer in converted.layers.values():
+        layer.to(accelerator.device)
+    with reporter.progress("evaluate", "passes") as line:
+        evaluation = measure(original, converted.plan.blocks, converted.layers, heldout, recipe.batch, line.update)
+    evaluation["data"] = data or recipe.eval_data or recipe.data
+    resolved = dataclasses.replace(recipe, eval_data=evaluation["data"])
+    write_evaluation(folder, evaluation, converted.plan, resolved)
+    return evaluation
+
+
+def load_original(converted: Converted, name: str, recipe: Recipe) -> PreTrainedModel:
+    """The model that a converted one was made from, after making sure that it is that one.
+
+    Raises:
+        BaseModelError: it is not there, or its weights outside the converted blocks differ.
+    """
+    revision = None if Path(name).is_dir() or name in DEMO_MODELS else converted.plan.revision or recipe.revision
+    try:
+        original = load_model(name, revision=revision, dtype=converted.plan.dtype)
+    except MxDError as error:
+        raise BaseModelError(
+            f"the original model of {str(converted.folder)!r} is needed to compare with: {error.found}",
+            expected=name,
+            fix="say where it is now with --base",
+        ) from None
+    with replaced(original, converted.plan.blocks, converted.layers):
+        mine, theirs = converted.model.state_dict(), original.state_dict()
+    other = next((key for key in mine if key not in theirs or not torch.equal(mine[key], theirs[key])), None)
+    if other is not None:
+        raise BaseModelError(
+            f"{name!r} is not the model that {str(converted.folder)!r} was made from: {other} differs",
+            expected="the same weights outside the converted blocks",
+            fix="name the right one with --base",
+        )
+    return original

@@ -1,0 +1,279 @@
+"""``export``: writes a converted model as a folder that plain transformers loads, and checks that it does.
+
+The folder appears whole or not at all: it is written beside its place, reloaded there in a fresh process that cannot import
+mxdsurgery, compared with the model in memory, and only then renamed.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mxdsurgery import layer as layer_module
+from mxdsurgery.card import model_card
+from mxdsurgery.checkpoint import (
+    EVALUATION_FILE,
+    PLAN_FILE,
+    RECIPE_FILE,
+    converted_config,
+    converted_model_class,
+)
+from mxdsurgery.errors import ExportError, OutputError
+from mxdsurgery.layer import MxDLayer
+from mxdsurgery.plan import Plan
+from mxdsurgery.recipe import Recipe
+from mxdsurgery.surgery import replaced
+
+_LICENSE = "# Written by mxdsurgery (Apache-2.0). It imports torch and transformers only, and only defines classes.\n"
+
+_CONFIGURATION = '''"""The config of a Mixture-of-Decoders model: {config}, with what stands where the MLP blocks were."""
+
+from transformers import {config}
+
+
+class MxD{config}({config}):
+    """{config} with one more entry, ``mxd``: which modules are MxD layers, and their shapes."""
+
+    model_type = "mxd-{model_type}"
+    mxd: dict | None = None
+'''
+
+_MODELING = '''"""{causal} whose MLP blocks are Mixtures of Decoders; everything else is the family's own code.
+
+The coefficients of a layer's experts are the output of its ``gate``: an ordinary forward hook there reads and changes them.
+"""
+
+from transformers import {base}, {causal}
+
+from .configuration_mxd import MxD{config}
+from .mxd_layer import MxDSurgeryMixin
+
+
+class MxD{base}(MxDSurgeryMixin, {base}):
+    """{base} with MxD layers."""
+
+    config_class = MxD{config}
+
+
+class MxD{causal}(MxDSurgeryMixin, {causal}):
+    """{causal} with MxD layers."""
+
+    config_class = MxD{config}
+'''
+
+# Runs in a fresh interpreter that cannot import mxdsurgery, as on a machine that never heard of it.
+_RELOAD = """
+import json, sys
+sys.modules["mxdsurgery"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+folder, given, result, device = sys.argv[1:]
+ids = load_file(given)["input_ids"].to(device)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).to(device).eval()
+base = AutoModel.from_pretrained(folder, trust_remote_code=True).to(device).eval()
+with torch.no_grad():
+    logits = model(input_ids=ids, use_cache=False).logits
+    hidden = base(input_ids=ids, use_cache=False).last_hidden_state
+save_file({"logits": logits.cpu().contiguous(), "hidden": hidden.cpu().contiguous()}, result)
+"""
+
+
+def check_output(out: str | Path, overwrite: bool) -> Path:
+    """The folder to write, after making sure that it can be; creates its parents.
+
+    Raises:
+        OutputError: it exists and is not to be overwritten, is no folder of ours, or its parent cannot be written.
+    """
+    path = Path(out)
+    if path.exists() and not overwrite:
+        raise OutputError(f"{str(path)!r} exists already", expected="a new folder", fix="give another --out, or --overwrite")
+    if path.exists() and not (path / PLAN_FILE).is_file():
+        raise OutputError(
+            f"{str(path)!r} exists and was not written by mxdsurgery: --overwrite does not touch it",
+            fix="give another --out",
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise OutputError(f"{str(path)!r} cannot be written: {error.strerror or error}", fix="give another --out") from None
+    return path
+
+
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` to write into; on leaving well it becomes ``out``, on an error it is gone.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written.
+    """
+    try:
+        staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        try:
+            yield staging
+            staging.chmod(0o755)
+            for file in staging.rglob("*"):
+                file.chmod(0o755 if file.is_dir() else 0o644)
+            if out.exists():
+                old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
+                os.replace(out, old)
+                os.replace(staging, out)
+                shutil.rmtree(old)
+            else:
+                os.replace(staging, out)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space or give another --out") from None
+
+
+def export(
+    model: PreTrainedModel,
+    layers: dict[int, MxDLayer],
+    plan: Plan,
+    recipe: Recipe,
+    evaluation: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    check_ids: Tensor,
+    out: Path,
+) -> dict[str, float]:
+    """Writes the converted model's folder, whole or not at all.
+
+    Args:
+        model: the original model; it is left as it was.
+        layers: by layer index, in the model's dtype and on its device.
+        plan: what was converted.
+        recipe: how.
+        evaluation: `measure`'s figures.
+        tokenizer: the model's.
+        check_ids: (B, T) int64 token ids to compare the reloaded model's logits on.
+        out: where to; see `check_output`.
+
+    Returns:
+        The largest absolute difference of the reloaded model's ``logits`` and ``hidden`` states from the ones in memory.
+
+    Raises:
+        OutputError: it cannot be written.
+        ExportError: it was written, but does not load or computes something else. ``out`` is not there then.
+    """
+    with written_whole(out) as staging:
+        with replaced(model, plan.blocks, layers):
+            _save_weights(model, plan, staging)
+            reference = _reference(model, check_ids)
+        tokenizer.save_pretrained(staging)
+        write_code(model, staging)
+        (staging / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        write_json(staging / PLAN_FILE, plan.to_dict())
+        write_evaluation(staging, evaluation, plan, recipe)
+        return _check_reload(staging, check_ids, reference, next(model.parameters()).device)
+
+
+def write_evaluation(folder: Path, evaluation: dict[str, Any], plan: Plan, recipe: Recipe) -> None:
+    """Writes evaluation.json, and the model card that shows it."""
+    write_json(folder / EVALUATION_FILE, evaluation)
+    card = folder / "README.md"
+    aside = card.with_suffix(".tmp")
+    aside.write_text(model_card(plan, recipe, evaluation), encoding="utf-8")
+    os.replace(aside, card)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON as people like to read it, written aside and renamed."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _save_weights(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
+    """Weights, config and generation config, by the converted class itself."""
+    config = converted_config(model.config, plan)
+    with torch.device("meta"):
+        converted = converted_model_class(type(model), type(config))(config)
+    converted.load_state_dict(model.state_dict(), assign=True)
+    converted.tie_weights()
+    converted.generation_config = model.generation_config
+    config.dtype = model.dtype
+    config.auto_map = {
+        "AutoConfig": f"configuration_mxd.{type(config).__name__}",
+        "AutoModel": f"modeling_mxd.MxD{type(model.base_model).__name__}",
+        "AutoModelForCausalLM": f"modeling_mxd.MxD{type(model).__name__}",
+    }
+    converted.save_pretrained(folder)
+
+
+def write_code(model: PreTrainedModel, folder: Path) -> None:
+    """The three Python files that travel with the checkpoint."""
+    names = {
+        "config": type(model.config).__name__,
+        "model_type": model.config.model_type,
+        "base": type(model.base_model).__name__,
+        "causal": type(model).__name__,
+    }
+    layer_code = Path(layer_module.__file__).read_text(encoding="utf-8")
+    (folder / "mxd_layer.py").write_text(_LICENSE + layer_code, encoding="utf-8")
+    (folder / "configuration_mxd.py").write_text(_LICENSE + _CONFIGURATION.format(**names), encoding="utf-8")
+    (folder / "modeling_mxd.py").write_text(_LICENSE + _MODELING.format(**names), encoding="utf-8")
+
+
+@torch.no_grad()
+def _reference(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    ids = ids.to(next(model.parameters()).device)
+    return {
+        "logits": model(input_ids=ids, use_cache=False).logits.cpu(),
+        "hidden": model.base_model(input_ids=ids, use_cache=False).last_hidden_state.cpu(),
+    }
+
+
+def _check_reload(folder: Path, ids: Tensor, reference: dict[str, Tensor], device: torch.device) -> dict[str, float]:
+    """Loads the folder in a fresh process without mxdsurgery and compares what it computes.
+
+    Raises:
+        ExportError: it does not load, or differs by more than the dtype's rounding.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        given, result = Path(scratch) / "given.safetensors", Path(scratch) / "result.safetensors"
+        save_file({"input_ids": ids.cpu().contiguous()}, given)
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "TQDM_DISABLE": "1"}
+        command: Sequence[str] = (
+            sys.executable,
+            "-I",
+            "-c",
+            _RELOAD,
+            str(folder),
+            str(given),
+            str(result),
+            str(device),
+        )
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch, check=False)
+        if process.returncode != 0:
+            reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ExportError(
+                f"the exported checkpoint does not load without mxdsurgery: {reason}",
+                fix="this is a fault of mxdsurgery: please report it with the model's name",
+            )
+        reloaded = load_file(result)
+    differences = {}
+    for name, wanted in reference.items():
+        difference = (reloaded[name].float() - wanted.float()).abs().max().item()
+        differences[name] = difference
+        limit = 8 * torch.finfo(wanted.dtype).eps * wanted.float().abs().max().item()
+        if not difference <= limit:
+            raise ExportError(
+                f"the exported checkpoint, reloaded, gives other {name}: they differ by {difference:.3g}",
+                expected=f"equal up to rounding ({limit:.1g})",
+                fix="this is a fault of mxdsurgery: please report it with the model's name",
+            )
+    return differences

@@ -1,0 +1,283 @@
+"""Recipes: everything that a conversion depends on, in one strict YAML file.
+
+Each key is a field of `Recipe`, a flag of the commands (``n_experts`` is ``--n-experts``) and a keyword of the Python
+functions. Flags override the recipe's file, the file overrides the defaults; the result is saved with the model.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mxdsurgery.demo import DEMO_MODELS
+from mxdsurgery.errors import RecipeError
+
+_PACKAGE = Path(__file__).parent
+# Inside the package in an installed wheel; at the top of the repository in a checkout.
+RECIPES_FOLDER = next(path for path in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if path.is_dir())
+
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmb]?)", re.IGNORECASE)
+
+
+def parse_count(value: object) -> int | None:
+    """A whole number, also written ``100k``, ``2M`` or ``1.5B``; None where the value is no such thing."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    match = _COUNT.fullmatch(str(value).strip().replace("_", ""))
+    if match is None:
+        return None
+    number = float(match[1]) * _SUFFIXES[match[2].lower()]
+    return int(number) if number == int(number) else None
+
+
+def _parse_number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)  # YAML reads 1e-3 as a string
+    except ValueError:
+        return None
+
+
+def _parse_text(value: object) -> str | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # layers: 3
+    return value if isinstance(value, str) and value else None
+
+
+def _parse_flag(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+_PARSERS = {"count": parse_count, "number": _parse_number, "text": _parse_text, "flag": _parse_flag}
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a recipe key may hold: a count, number, text or flag, within a range or among choices."""
+
+    kind: str
+    doc: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+
+    def allowed(self) -> str:
+        """The allowed values, in words."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        words = {
+            "count": "a whole number (k, M and B suffixes allowed)",
+            "number": "a number",
+            "text": "text",
+            "flag": "true or false",
+        }[self.kind]
+        if self.low is not None and self.high is not None:
+            words += f" from {self.low:g} to {self.high:g}"
+        elif self.low is not None:
+            words += f" of at least {self.low:g}"
+        return words + (", or nothing (null)" if self.optional else "")
+
+    def parse(self, name: str, value: object) -> Any:
+        """The value in its own type.
+
+        Raises:
+            RecipeError: naming the key, the value and what is allowed.
+        """
+        if value is None and self.optional:
+            return None
+        parsed = _PARSERS[self.kind](value)
+        good = parsed is not None
+        if good and self.choices:
+            good = parsed in self.choices
+        if good and self.low is not None:
+            good = parsed >= self.low  # False for NaN
+        if good and self.high is not None:
+            good = parsed <= self.high
+        if not good:
+            raise RecipeError(f"recipe key {name!r} is {value!r}", expected=self.allowed())
+        return parsed
+
+
+def _key(default: Any, kind: str, doc: str, **rules: Any) -> Any:
+    return field(default=default, metadata={"key": Key(kind, doc, optional=default is None, **rules)})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to convert, into what, on which text and how. See each key's line."""
+
+    # What
+    model: str | None = _key(None, "text", "hub id or local folder of the base model, or demo-glu, demo-mlp")
+    revision: str | None = _key(None, "text", "the base model's revision on the hub")
+    layers: str = _key("all", "text", "layers to convert: all, 3, 2-5, 0,4,7-9, -1")
+    # Into what
+    init: str = _key(
+        "encoder",
+        "text",
+        "start of training: the block's encoder, the paper's random one, or the whole block",
+        choices=("encoder", "random", "pretrained"),
+    )
+    k: int = _key(32, "count", "K, experts active per token", low=1)
+    n_experts: int | None = _key(None, "count", "N, experts per layer; default: matched through expansion", low=1)
+    expansion: float = _key(32.0, "number", "match N to a transcoder of this many times D features", low=0.01)
+    unit_norm: bool = _key(False, "flag", "keep the experts' rows (C) at unit length")
+    # On which text
+    data: str | None = _key(None, "text", "training text: hub dataset, .txt, .jsonl(.gz), .parquet, or stdlib")
+    eval_data: str | None = _key(None, "text", "held-out text; default: the first eval_tokens of data, not trained on")
+    text_column: str = _key("text", "text", "the column or field that holds the text")
+    context: int = _key(128, "count", "tokens per packed context", low=8)
+    prepend_bos: bool | None = _key(None, "flag", "begin each context with BOS; default: if the tokenizer does")
+    tokens: int = _key(2_000_000, "count", "training tokens", low=1)
+    eval_tokens: int = _key(100_000, "count", "held-out tokens that the figures rest on", low=1)
+    # How
+    batch: int = _key(4096, "count", "tokens per optimiser step", low=8)
+    lr: float = _key(1e-3, "number", "peak learning rate of Adam", low=1e-8, high=1.0)
+    warmup: float = _key(0.05, "number", "share of the steps with linear warm-up", low=0.0, high=1.0)
+    decay: float = _key(0.3, "number", "share of the steps with linear decay to zero at the end", low=0.0, high=1.0)
+    precision: str = _key(
+        "auto",
+        "text",
+        "compute of the layers in training; auto: bf16 autocast where the device has it",
+        choices=("auto", "fp32", "bf16"),
+    )
+    dtype: str = _key(
+        "auto",
+        "text",
+        "dtype of the base model and of the result; auto: the base checkpoint's",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = _key(
+        "auto", "text", "where to run; auto: an accelerator if there is one", choices=("auto", "cpu", "cuda", "mps")
+    )
+    seed: int = _key(0, "count", "seed of every random choice", low=0, high=2**32 - 1)
+    tracker: str = _key("none", "text", "where to log the training", choices=("none", "tensorboard", "wandb"))
+    # Where to
+    out: str | None = _key(None, "text", "folder to write; default: ./<model's name>-mxd")
+    overwrite: bool = _key(False, "flag", "replace the folder if it exists")
+
+    def __post_init__(self) -> None:
+        for name, key in RECIPE_KEYS.items():
+            object.__setattr__(self, name, key.parse(name, getattr(self, name)))
+        if self.n_experts is not None and self.k > self.n_experts:
+            raise RecipeError(
+                f"recipe key 'k' is {self.k}, more than n_experts = {self.n_experts}",
+                expected="k of at most n_experts",
+                fix="lower --k or raise --n-experts",
+            )
+        if self.batch < self.context:
+            raise RecipeError(
+                f"recipe key 'batch' is {self.batch} tokens, less than one context of {self.context}",
+                expected="at least one context per step",
+                fix="raise --batch or lower --context",
+            )
+        if self.warmup + self.decay > 1.0:
+            raise RecipeError(
+                f"recipe keys 'warmup' and 'decay' are {self.warmup} and {self.decay}, together more than 1",
+                expected="shares of the steps that do not overlap",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys and values, in order."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """The recipe as a file that `load_recipe` reads back to the same values."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+RECIPE_KEYS: dict[str, Key] = {f.name: f.metadata["key"] for f in dataclasses.fields(Recipe)}
+
+# `match` says which base models a recipe file is meant for; it is the one entry of a file that is no key of the recipe.
+_MATCH_KEYS = ("model_type", "d_model", "n_layers")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe file, its names checked."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"the recipe {path} is not valid YAML: {error}", expected="lines of the form 'key: value'") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise RecipeError(f"the recipe {path} holds a {type(content).__name__}", expected="a mapping of keys to values")
+    check_names(content, f"in {path}", extra=("match",))
+    return content
+
+
+def check_names(values: Mapping[str, Any], where: str, extra: tuple[str, ...] = ()) -> None:
+    """Raises RecipeError for the first name that is no recipe key."""
+    for name in values:
+        if name not in RECIPE_KEYS and name not in extra:
+            raise RecipeError(f"unknown recipe key {name!r} {where}", expected="one of " + ", ".join((*RECIPE_KEYS, *extra)))
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """The keys that a recipe file sets, each checked; the keys that it leaves out are not in the result.
+
+    Args:
+        path: a file, or the name of one in the recipes that come with mxdsurgery (``gpt2`` or ``gpt2.yaml``).
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown key, a wrong type or a value out of range.
+    """
+    file = Path(path)
+    if not file.is_file():
+        shipped = RECIPES_FOLDER / f"{file.name.removesuffix('.yaml')}.yaml"
+        if len(file.parts) > 1 or not shipped.is_file():
+            names = ", ".join(sorted(p.stem for p in RECIPES_FOLDER.glob("*.yaml")))
+            raise RecipeError(f"no recipe file {str(path)!r}", expected=f"a YAML file, or the name of one of: {names}")
+        file = shipped
+    content = _read(file)
+    content.pop("match", None)
+    return {name: RECIPE_KEYS[name].parse(name, value) for name, value in content.items()}
+
+
+def find_recipe(model: str, model_type: str, d_model: int, n_layers: int) -> Path:
+    """The shipped recipe meant for a model: the one whose ``match`` names the most of its properties.
+
+    Args:
+        model: as the user gave it; the demo models have a recipe by name.
+        model_type: transformers' name of the architecture.
+        d_model: D.
+        n_layers: decoder layers.
+    """
+    if model in DEMO_MODELS:
+        return RECIPES_FOLDER / "demo.yaml"
+    found: list[tuple[int, Path]] = []
+    for path in sorted(RECIPES_FOLDER.glob("*.yaml")):
+        match = _read(path).get("match")
+        if match is not None and _matches(match, path, model_type, d_model, n_layers):
+            found.append((len(match), path))
+    return max(found)[1] if found else RECIPES_FOLDER / "default.yaml"
+
+
+def _matches(match: object, path: Path, model_type: str, d_model: int, n_layers: int) -> bool:
+    """Whether ``match`` (a value, or a [low, high] range, per property) fits."""
+    if not isinstance(match, dict) or not set(match) <= set(_MATCH_KEYS):
+        raise RecipeError(f"recipe entry 'match' in {path} is {match!r}", expected=f"a mapping of {', '.join(_MATCH_KEYS)}")
+    actual = {"model_type": model_type, "d_model": d_model, "n_layers": n_layers}
+    return all(
+        wanted[0] <= actual[name] <= wanted[1] if isinstance(wanted, list) else wanted == actual[name]
+        for name, wanted in match.items()
+    )

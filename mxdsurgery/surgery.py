@@ -1,0 +1,84 @@
+"""Putting other modules where MLP blocks are, for a while or for good."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mxdsurgery.blocks import Block
+
+
+def replace_blocks(model: PreTrainedModel, blocks: Sequence[Block], modules: Mapping[int, nn.Module]) -> dict[str, nn.Module]:
+    """Puts modules (by layer) where blocks are, and identities where their bypassed neighbours are.
+
+    Returns:
+        What stood there, by path from the base model.
+    """
+    removed: dict[str, nn.Module] = {}
+    for block in blocks:
+        if block.layer in modules:
+            new = {block.path: modules[block.layer], **{path: nn.Identity() for path in block.bypass}}
+            for path, module in new.items():
+                removed[path] = model.base_model.get_submodule(path)
+                model.base_model.set_submodule(path, module)
+    return removed
+
+
+@contextmanager
+def replaced(model: PreTrainedModel, blocks: Sequence[Block], modules: Mapping[int, nn.Module]) -> Iterator[None]:
+    """While open, the model computes with the given modules; afterwards it holds its own again, whatever happened."""
+    removed = replace_blocks(model, blocks, modules)
+    try:
+        yield
+    finally:
+        for path, module in removed.items():
+            model.base_model.set_submodule(path, module)
+
+
+@contextmanager
+def resumed_at(layers: nn.ModuleList, index: int, outputs: Sequence[object]) -> Iterator[None]:
+    """While open, the decoder layers below ``index`` return what they returned before, without computing it.
+
+    Args:
+        layers: the model's decoder layers.
+        index: the first layer that computes.
+        outputs: what each layer returned for the same batch.
+    """
+    try:
+        for layer, output in zip(layers[:index], outputs, strict=False):
+            layer.forward = lambda *_, _output=output, **__: _output
+        yield
+    finally:
+        for layer in layers[:index]:
+            del layer.forward
+
+
+class ConstantOutput(nn.Module):
+    """An ablated block: the same output (D,) for every token."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., D)."""
+        return self.value.to(x.dtype).expand_as(x)
+
+
+class ConstantGate(nn.Module):
+    """An MxD layer whose experts' say ``Cᵀa`` is a constant (D,): what is left is its dense path.
+
+    With the best constant this is what the layer could do without choosing experts.
+    """
+
+    def __init__(self, layer: nn.Module, constant: torch.Tensor) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("constant", constant)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., D)."""
+        dense = self.layer.decoder(self.layer.hidden(x))
+        return self.constant.to(x.dtype) * dense + self.layer.bias

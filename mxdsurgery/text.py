@@ -1,0 +1,238 @@
+"""Text: where it comes from, and how it becomes packed contexts of token ids.
+
+A text is named by a SPEC: a local ``.txt``, ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file; ``stdlib`` or
+``stdlib:heldout``, the source of the running Python's standard library; or a data set on the hub as
+``user/name[:config[:split]]``, which is streamed, never downloaded whole.
+"""
+
+import gzip
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mxdsurgery.demo import stdlib_documents
+from mxdsurgery.errors import DataError
+
+_FORMS = "a .txt, .jsonl, .jsonl.gz or .parquet file, a data set on the hub (user/name[:config[:split]]), or stdlib"
+_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+# A .txt file is cut into documents here, and where a line holds nothing but this mark.
+_TXT_DOCUMENT_END = "<|endoftext|>"
+# Held-out contexts are spread over so many times their own amount of text.
+_SPREAD = 32
+
+
+def documents(spec: str, text_column: str = "text") -> Iterator[str]:
+    """Yields the documents of a text, in their order; empty ones are left out.
+
+    Args:
+        spec: see the module.
+        text_column: column or field that holds the text, where there are several.
+
+    Raises:
+        DataError: no such file or data set, no such column, or a line that cannot be read. Raised at the first document,
+            not at the call.
+    """
+    if spec in ("stdlib", "stdlib:train", "stdlib:heldout"):
+        found = stdlib_documents(spec.partition(":")[2] or "train")
+    elif Path(spec).is_file() or spec.endswith(_SUFFIXES) or spec.startswith((".", "/", "~")):
+        found = _file_documents(Path(spec), text_column)
+    else:
+        found = _hub_documents(spec, text_column)
+    return (document for document in found if document)
+
+
+def _file_documents(path: Path, text_column: str) -> Iterator[str]:
+    if not path.is_file():
+        raise DataError(f"no text file {str(path)!r}", expected=_FORMS)
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        yield from _jsonl_documents(path, text_column)
+    elif path.suffix == ".parquet":
+        yield from _parquet_documents(path, text_column)
+    elif path.suffix == ".txt":
+        yield from _txt_documents(path)
+    else:
+        raise DataError(f"{str(path)!r} is of an unknown form", expected=_FORMS)
+
+
+def _txt_documents(path: Path) -> Iterator[str]:
+    lines: list[str] = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.strip() == _TXT_DOCUMENT_END:
+                yield "".join(lines)
+                lines = []
+            else:
+                lines.append(line)
+    yield "".join(lines)
+
+
+def _jsonl_documents(path: Path, text_column: str) -> Iterator[str]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _json_text(line, f"{path}, line {number}", text_column)
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{str(path)!r} is not a whole gzip file: {error}") from None
+
+
+def _json_text(line: str, where: str, text_column: str) -> str:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error})", expected="one JSON object per line") from None
+    if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
+        keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise DataError(
+            f"{where}: no text in the field {text_column!r} (it has: {keys})",
+            expected="a field that holds a string",
+            fix="name the field with --text-column",
+        )
+    return row[text_column]
+
+
+def _parquet_documents(path: Path, text_column: str) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{str(path)!r} is not a Parquet file: {error}") from None
+    _check_column(text_column, file.schema_arrow.names, str(path))
+    for batch in file.iter_batches(columns=[text_column]):
+        for value in batch.column(0).to_pylist():
+            if isinstance(value, str):
+                yield value
+
+
+def _check_column(text_column: str, columns: list[str], where: str) -> None:
+    if text_column not in columns:
+        raise DataError(
+            f"{where} has no column {text_column!r}",
+            expected=f"one of its columns: {', '.join(columns)}",
+            fix="name the column with --text-column",
+        )
+
+
+def _hub_documents(spec: str, text_column: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    name, _, rest = spec.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        stream = load_dataset(name, config or None, split=split or "train", streaming=True)
+        rows = iter(stream)
+        first = next(rows, None)
+    except Exception as error:  # the library raises what each of its layers raises
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"the text {spec!r} cannot be opened: {line}", expected=_FORMS) from None
+    if first is None:
+        return
+    _check_column(text_column, list(first), f"the data set {spec!r}")
+    for row in itertools.chain([first], rows):
+        if isinstance(row[text_column], str):
+            yield row[text_column]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How documents become contexts.
+
+    Documents follow each other with an end-of-text token between them; what is left at the end, less than one context, is
+    dropped, so there is no padding.
+
+    Attributes:
+        tokenizer: the model's.
+        context: T, tokens per context.
+        prepend_bos: begin every context with the beginning-of-text token; None: if the tokenizer does so by itself.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    context: int
+    prepend_bos: bool | None = None
+
+    def first_tokens(self) -> list[int]:
+        """What every context begins with: the BOS token, or nothing."""
+        bos = self.tokenizer.bos_token_id
+        if bos is None or self.prepend_bos is False:
+            return []
+        return [bos] if self.prepend_bos or self.tokenizer("a")["input_ids"][:1] == [bos] else []
+
+    def pack(self, texts: Iterator[str]) -> Iterator[Tensor]:
+        """Tokenises documents and packs them: yields int64 (T,)."""
+        first = self.first_tokens()
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        room = self.context - len(first)
+        pending: list[int] = []
+        while batch := list(itertools.islice(texts, 16)):
+            for ids in self.tokenizer(batch, add_special_tokens=False, return_attention_mask=False)["input_ids"]:
+                pending += ids + end
+            whole = len(pending) // room * room
+            for start in range(0, whole, room):
+                yield torch.tensor(first + pending[start : start + room])
+            del pending[:whole]
+
+
+@dataclass
+class TextStream:
+    """A text as packed contexts, over and over.
+
+    Attributes:
+        spec: see the module.
+        packing: how its documents become contexts.
+        text_column: see `documents`.
+        skip: contexts at the start that are left out in every pass (they are held out).
+        passes: how many times the text has been begun.
+    """
+
+    spec: str
+    packing: Packing
+    text_column: str = "text"
+    skip: int = 0
+    passes: int = field(default=0, init=False)
+
+    def contexts(self) -> Iterator[Tensor]:
+        """One pass over the text: yields int64 (T,).
+
+        Raises:
+            DataError: the text does not fill one context.
+        """
+        self.passes += 1
+        filled = False
+        packed = self.packing.pack(documents(self.spec, self.text_column))
+        for context in itertools.islice(packed, self.skip, None):
+            filled = True
+            yield context
+        if not filled:
+            beyond = f" beyond the {self.skip} that are held out" if self.skip else ""
+            raise DataError(
+                f"the text {self.spec!r} does not fill one context of {self.packing.context} tokens{beyond}",
+                expected="more text",
+                fix="give a longer text, a smaller --context or fewer --eval-tokens",
+            )
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Batches of contexts without end, pass after pass: yields int64 (B, T), B = size."""
+        endless = itertools.chain.from_iterable(self.contexts() for _ in itertools.count())
+        while True:
+            yield torch.stack(list(itertools.islice(endless, size)))
+
+    def first(self, tokens: int) -> Tensor:
+        """The first contexts, about ``tokens`` tokens of them and at least one: int64 (B, T)."""
+        wanted = max(1, tokens // self.packing.context)
+        return torch.stack(list(itertools.islice(self.contexts(), wanted)))
+
+    def spread(self, tokens: int) -> Tensor:
+        """As `first`, but evenly spread over the first ``_SPREAD`` times as much text: several documents, not one."""
+        wanted = max(1, tokens // self.packing.context)
+        rows = list(itertools.islice(self.contexts(), wanted * _SPREAD))
+        wanted = min(wanted, len(rows))
+        return torch.stack([rows[index * len(rows) // wanted] for index in range(wanted)])
