@@ -1,7 +1,6 @@
 """The command line: each command reads its flags, calls the public function of its name and prints what it returns."""
 
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -60,21 +59,18 @@ def _recipe_options(command: Callable) -> Callable:
     return command
 
 
-def _named_errors(command: Callable) -> Callable:
-    """A user's mistake: its three lines on stderr and exit code 2. Ctrl-C: what is there, and 130."""
+class _NamedErrors(click.Group):
+    """A user's mistake, in a flag too: its three lines on stderr and exit code 2. Ctrl-C: what is there, and 130."""
 
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def invoke(self, ctx: click.Context) -> Any:
         try:
-            return command(*args, **kwargs)
+            return super().invoke(ctx)
         except MxDError as error:
             click.echo(f"{type(error).__name__}: {error}", err=True)
             sys.exit(2)
         except KeyboardInterrupt as interrupt:
             click.echo(f"\n{str(interrupt) or 'Interrupted. Nothing was written.'}", err=True)
             sys.exit(_INTERRUPTED)
-
-    return wrapped
 
 
 def _print_json(value: Any) -> None:
@@ -98,7 +94,7 @@ def _quiet_libraries() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_NamedErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mxdsurgery")
 def main() -> None:
     """Replace the MLP blocks of a language model by Mixtures of Decoders, and see what it costs."""
@@ -109,7 +105,6 @@ def main() -> None:
 @click.argument("model")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@_named_errors
 def analyze(model: str, revision: str | None, as_json: bool) -> None:
     """Show which MLP blocks MODEL has, from its config alone."""
     analysis = mxdsurgery.analyze(model, revision=revision)
@@ -121,7 +116,6 @@ def analyze(model: str, revision: str | None, as_json: bool) -> None:
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_recipe_options
-@_named_errors
 def plan(model: str, recipe: str | None, as_json: bool, **overrides: Any) -> None:
     """Show what a conversion of MODEL would make and take, without weights."""
     made, resolved = mxdsurgery.plan(model, recipe=recipe, **overrides)
@@ -135,7 +129,6 @@ def plan(model: str, recipe: str | None, as_json: bool, **overrides: Any) -> Non
 @click.argument("model")
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
 @_recipe_options
-@_named_errors
 def convert(model: str, recipe: str | None, **overrides: Any) -> None:
     """Convert MODEL: distil, evaluate and export."""
     made = mxdsurgery.convert(model, recipe=recipe, reporter=ConsoleReporter(), **overrides)
@@ -149,7 +142,6 @@ def convert(model: str, recipe: str | None, **overrides: Any) -> None:
 @click.option("--base", help="The original model, if it is not where the recipe says.")
 @click.option("--device", type=_RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@_named_errors
 def evaluate(folder: str, as_json: bool, **options: Any) -> None:
     """Measure the converted model in DIR against its original."""
     figures = mxdsurgery.evaluate(folder, reporter=ConsoleReporter(), **options)
@@ -164,7 +156,6 @@ def evaluate(folder: str, as_json: bool, **options: Any) -> None:
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
 @click.option("--samples", type=_Count(), default=1, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@_named_errors
 def generate(folder: str, prompt: str, **options: Any) -> None:
     """Continue a prompt with the converted model in DIR."""
     for text in mxdsurgery.generate(folder, prompt=prompt, **options):

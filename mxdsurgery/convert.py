@@ -145,7 +145,7 @@ def open_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Text
         DataError: either cannot be read or is too short.
     """
     packing = Packing(tokenizer, recipe.context, recipe.prepend_bos)
-    train = TextStream(recipe.data, packing, recipe.text_column)
+    train = TextStream(recipe.data, packing, recipe.text_column, shuffle=recipe.shuffle, seed=recipe.seed)
     if recipe.eval_data is not None:
         heldout = TextStream(recipe.eval_data, packing, recipe.text_column).spread(recipe.eval_tokens)
     else:

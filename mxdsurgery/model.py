@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -56,7 +57,7 @@ def load_config(model: str, revision: str | None = None) -> PreTrainedConfig:
     Raises:
         ModelNotFoundError: no such model, or it cannot be reached.
         GatedModelError: access has to be asked for, or no token was given.
-        UnknownFamilyError: its ``model_type`` is not transformers' own.
+        UnknownFamilyError: its ``model_type`` is missing or not transformers' own.
         NotCausalLMError: it is no decoder-only next-token model.
     """
     source = model_source(model)
@@ -65,10 +66,9 @@ def load_config(model: str, revision: str | None = None) -> PreTrainedConfig:
         raise ModelNotFoundError(f"{model!r} is there, but holds no config.json", expected=_MODEL_KINDS)
     if not folder.exists() and _looks_like_path(model):
         raise ModelNotFoundError(f"no folder {model!r}", expected=_MODEL_KINDS)
-    declared = _config_dict(model, revision)
-    model_type = declared.get("model_type")
+    model_type = _config_dict(model, revision)["model_type"]
     if model_type not in CONFIG_MAPPING_NAMES:
-        if str(model_type).startswith("mxd-"):
+        if model_type.startswith("mxd-"):
             raise NotCausalLMError(
                 f"{model!r} is already a converted model (model_type {model_type!r})",
                 expected="an original model",
@@ -88,14 +88,24 @@ def load_config(model: str, revision: str | None = None) -> PreTrainedConfig:
 
 
 def _config_dict(model: str, revision: str | None) -> dict[str, Any]:
-    """The raw config.json, before any class looks at it."""
+    """The raw config.json, before any class looks at it; it names a ``model_type``."""
+    source = model_source(model)
     try:
-        declared, _ = PreTrainedConfig.get_config_dict(model_source(model), revision=revision)
-        return declared
-    except json.JSONDecodeError as error:
-        raise ModelNotFoundError(f"the config.json of {model!r} is not JSON: {error}") from None
+        if Path(source).is_dir():
+            declared = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+        else:
+            declared, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ModelNotFoundError(
+            f"the config.json of {model!r} is not JSON: {error}", expected="a config.json as transformers wrote it"
+        ) from None
     except Exception as error:
         raise _hub_error(model, error) from None
+    if not isinstance(declared, dict) or not isinstance(declared.get("model_type"), str):
+        raise UnknownFamilyError(
+            f"{model!r} has no config.json that names a model_type", expected="a config.json as transformers wrote it"
+        )
+    return declared
 
 
 def _looks_like_path(model: str) -> bool:
@@ -129,6 +139,13 @@ def _hub_error(model: str, error: Exception) -> MxDError:
         )
     if raised(HFValidationError):
         return ModelNotFoundError(f"{model!r} is neither a folder nor a hub id", expected=_MODEL_KINDS)
+    refusal = next((link for link in chain if isinstance(link, HfHubHTTPError)), None)
+    if refusal is not None:
+        return ModelNotFoundError(
+            f"the hub would not give {model!r}: {_first_line(refusal)}",
+            expected=_MODEL_KINDS,
+            fix="try again later; if it says 401 or 403, renew the token with 'hf auth login' or HF_TOKEN",
+        )
     if raised(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) or "connect" in str(error).lower():
         return ModelNotFoundError(
             f"{model!r} is no local folder, and the hub cannot be reached (or we are offline)",
@@ -138,8 +155,10 @@ def _hub_error(model: str, error: Exception) -> MxDError:
     return ModelNotFoundError(f"{model!r} cannot be read: {_first_line(error)}", expected=_MODEL_KINDS)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _first_line(error: BaseException) -> str:
+    """What an error says in its first line, and in the second where the first ends with a colon."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
 def _check_causal(model: str, config: PreTrainedConfig) -> None:

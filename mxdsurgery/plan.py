@@ -156,7 +156,7 @@ def plan(model: str, *, recipe: str | Path | None = None, **overrides: Any) -> t
         The plan and the resolved recipe.
 
     Raises:
-        RecipeError: an unknown key, a wrong value, or more active experts than experts.
+        RecipeError: an unknown key, a wrong value, a dtype that is not supported, or more active experts than experts.
         LayerSelectionError: a layer that the model does not have.
         UnsupportedBlockError: a chosen layer's block cannot be converted.
         ModelNotFoundError, GatedModelError, UnknownFamilyError, NotCausalLMError: see `mxdsurgery.model.load_config`.
@@ -167,6 +167,12 @@ def plan(model: str, *, recipe: str | Path | None = None, **overrides: Any) -> t
     chosen = select_layers(resolved.layers, len(analysis.layers))
     layers = [_plan_layer(_block_of(analysis, index), resolved) for index in chosen]
     dtype = resolved.dtype if resolved.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
+    if dtype not in _BYTES:
+        raise RecipeError(
+            f"recipe key 'dtype' is 'auto', and the dtype of {model!r} is {dtype}",
+            expected="one of " + ", ".join(_BYTES),
+            fix="name one of them with --dtype",
+        )
     made = Plan(
         model=model,
         revision=analysis.revision,

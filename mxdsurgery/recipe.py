@@ -5,9 +5,11 @@ functions. Flags override the recipe's file, the file overrides the defaults; th
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ _PACKAGE = Path(__file__).parent
 RECIPES_FOLDER = next(path for path in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if path.is_dir())
 
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmb]?)", re.IGNORECASE)
+_COUNT = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmb]?)", re.IGNORECASE)
 
 
 def parse_count(value: object) -> int | None:
@@ -31,17 +33,18 @@ def parse_count(value: object) -> int | None:
     match = _COUNT.fullmatch(str(value).strip().replace("_", ""))
     if match is None:
         return None
-    number = float(match[1]) * _SUFFIXES[match[2].lower()]
-    return int(number) if number == int(number) else None
+    number = Fraction(match[1]) * _SUFFIXES[match[2].lower()]  # floats make 4.1M a broken number
+    return int(number) if number.denominator == 1 else None
 
 
 def _parse_number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
-        return float(value)  # YAML reads 1e-3 as a string
-    except ValueError:
+        number = float(value)  # YAML reads 1e-3 as a string
+    except (ValueError, OverflowError):
         return None
+    return number if math.isfinite(number) else None
 
 
 def _parse_text(value: object) -> str | None:
@@ -97,7 +100,7 @@ class Key:
         if good and self.choices:
             good = parsed in self.choices
         if good and self.low is not None:
-            good = parsed >= self.low  # False for NaN
+            good = parsed >= self.low
         if good and self.high is not None:
             good = parsed <= self.high
         if not good:
@@ -136,6 +139,7 @@ class Recipe:
     prepend_bos: bool | None = _key(None, "flag", "begin each context with BOS; default: if the tokenizer does")
     tokens: int = _key(2_000_000, "count", "training tokens", low=1)
     eval_tokens: int = _key(100_000, "count", "held-out tokens that the figures rest on", low=1)
+    shuffle: int = _key(8_000_000, "count", "tokens in the buffer that contexts are drawn from at random; 0: in order", low=0)
     # How
     batch: int = _key(4096, "count", "tokens per optimiser step", low=8)
     lr: float = _key(1e-3, "number", "peak learning rate of Adam", low=1e-8, high=1.0)

@@ -18,6 +18,8 @@ def select_layers(selection: str, n_layers: int) -> list[int]:
     Raises:
         LayerSelectionError: it cannot be read, is empty, or names a layer that is not there.
     """
+    if n_layers == 0:
+        raise LayerSelectionError(f"--layers {selection!r}: the model has no decoder layers")
     if selection.strip() == "all":
         return list(range(n_layers))
     chosen: set[int] = set()

@@ -8,6 +8,7 @@ A text is named by a SPEC: a local ``.txt``, ``.jsonl``, ``.jsonl.gz`` or ``.par
 import gzip
 import itertools
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,6 +191,8 @@ class TextStream:
         packing: how its documents become contexts.
         text_column: see `documents`.
         skip: contexts at the start that are left out in every pass (they are held out).
+        shuffle: tokens in the buffer that `batches` draws contexts from at random; 0 keeps the text's order.
+        seed: of the shuffling.
         passes: how many times the text has been begun.
     """
 
@@ -197,6 +200,8 @@ class TextStream:
     packing: Packing
     text_column: str = "text"
     skip: int = 0
+    shuffle: int = 0
+    seed: int = 0
     passes: int = field(default=0, init=False)
 
     def contexts(self) -> Iterator[Tensor]:
@@ -220,10 +225,29 @@ class TextStream:
             )
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Batches of contexts without end, pass after pass: yields int64 (B, T), B = size."""
-        endless = itertools.chain.from_iterable(self.contexts() for _ in itertools.count())
+        """Batches of shuffled contexts without end, pass after pass: yields int64 (B, T), B = size."""
+        endless = itertools.chain.from_iterable(self._shuffled() for _ in itertools.count())
         while True:
             yield torch.stack(list(itertools.islice(endless, size)))
+
+    def _shuffled(self) -> Iterator[Tensor]:
+        """One pass in random order: each context is drawn from a full buffer, the next of the text takes its place."""
+        room = self.shuffle // self.packing.context
+        buffer: list[Tensor] = []
+        contexts = self.contexts()
+        if room < 2:
+            yield from contexts
+            return
+        generator = random.Random(self.seed + self.passes)
+        for context in contexts:
+            if len(buffer) < room:
+                buffer.append(context)
+            else:
+                position = generator.randrange(room)
+                buffer[position], context = context, buffer[position]
+                yield context
+        generator.shuffle(buffer)
+        yield from buffer
 
     def first(self, tokens: int) -> Tensor:
         """The first contexts, about ``tokens`` tokens of them and at least one: int64 (B, T)."""

@@ -1,0 +1,134 @@
+"""Training: the loss and schedule of the paper, real learning on a real model, and named errors when it goes wrong."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import tiny_model
+
+from mxdsurgery.activations import record_activations
+from mxdsurgery.blocks import find_blocks
+from mxdsurgery.distill import Progress, distill, distillation_loss, learning_rate
+from mxdsurgery.errors import DivergedError
+from mxdsurgery.initialize import initial_layer, measure_statistics
+from mxdsurgery.recipe import Recipe
+
+RECIPE = Recipe(k=4, n_experts=64, data="stdlib", batch=512, context=16, lr=3e-3)
+
+
+def batches(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randint(1, 64, (32, 16), generator=generator)
+
+
+def train(model, recipe=RECIPE, steps=60, layers=(0, 1), stream=None, reports=None):
+    blocks = [find_blocks(model)[layer].block for layer in layers]
+    statistics = measure_statistics(model, blocks, list(itertools.islice(batches(), 2)))
+    made = {
+        block.layer: initial_layer(
+            model, block, n_experts=64, k=recipe.k, init=recipe.init, statistics=statistics[block.layer], seed=0
+        )
+        for block in blocks
+    }
+    progress = Progress(steps, 512)
+    report = (lambda p: reports.append(dict(p.nmse))) if reports is not None else (lambda p: None)
+    distill(model, blocks, made, stream or batches(), recipe, Accelerator(cpu=True), progress, report)
+    return made, progress, blocks
+
+
+def nmse(model, blocks, layers):
+    recorded = record_activations(model, blocks, next(batches(seed=99)))
+    errors = {}
+    for layer, (x, y) in recorded.items():
+        errors[layer] = ((layers[layer](x) - y).square().sum() / y.square().sum()).item()
+    return errors
+
+
+def test_the_loss_is_the_squared_error_over_the_norm():
+    y_hat, y = torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 4.0], [0.0, 2.0]])
+    assert distillation_loss(y_hat, y).item() == pytest.approx((25 / 4 + 4 / 2) / 2)
+
+
+def test_the_schedule_warms_up_stays_and_decays():
+    recipe = dataclasses.replace(RECIPE, lr=1.0, warmup=0.1, decay=0.2)
+    rates = [learning_rate(step, 100, recipe) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
+    assert rates[10:80] == [1.0] * 70
+    assert rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
+    paper = dataclasses.replace(recipe, warmup=0.0, decay=0.0)
+    assert learning_rate(0, 100, paper) == learning_rate(99, 100, paper) == 1.0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_layers_learn_their_blocks_on_text_they_have_not_seen(family):
+    model = tiny_model(family)
+    layers, progress, blocks = train(model, steps=150)
+    assert (progress.step, progress.tokens) == (150, 150 * 512)
+    held_out = nmse(model, blocks, layers)
+    assert max(held_out.values()) < 0.5
+    assert progress.nmse.keys() == progress.dead_share.keys() == {0, 1}
+
+
+def test_a_layer_learns_the_same_whether_others_train_beside_it():
+    model = tiny_model("llama")
+    alone, _, _ = train(model, steps=10, layers=(1,))
+    together, _, _ = train(model, steps=10, layers=(0, 1))
+    for mine, theirs in zip(alone[1].parameters(), together[1].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_the_base_model_is_left_as_it_was():
+    model = tiny_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train(model, steps=5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_unit_norm_keeps_the_experts_rows_at_unit_length():
+    layers, _, _ = train(tiny_model("llama"), dataclasses.replace(RECIPE, unit_norm=True), steps=20)
+    torch.testing.assert_close(layers[0].experts.weight.norm(dim=1), torch.ones(64))
+    free, _, _ = train(tiny_model("llama"), steps=20)
+    assert (free[0].experts.weight.norm(dim=1) - 1).abs().max() > 1e-3
+
+
+def test_experts_that_never_fire_are_counted_dead():
+    model = tiny_model("llama")
+    block = find_blocks(model)[0].block
+    statistics = measure_statistics(model, [block], [next(batches())])[0]
+    layer = initial_layer(model, block, n_experts=64, k=4, init="encoder", statistics=statistics, seed=0)
+    with torch.no_grad():
+        layer.gate.bias[:16] = -1e6
+    progress = Progress(40, 512)
+    distill(model, [block], {0: layer}, batches(), RECIPE, Accelerator(cpu=True), progress, lambda p: None)
+    assert 16 / 64 <= progress.dead_share[0] < 0.5
+
+
+def test_a_nan_stops_with_the_layers_name_and_a_remedy():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(DivergedError, match="layer 1: the loss is nan(.|\n)*--lr"):
+        train(model, steps=40)
+
+
+def test_a_diverging_loss_stops():
+    with pytest.raises(DivergedError, match="layer 0: the loss is"):
+        train(tiny_model("llama"), dataclasses.replace(RECIPE, lr=1.0, warmup=0.0), steps=400)
+
+
+def test_bf16_autocast_keeps_parameters_in_fp32_and_learns():
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    model = tiny_model("llama")
+    block = find_blocks(model)[0].block
+    statistics = measure_statistics(model, [block], [next(batches())])[0]
+    layer = initial_layer(model, block, n_experts=64, k=4, init="encoder", statistics=statistics, seed=0)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    distill(model, [block], {0: layer}, batches(), RECIPE, accelerator, Progress(100, 512), lambda p: None)
+    AcceleratorState._reset_state()
+    assert all(parameter.dtype == torch.float32 for parameter in layer.parameters())
+    assert nmse(model, [block], {0: layer})[0] < 0.6

@@ -1,0 +1,268 @@
+"""The folder: plain transformers loads it, in every family, and it is written whole or not at all."""
+
+import ast
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_model
+from safetensors.torch import load_file
+from test_distill import RECIPE
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from mxdsurgery.blocks import find_blocks
+from mxdsurgery.checkpoint import load
+from mxdsurgery.errors import ExportError, NotConvertedError, OutputError, WeightsError
+from mxdsurgery.export import _check_reload, check_output, export, written_whole
+from mxdsurgery.initialize import initial_layer, measure_statistics
+from mxdsurgery.measure import measure
+from mxdsurgery.model import load_tokenizer
+from mxdsurgery.plan import LayerPlan, Plan, layer_parameters
+from mxdsurgery.surgery import replaced
+
+IDS = torch.randint(1, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def export_tiny(family, out, layers=(0, 1), dtype=torch.float32, **changes):
+    """A tiny model with untrained but busy MxD layers, exported; the model, its layers and the differences."""
+    model = tiny_model(family, **changes).to(dtype)
+    blocks = [find_blocks(model)[layer].block for layer in layers]
+    statistics = measure_statistics(model, blocks, [IDS])
+    made = {}
+    for block in blocks:
+        layer = initial_layer(model, block, n_experts=64, k=4, init="encoder", statistics=statistics[block.layer], seed=0)
+        torch.nn.init.normal_(layer.decoder.weight)
+        made[block.layer] = layer.to(dtype).eval().requires_grad_(False)
+    plans = [LayerPlan(block, 64, 4, layer_parameters(block, 64)) for block in blocks]
+    name = str(dtype).removeprefix("torch.")
+    plan = Plan(family, None, family, type(model).__name__, name, model.num_parameters(), "small.yaml", 1, plans)
+    evaluation = measure(model, blocks, made, IDS, batch=64)
+    differences = export(model, made, plan, RECIPE, evaluation, load_tokenizer("demo-glu"), IDS, out)
+    return model, blocks, made, differences
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "phi3"])
+def test_a_fresh_process_without_mxdsurgery_computes_the_same_logits(family, tmp_path):
+    model, blocks, layers, differences = export_tiny(family, tmp_path / "out")
+    assert differences == {"logits": 0.0, "hidden": 0.0}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_classes_load_it_as_a_subclass_of_the_familys_own(family, tmp_path, monkeypatch):
+    monkeypatch.setattr("mxdsurgery.export._check_reload", lambda *_: {})  # this test does it in this process
+    model, blocks, layers, _ = export_tiny(family, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert isinstance(loaded, type(model)) and type(loaded).__name__ == f"MxD{type(model).__name__}"
+    assert type(loaded).__module__.startswith("transformers_modules")
+    base = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert isinstance(base, type(model.base_model))
+    with torch.no_grad(), replaced(model, blocks, layers):
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+        assert torch.equal(base(IDS).last_hidden_state, model.base_model(IDS).last_hidden_state)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("export") / "out"
+    export_tiny("llama", out, tie_word_embeddings=True)
+    return out
+
+
+def remote(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+def test_without_trust_it_does_not_load_as_something_else(folder):
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+
+
+def test_generate_with_the_cache_is_generate_without_it(folder):
+    model = remote(folder)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(
+        model.generate(IDS, use_cache=True, **options), model.generate(IDS, use_cache=False, **options)
+    )
+
+
+def test_tied_weights_stay_tied_and_saving_again_keeps_everything(folder, tmp_path):
+    model = remote(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "again")
+    again = remote(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, again(IDS).logits)
+
+
+def test_shards_dtypes_devices_and_attention_implementations_work(folder, tmp_path):
+    model = remote(folder)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    with torch.no_grad():
+        reference = model(IDS).logits
+        for options in ({}, {"device_map": {"": "cpu"}}, {"attn_implementation": "eager"}):
+            torch.testing.assert_close(remote(tmp_path / "shards", **options)(IDS).logits, reference, rtol=1e-4, atol=1e-4)
+        half = remote(folder, dtype=torch.bfloat16)
+        assert half.dtype == torch.bfloat16 and half(IDS).logits.isfinite().all()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(folder):
+    gradients = []
+    for checkpointing in (False, True):
+        model = remote(folder).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any(".experts.weight" in name for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
+
+
+def test_peft_lora_trains_its_attention(folder):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(remote(folder), config)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_a_model_from_the_config_alone_gets_fresh_weights(folder):
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    layer = model.model.layers[0].mlp
+    torch.testing.assert_close(layer.experts.weight.norm(dim=1), torch.ones(64))
+    assert (layer.decoder.weight == 0).all() and layer.gate.weight.std() > 0
+
+
+def test_the_code_that_travels_imports_torch_and_transformers_only_and_only_defines(folder):
+    files = sorted(path.name for path in folder.glob("*.py"))
+    assert files == ["configuration_mxd.py", "modeling_mxd.py", "mxd_layer.py"]
+    allowed_statements = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef, ast.Assign, ast.AnnAssign)
+    for name in files:
+        tree = ast.parse((folder / name).read_text())
+        assert ast.get_docstring(tree)
+        for node in tree.body[1:]:
+            assert isinstance(node, allowed_statements), ast.dump(node)
+            if isinstance(node, (ast.Assign, ast.AnnAssign)):
+                assert not any(isinstance(part, ast.Call) for part in ast.walk(node))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert all(alias.name.split(".")[0] in {"torch", "transformers"} for alias in node.names)
+            if isinstance(node, ast.ImportFrom):
+                siblings = {"mxd_layer", "configuration_mxd"} if node.level else {"torch", "transformers", "typing"}
+                assert node.module.split(".")[0] in siblings
+
+
+def test_the_folder_holds_what_it_should(folder):
+    names = {path.name for path in folder.iterdir()}
+    assert {"README.md", "config.json", "evaluation.json", "generation_config.json", "model.safetensors"} <= names
+    assert {"plan.json", "recipe.yaml", "tokenizer.json"} <= names
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "mxd-llama" and config["architectures"] == ["MxDLlamaForCausalLM"]
+    assert config["mxd"]["layers"][1]["path"] == "layers.1.mlp"
+    card = (folder / "README.md").read_text()
+    assert "| all |" in card and "model.base_model.layers.0.mlp.gate" in card
+    assert AutoTokenizer.from_pretrained(folder)("import os")["input_ids"]
+
+
+def test_load_reads_the_folder_without_running_its_code(folder, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for name in ("modeling_mxd.py", "configuration_mxd.py", "mxd_layer.py"):
+        (copy / name).write_text("raise SystemExit('this code was run')")
+    loaded = load(copy)
+    assert set(loaded.layers) == {0, 1} and loaded.layers[1] is loaded.model.model.layers[1].mlp
+    with torch.no_grad():
+        assert torch.equal(loaded.model(IDS).logits, remote(folder)(IDS).logits)
+
+
+def test_a_newer_format_and_missing_weights_are_refused_by_name(folder, tmp_path):
+    import shutil
+
+    newer = tmp_path / "newer"
+    shutil.copytree(folder, newer)
+    config = json.loads((newer / "config.json").read_text())
+    config["mxd"]["format_version"] = 99
+    (newer / "config.json").write_text(json.dumps(config))
+    with pytest.raises(NotConvertedError, match="format version 99"):
+        load(newer)
+
+    from safetensors.torch import save_file
+
+    partial = tmp_path / "partial"
+    shutil.copytree(folder, partial)
+    tensors = load_file(partial / "model.safetensors")
+    removed = tensors.pop("model.layers.0.mlp.gate.weight")
+    assert removed.shape == (64, 32)
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match="model.layers.0.mlp.gate.weight"):
+        load(partial)
+
+
+def test_the_reload_check_notices_other_weights_and_broken_code(folder):
+    reference = {"logits": torch.zeros(2, 16, 64), "hidden": torch.zeros(2, 16, 32)}
+    with pytest.raises(ExportError, match="gives other logits"):
+        _check_reload(folder, IDS, reference, torch.device("cpu"))
+
+
+def test_broken_code_is_an_export_error_and_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("mxdsurgery.export._MODELING", "import mxdsurgery\n")
+    with pytest.raises(ExportError, match="does not load without mxdsurgery"):
+        export_tiny("llama", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_while_writing_leaves_nothing_and_an_old_folder_untouched(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError), written_whole(out) as staging:
+        (staging / "file").write_text("half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with written_whole(out) as staging:
+        (staging / "plan.json").write_text("{}")
+    with pytest.raises(ZeroDivisionError), written_whole(out) as staging:
+        (staging / "plan.json").write_text("other")
+        raise ZeroDivisionError
+    assert (out / "plan.json").read_text() == "{}" and list(tmp_path.iterdir()) == [out]
+    with written_whole(out) as staging:
+        (staging / "plan.json").write_text("new")
+    assert (out / "plan.json").read_text() == "new" and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_full_disk_is_a_named_error(tmp_path, monkeypatch):
+    with pytest.raises(OutputError, match="No space left"), written_whole(tmp_path / "out"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_output_refuses_what_exists(tmp_path):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    mine.mkdir()
+    other.mkdir()
+    (mine / "plan.json").write_text("{}")
+    with pytest.raises(OutputError, match="exists already"):
+        check_output(mine, overwrite=False)
+    assert check_output(mine, overwrite=True) == mine
+    with pytest.raises(OutputError, match="was not written by mxdsurgery"):
+        check_output(other, overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        check_output(tmp_path / "file" / "out", overwrite=False)
+
+
+def test_importing_the_exported_code_does_not_import_mxdsurgery(folder):
+    code = "import sys, runpy; runpy.run_path(sys.argv[1]); assert not any(m.startswith('mxdsurgery') for m in sys.modules)"
+    subprocess.run([sys.executable, "-I", "-c", code, str(folder / "mxd_layer.py")], check=True, cwd=folder)

@@ -1,0 +1,128 @@
+"""The layer: the fast path, the dense formula and the explicit mixture are the same function."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.utils import parameters_to_vector
+
+from mxdsurgery.layer import Coefficients, Gate, MxDLayer, _SparseGate, top_k
+
+KINDS = pytest.mark.parametrize(("kind", "activation", "encoder_bias"), [("mlp", "gelu_new", True), ("glu", "silu", False)])
+
+
+def make_layer(kind="glu", activation="silu", encoder_bias=False, dtype=torch.float64, n_experts=40, k=5):
+    torch.manual_seed(0)
+    layer = MxDLayer(
+        d_model=12, d_hidden=20, n_experts=n_experts, k=k, kind=kind, activation=activation, encoder_bias=encoder_bias
+    ).to(dtype)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.5)
+    return layer
+
+
+def explicit_mixture(layer, x):
+    """``Σ_n a_n W_n z + b`` with every expert's matrix ``W_n = diag(c_n) D`` materialised."""
+    a = layer.gate(x).dense(layer.gate.weight.shape[0])
+    experts = layer.experts.weight[:, :, None] * layer.decoder.weight  # (N, D, H)
+    return torch.einsum("...n,ndh,...h->...d", a, experts, layer.hidden(x)) + layer.bias
+
+
+def gradients(layer, function, x):
+    x = x.clone().requires_grad_()
+    weights = torch.linspace(-1, 1, 12, dtype=x.dtype)
+    return torch.autograd.grad((function(x) * weights).square().sum(), [x, *layer.parameters()])
+
+
+@KINDS
+def test_fast_dense_and_explicit_mixture_agree_in_values_and_gradients(kind, activation, encoder_bias):
+    layer = make_layer(kind, activation, encoder_bias)
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    fast = layer(x)
+    functions = (layer.forward_dense, lambda x: explicit_mixture(layer, x))
+    for function in functions:
+        torch.testing.assert_close(fast, function(x), rtol=1e-12, atol=1e-12)
+        for mine, theirs in zip(gradients(layer, layer, x), gradients(layer, function, x), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_fast_and_dense_agree_in_working_precision(dtype, tolerance):
+    layer = make_layer(dtype=dtype)
+    x = torch.randn(50, 12, dtype=dtype)
+    torch.testing.assert_close(layer(x), layer.forward_dense(x), rtol=tolerance, atol=tolerance)
+
+
+def test_the_gates_gradient_is_that_of_finite_differences():
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 6), (15, 6), (15,)))
+    assert torch.autograd.gradcheck(lambda *args: _SparseGate.apply(*args, 3)[0], (x, weight, bias))
+
+
+@pytest.mark.parametrize(("n", "k"), [(7, 7), (100, 3), (1000, 8), (1003, 15), (4096, 32)])
+def test_top_k_by_group_maxima_finds_the_k_largest(n, k):
+    x = torch.randn(20, n)
+    values, indices = top_k(x, k)
+    assert torch.equal(values.sort().values, torch.topk(x, k).values.sort().values)
+    assert torch.equal(x.gather(1, indices), values)
+    assert all(len(set(row.tolist())) == k for row in indices)
+
+
+def test_chunks_do_not_change_the_gate(monkeypatch):
+    layer = make_layer()
+    x = torch.randn(33, 12, dtype=torch.float64)
+    whole = layer.gate(x)
+    monkeypatch.setattr("mxdsurgery.layer._GATE_CHUNK_ELEMENTS", 4 * 40)
+    chunked = layer.gate(x)
+    torch.testing.assert_close(whole.dense(40), chunked.dense(40))
+
+
+def test_a_forward_hook_on_the_gate_reads_and_changes_the_coefficients():
+    layer, x = make_layer(), torch.randn(3, 4, 12, dtype=torch.float64)
+    seen = []
+    handle = layer.gate.register_forward_hook(lambda _m, _a, a: seen.append(a))
+    layer(x)
+    handle.remove()
+    assert seen[0].values.shape == (3, 4, 5) and (seen[0].values >= 0).all()
+
+    handle = layer.gate.register_forward_hook(lambda _m, _a, a: Coefficients(torch.zeros_like(a.values), a.indices))
+    silenced = layer(x)
+    handle.remove()
+    assert torch.equal(silenced, layer.bias.expand_as(silenced))
+
+    def add_expert_3(_module, _args, a):
+        one = torch.ones_like(a.values[..., :1])
+        return Coefficients(torch.cat([a.values, one], -1), torch.cat([a.indices, one.long() * 3], -1))
+
+    handle = layer.gate.register_forward_hook(add_expert_3)
+    steered = layer(x)
+    handle.remove()
+    expected = layer(x) + layer.experts.weight[3] * layer.decoder(layer.hidden(x))
+    torch.testing.assert_close(steered, expected)
+
+
+def test_a_token_with_no_positive_pre_activation_gets_the_bias():
+    gate = Gate(12, 40, 5)
+    with torch.no_grad():
+        gate.bias.fill_(-1e6)
+    assert (gate(torch.randn(6, 12)).values == 0).all()
+
+
+def test_the_papers_start_has_zero_output_and_unit_rows():
+    layer = MxDLayer(d_model=12, d_hidden=20, n_experts=40, k=5, kind="mlp", activation="relu", encoder_bias=True)
+    torch.testing.assert_close(layer.experts.weight.norm(dim=1), torch.ones(40))
+    assert (layer(torch.randn(3, 12)) == 0).all()
+
+
+def test_training_the_fast_path_and_the_dense_path_leads_to_the_same_weights():
+    fast = make_layer(dtype=torch.float64)
+    dense = copy.deepcopy(fast)
+    x, y = torch.randn(64, 12, dtype=torch.float64), torch.randn(64, 12, dtype=torch.float64)
+    for layer, function in ((fast, fast), (dense, dense.forward_dense)):
+        optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+        for _ in range(10):
+            optimizer.zero_grad()
+            (function(x) - y).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(parameters_to_vector(fast.parameters()), parameters_to_vector(dense.parameters()), rtol=1e-8, atol=1e-8)
