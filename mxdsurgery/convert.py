@@ -1,6 +1,7 @@
 """``convert``: the whole job, from a model's name to a folder that transformers loads."""
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from mxdsurgery.blocks import prove_block
 from mxdsurgery.checkpoint import PLAN_FILE, RECIPE_FILE
 from mxdsurgery.console import ProgressLine, Reporter, compact, duration
 from mxdsurgery.distill import Progress, distill
-from mxdsurgery.errors import DeviceError
+from mxdsurgery.errors import DeviceError, RecipeError
 from mxdsurgery.export import check_output, export, write_json
 from mxdsurgery.initialize import initial_layer, measure_statistics
 from mxdsurgery.layer import MxDLayer
@@ -77,6 +78,7 @@ def convert(model: str, *, recipe: str | Path | None = None, reporter: Reporter 
     reporter = reporter or Reporter()
     made, resolved = plan(model, recipe=recipe, **overrides)
     out = check_output(resolved.out, resolved.overwrite)
+    _check_tracker(resolved)
     for line in (f"recipe     {made.recipe_file}", *made.summary(resolved)):
         reporter.say(line)
     accelerator = make_accelerator(resolved)
@@ -86,6 +88,9 @@ def convert(model: str, *, recipe: str | Path | None = None, reporter: Reporter 
     base = load_model(model, revision=resolved.revision, dtype=made.dtype, device=accelerator.device)
     worst = max(prove_block(base, block) for block in made.blocks)
     reporter.say(f"proof      {len(made.blocks)} blocks recomputed from their weights, largest relative error {worst:.1e}")
+    if resolved.tracker != "none":
+        settings = {name: value for name, value in resolved.to_dict().items() if value is not None}
+        accelerator.init_trackers("mxdsurgery", config=settings)
     layers, progress = _train(base, made, resolved, train, accelerator, reporter, out)
 
     with reporter.progress("evaluate", "passes") as line:
@@ -97,6 +102,15 @@ def convert(model: str, *, recipe: str | Path | None = None, reporter: Reporter 
     reporter.say(f"exported   {out}; reloaded without mxdsurgery, logits differ by at most {differences['logits']:.1g}")
     accelerator.end_training()
     return Conversion(out, made, resolved, evaluation, progress.seconds)
+
+
+def _check_tracker(recipe: Recipe) -> None:
+    """Raises RecipeError for a tracker that is not installed: Accelerate would only warn and log nothing."""
+    if recipe.tracker != "none" and importlib.util.find_spec(recipe.tracker) is None:
+        raise RecipeError(
+            f"recipe key 'tracker' is {recipe.tracker!r}, which is not installed",
+            fix=f"pip install 'mxdsurgery[{recipe.tracker}]'",
+        )
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -123,9 +137,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"{accelerator.num_processes} processes were launched", expected="one", fix="run without accelerate launch"
         )
     torch.manual_seed(recipe.seed)
-    if recipe.tracker != "none":
-        settings = {name: value for name, value in recipe.to_dict().items() if value is not None}
-        accelerator.init_trackers("mxdsurgery", config=settings)
     return accelerator
 
 
@@ -135,7 +146,9 @@ def _uses_bf16(recipe: Recipe) -> bool:
         return recipe.precision == "bf16"
     if recipe.device != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return False
+    # On a CPU with AMX a step takes about half as long, and the layers come out as good (see docs/results.md).
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.9
+    return recipe.device in ("auto", "cpu") and bool(capabilities.get("amx_bf16"))
 
 
 def open_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[TextStream, Tensor]:

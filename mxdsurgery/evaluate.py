@@ -86,13 +86,24 @@ def load_original(converted: Converted, name: str, recipe: Recipe) -> PreTrained
             expected=name,
             fix="say where it is now with --base",
         ) from None
-    with replaced(original, converted.plan.blocks, converted.layers):
-        mine, theirs = converted.model.state_dict(), original.state_dict()
-    other = next((key for key in mine if key not in theirs or not torch.equal(mine[key], theirs[key])), None)
+    other = _difference(converted, original)
     if other is not None:
         raise BaseModelError(
-            f"{name!r} is not the model that {str(converted.folder)!r} was made from: {other} differs",
+            f"{name!r} is not the model that {str(converted.folder)!r} was made from: {other}",
             expected="the same weights outside the converted blocks",
             fix="name the right one with --base",
         )
     return original
+
+
+def _difference(converted: Converted, original: PreTrainedModel) -> str | None:
+    """The first thing that tells an original from the model that was converted, in words; None if nothing does."""
+    if original.config.model_type != converted.plan.model_type:
+        return f"it is a {original.config.model_type} model, not {converted.plan.model_type}"
+    mine = converted.model.state_dict()
+    try:
+        with replaced(original, converted.plan.blocks, converted.layers):
+            theirs = original.state_dict()
+    except AttributeError:
+        return "it has fewer layers"
+    return next((f"{key} differs" for key in mine if key not in theirs or not torch.equal(mine[key], theirs[key])), None)

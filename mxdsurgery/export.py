@@ -91,36 +91,39 @@ save_file({"logits": logits.cpu().contiguous(), "hidden": hidden.cpu().contiguou
 
 
 def check_output(out: str | Path, overwrite: bool) -> Path:
-    """The folder to write, after making sure that it can be; creates its parents.
+    """The folder to write, links resolved, after making sure that it can be. Leaves nothing behind.
 
     Raises:
         OutputError: it exists and is not to be overwritten, is no folder of ours, or its parent cannot be written.
     """
-    path = Path(out)
-    if path.exists() and not overwrite:
-        raise OutputError(f"{str(path)!r} exists already", expected="a new folder", fix="give another --out, or --overwrite")
-    if path.exists() and not (path / PLAN_FILE).is_file():
-        raise OutputError(
-            f"{str(path)!r} exists and was not written by mxdsurgery: --overwrite does not touch it",
-            fix="give another --out",
-        )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}."):
+        path = Path(out).resolve()
+        if path.exists() and not overwrite:
+            raise OutputError(
+                f"{str(out)!r} exists already", expected="a new folder", fix="give another --out, or --overwrite"
+            )
+        if path.exists() and not (path / PLAN_FILE).is_file():
+            raise OutputError(
+                f"{str(out)!r} exists and was not written by mxdsurgery: --overwrite does not touch it",
+                fix="give another --out",
+            )
+        nearest = next(parent for parent in path.parents if parent.exists())
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=f".{path.name}."):
             pass
     except OSError as error:
-        raise OutputError(f"{str(path)!r} cannot be written: {error.strerror or error}", fix="give another --out") from None
+        raise OutputError(f"{str(out)!r} cannot be written: {error.strerror or error}", fix="give another --out") from None
     return path
 
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` to write into; on leaving well it becomes ``out``, on an error it is gone.
+    """A folder beside ``out`` to write into; on leaving well it becomes ``out``, on an error it is gone. Creates parents.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.
     """
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         try:
             yield staging

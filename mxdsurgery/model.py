@@ -5,6 +5,7 @@ Everything that the hub or a folder can answer wrongly becomes a named error her
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,10 @@ def load_config(model: str, revision: str | None = None) -> PreTrainedConfig:
         NotCausalLMError: it is no decoder-only next-token model.
     """
     source = model_source(model)
-    folder = Path(source)
-    if folder.exists() and not (folder / "config.json").is_file():
+    there = os.path.exists(source)  # where Path.exists() raises, for a name too long to be a file's, this is False
+    if there and not (Path(source) / "config.json").is_file():
         raise ModelNotFoundError(f"{model!r} is there, but holds no config.json", expected=_MODEL_KINDS)
-    if not folder.exists() and _looks_like_path(model):
+    if not there and _looks_like_path(model):
         raise ModelNotFoundError(f"no folder {model!r}", expected=_MODEL_KINDS)
     model_type = _config_dict(model, revision)["model_type"]
     if model_type not in CONFIG_MAPPING_NAMES:
@@ -158,7 +159,7 @@ def _hub_error(model: str, error: Exception) -> MxDError:
 def _first_line(error: BaseException) -> str:
     """What an error says in its first line, and in the second where the first ends with a colon."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return f"{lines[0].strip()} {lines[1].strip()}" if lines[0].rstrip().endswith(":") and len(lines) > 1 else lines[0]
 
 
 def _check_causal(model: str, config: PreTrainedConfig) -> None:

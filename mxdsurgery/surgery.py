@@ -10,27 +10,31 @@ from transformers import PreTrainedModel
 from mxdsurgery.blocks import Block
 
 
-def replace_blocks(model: PreTrainedModel, blocks: Sequence[Block], modules: Mapping[int, nn.Module]) -> dict[str, nn.Module]:
+def replace_blocks(
+    model: PreTrainedModel, blocks: Sequence[Block], modules: Mapping[int, nn.Module], removed: dict[str, nn.Module]
+) -> None:
     """Puts modules (by layer) where blocks are, and identities where their bypassed neighbours are.
 
-    Returns:
-        What stood there, by path from the base model.
+    Args:
+        model: the model.
+        blocks: where; those without a module are left alone.
+        modules: what, by layer.
+        removed: is told what stood there, by path from the base model, as it is taken out.
     """
-    removed: dict[str, nn.Module] = {}
     for block in blocks:
         if block.layer in modules:
             new = {block.path: modules[block.layer], **{path: nn.Identity() for path in block.bypass}}
             for path, module in new.items():
                 removed[path] = model.base_model.get_submodule(path)
                 model.base_model.set_submodule(path, module)
-    return removed
 
 
 @contextmanager
 def replaced(model: PreTrainedModel, blocks: Sequence[Block], modules: Mapping[int, nn.Module]) -> Iterator[None]:
     """While open, the model computes with the given modules; afterwards it holds its own again, whatever happened."""
-    removed = replace_blocks(model, blocks, modules)
+    removed: dict[str, nn.Module] = {}
     try:
+        replace_blocks(model, blocks, modules, removed)
         yield
     finally:
         for path, module in removed.items():

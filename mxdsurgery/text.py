@@ -8,7 +8,9 @@ A text is named by a SPEC: a local ``.txt``, ``.jsonl``, ``.jsonl.gz`` or ``.par
 import gzip
 import itertools
 import json
+import os
 import random
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +43,9 @@ def documents(spec: str, text_column: str = "text") -> Iterator[str]:
     """
     if spec in ("stdlib", "stdlib:train", "stdlib:heldout"):
         found = stdlib_documents(spec.partition(":")[2] or "train")
-    elif Path(spec).is_file() or spec.endswith(_SUFFIXES) or spec.startswith((".", "/", "~")):
+    elif spec.startswith("stdlib:"):
+        raise DataError(f"no text {spec!r}", expected="stdlib, stdlib:train or stdlib:heldout")
+    elif os.path.isfile(spec) or spec.endswith(_SUFFIXES) or spec.startswith((".", "/", "~")):
         found = _file_documents(Path(spec), text_column)
     else:
         found = _hub_documents(spec, text_column)
@@ -49,16 +53,19 @@ def documents(spec: str, text_column: str = "text") -> Iterator[str]:
 
 
 def _file_documents(path: Path, text_column: str) -> Iterator[str]:
-    if not path.is_file():
+    if not os.path.isfile(path):  # where Path.is_file() raises, for a name too long to be a file's, this is False
         raise DataError(f"no text file {str(path)!r}", expected=_FORMS)
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from _jsonl_documents(path, text_column)
-    elif path.suffix == ".parquet":
-        yield from _parquet_documents(path, text_column)
-    elif path.suffix == ".txt":
-        yield from _txt_documents(path)
-    else:
-        raise DataError(f"{str(path)!r} is of an unknown form", expected=_FORMS)
+    try:
+        if path.name.endswith((".jsonl", ".jsonl.gz")):
+            yield from _jsonl_documents(path, text_column)
+        elif path.suffix == ".parquet":
+            yield from _parquet_documents(path, text_column)
+        elif path.suffix == ".txt":
+            yield from _txt_documents(path)
+        else:
+            raise DataError(f"{str(path)!r} is of an unknown form", expected=_FORMS)
+    except OSError as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
 
 
 def _txt_documents(path: Path) -> Iterator[str]:
@@ -80,7 +87,7 @@ def _jsonl_documents(path: Path, text_column: str) -> Iterator[str]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _json_text(line, f"{path}, line {number}", text_column)
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{str(path)!r} is not a whole gzip file: {error}") from None
 
 
@@ -105,13 +112,23 @@ def _parquet_documents(path: Path, text_column: str) -> Iterator[str]:
 
     try:
         file = pq.ParquetFile(path)
+        _check_column(text_column, file.schema_arrow.names, str(path))
+        for batch in file.iter_batches(columns=[text_column]):
+            for value in batch.column(0).to_pylist():
+                if value is not None:
+                    yield _column_text(value, text_column, str(path))
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{str(path)!r} is not a Parquet file: {error}") from None
-    _check_column(text_column, file.schema_arrow.names, str(path))
-    for batch in file.iter_batches(columns=[text_column]):
-        for value in batch.column(0).to_pylist():
-            if isinstance(value, str):
-                yield value
+        raise DataError(f"{str(path)!r} is not a whole Parquet file: {error}") from None
+
+
+def _column_text(value: object, text_column: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where} holds {type(value).__name__} in its column {text_column!r}",
+            expected="a column of text",
+            fix="name the column with --text-column",
+        )
+    return value
 
 
 def _check_column(text_column: str, columns: list[str], where: str) -> None:
@@ -128,19 +145,18 @@ def _hub_documents(spec: str, text_column: str) -> Iterator[str]:
 
     name, _, rest = spec.partition(":")
     config, _, split = rest.partition(":")
+    where = f"the data set {spec!r}"
     try:
-        stream = load_dataset(name, config or None, split=split or "train", streaming=True)
-        rows = iter(stream)
-        first = next(rows, None)
-    except Exception as error:  # the library raises what each of its layers raises
+        for number, row in enumerate(load_dataset(name, config or None, split=split or "train", streaming=True)):
+            if number == 0:
+                _check_column(text_column, list(row), where)
+            if row[text_column] is not None:
+                yield _column_text(row[text_column], text_column, where)
+    except DataError:
+        raise
+    except Exception as error:  # the library raises what each of its layers raises, also in the midst of the stream
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"the text {spec!r} cannot be opened: {line}", expected=_FORMS) from None
-    if first is None:
-        return
-    _check_column(text_column, list(first), f"the data set {spec!r}")
-    for row in itertools.chain([first], rows):
-        if isinstance(row[text_column], str):
-            yield row[text_column]
+        raise DataError(f"{where} cannot be read: {line}", expected=_FORMS) from None
 
 
 @dataclass(frozen=True)

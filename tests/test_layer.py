@@ -125,4 +125,6 @@ def test_training_the_fast_path_and_the_dense_path_leads_to_the_same_weights():
             optimizer.zero_grad()
             (function(x) - y).square().sum().backward()
             optimizer.step()
-    torch.testing.assert_close(parameters_to_vector(fast.parameters()), parameters_to_vector(dense.parameters()), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        parameters_to_vector(fast.parameters()), parameters_to_vector(dense.parameters()), rtol=1e-8, atol=1e-8
+    )

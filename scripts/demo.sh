@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The main job on the embedded demo model: convert all layers, evaluate, export, reload with plain transformers, edit an expert.
+source "$(dirname "$0")/setup.sh"
+out=demo-glu-mxd
+
+echo; echo "== mxdsurgery analyze demo-glu"
+mxdsurgery analyze demo-glu
+echo; echo "== mxdsurgery convert demo-glu --layers all --out $out --overwrite"
+mxdsurgery convert demo-glu --layers all --out "$out" --overwrite
+echo; echo "== mxdsurgery generate $out --prompt 'def read_file(path):'"
+mxdsurgery generate "$out" --prompt $'def read_file(path):\n' --max-new-tokens 60
+echo; echo "== python examples/ablate_expert.py $out   (torch and transformers only)"
+python examples/ablate_expert.py "$out"

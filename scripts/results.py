@@ -1,0 +1,119 @@
+"""Converts small models in all layers, for each `init` and K, and prints the tables of docs/results.md.
+
+    python scripts/results.py --shared ../shared --runs runs/results > docs/results.md
+
+Each conversion is kept under --runs and not repeated: delete its folder to measure it again. The shared folder holds
+models/ and text/ (see the tests' README section); two CPU cores take about an hour for everything.
+"""
+
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+
+import mxdsurgery
+from mxdsurgery.card import FIGURES, LEGEND, figure_rows
+from mxdsurgery.console import ConsoleReporter, compact
+
+INITS, KS = ("encoder", "random", "pretrained"), (16, 64)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its texts, and how many tokens its tables rest on."""
+
+    model: str
+    data: str
+    eval_data: str
+    tokens: int
+    eval_tokens: int
+
+
+SUBJECTS = (
+    Subject("books-llama-6m", "train.jsonl.gz", "heldout.jsonl.gz", 1_000_000, 18_432),
+    Subject("tinystories-chat-gpt2-3M", "tinystories-train.txt", "tinystories-heldout.txt", 1_000_000, 18_432),
+    Subject("stories260K", "tinystories-train.txt", "tinystories-heldout.txt", 1_000_000, 18_432),
+)
+# The prototype's point: one middle layer, trained longer.
+LONG = {"layers": "3", "k": 16, "init": "encoder", "tokens": 3_600_000}
+
+
+def converted(subject: Subject, shared: Path, out: Path, **options: object) -> dict:
+    """The evaluation of a conversion, made now if it is not there yet."""
+    if not (out / "evaluation.json").is_file():
+        click.echo(f"-- {out.name}", err=True)
+        mxdsurgery.convert(
+            str(shared / "models" / subject.model),
+            data=str(shared / "text" / subject.data),
+            eval_data=str(shared / "text" / subject.eval_data),
+            eval_tokens=subject.eval_tokens,
+            dtype="float32",
+            device="cpu",
+            out=str(out),
+            reporter=ConsoleReporter(),
+            **{"tokens": subject.tokens, **options},
+        )
+    return json.loads((out / "evaluation.json").read_text()) | {"plan": json.loads((out / "plan.json").read_text())}
+
+
+def table(evaluation: dict) -> Iterator[str]:
+    """A Markdown table: a row per layer and one for all."""
+    yield "| layer | " + " | ".join(heading for _, heading, _ in FIGURES) + " |"
+    yield "|---" * (len(FIGURES) + 1) + "|"
+    for row in figure_rows(evaluation):
+        yield "| " + " | ".join(row) + " |"
+
+
+def spent(evaluation: dict) -> str:
+    """What a conversion rests on, in one line."""
+    training, layers = evaluation["training"], evaluation["plan"]["layers"]
+    low, high = evaluation["all"]["delta_ce_ci"]
+    return (
+        f"N = {layers[0]['n_experts']:,}; trained on {compact(training['tokens'])} tokens "
+        f"in {training['seconds'] / 60:.1f} minutes ({training['passes_over_the_text']} passes over the text); measured on {evaluation['tokens']:,} held-out tokens, "
+        f"original CE {evaluation['original']['ce']:.4f}; all layers' ΔCE 95 % interval [{low:+.4f}, {high:+.4f}]."
+    )
+
+
+@click.command(help=__doc__)
+@click.option("--shared", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs/results"), show_default=True)
+@click.option("--only", help="Only models whose name contains this.")
+def main(shared: Path, runs: Path, only: str | None) -> None:
+    subjects = [subject for subject in SUBJECTS if only is None or only in subject.model]
+    results = {
+        (subject.model, init, k): converted(subject, shared, runs / f"{subject.model}_{init}_k{k}", init=init, k=k)
+        for subject in subjects
+        for k in KS
+        for init in INITS
+    }
+    click.echo("# Results on small models\n")
+    click.echo("Printed by `python scripts/results.py --shared ../shared > docs/results.md`")
+    threads = torch.get_num_threads()
+    click.echo(f"(torch {torch.__version__.split('+')[0]}, {platform.machine()}, {threads} CPU threads, fp32).\n")
+    click.echo(LEGEND + "\n")
+    click.echo("## All layers at once, by `init` and K\n")
+    click.echo("| model | init | K | ΔCE | KL | top-1 agreement | NMSE | ΔCE if zeroed | expert share | tokens | minutes |")
+    click.echo("|---|---|---|---|---|---|---|---|---|---|---|")
+    for (model, init, k), evaluation in results.items():
+        every, training = evaluation["all"], evaluation["training"]
+        click.echo(
+            f"| {model} | {init} | {k} | {every['delta_ce']:+.4f} | {every['kl']:.4f} | {every['top1_agreement']:.1%} "
+            f"| {every['nmse']:.4f} | {every['zero_delta_ce']:+.4f} | {every['expert_share']:.2f} "
+            f"| {compact(training['tokens'])} | {training['seconds'] / 60:.1f} |"
+        )
+    if any(subject.model == "books-llama-6m" for subject in subjects):
+        long = converted(SUBJECTS[0], shared, runs / "books-llama-6m_layer3_long", **LONG)
+        click.echo("\n## One middle layer, trained longer: books-llama-6m, layer 3, K = 16, `encoder`\n")
+        click.echo("\n".join(table(long)) + "\n\n" + spent(long))
+    for (model, init, k), evaluation in results.items():
+        click.echo(f"\n## {model}, `{init}`, K = {k}\n")
+        click.echo("\n".join(table(evaluation)) + "\n\n" + spent(evaluation))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The main job from end to end, as a library and as a command, on the embedded demo model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import shared_folder
+from transformers import AutoModelForCausalLM
+
+import mxdsurgery
+from mxdsurgery.cli import main
+from mxdsurgery.errors import BaseModelError
+
+
+def test_a_conversion_leaves_a_folder_that_plain_transformers_runs(converted):
+    model = AutoModelForCausalLM.from_pretrained(converted.out, trust_remote_code=True)
+    layers = model.model.layers
+    assert [type(layer.mlp).__name__ for layer in layers] == ["LlamaMLP", "MxDLayer", "MxDLayer", "LlamaMLP"]
+    evaluation = json.loads((converted.out / "evaluation.json").read_text())
+    assert evaluation == converted.evaluation
+    assert [entry["layer"] for entry in evaluation["layers"]] == [1, 2]
+    assert evaluation["all"]["nmse"] < 1.0
+
+
+def test_the_saved_recipe_makes_the_same_weights_again(converted, tmp_path):
+    again = mxdsurgery.convert("demo-glu", recipe=converted.out / "recipe.yaml", out=str(tmp_path / "again"))
+    first = mxdsurgery.load(converted.out).model.state_dict()
+    second = mxdsurgery.load(again.out).model.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert again.evaluation["all"] == converted.evaluation["all"]
+
+
+def test_evaluate_measures_the_folder_as_convert_did_and_takes_another_text(converted, tmp_path):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(converted.out, folder)
+    again = mxdsurgery.evaluate(folder)
+    assert again["all"] == {k: v for k, v in converted.evaluation["all"].items()}
+    text = tmp_path / "other.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 200)
+    other = mxdsurgery.evaluate(folder, data=str(text), tokens=1000)
+    assert other["data"] == str(text) and other["tokens"] != again["tokens"]
+    assert json.loads((folder / "evaluation.json").read_text()) == other
+    assert f"{other['tokens']:,} tokens of held-out text" in (folder / "README.md").read_text()
+
+
+def test_evaluate_refuses_another_base_model(converted):
+    with pytest.raises(BaseModelError, match="demo-mlp"):
+        mxdsurgery.evaluate(converted.out, base="demo-mlp")
+
+
+def test_generate_continues_the_prompt_and_repeats_itself_with_the_same_seed(converted):
+    first = mxdsurgery.generate(converted.out, prompt="import os\n", max_new_tokens=12, samples=2)
+    assert len(first) == 2 and all(text.startswith("import os\n") and len(text) > 10 for text in first)
+    assert mxdsurgery.generate(converted.out, prompt="import os\n", max_new_tokens=12, samples=2) == first
+    assert mxdsurgery.generate(converted.out, prompt="import os\n", max_new_tokens=12, seed=1) != first[:1]
+
+
+@pytest.mark.parametrize("model", ["demo-glu", "demo-mlp"])
+def test_analyze_and_plan_print_tables_and_json(model):
+    for command in (["analyze", model], ["plan", model]):
+        table = CliRunner().invoke(main, command)
+        assert table.exit_code == 0 and model in table.output
+        parsed = json.loads(CliRunner().invoke(main, [*command, "--json"]).output)
+        assert len(parsed["layers"]) == 4
+
+
+def test_the_commands_do_what_the_functions_do(converted, tmp_path):
+    out = tmp_path / "out"
+    options = ["--layers", "-1", "--tokens", "10k", "--eval-tokens", "2k", "--n-experts", "64", "--k", "4", "--out", str(out)]
+    made = CliRunner().invoke(main, ["convert", "demo-mlp", *options])
+    assert made.exit_code == 0, made.output
+    assert "expert share" in made.output and str(out) in made.output
+    measured = CliRunner().invoke(main, ["evaluate", str(out), "--json"])
+    assert json.loads(measured.stdout)["all"] == json.loads((out / "evaluation.json").read_text())["all"]
+    spoken = CliRunner().invoke(main, ["generate", str(out), "--prompt", "import", "--max-new-tokens", "5"])
+    assert spoken.exit_code == 0 and spoken.output.startswith("import")
+
+
+def test_ctrl_c_says_what_is_there_and_writes_no_model(tmp_path):
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "mxdsurgery",
+        "convert",
+        "demo-glu",
+        "--tokens",
+        "50M",
+        "--layers",
+        "0",
+        "--n-experts",
+        "64",
+    ]
+    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True, env=os.environ)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("distil"):
+            break
+        if line.startswith("proof"):
+            time.sleep(6)  # the first progress line takes longer than this test wants to wait
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, "".join(lines) + rest
+    assert "Traceback" not in rest and "No model was written" in rest
+    assert not out.exists()
+    kept = tmp_path / "out.interrupted"
+    assert json.loads((kept / "state.json").read_text())["finished"] is False
+    assert {"layers.safetensors", "recipe.yaml", "plan.json"} <= {path.name for path in kept.iterdir()}
+
+
+def test_the_example_runs_on_a_converted_model_without_mxdsurgery(converted):
+    code = "import sys, runpy; sys.modules['mxdsurgery'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
+    example = str(shared_examples() / "ablate_expert.py")
+    done = subprocess.run([sys.executable, "-c", code, example, str(converted.out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ablated, the mean loss goes from" in done.stdout
+
+
+def shared_examples():
+    from pathlib import Path
+
+    return Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize("name", ["books-llama-6m", "stories260K", "tinystories-chat-gpt2-3M"])
+def test_every_model_beside_the_project_converts_in_all_layers(name, shared, tmp_path):
+    texts = shared / "text"
+    made = mxdsurgery.convert(
+        str(shared / "models" / name),
+        layers="all",
+        data=str(texts / "tinystories-train.txt"),
+        eval_data=str(texts / "tinystories-heldout.txt"),
+        tokens=40_000,
+        eval_tokens=3_000,
+        n_experts=256,
+        k=8,
+        shuffle=100_000,
+        out=str(tmp_path / "out"),
+        device="cpu",
+    )
+    assert made.evaluation["all"]["nmse"] < 1.0
+    assert made.evaluation["all"]["delta_ce"] < made.evaluation["all"]["zero_delta_ce"]
+
+
+@pytest.mark.skipif(shared_folder() is None, reason="no ../shared beside the project, and MXD_SHARED points nowhere")
+def test_a_relative_path_from_another_folder_still_evaluates(shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(shared / "models")
+    made = mxdsurgery.convert(
+        "stories260K",
+        layers="0",
+        data=str(shared / "text" / "tinystories-train.txt"),
+        eval_data=str(shared / "text" / "tinystories-heldout.txt"),
+        tokens=10_000,
+        eval_tokens=2_000,
+        n_experts=64,
+        k=4,
+        shuffle=0,
+        out=str(tmp_path / "out"),
+        device="cpu",
+    )
+    monkeypatch.chdir(tmp_path)
+    assert mxdsurgery.evaluate("out")["all"] == made.evaluation["all"]
