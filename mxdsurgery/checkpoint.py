@@ -125,9 +125,9 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: str =
     values = read_config(folder)
     base_config = CONFIG_MAPPING[values["mxd"]["family"]]
     config_class = converted_config_class(base_config)
-    config = config_class.from_pretrained(folder)
     model_class = converted_model_class(MODEL_FOR_CAUSAL_LM_MAPPING[base_config], config_class)
     try:
+        config = config_class.from_pretrained(folder)
         model, info = model_class.from_pretrained(
             folder,
             config=config,

@@ -96,8 +96,6 @@ def convert(model: str, *, recipe: str | Path | None = None, reporter: Reporter 
     with reporter.progress("evaluate", "passes") as line:
         evaluation = measure(base, made.blocks, layers, heldout, resolved.batch, line.update)
     evaluation |= {"data": resolved.eval_data or resolved.data, "training": _training_record(progress, train)}
-    for entry in evaluation["layers"]:
-        entry["training_dead_share"] = progress.dead_share[entry["layer"]]
     differences = export(base, layers, made, resolved, evaluation, tokenizer, heldout[:_CHECK_CONTEXTS], out)
     reporter.say(f"exported   {out}; reloaded without mxdsurgery, logits differ by at most {differences['logits']:.1g}")
     accelerator.end_training()
@@ -234,6 +232,8 @@ def _training_record(progress: Progress, train: TextStream) -> dict[str, Any]:
         "steps": progress.steps,
         "seconds": round(progress.seconds, 1),
         "passes_over_the_text": train.passes,
+        # Experts that had not fired for the last tenth of the training tokens, by layer.
+        "dead_share": {str(layer): share for layer, share in progress.dead_share.items()},
     }
 
 

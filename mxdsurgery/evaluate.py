@@ -1,13 +1,14 @@
 """``evaluate``: measures a converted model again, on the same or another text."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from mxdsurgery.checkpoint import RECIPE_FILE, Converted, load
+from mxdsurgery.checkpoint import EVALUATION_FILE, RECIPE_FILE, Converted, load
 from mxdsurgery.console import Reporter
 from mxdsurgery.convert import make_accelerator, open_texts
 from mxdsurgery.demo import DEMO_MODELS
@@ -52,7 +53,7 @@ def evaluate(
     converted = load(folder)
     given = {"eval_tokens": tokens, "device": device}
     recipe = Recipe(**load_recipe(folder / RECIPE_FILE) | {name: value for name, value in given.items() if value is not None})
-    accelerator = make_accelerator(recipe)
+    accelerator = make_accelerator(dataclasses.replace(recipe, tracker="none"))
     tokenizer = converted.tokenizer()
     if data is not None:
         stream = TextStream(data, Packing(tokenizer, recipe.context, recipe.prepend_bos), recipe.text_column)
@@ -66,9 +67,19 @@ def evaluate(
     with reporter.progress("evaluate", "passes") as line:
         evaluation = measure(original, converted.plan.blocks, converted.layers, heldout, recipe.batch, line.update)
     evaluation["data"] = data or recipe.eval_data or recipe.data
+    evaluation |= _training_record(folder)
     resolved = dataclasses.replace(recipe, eval_data=evaluation["data"])
     write_evaluation(folder, evaluation, converted.plan, resolved)
     return evaluation
+
+
+def _training_record(folder: Path) -> dict[str, Any]:
+    """The entry of the conversion's own evaluation.json that says what training took; nothing where that file is gone."""
+    try:
+        record = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
+        return {"training": record["training"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def load_original(converted: Converted, name: str, recipe: Recipe) -> PreTrainedModel:

@@ -11,7 +11,7 @@ import json
 import os
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -140,14 +140,26 @@ def _check_column(text_column: str, columns: list[str], where: str) -> None:
         )
 
 
-def _hub_documents(spec: str, text_column: str) -> Iterator[str]:
+def _open_stream(spec: str) -> Iterable[dict]:
+    """The rows of a data set on the hub, streamed."""
     from datasets import load_dataset
 
     name, _, rest = spec.partition(":")
     config, _, split = rest.partition(":")
+    options = {"split": split or "train", "streaming": True}
+    try:
+        return load_dataset(name, config or None, **options)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        # Data sets that come with a loading script: the hub keeps a converted copy of the same rows.
+        return load_dataset(name, config or None, revision="refs/convert/parquet", **options)
+
+
+def _hub_documents(spec: str, text_column: str) -> Iterator[str]:
     where = f"the data set {spec!r}"
     try:
-        for number, row in enumerate(load_dataset(name, config or None, split=split or "train", streaming=True)):
+        for number, row in enumerate(_open_stream(spec)):
             if number == 0:
                 _check_column(text_column, list(row), where)
             if row[text_column] is not None:
@@ -177,8 +189,14 @@ class Packing:
     prepend_bos: bool | None = None
 
     def first_tokens(self) -> list[int]:
-        """What every context begins with: the BOS token, or nothing."""
+        """What every context begins with: the BOS token, or nothing.
+
+        Raises:
+            DataError: ``prepend_bos`` is asked for and there is no such token.
+        """
         bos = self.tokenizer.bos_token_id
+        if bos is None and self.prepend_bos:
+            raise DataError("recipe key 'prepend_bos' is true, but the tokenizer has no BOS token", fix="leave it out")
         if bos is None or self.prepend_bos is False:
             return []
         return [bos] if self.prepend_bos or self.tokenizer("a")["input_ids"][:1] == [bos] else []

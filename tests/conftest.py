@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 _COMMON = {
     "hidden_size": 32,
@@ -23,7 +23,15 @@ _COMMON = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
-_GPT2_NAMES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}
+_GPT2_NAMES = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "vocab_size": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 _OPT_NAMES = {"hidden_size": 32, "ffn_dim": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32}
 _NEO_NAMES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
 _VOCAB = {"vocab_size": 64, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

@@ -82,9 +82,7 @@ def test_without_trust_it_does_not_load_as_something_else(folder):
 def test_generate_with_the_cache_is_generate_without_it(folder):
     model = remote(folder)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    assert torch.equal(
-        model.generate(IDS, use_cache=True, **options), model.generate(IDS, use_cache=False, **options)
-    )
+    assert torch.equal(model.generate(IDS, use_cache=True, **options), model.generate(IDS, use_cache=False, **options))
 
 
 def test_tied_weights_stay_tied_and_saving_again_keeps_everything(folder, tmp_path):

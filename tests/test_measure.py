@@ -124,7 +124,13 @@ def test_position_0_does_not_count():
 class _SpoilsPosition0(torch.nn.Module):
     def __init__(self, layer):
         super().__init__()
-        self.layer, self.gate, self.decoder, self.hidden, self.bias = layer, layer.gate, layer.decoder, layer.hidden, layer.bias
+        self.layer, self.gate, self.decoder, self.hidden, self.bias = (
+            layer,
+            layer.gate,
+            layer.decoder,
+            layer.hidden,
+            layer.bias,
+        )
 
     def forward(self, x):
         y = self.layer(x).clone()
