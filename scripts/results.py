@@ -34,9 +34,9 @@ class Subject:
 
 
 SUBJECTS = (
-    Subject("books-llama-6m", "train.jsonl.gz", "heldout.jsonl.gz", 1_000_000, 18_432),
-    Subject("tinystories-chat-gpt2-3M", "tinystories-train.txt", "tinystories-heldout.txt", 1_000_000, 18_432),
-    Subject("stories260K", "tinystories-train.txt", "tinystories-heldout.txt", 1_000_000, 18_432),
+    Subject("books-llama-6m", "train.jsonl.gz", "heldout.jsonl.gz", 500_000, 18_432),
+    Subject("tinystories-chat-gpt2-3M", "tinystories-train.txt", "tinystories-heldout.txt", 500_000, 18_432),
+    Subject("stories260K", "tinystories-train.txt", "tinystories-heldout.txt", 500_000, 18_432),
 )
 # The prototype's point: one middle layer, trained longer.
 LONG = {"layers": "3", "k": 16, "init": "encoder", "tokens": 3_600_000}
@@ -74,8 +74,9 @@ def spent(evaluation: dict) -> str:
     low, high = evaluation["all"]["delta_ce_ci"]
     return (
         f"N = {layers[0]['n_experts']:,}; trained on {compact(training['tokens'])} tokens "
-        f"in {training['seconds'] / 60:.1f} minutes ({training['passes_over_the_text']} passes over the text); measured on {evaluation['tokens']:,} held-out tokens, "
-        f"original CE {evaluation['original']['ce']:.4f}; all layers' ΔCE 95 % interval [{low:+.4f}, {high:+.4f}]."
+        f"in {training['seconds'] / 60:.1f} minutes ({training['passes_over_the_text']} passes over the text); "
+        f"measured on {evaluation['tokens']:,} held-out tokens, original CE {evaluation['original']['ce']:.4f}; "
+        f"all layers' ΔCE 95 % interval [{low:+.4f}, {high:+.4f}]."
     )
 
 
