@@ -5,18 +5,18 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import click
-import datasets
 import transformers
 from rich.console import Console
 
 import mxdsurgery
 from mxdsurgery.card import LEGEND, evaluation_table
 from mxdsurgery.console import ConsoleReporter
-from mxdsurgery.errors import MxDError
+from mxdsurgery.errors import MxDError, MxDWarning
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe, parse_count
 
 _INTERRUPTED = 130  # what a shell expects of a process that Ctrl-C ended
@@ -86,11 +86,14 @@ def _print_table(*parts: Any) -> None:
 
 
 def _quiet_libraries() -> None:
-    """The libraries' own progress bars and advice would interrupt ours."""
+    """The libraries' own progress bars, warnings and advice would interrupt ours."""
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("once", MxDWarning)
+    warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 

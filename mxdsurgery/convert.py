@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,15 +116,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     Raises:
         DeviceError: the device is not there, or several processes were launched.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(recipe.device, True):
-        usable = ["cpu", *(name for name, available in there.items() if available)]
-        raise DeviceError(
-            f"recipe key 'device' is {recipe.device!r}, which this machine does not have", expected=" or ".join(usable)
-        )
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("recipe key 'device' is 'cuda', which this machine does not have", expected="cpu")
     AcceleratorState._reset_state()  # a second conversion in the same process may want another precision
     accelerator = Accelerator(
-        cpu=recipe.device == "cpu",
+        cpu=not _on_gpu(recipe),
         mixed_precision="bf16" if _uses_bf16(recipe) else "no",
         log_with=None if recipe.tracker == "none" else recipe.tracker,
         project_dir=None if recipe.tracker == "none" else f"{recipe.out}.runs",
@@ -142,11 +137,15 @@ def _uses_bf16(recipe: Recipe) -> bool:
     """Whether training computes under bf16 autocast: as asked, or where the device multiplies bf16 matrices itself."""
     if recipe.precision != "auto":
         return recipe.precision == "bf16"
-    if recipe.device != "cpu" and torch.cuda.is_available():
+    if _on_gpu(recipe):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # On a CPU with AMX a step takes about half as long, and the layers come out as good (see docs/results.md).
+    # On a CPU with AMX a step takes about half as long, and the layers come out as good.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.9
-    return recipe.device in ("auto", "cpu") and bool(capabilities.get("amx_bf16"))
+    return bool(capabilities.get("amx_bf16"))
+
+
+def _on_gpu(recipe: Recipe) -> bool:
+    return recipe.device != "cpu" and torch.cuda.is_available()
 
 
 def open_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[TextStream, Tensor]:
@@ -247,7 +246,7 @@ def _keep_unfinished(out: Path, layers: dict[int, MxDLayer], made: Plan, recipe:
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     write_json(folder / PLAN_FILE, made.to_dict())
     state = dataclasses.asdict(progress) | {"tokens": progress.tokens, "finished": False}
-    write_json(folder / "state.json", json.loads(json.dumps(state)))
+    write_json(folder / "state.json", state)
     return (
         f"Interrupted at step {progress.step} of {progress.steps} ({compact(progress.tokens)} tokens). "
         f"No model was written to {out}. The layers so far are in {folder}: layers.safetensors (fp32 weights), "

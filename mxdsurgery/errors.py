@@ -24,6 +24,10 @@ class MxDError(Exception):
         super().__init__("\n".join(lines))
 
 
+class MxDWarning(UserWarning):
+    """Something that is allowed but hardly meant."""
+
+
 class RecipeError(MxDError):
     """A recipe or flag with an unknown key, a wrong type or a value out of range."""
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.activations import record_activations
 from mxdsurgery.blocks import Block, Part
+from mxdsurgery.errors import MxDWarning
 from mxdsurgery.layer import MxDLayer
 
 # `pretrained`: how much a token's gate pre-activations spread around 1, where they all stand at first.
@@ -78,6 +79,7 @@ def initial_layer(
         warnings.warn(
             "init: pretrained is faithful from the start because the dense path does all the work: expert_share will be "
             "near 0 and the experts mean little. Use init: encoder to study experts.",
+            MxDWarning,
             stacklevel=2,
         )
         layer.decoder.weight.copy_(block.decoder.weight(root))

@@ -157,9 +157,7 @@ class Recipe:
         "dtype of the base model and of the result; auto: the base checkpoint's",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    device: str = _key(
-        "auto", "text", "where to run; auto: an accelerator if there is one", choices=("auto", "cpu", "cuda", "mps")
-    )
+    device: str = _key("auto", "text", "where to run; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
     seed: int = _key(0, "count", "seed of every random choice", low=0, high=2**32 - 1)
     tracker: str = _key("none", "text", "where to log the training", choices=("none", "tensorboard", "wandb"))
     # Where to

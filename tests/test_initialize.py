@@ -6,6 +6,7 @@ from conftest import FAMILIES, tiny_model
 
 from mxdsurgery.activations import record_activations
 from mxdsurgery.blocks import find_blocks
+from mxdsurgery.errors import MxDWarning
 from mxdsurgery.initialize import initial_layer, measure_statistics
 
 BATCHES = [torch.randint(1, 64, (8, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
@@ -50,7 +51,7 @@ def test_the_average_token_favours_no_expert(init):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
 def test_pretrained_is_near_the_block_at_once_and_warns(family):
-    with pytest.warns(UserWarning, match="expert_share"):
+    with pytest.warns(MxDWarning, match="expert_share"):
         _, _, _, layer, x, y = start(family, "pretrained")
     nmse = (layer(x) - y).square().sum() / y.square().sum()
     assert nmse < 0.1
