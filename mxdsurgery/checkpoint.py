@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from mxdsurgery.errors import NotConvertedError, WeightsError
 from mxdsurgery.initialize import layer_shape
 from mxdsurgery.layer import MxDLayer, MxDSurgeryMixin
+from mxdsurgery.model import check_complete
 from mxdsurgery.plan import Plan, read_plan
 
 # Of the `mxd` entry in an exported config.json and of the weights' names. Raised when either changes.
@@ -138,9 +139,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: str =
         plan = read_plan(folder / PLAN_FILE)
     except Exception as error:  # transformers, safetensors and json raise a dozen kinds here
         raise WeightsError(f"{str(folder)!r} cannot be loaded: {error}", expected="the folder as it was written") from None
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if missing:
-        raise WeightsError(f"{str(folder)!r}: {len(missing)} weights are missing or of another shape: {missing[0]} ...")
+    check_complete(str(folder), info)
     model.to(device).eval().requires_grad_(False)
     layers = {block.layer: model.base_model.get_submodule(block.path) for block in plan.blocks}
     return Converted(folder, model, plan, layers)

@@ -1,25 +1,21 @@
 """``convert``: the whole job, from a model's name to a folder that transformers loads."""
 
 import dataclasses
-import importlib.util
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from mxdsurgery.accelerator import make_accelerator
 from mxdsurgery.blocks import prove_block
 from mxdsurgery.checkpoint import PLAN_FILE, RECIPE_FILE
 from mxdsurgery.console import ProgressLine, Reporter, compact, duration
 from mxdsurgery.distill import Progress, distill
-from mxdsurgery.errors import DeviceError, RecipeError
 from mxdsurgery.export import check_output, export, write_json
 from mxdsurgery.initialize import initial_layer, measure_statistics
 from mxdsurgery.layer import MxDLayer
@@ -27,7 +23,7 @@ from mxdsurgery.measure import measure
 from mxdsurgery.model import load_model, load_tokenizer
 from mxdsurgery.plan import Plan, plan
 from mxdsurgery.recipe import Recipe
-from mxdsurgery.text import Packing, TextStream
+from mxdsurgery.text import TextStream, open_texts
 
 # The statistics that layers start from rest on so many batches of the training text.
 _STATISTICS_BATCHES = 4
@@ -77,7 +73,6 @@ def convert(model: str, *, recipe: str | Path | None = None, reporter: Reporter 
     reporter = reporter or Reporter()
     made, resolved = plan(model, recipe=recipe, **overrides)
     out = check_output(resolved.out, resolved.overwrite)
-    _check_tracker(resolved)
     for line in (f"recipe     {made.recipe_file}", *made.summary(resolved)):
         reporter.say(line)
     accelerator = make_accelerator(resolved)
@@ -99,71 +94,6 @@ def convert(model: str, *, recipe: str | Path | None = None, reporter: Reporter 
     reporter.say(f"exported   {out}; reloaded without mxdsurgery, logits differ by at most {differences['logits']:.1g}")
     accelerator.end_training()
     return Conversion(out, made, resolved, evaluation, progress.seconds)
-
-
-def _check_tracker(recipe: Recipe) -> None:
-    """Raises RecipeError for a tracker that is not installed: Accelerate would only warn and log nothing."""
-    if recipe.tracker != "none" and importlib.util.find_spec(recipe.tracker) is None:
-        raise RecipeError(
-            f"recipe key 'tracker' is {recipe.tracker!r}, which is not installed",
-            fix=f"pip install 'mxdsurgery[{recipe.tracker}]'",
-        )
-
-
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Accelerate, on the recipe's device, with its precision and tracker.
-
-    Raises:
-        DeviceError: the device is not there, or several processes were launched.
-    """
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("recipe key 'device' is 'cuda', which this machine does not have", expected="cpu")
-    AcceleratorState._reset_state()  # a second conversion in the same process may want another precision
-    accelerator = Accelerator(
-        cpu=not _on_gpu(recipe),
-        mixed_precision="bf16" if _uses_bf16(recipe) else "no",
-        log_with=None if recipe.tracker == "none" else recipe.tracker,
-        project_dir=None if recipe.tracker == "none" else f"{recipe.out}.runs",
-    )
-    if accelerator.num_processes > 1:
-        raise DeviceError(
-            f"{accelerator.num_processes} processes were launched", expected="one", fix="run without accelerate launch"
-        )
-    torch.manual_seed(recipe.seed)
-    return accelerator
-
-
-def _uses_bf16(recipe: Recipe) -> bool:
-    """Whether training computes under bf16 autocast: as asked, or where the device multiplies bf16 matrices itself."""
-    if recipe.precision != "auto":
-        return recipe.precision == "bf16"
-    if _on_gpu(recipe):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # On a CPU with AMX a step takes about half as long, and the layers come out as good.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.9
-    return bool(capabilities.get("amx_bf16"))
-
-
-def _on_gpu(recipe: Recipe) -> bool:
-    return recipe.device != "cpu" and torch.cuda.is_available()
-
-
-def open_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[TextStream, Tensor]:
-    """The training text, and the held-out contexts (S, T): of ``eval_data``, or else the first ones of ``data``.
-
-    Raises:
-        DataError: either cannot be read or is too short.
-    """
-    packing = Packing(tokenizer, recipe.context, recipe.prepend_bos)
-    train = TextStream(recipe.data, packing, recipe.text_column, shuffle=recipe.shuffle, seed=recipe.seed)
-    if recipe.eval_data is not None:
-        heldout = TextStream(recipe.eval_data, packing, recipe.text_column).spread(recipe.eval_tokens)
-    else:
-        heldout = train.first(recipe.eval_tokens)
-        train = dataclasses.replace(train, skip=len(heldout))
-    next(train.contexts())  # fails now, not after the model is loaded
-    train.passes = 0
-    return train, heldout
 
 
 def _train(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from mxdsurgery.accelerator import make_accelerator
 from mxdsurgery.checkpoint import EVALUATION_FILE, RECIPE_FILE, Converted, load
 from mxdsurgery.console import Reporter
-from mxdsurgery.convert import make_accelerator, open_texts
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import BaseModelError, MxDError
 from mxdsurgery.export import write_evaluation
@@ -18,7 +18,7 @@ from mxdsurgery.measure import measure
 from mxdsurgery.model import load_model
 from mxdsurgery.recipe import Recipe, load_recipe
 from mxdsurgery.surgery import replaced
-from mxdsurgery.text import Packing, TextStream
+from mxdsurgery.text import Packing, TextStream, open_texts
 
 
 def evaluate(

@@ -226,13 +226,18 @@ def load_model(
         )
     except Exception as error:  # transformers and safetensors raise a dozen kinds here
         raise WeightsError(f"the weights of {model!r} cannot be loaded: {_first_line(error)}") from None
+    check_complete(model, info)
+    return loaded.to(device).eval().requires_grad_(False)
+
+
+def check_complete(model: str, info: dict[str, Any]) -> None:
+    """Raises WeightsError if transformers' loading info says that weights were missing or of another shape."""
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise WeightsError(
             f"{len(missing)} weights of {model!r} are missing or of another shape: {', '.join(missing[:3])} ...",
             expected="a complete checkpoint of this architecture",
         )
-    return loaded.to(device).eval().requires_grad_(False)
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:

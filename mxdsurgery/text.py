@@ -5,6 +5,7 @@ A text is named by a SPEC: a local ``.txt``, ``.jsonl``, ``.jsonl.gz`` or ``.par
 ``user/name[:config[:split]]``, which is streamed, never downloaded whole.
 """
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mxdsurgery.demo import stdlib_documents
 from mxdsurgery.errors import DataError
+from mxdsurgery.recipe import Recipe
 
 _FORMS = "a .txt, .jsonl, .jsonl.gz or .parquet file, a data set on the hub (user/name[:config[:split]]), or stdlib"
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
@@ -294,3 +296,21 @@ class TextStream:
         rows = list(itertools.islice(self.contexts(), wanted * _SPREAD))
         wanted = min(wanted, len(rows))
         return torch.stack([rows[index * len(rows) // wanted] for index in range(wanted)])
+
+
+def open_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[TextStream, Tensor]:
+    """The training text, and the held-out contexts (S, T): of ``eval_data``, or else the first ones of ``data``.
+
+    Raises:
+        DataError: either cannot be read or is too short.
+    """
+    packing = Packing(tokenizer, recipe.context, recipe.prepend_bos)
+    train = TextStream(recipe.data, packing, recipe.text_column, shuffle=recipe.shuffle, seed=recipe.seed)
+    if recipe.eval_data is not None:
+        heldout = TextStream(recipe.eval_data, packing, recipe.text_column).spread(recipe.eval_tokens)
+    else:
+        heldout = train.first(recipe.eval_tokens)
+        train = dataclasses.replace(train, skip=len(heldout))
+    next(train.contexts())  # fails now, not after the model is loaded
+    train.passes = 0
+    return train, heldout

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "mxdsurgery"
 # activations, layer, training, measuring, surgery, export, and the commands on top.
 ORDER = [
     "errors", "demo", "selection", "recipe", "console", "model", "blocks", "analyze", "plan", "card",
-    "text", "activations", "layer", "initialize", "distill", "surgery", "metrics", "measure", "checkpoint", "export",
-    "convert", "evaluate", "generate", "__init__", "cli", "__main__",
+    "text", "accelerator", "activations", "layer", "initialize", "distill", "surgery", "metrics", "measure",
+    "checkpoint", "export", "convert", "evaluate", "generate", "__init__", "cli", "__main__",
 ]  # fmt: skip
 
 
