@@ -83,7 +83,7 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any]) -> str:
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
             'model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)',
-            'tokenizer = AutoTokenizer.from_pretrained("this folder")',
+            'tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)',
             "```",
             "",
             f"The coefficients of the experts of layer {first.block.layer} are the output of `{_gate_path(plan)}`: "

@@ -59,19 +59,19 @@ def measure(
     subsets = {block.layer: [block] for block in blocks} | {"all": list(blocks)}
     variants = {key: _variants(subset, layers, statistics) for key, subset in subsets.items()}
     tables = {key: Table() for key in subsets}
-    total, done = len(batches) * sum(1 + len(v) for v in variants.values()), 0
+    total, done = len(batches) * sum(len(v) for v in variants.values()), 0
     for ids in batches:
         original = _run_original(model, blocks, ids)
+        original_sums = next_token_sums(original.logits, original.logits, ids)
         for key, subset in subsets.items():
-            tables[key].add("original", next_token_sums(original.logits, original.logits, ids))
+            tables[key].add("original", original_sums)
             for name, modules in variants[key].items():
                 sums, errors = _run_variant(model, subset, modules, ids, original, statistics)
                 tables[key].add(name, sums)
                 if name in ("converted", "constant"):
                     tables[key].add(name, errors)
                 done += 1
-            done += 1
-            report(done, total)
+                report(done, total)
     scored = scored_predictions(input_ids)
     columns = {key: table.columns() for key, table in tables.items()}
     for column in columns.values():

@@ -171,7 +171,7 @@ def test_the_folder_holds_what_it_should(folder):
     assert config["mxd"]["layers"][1]["path"] == "layers.1.mlp"
     card = (folder / "README.md").read_text()
     assert "| all |" in card and "model.base_model.layers.0.mlp.gate" in card
-    assert AutoTokenizer.from_pretrained(folder)("import os")["input_ids"]
+    assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("import os")["input_ids"]
 
 
 def test_load_reads_the_folder_without_running_its_code(folder, tmp_path):
