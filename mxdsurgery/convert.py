@@ -1,14 +1,17 @@
 """``convert``: the whole job, from a model's name to a folder that transformers loads."""
 
 import dataclasses
+import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxdsurgery.accelerator import make_accelerator
@@ -16,6 +19,7 @@ from mxdsurgery.blocks import prove_block
 from mxdsurgery.checkpoint import PLAN_FILE, RECIPE_FILE
 from mxdsurgery.console import ProgressLine, Reporter, compact, duration
 from mxdsurgery.distill import Progress, distill
+from mxdsurgery.errors import ExportError, OutputError
 from mxdsurgery.export import check_output, export, write_json
 from mxdsurgery.initialize import initial_layer, measure_statistics
 from mxdsurgery.layer import MxDLayer
@@ -82,38 +86,25 @@ def convert(model: str, *, recipe: str | Path | None = None, reporter: Reporter 
     base = load_model(model, revision=resolved.revision, dtype=made.dtype, device=accelerator.device)
     worst = max(prove_block(base, block) for block in made.blocks)
     reporter.say(f"proof      {len(made.blocks)} blocks recomputed from their weights, largest relative error {worst:.1e}")
-    if resolved.tracker != "none":
-        settings = {name: value for name, value in resolved.to_dict().items() if value is not None}
-        accelerator.init_trackers("mxdsurgery", config=settings)
-    layers, progress = _train(base, made, resolved, train, accelerator, reporter, out)
-
-    with reporter.progress("evaluate", "passes") as line:
-        evaluation = measure(base, made.blocks, layers, heldout, resolved.batch, line.update)
-    evaluation |= {"data": resolved.eval_data or resolved.data, "training": _training_record(progress, train)}
-    differences = export(base, layers, made, resolved, evaluation, tokenizer, heldout[:_CHECK_CONTEXTS], out)
+    contexts = resolved.batch // resolved.context
+    batches = train.batches(contexts)
+    sample = [batch.to(accelerator.device) for batch in itertools.islice(batches, _STATISTICS_BATCHES)]
+    layers = _initial_layers(base, made, resolved, sample)
+    progress = Progress(made.steps, contexts * resolved.context)
+    with _kept(out, layers, made, resolved, progress):
+        _train(base, made, layers, itertools.chain(sample, batches), resolved, accelerator, progress, reporter)
+        with reporter.progress("evaluate", "passes") as line:
+            evaluation = measure(base, made.blocks, layers, heldout, resolved.batch, line.update)
+        evaluation |= {"data": resolved.eval_data or resolved.data, "training": _training_record(progress, train)}
+        differences = export(base, layers, made, resolved, evaluation, tokenizer, heldout[:_CHECK_CONTEXTS], out)
     reporter.say(f"exported   {out}; reloaded without mxdsurgery, logits differ by at most {differences['logits']:.1g}")
-    accelerator.end_training()
     return Conversion(out, made, resolved, evaluation, progress.seconds)
 
 
-def _train(
-    base: PreTrainedModel,
-    made: Plan,
-    recipe: Recipe,
-    train: TextStream,
-    accelerator: Accelerator,
-    reporter: Reporter,
-    out: Path,
-) -> tuple[dict[int, MxDLayer], Progress]:
-    """New layers, initialised and trained, in the base model's dtype and frozen."""
-    contexts = recipe.batch // recipe.context
-    progress = Progress(made.steps, contexts * recipe.context)
-    sample = [
-        batch.to(accelerator.device) for batch, _ in zip(train.batches(contexts), range(_STATISTICS_BATCHES), strict=False)
-    ]
-    train.passes = 0
+def _initial_layers(base: PreTrainedModel, made: Plan, recipe: Recipe, sample: list[Tensor]) -> dict[int, MxDLayer]:
+    """New layers by index, fp32, started from the base model and the statistics of a sample of the text."""
     statistics = measure_statistics(base, made.blocks, sample)
-    layers = {
+    return {
         layer.block.layer: initial_layer(
             base,
             layer.block,
@@ -125,30 +116,33 @@ def _train(
         )
         for layer in made.layers
     }
-    try:
-        with reporter.progress("distil", "tokens") as line:
-            distill(
-                base,
-                made.blocks,
-                layers,
-                train.batches(contexts),
-                recipe,
-                accelerator,
-                progress,
-                _report_to(line, progress),
-            )
-    except KeyboardInterrupt:
-        raise Interrupted(_keep_unfinished(out, layers, made, recipe, progress)) from None
+
+
+def _train(
+    base: PreTrainedModel,
+    made: Plan,
+    layers: dict[int, MxDLayer],
+    batches: Iterator[Tensor],
+    recipe: Recipe,
+    accelerator: Accelerator,
+    progress: Progress,
+    reporter: Reporter,
+) -> None:
+    """Distils the layers in place and leaves them frozen, in the base model's dtype."""
+    if recipe.tracker != "none":
+        settings = {name: value for name, value in recipe.to_dict().items() if value is not None}
+        accelerator.init_trackers("mxdsurgery", config=settings)
+    with reporter.progress("distil", "tokens") as line:
+        distill(base, made.blocks, layers, batches, recipe, accelerator, progress, _report_to(line))
+    accelerator.end_training()
+    for layer in layers.values():
+        layer.to(base.dtype).eval().requires_grad_(False)
     dead = sum(progress.dead_share.values()) / len(progress.dead_share)
-    passes = f", {train.passes} passes over the text" if train.passes > 1 else ""
-    reporter.say(
-        f"distilled  {compact(progress.tokens)} tokens in {duration(progress.seconds)}{passes}, {dead:.1%} of experts dead"
-    )
-    return {index: layer.to(base.dtype).eval().requires_grad_(False) for index, layer in layers.items()}, progress
+    reporter.say(f"distilled  {compact(progress.tokens)} tokens in {duration(progress.seconds)}, {dead:.1%} of experts dead")
 
 
-def _report_to(line: ProgressLine, progress: Progress) -> Callable[[Progress], None]:
-    def report(_: Progress) -> None:
+def _report_to(line: ProgressLine) -> Callable[[Progress], None]:
+    def report(progress: Progress) -> None:
         mean = sum(progress.nmse.values()) / len(progress.nmse)
         line.update(progress.tokens, progress.steps * progress.tokens_per_step, f"NMSE {mean:.4f}")
 
@@ -166,8 +160,28 @@ def _training_record(progress: Progress, train: TextStream) -> dict[str, Any]:
     }
 
 
-def _keep_unfinished(out: Path, layers: dict[int, MxDLayer], made: Plan, recipe: Recipe, progress: Progress) -> str:
-    """Writes the layers as far as they are trained, and says so. Replaces what an earlier interruption left."""
+@contextmanager
+def _kept(out: Path, layers: dict[int, MxDLayer], made: Plan, recipe: Recipe, progress: Progress) -> Iterator[None]:
+    """Keeps the layers when the work inside is interrupted, or when its result cannot be written.
+
+    Raises:
+        Interrupted: Ctrl-C.
+        OutputError, ExportError: as inside, telling what was kept.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"Interrupted. {_keep_layers(out, layers, made, recipe, progress)}") from None
+    except (OutputError, ExportError) as error:
+        try:
+            kept = _keep_layers(out, layers, made, recipe, progress)
+        except OSError:  # the same disk is full
+            raise error from None
+        raise type(error)(f"{error.found}\n{kept}", expected=error.expected, fix=error.fix) from None
+
+
+def _keep_layers(out: Path, layers: dict[int, MxDLayer], made: Plan, recipe: Recipe, progress: Progress) -> str:
+    """Writes the layers as far as they are trained, and says so. Replaces what an earlier run left there."""
     folder = out.with_name(out.name + ".interrupted")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -175,10 +189,10 @@ def _keep_unfinished(out: Path, layers: dict[int, MxDLayer], made: Plan, recipe:
     save_file(tensors, folder / "layers.safetensors")
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     write_json(folder / PLAN_FILE, made.to_dict())
-    state = dataclasses.asdict(progress) | {"tokens": progress.tokens, "finished": False}
-    write_json(folder / "state.json", state)
+    finished = progress.step == progress.steps
+    write_json(folder / "state.json", dataclasses.asdict(progress) | {"tokens": progress.tokens, "finished": finished})
     return (
-        f"Interrupted at step {progress.step} of {progress.steps} ({compact(progress.tokens)} tokens). "
-        f"No model was written to {out}. The layers so far are in {folder}: layers.safetensors (fp32 weights), "
-        "state.json (where training stood), recipe.yaml and plan.json."
+        f"No model was written to {out}. The layers after step {progress.step} of {progress.steps} "
+        f"({compact(progress.tokens)} tokens) are in {folder}: layers.safetensors, state.json (where training stood), "
+        "recipe.yaml and plan.json."
     )

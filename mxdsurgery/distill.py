@@ -22,7 +22,7 @@ from mxdsurgery.recipe import Recipe
 
 # Losses are looked at every so many steps: looking waits for the device.
 _CHECK_EVERY = 20
-# A loss this many times the first one has diverged.
+# A loss this many times the first one, and that of an output of zero, has diverged.
 _DIVERGED = 10.0
 # An expert is dead when it has not fired for this share of the training tokens.
 _DEAD_AFTER = 0.1
@@ -53,7 +53,8 @@ class _LayerInTraining:
         self.optimizer = torch.optim.Adam(layer.parameters(), lr=recipe.lr, fused=True)
         weight = layer.experts.weight
         self.last_fired = torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=weight.device)  # loss, ‖ŷ-y‖², ‖y‖²
+        # Since the last look: the loss, the loss of an output of zero, ‖ŷ-y‖² and ‖y‖².
+        self.sums = torch.zeros(4, dtype=torch.float64, device=weight.device)
         self.first_loss: float | None = None
 
     def look(self, step: int, steps_since: int) -> float:
@@ -62,12 +63,12 @@ class _LayerInTraining:
         Raises:
             DivergedError: the loss is NaN or far above where it began.
         """
-        loss_sum, error, power = self.sums.tolist()
+        loss_sum, zero_sum, error, power = self.sums.tolist()
         self.sums.zero_()
         loss = loss_sum / steps_since
         if self.first_loss is None:
             self.first_loss = loss
-        if not math.isfinite(loss) or loss > _DIVERGED * self.first_loss:
+        if not math.isfinite(loss) or loss > _DIVERGED * max(self.first_loss, zero_sum / steps_since):
             raise DivergedError(
                 f"layer {self.index}: the loss is {loss:.3g} at step {step}, after {self.first_loss:.3g} at the start",
                 expected="a falling loss",
@@ -108,7 +109,8 @@ def train_step(job: _LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_se
         layer.experts.normalize()
     with torch.no_grad():
         job.last_fired[a.indices[a.values > 0]] = tokens_seen
-        job.sums += torch.stack([loss.detach(), (y_hat - y).square().sum(), y.square().sum()]).double()
+        error, power = (y_hat - y).square().sum(), y.square().sum()
+        job.sums += torch.stack([loss.detach(), y.norm(dim=-1).mean(), error, power]).double()
 
 
 def _remove_radial_gradient(weight: Tensor) -> None:

@@ -14,7 +14,7 @@ from mxdsurgery.errors import MxDWarning
 from mxdsurgery.layer import MxDLayer
 
 # `pretrained`: how much a token's gate pre-activations spread around 1, where they all stand at first.
-_PRETRAINED_SPREAD = 0.05
+_PRETRAINED_SPREAD = 1e-3
 
 
 class Statistics(NamedTuple):

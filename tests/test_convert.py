@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import mxdsurgery
 from mxdsurgery.cli import main
-from mxdsurgery.errors import BaseModelError
+from mxdsurgery.errors import BaseModelError, OutputError
 
 
 def test_a_conversion_leaves_a_folder_that_plain_transformers_runs(converted):
@@ -116,6 +116,19 @@ def test_ctrl_c_says_what_is_there_and_writes_no_model(tmp_path):
     kept = tmp_path / "out.interrupted"
     assert json.loads((kept / "state.json").read_text())["finished"] is False
     assert {"layers.safetensors", "recipe.yaml", "plan.json"} <= {path.name for path in kept.iterdir()}
+
+
+def test_an_output_that_cannot_be_written_after_training_loses_no_layers(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mxdsurgery.export.write_code", full)
+    with pytest.raises(OutputError, match="No space left(.|\n)*out.interrupted"):
+        mxdsurgery.convert(
+            "demo-glu", layers="0", tokens=5_000, eval_tokens=1_000, n_experts=64, k=4, out=str(tmp_path / "out")
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["out.interrupted"]
+    assert json.loads((tmp_path / "out.interrupted" / "state.json").read_text())["finished"] is True
 
 
 def test_the_example_runs_on_a_converted_model_without_mxdsurgery(converted):
