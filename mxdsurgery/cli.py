@@ -120,7 +120,10 @@ def analyze(model: str, revision: str | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_recipe_options
 def plan(model: str, recipe: str | None, as_json: bool, **overrides: Any) -> None:
-    """Show what a conversion of MODEL would make and take, without weights."""
+    """Show what a conversion of MODEL would make and take, without weights.
+
+    Every flag is a key of the recipe; what is not given comes from the recipe made for the model, or from --recipe.
+    """
     made, resolved = mxdsurgery.plan(model, recipe=recipe, **overrides)
     if as_json:
         _print_json(made.to_dict() | {"recipe": resolved.to_dict()})
@@ -133,7 +136,10 @@ def plan(model: str, recipe: str | None, as_json: bool, **overrides: Any) -> Non
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
 @_recipe_options
 def convert(model: str, recipe: str | None, **overrides: Any) -> None:
-    """Convert MODEL: distil, evaluate and export."""
+    """Convert MODEL: distil, evaluate and export.
+
+    Every flag is a key of the recipe; what is not given comes from the recipe made for the model, or from --recipe.
+    """
     made = mxdsurgery.convert(model, recipe=recipe, reporter=ConsoleReporter(), **overrides)
     _print_table(evaluation_table(made.evaluation), LEGEND, f"\nThe converted model is in {made.out}")
 
