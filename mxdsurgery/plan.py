@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def plan(model: str, *, recipe: str | Path | None = None, **overrides: Any) -> t
         steps=max(1, resolved.tokens // (resolved.batch // resolved.context * resolved.context)),
         layers=layers,
     )
-    return made, resolved
+    return made, dataclasses.replace(resolved, revision=made.revision or resolved.revision)
 
 
 def resolve_recipe(
@@ -200,12 +201,19 @@ def resolve_recipe(
     # A recipe's held-out text belongs to the recipe's training text.
     if "data" in given and "eval_data" not in given:
         values.pop("eval_data", None)
-    values["model"] = model if model in DEMO_MODELS or not Path(model).is_dir() else str(Path(model).resolve())
-    values.setdefault("out", f"./{Path(model).resolve().name if Path(model).is_dir() else Path(model).name}-mxd")
+    values["model"] = model if model in DEMO_MODELS else _absolute(model)
+    values.setdefault("out", f"./{Path(values['model']).name}-mxd")
     resolved = Recipe(**values)
     if resolved.data is None:
         raise RecipeError("recipe key 'data' is not set", expected="a text to train on", fix="give --data")
-    return resolved, Path(recipe)
+    # The recipe is saved with the result, which may be evaluated from another folder.
+    data, eval_data = _absolute(resolved.data), resolved.eval_data and _absolute(resolved.eval_data)
+    return dataclasses.replace(resolved, data=data, eval_data=eval_data), Path(recipe)
+
+
+def _absolute(name: str) -> str:
+    """The absolute path of a file or folder that is there; anything else as it is."""
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def _block_of(analysis: Analysis, index: int) -> Block:
@@ -213,9 +221,7 @@ def _block_of(analysis: Analysis, index: int) -> Block:
     if finding.block is None:
         able = [str(other.layer) for other in analysis.layers if other.block is not None]
         raise UnsupportedBlockError(
-            f"layer {index} ({finding.path}) of {analysis.model!r} cannot be converted: it {finding.reason}"
-            if finding.reason.startswith("holds")
-            else f"layer {index} ({finding.path}) of {analysis.model!r} cannot be converted: {finding.reason}",
+            f"layer {index} ({finding.path}) of {analysis.model!r} cannot be converted: {finding.reason}",
             expected="an MLP (out act(in x)) or GLU (down (act(gate x) * up x)) block whose output can be recomputed",
             fix=f"choose among the others: --layers {','.join(able)}" if able else None,
         )

@@ -316,8 +316,8 @@ def test_a_device_that_is_not_there(refused_conversion):
         ("missing.jsonl.gz", None, "no text file 'missing.jsonl.gz'", "a .txt, .jsonl, .jsonl.gz or .parquet file"),
         ("other.jsonl", '{"body": "words"}\n', "no text in the field 'text' (it has: body)", "--text-column"),
         ("broken.jsonl", '{"text": "words"}\n{"text"\n', "broken.jsonl, line 2: not JSON", "one JSON object per line"),
-        ("none.parquet", "text\nwords\n", "'none.parquet' is not a whole Parquet file", ""),
-        ("text.csv", "text\nwords\n", "'text.csv' is of an unknown form", ".jsonl"),
+        ("none.parquet", "text\nwords\n", "none.parquet' is not a whole Parquet file", ""),
+        ("text.csv", "text\nwords\n", "text.csv' is of an unknown form", ".jsonl"),
         ("user/unreachable", None, "the data set 'user/unreachable' cannot be read", "user/name[:config[:split]]"),
     ],
 )
