@@ -183,3 +183,11 @@ def test_a_relative_path_from_another_folder_still_evaluates(shared, tmp_path, m
     )
     monkeypatch.chdir(tmp_path)
     assert mxdsurgery.evaluate("out")["all"] == made.evaluation["all"]
+
+
+def test_the_tensorboard_tracker_gets_the_losses(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install 'mxdsurgery[tensorboard]'")
+    options = {"layers": "0", "tokens": 20_000, "eval_tokens": 1_000, "n_experts": 64, "k": 4, "tracker": "tensorboard"}
+    mxdsurgery.convert("demo-glu", out=str(tmp_path / "out"), **options)
+    events = next((tmp_path / "out.runs").rglob("events.out.tfevents.*"))
+    assert b"nmse/layer_0" in events.read_bytes()
