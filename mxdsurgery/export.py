@@ -214,7 +214,7 @@ def _save_weights(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
         "AutoModel": f"modeling_mxd.MxD{type(model.base_model).__name__}",
         "AutoModelForCausalLM": f"modeling_mxd.MxD{type(model).__name__}",
     }
-    converted.save_pretrained(folder)
+    converted.save_pretrained(folder, max_shard_size="5GB")
 
 
 def write_code(model: PreTrainedModel, folder: Path) -> None:
