@@ -95,7 +95,8 @@ def main(shared: Path, runs: Path, only: str | None) -> None:
     click.echo("# Results on small models\n")
     click.echo("Printed by `python scripts/results.py --shared ../shared > docs/results.md`")
     threads = torch.get_num_threads()
-    click.echo(f"(torch {torch.__version__.split('+')[0]}, {platform.machine()}, {threads} CPU threads, fp32).\n")
+    machine = f"torch {torch.__version__.split('+')[0]}, {platform.machine()}, CPU threads: {threads}"
+    click.echo(f"({machine}; base models and all figures in fp32; layers trained under bf16 autocast if the CPU has AMX).\n")
     click.echo(LEGEND + "\n")
     click.echo("## All layers at once, by `init` and K\n")
     click.echo("| model | init | K | ΔCE | KL | top-1 agreement | NMSE | ΔCE if zeroed | expert share | tokens | minutes |")
