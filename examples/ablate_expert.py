@@ -3,36 +3,46 @@
     python examples/ablate_expert.py demo-glu-mxd [--layer 2]
 
 The coefficients of a layer's experts are the output of its `gate`, a pair (values, indices), each (batch, tokens, K). This
-reads them with an ordinary forward hook, finds the expert with the largest total coefficient on a piece of Python, ablates it
-by a second hook that sets its coefficient to 0, and shows which next-token predictions that changed.
+reads them with an ordinary forward hook on some Python source, takes the expert with the largest coefficient among those that
+fire on few tokens, ablates it by a second hook that sets its coefficient to 0, and shows what that does to the predictions.
 """
 
 import argparse
+import textwrap
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-TEXT = Path(__file__).read_text()
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("folder", help="what `mxdsurgery convert` wrote")
 parser.add_argument("--layer", type=int, help="default: the last converted one")
 args = parser.parse_args()
 
-model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True).eval()
+model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True).float().eval()
 tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
 entries = {entry["layer"]: entry for entry in model.config.mxd["layers"]}
 layer = max(entries) if args.layer is None else args.layer
 mxd = model.base_model.get_submodule(entries[layer]["path"])
-ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :128]
+source = Path(textwrap.__file__).read_text(encoding="utf-8")
+ids = torch.tensor(tokenizer(source, verbose=False)["input_ids"])
+ids = ids[: len(ids) // 128 * 128].view(-1, 128)  # (B, T)
 
 
 @torch.no_grad()
 def losses() -> torch.Tensor:
-    """Cross-entropy of each next token, in nats."""
-    logits = model(ids).logits[0, :-1]
-    return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    """Cross-entropy of each next token, in nats: (B, T - 1)."""
+    logits = model(ids).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def excerpt(row: int, position: int) -> str:
+    """The tokens around a position, the token itself between marks."""
+    before, at, after = (
+        tokenizer.decode(ids[row, part])
+        for part in (slice(max(0, position - 6), position), slice(position, position + 1), slice(position + 1, position + 4))
+    )
+    return repr(f"{before}[{at}]{after}")
 
 
 seen = []
@@ -40,9 +50,15 @@ handle = mxd.gate.register_forward_hook(lambda module, inputs, a: seen.append(a)
 before = losses()
 handle.remove()
 
-total = torch.zeros(mxd.gate.weight.shape[0]).index_add_(0, seen[0].indices.flatten(), seen[0].values.float().flatten())
-expert = total.argmax().item()
-fired = ((seen[0].indices == expert) & (seen[0].values > 0)).any(-1)[0]
+dense = seen[0].dense(mxd.gate.weight.shape[0])  # (B, T, N)
+rare = (dense > 0).float().mean((0, 1)) < 0.02
+expert = (dense.amax((0, 1)) * rare).argmax().item()
+coefficients = dense[..., expert]
+fires = (coefficients > 0).sum()
+print(f"layer {layer}, expert {expert} fires on {fires} of {ids.numel()} tokens, most strongly on the marked one of")
+for index in coefficients.flatten().topk(5).indices.tolist():
+    row, position = divmod(index, ids.shape[1])
+    print(f"  {coefficients[row, position]:.2f}  {excerpt(row, position)}")
 
 
 def ablate(module, inputs, a):
@@ -53,10 +69,7 @@ handle = mxd.gate.register_forward_hook(ablate)
 after = losses()
 handle.remove()
 
-change = after - before
-print(f"layer {layer}, expert {expert}: the largest total coefficient, fired on {fired.sum()} of {fired.numel()} tokens")
-print(f"ablated, the mean loss goes from {before.mean():.4f} to {after.mean():.4f} nats; the tokens that change the most:")
-for position in change.abs().topk(5).indices.tolist():
-    context, token = (tokenizer.decode(part) for part in (ids[0, max(0, position - 6) : position + 1], ids[0, position + 1]))
-    print(f"  {change[position]:+.3f}  {context!r} -> {token!r}")
+change, fired = after - before, coefficients[:, :-1] > 0
+print(f"ablated, the mean loss where it fired goes from {before[fired].mean():.4f} to {after[fired].mean():.4f} nats,")
+print(f"elsewhere from {before[~fired].mean():.4f} to {after[~fired].mean():.4f}")
 assert torch.equal(losses(), before), "without the hook the model is what it was"

@@ -10,11 +10,11 @@ from mxdsurgery.console import compact
 from mxdsurgery.plan import Plan
 from mxdsurgery.recipe import Recipe
 
-# The figures of the short table: JSON name, heading, how to print it.
+# The figures of the card: JSON name, heading, how to print it.
 FIGURES = (
     ("delta_ce", "ΔCE", "{:+.4f}"),
     ("kl", "KL", "{:.4f}"),
-    ("top1_agreement", "top-1 agreement", "{:.1%}"),
+    ("top1_agreement", "same top-1", "{:.1%}"),
     ("nmse", "NMSE", "{:.4f}"),
     ("zero_delta_ce", "ΔCE if zeroed", "{:+.4f}"),
     ("loss_recovered", "loss recovered", "{:.1%}"),
@@ -22,11 +22,14 @@ FIGURES = (
     ("expert_share", "expert share", "{:.2f}"),
     ("dead_share", "unused experts", "{:.1%}"),
 )
+# Those that a terminal shows: enough to see whether a layer is faithful and its experts matter.
+_SHORT = ("delta_ce", "kl", "top1_agreement", "nmse", "zero_delta_ce", "expert_share", "dead_share")
 
 LEGEND = """\
-ΔCE: nats per token that next-token prediction got worse by. KL: from the original's predictions. ΔCE if zeroed: with the block
-removed altogether. Experts frozen: the experts' say replaced by its best constant. Expert share: how much of the layer's worth
-the choice of experts carries (0: the dense path does it all). Unused: never fired on these tokens."""
+ΔCE: nats per token that next-token prediction got worse by; if zeroed: with the block removed altogether. KL: from the
+original's predictions. Same top-1: how often the likeliest next token is the original's. NMSE: squared error of the block's
+output over its squared size. Expert share: how much of the layer's worth the token-by-token choice of experts carries (0: the
+dense path does it all; measured by freezing the experts' say at its best constant). Unused: never fired on these tokens."""
 
 
 def figure_rows(evaluation: dict[str, Any]) -> list[list[str]]:
@@ -42,15 +45,16 @@ def _print(value: float | None, form: str) -> str:
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
     """For a terminal."""
     ce = evaluation["original"]["ce"]
-    title = f"On {evaluation['tokens']:,} held-out tokens (original cross-entropy {ce:.4f} nats per token)"
+    title = f"On {evaluation['tokens']:,} held-out tokens; original cross-entropy {ce:.4f} nats per token"
     table = Table("layer", title=title)
-    for _, heading, _ in FIGURES:
-        table.add_column(heading, justify="right")
-    rows = figure_rows(evaluation)
-    for row in rows[:-1]:
+    shown = [0, *(1 + column for column, (name, _, _) in enumerate(FIGURES) if name in _SHORT)]
+    for column in shown[1:]:
+        table.add_column(FIGURES[column - 1][1], justify="right")
+    *single, every = ([row[column] for column in shown] for row in figure_rows(evaluation))
+    for row in single:
         table.add_row(*row)
     table.add_section()
-    table.add_row(*rows[-1])
+    table.add_row(*every)
     return table
 
 

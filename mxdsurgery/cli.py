@@ -141,7 +141,7 @@ def convert(model: str, recipe: str | None, **overrides: Any) -> None:
     Every flag is a key of the recipe; what is not given comes from the recipe made for the model, or from --recipe.
     """
     made = mxdsurgery.convert(model, recipe=recipe, reporter=ConsoleReporter(), **overrides)
-    _print_table(evaluation_table(made.evaluation), LEGEND, f"\nThe converted model is in {made.out}")
+    _print_table(evaluation_table(made.evaluation), LEGEND, f"\nThe converted model is in {made.recipe.out}")
 
 
 @main.command()

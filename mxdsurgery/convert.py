@@ -97,7 +97,9 @@ def convert(model: str, *, recipe: str | Path | None = None, reporter: Reporter 
             evaluation = measure(base, made.blocks, layers, heldout, resolved.batch, line.update)
         evaluation |= {"data": resolved.eval_data or resolved.data, "training": _training_record(progress, train)}
         differences = export(base, layers, made, resolved, evaluation, tokenizer, heldout[:_CHECK_CONTEXTS], out)
-    reporter.say(f"exported   {out}; reloaded without mxdsurgery, logits differ by at most {differences['logits']:.1g}")
+    reporter.say(
+        f"exported   {resolved.out}; reloaded without mxdsurgery, logits differ by at most {differences['logits']:.1g}"
+    )
     return Conversion(out, made, resolved, evaluation, progress.seconds)
 
 

@@ -7,7 +7,7 @@ echo; echo "== mxdsurgery analyze demo-glu"
 mxdsurgery analyze demo-glu
 echo; echo "== mxdsurgery convert demo-glu --layers all --out $out --overwrite"
 mxdsurgery convert demo-glu --layers all --out "$out" --overwrite
-echo; echo "== mxdsurgery generate $out --prompt 'def read_file(path):'"
-mxdsurgery generate "$out" --prompt $'def read_file(path):\n' --max-new-tokens 60
-echo; echo "== python examples/ablate_expert.py $out   (torch and transformers only)"
-python examples/ablate_expert.py "$out"
+echo; echo "== mxdsurgery generate $out --prompt 'class Error(Exception):'"
+mxdsurgery generate "$out" --prompt $'class Error(Exception):\n' --max-new-tokens 60
+echo; echo "== python examples/ablate_expert.py $out --layer 1   (torch and transformers only)"
+python examples/ablate_expert.py "$out" --layer 1

@@ -99,7 +99,7 @@ def main(shared: Path, runs: Path, only: str | None) -> None:
     click.echo(f"({machine}; base models and all figures in fp32; layers trained under bf16 autocast if the CPU has AMX).\n")
     click.echo(LEGEND + "\n")
     click.echo("## All layers at once, by `init` and K\n")
-    click.echo("| model | init | K | ΔCE | KL | top-1 agreement | NMSE | ΔCE if zeroed | expert share | tokens | minutes |")
+    click.echo("| model | init | K | ΔCE | KL | same top-1 | NMSE | ΔCE if zeroed | expert share | tokens | minutes |")
     click.echo("|---|---|---|---|---|---|---|---|---|---|---|")
     for (model, init, k), evaluation in results.items():
         every, training = evaluation["all"], evaluation["training"]

@@ -136,7 +136,7 @@ def test_the_example_runs_on_a_converted_model_without_mxdsurgery(converted):
     example = str(shared_examples() / "ablate_expert.py")
     done = subprocess.run([sys.executable, "-c", code, example, str(converted.out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "ablated, the mean loss goes from" in done.stdout
+    assert "ablated, the mean loss where it fired goes from" in done.stdout
 
 
 def shared_examples():
