@@ -93,6 +93,8 @@ def convert(model: str, *, recipe: str | Path | None = None, reporter: Reporter 
     progress = Progress(made.steps, contexts * resolved.context)
     with _kept(out, layers, made, resolved, progress):
         _train(base, made, layers, itertools.chain(sample, batches), resolved, accelerator, progress, reporter)
+        if train.passes > 1:
+            reporter.say(f"           the text is short: it was read {train.passes} times over")
         with reporter.progress("evaluate", "passes") as line:
             evaluation = measure(base, made.blocks, layers, heldout, resolved.batch, line.update)
         evaluation |= {"data": resolved.eval_data or resolved.data, "training": _training_record(progress, train)}

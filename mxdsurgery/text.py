@@ -170,7 +170,11 @@ def _hub_documents(spec: str, text_column: str) -> Iterator[str]:
         raise
     except Exception as error:  # the library raises what each of its layers raises, also in the midst of the stream
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{where} cannot be read: {line}", expected=_FORMS) from None
+        raise DataError(
+            f"{where} cannot be read: {line}",
+            expected=_FORMS,
+            fix="check the spelling and the connection, or give a text that is on this machine with --data",
+        ) from None
 
 
 @dataclass(frozen=True)
