@@ -2,15 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import shared_folder
 from transformers import AutoModelForCausalLM
 
 import mxdsurgery
@@ -37,8 +38,6 @@ def test_the_saved_recipe_makes_the_same_weights_again(converted, tmp_path):
 
 
 def test_evaluate_measures_the_folder_as_convert_did_and_takes_another_text(converted, tmp_path):
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(converted.out, folder)
     again = mxdsurgery.evaluate(folder)
@@ -133,16 +132,10 @@ def test_an_output_that_cannot_be_written_after_training_loses_no_layers(tmp_pat
 
 def test_the_example_runs_on_a_converted_model_without_mxdsurgery(converted):
     code = "import sys, runpy; sys.modules['mxdsurgery'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
-    example = str(shared_examples() / "ablate_expert.py")
+    example = str(Path(__file__).parents[1] / "examples" / "ablate_expert.py")
     done = subprocess.run([sys.executable, "-c", code, example, str(converted.out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ablated, the mean loss where it fired goes from" in done.stdout
-
-
-def shared_examples():
-    from pathlib import Path
-
-    return Path(__file__).parents[1] / "examples"
 
 
 @pytest.mark.parametrize("name", ["books-llama-6m", "stories260K", "tinystories-chat-gpt2-3M"])
@@ -165,7 +158,6 @@ def test_every_model_beside_the_project_converts_in_all_layers(name, shared, tmp
     assert made.evaluation["all"]["delta_ce"] < made.evaluation["all"]["zero_delta_ce"]
 
 
-@pytest.mark.skipif(shared_folder() is None, reason="no ../shared beside the project, and MXD_SHARED points nowhere")
 def test_a_relative_path_from_another_folder_still_evaluates(shared, tmp_path, monkeypatch):
     monkeypatch.chdir(shared / "models")
     made = mxdsurgery.convert(

@@ -2,13 +2,14 @@
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_distill import RECIPE
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -175,8 +176,6 @@ def test_the_folder_holds_what_it_should(folder):
 
 
 def test_load_reads_the_folder_without_running_its_code(folder, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     for name in ("modeling_mxd.py", "configuration_mxd.py", "mxd_layer.py"):
@@ -188,8 +187,6 @@ def test_load_reads_the_folder_without_running_its_code(folder, tmp_path):
 
 
 def test_a_newer_format_and_missing_weights_are_refused_by_name(folder, tmp_path):
-    import shutil
-
     newer = tmp_path / "newer"
     shutil.copytree(folder, newer)
     config = json.loads((newer / "config.json").read_text())
@@ -197,8 +194,6 @@ def test_a_newer_format_and_missing_weights_are_refused_by_name(folder, tmp_path
     (newer / "config.json").write_text(json.dumps(config))
     with pytest.raises(NotConvertedError, match="format version 99"):
         load(newer)
-
-    from safetensors.torch import save_file
 
     partial = tmp_path / "partial"
     shutil.copytree(folder, partial)
