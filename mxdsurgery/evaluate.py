@@ -68,8 +68,8 @@ def evaluate(
         evaluation = measure(original, converted.plan.blocks, converted.layers, heldout, recipe.batch, line.update)
     evaluation["data"] = data or recipe.eval_data or recipe.data
     evaluation |= _training_record(folder)
-    resolved = dataclasses.replace(recipe, eval_data=evaluation["data"])
-    write_evaluation(folder, evaluation, converted.plan, resolved)
+    measured_on = recipe if data is None else dataclasses.replace(recipe, eval_data=data)
+    write_evaluation(folder, evaluation, converted.plan, measured_on)
     return evaluation
 
 

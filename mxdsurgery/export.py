@@ -4,6 +4,7 @@ The folder appears whole or not at all: it is written beside its place, reloaded
 mxdsurgery, compared with the model in memory, and only then renamed.
 """
 
+import inspect
 import json
 import os
 import shutil
@@ -20,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mxdsurgery import layer as layer_module
 from mxdsurgery.card import model_card
 from mxdsurgery.checkpoint import (
     EVALUATION_FILE,
@@ -225,7 +225,7 @@ def write_code(model: PreTrainedModel, folder: Path) -> None:
         "base": type(model.base_model).__name__,
         "causal": type(model).__name__,
     }
-    layer_code = Path(layer_module.__file__).read_text(encoding="utf-8")
+    layer_code = Path(inspect.getfile(MxDLayer)).read_text(encoding="utf-8")
     (folder / "mxd_layer.py").write_text(_LICENSE + layer_code, encoding="utf-8")
     (folder / "configuration_mxd.py").write_text(_LICENSE + _CONFIGURATION.format(**names), encoding="utf-8")
     (folder / "modeling_mxd.py").write_text(_LICENSE + _MODELING.format(**names), encoding="utf-8")
