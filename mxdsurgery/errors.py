@@ -86,3 +86,9 @@ class ExportError(MxDError):
 
 class DeviceError(MxDError):
     """A device or a way of launching that is not there or not supported."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, and in the second where the first ends with a colon."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0].strip()} {lines[1].strip()}" if lines[0].rstrip().endswith(":") and len(lines) > 1 else lines[0]

@@ -12,7 +12,7 @@ from mxdsurgery.accelerator import make_accelerator
 from mxdsurgery.checkpoint import EVALUATION_FILE, RECIPE_FILE, Converted, load
 from mxdsurgery.console import Reporter
 from mxdsurgery.demo import DEMO_MODELS
-from mxdsurgery.errors import BaseModelError, MxDError
+from mxdsurgery.errors import BaseModelError, DataError, MxDError
 from mxdsurgery.export import write_evaluation
 from mxdsurgery.measure import measure
 from mxdsurgery.model import load_model
@@ -51,8 +51,10 @@ def evaluate(
     reporter = reporter or Reporter()
     folder = Path(folder)
     converted = load(folder)
-    given = {"eval_tokens": tokens, "device": device}
-    recipe = Recipe(**load_recipe(folder / RECIPE_FILE) | {name: value for name, value in given.items() if value is not None})
+    saved = Recipe(**load_recipe(folder / RECIPE_FILE))
+    if data is None:
+        _check_held_out(saved, tokens)
+    recipe = dataclasses.replace(saved, eval_tokens=tokens or saved.eval_tokens, device=device or saved.device)
     accelerator = make_accelerator(dataclasses.replace(recipe, tracker="none"))
     tokenizer = converted.tokenizer()
     if data is not None:
@@ -71,6 +73,16 @@ def evaluate(
     measured_on = recipe if data is None else dataclasses.replace(recipe, eval_data=data)
     write_evaluation(folder, evaluation, converted.plan, measured_on)
     return evaluation
+
+
+def _check_held_out(saved: Recipe, tokens: int | None) -> None:
+    """Raises DataError if more tokens are asked for than the conversion held out of its training text."""
+    if saved.eval_data is None and tokens is not None and tokens > saved.eval_tokens:
+        raise DataError(
+            f"{tokens:,} tokens were asked for, but only the first {saved.eval_tokens:,} of {saved.data!r} were held out",
+            expected="text that was not trained on",
+            fix="ask for fewer --tokens, or give another text with --data",
+        )
 
 
 def _training_record(folder: Path) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from mxdsurgery.errors import (
     NotCausalLMError,
     UnknownFamilyError,
     WeightsError,
+    first_line,
 )
 
 _MODEL_KINDS = "a hub id (org/name), a local folder with a config.json, or " + " or ".join(DEMO_MODELS)
@@ -83,7 +84,7 @@ def load_config(model: str, revision: str | None = None) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # whatever a malformed config makes of transformers' checks
-        raise UnknownFamilyError(f"the config of {model!r} is not valid: {_first_line(error)}") from None
+        raise UnknownFamilyError(f"the config of {model!r} is not valid: {first_line(error)}") from None
     _check_causal(model, config)
     return config
 
@@ -143,7 +144,7 @@ def _hub_error(model: str, error: Exception) -> MxDError:
     refusal = next((link for link in chain if isinstance(link, HfHubHTTPError)), None)
     if refusal is not None:
         return ModelNotFoundError(
-            f"the hub would not give {model!r}: {_first_line(refusal)}",
+            f"the hub would not give {model!r}: {first_line(refusal)}",
             expected=_MODEL_KINDS,
             fix="try again later; if it says 401 or 403, renew the token with 'hf auth login' or HF_TOKEN",
         )
@@ -153,13 +154,7 @@ def _hub_error(model: str, error: Exception) -> MxDError:
             expected=_MODEL_KINDS,
             fix="check the spelling and the connection, or give the folder of a model that is on this machine",
         )
-    return ModelNotFoundError(f"{model!r} cannot be read: {_first_line(error)}", expected=_MODEL_KINDS)
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says in its first line, and in the second where the first ends with a colon."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{lines[0].strip()} {lines[1].strip()}" if lines[0].rstrip().endswith(":") and len(lines) > 1 else lines[0]
+    return ModelNotFoundError(f"{model!r} cannot be read: {first_line(error)}", expected=_MODEL_KINDS)
 
 
 def _check_causal(model: str, config: PreTrainedConfig) -> None:
@@ -185,7 +180,7 @@ def model_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever an inconsistent config makes of a model's __init__
         raise UnknownFamilyError(
-            f"transformers cannot build a {config.model_type} model from this config: {_first_line(error)}",
+            f"transformers cannot build a {config.model_type} model from this config: {first_line(error)}",
             expected="a config.json as transformers wrote it",
         ) from None
 
@@ -225,7 +220,7 @@ def load_model(
             output_loading_info=True,
         )
     except Exception as error:  # transformers and safetensors raise a dozen kinds here
-        raise WeightsError(f"the weights of {model!r} cannot be loaded: {_first_line(error)}") from None
+        raise WeightsError(f"the weights of {model!r} cannot be loaded: {first_line(error)}") from None
     check_complete(model, info)
     return loaded.to(device).eval().requires_grad_(False)
 
@@ -250,7 +245,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
         tokenizer = AutoTokenizer.from_pretrained(model_source(model), revision=revision, trust_remote_code=False)
     except Exception as error:
         raise ModelNotFoundError(
-            f"the tokenizer of {model!r} cannot be loaded: {_first_line(error)}",
+            f"the tokenizer of {model!r} cannot be loaded: {first_line(error)}",
             expected="a tokenizer.json beside the model",
         ) from None
     # Documents are longer than the model's context on purpose: they are packed. Not worth a warning per document.

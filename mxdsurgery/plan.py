@@ -201,19 +201,15 @@ def resolve_recipe(
     # A recipe's held-out text belongs to the recipe's training text.
     if "data" in given and "eval_data" not in given:
         values.pop("eval_data", None)
-    values["model"] = model if model in DEMO_MODELS else _absolute(model)
+    values["model"] = os.path.abspath(model) if model not in DEMO_MODELS and os.path.isdir(model) else model
     values.setdefault("out", f"./{Path(values['model']).name}-mxd")
     resolved = Recipe(**values)
     if resolved.data is None:
         raise RecipeError("recipe key 'data' is not set", expected="a text to train on", fix="give --data")
     # The recipe is saved with the result, which may be evaluated from another folder.
-    data, eval_data = _absolute(resolved.data), resolved.eval_data and _absolute(resolved.eval_data)
-    return dataclasses.replace(resolved, data=data, eval_data=eval_data), Path(recipe)
-
-
-def _absolute(name: str) -> str:
-    """The absolute path of a file or folder that is there; anything else as it is."""
-    return os.path.abspath(name) if os.path.exists(name) else name
+    texts = {name: getattr(resolved, name) for name in ("data", "eval_data")}
+    files = {name: os.path.abspath(text) for name, text in texts.items() if text is not None and os.path.isfile(text)}
+    return dataclasses.replace(resolved, **files), Path(recipe)
 
 
 def _block_of(analysis: Analysis, index: int) -> Block:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mxdsurgery.demo import stdlib_documents
-from mxdsurgery.errors import DataError
+from mxdsurgery.errors import DataError, first_line
 from mxdsurgery.recipe import Recipe
 
 _FORMS = "a .txt, .jsonl, .jsonl.gz or .parquet file, a data set on the hub (user/name[:config[:split]]), or stdlib"
@@ -169,9 +169,8 @@ def _hub_documents(spec: str, text_column: str) -> Iterator[str]:
     except DataError:
         raise
     except Exception as error:  # the library raises what each of its layers raises, also in the midst of the stream
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{where} cannot be read: {line}",
+            f"{where} cannot be read: {first_line(error)}",
             expected=_FORMS,
             fix="check the spelling and the connection, or give a text that is on this machine with --data",
         ) from None

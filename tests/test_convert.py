@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import mxdsurgery
 from mxdsurgery.cli import main
-from mxdsurgery.errors import BaseModelError, OutputError
+from mxdsurgery.errors import BaseModelError, DataError, OutputError
 
 
 def test_a_conversion_leaves_a_folder_that_plain_transformers_runs(converted):
@@ -48,6 +48,23 @@ def test_evaluate_measures_the_folder_as_convert_did_and_takes_another_text(conv
     assert other["data"] == str(text) and other["tokens"] != again["tokens"]
     assert json.loads((folder / "evaluation.json").read_text()) == other
     assert f"{other['tokens']:,} tokens of held-out text" in (folder / "README.md").read_text()
+
+
+def test_evaluate_does_not_reach_into_the_text_that_was_trained_on(tmp_path):
+    out = str(tmp_path / "out")
+    options = {"layers": "0", "tokens": 5_000, "eval_tokens": 2_000, "n_experts": 64, "k": 4}
+    made = mxdsurgery.convert("demo-glu", data="stdlib:train", out=out, **options)
+    assert mxdsurgery.evaluate(out, tokens=1_000)["tokens"] < made.evaluation["tokens"]
+    with pytest.raises(DataError, match="only the first 2,000 of 'stdlib:train' were held out"):
+        mxdsurgery.evaluate(out, tokens=3_000)
+    assert mxdsurgery.evaluate(out, data="stdlib:heldout", tokens=3_000)["tokens"] > made.evaluation["tokens"]
+
+
+def test_a_folder_named_as_a_text_does_not_take_its_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stdlib").mkdir()
+    _, recipe = mxdsurgery.plan("demo-glu", data="stdlib")
+    assert recipe.data == "stdlib"
 
 
 def test_evaluate_refuses_another_base_model(converted):
@@ -138,14 +155,17 @@ def test_the_example_runs_on_a_converted_model_without_mxdsurgery(converted):
     assert "ablated, the mean loss where it fired goes from" in done.stdout
 
 
+def stories(shared):
+    names = {"data": "tinystories-train.txt", "eval_data": "tinystories-heldout.txt"}
+    return {key: str(shared / "text" / name) for key, name in names.items()}
+
+
 @pytest.mark.parametrize("name", ["books-llama-6m", "stories260K", "tinystories-chat-gpt2-3M"])
 def test_every_model_beside_the_project_converts_in_all_layers(name, shared, tmp_path):
-    texts = shared / "text"
     made = mxdsurgery.convert(
         str(shared / "models" / name),
         layers="all",
-        data=str(texts / "tinystories-train.txt"),
-        eval_data=str(texts / "tinystories-heldout.txt"),
+        **stories(shared),
         tokens=40_000,
         eval_tokens=3_000,
         n_experts=256,
@@ -163,8 +183,7 @@ def test_a_relative_path_from_another_folder_still_evaluates(shared, tmp_path, m
     made = mxdsurgery.convert(
         "stories260K",
         layers="0",
-        data=str(shared / "text" / "tinystories-train.txt"),
-        eval_data=str(shared / "text" / "tinystories-heldout.txt"),
+        **stories(shared),
         tokens=10_000,
         eval_tokens=2_000,
         n_experts=64,
