@@ -4,6 +4,11 @@ The public functions are named as the commands: `analyze`, `plan`, `convert`, `e
 folder, `MxDLayer` is the layer, `MxDError` the base of all named errors.
 """
 
+import os
+
+# On Linux, torch then asks for huge pages: the CPU's training step spends a tenth of its time on page faults otherwise.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 # The order matters: a function takes the place of the module that it is named after.
 from mxdsurgery.analyze import Analysis, analyze
 from mxdsurgery.checkpoint import Converted, load

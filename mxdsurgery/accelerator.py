@@ -1,12 +1,14 @@
 """Where a run computes: Accelerate on the recipe's device, with its precision and tracker."""
 
 import importlib.util
+from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from mxdsurgery.errors import DeviceError, RecipeError
+from mxdsurgery.layer import MxDLayer
 from mxdsurgery.recipe import Recipe
 
 
@@ -23,7 +25,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     AcceleratorState._reset_state()  # a second conversion in the same process may want another precision
     accelerator = Accelerator(
         cpu=not _on_gpu(recipe),
-        mixed_precision="bf16" if _uses_bf16(recipe) else "no",
+        mixed_precision="bf16" if computes_in_bf16(recipe) else "no",
         log_with=None if recipe.tracker == "none" else recipe.tracker,
         project_dir=None if recipe.tracker == "none" else f"{recipe.out}.runs",
     )
@@ -35,15 +37,41 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def _uses_bf16(recipe: Recipe) -> bool:
+def choose_kernels(accelerator: Accelerator, layers: Iterable[MxDLayer], tokens: int) -> str | None:
+    """Puts the Triton kernels to use on a GPU if they beat plain torch on the largest layer; says so in a line.
+
+    Args:
+        accelerator: of the run.
+        layers: to train.
+        tokens: per step.
+    """
+    if accelerator.device.type != "cuda":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "plain torch: triton is not installed"
+    from mxdsurgery.kernels import install_if_faster
+
+    largest = max(layers, key=lambda layer: layer.gate.weight.numel())
+    n_experts, d_model = largest.gate.weight.shape
+    return str(install_if_faster(d_model, n_experts, largest.gate.k, tokens))
+
+
+def computes_in_bf16(recipe: Recipe) -> bool:
     """Whether training computes under bf16 autocast: as asked, or where the device multiplies bf16 matrices itself."""
-    if recipe.precision != "auto":
-        return recipe.precision == "bf16"
+    return _multiplies_bf16(recipe) if recipe.precision == "auto" else recipe.precision == "bf16"
+
+
+def selects_in_bf16(recipe: Recipe) -> bool:
+    """Whether training ranks all N experts in bf16: as asked, or where the device multiplies bf16 matrices itself."""
+    return _multiplies_bf16(recipe) if recipe.selection == "auto" else recipe.selection == "bf16"
+
+
+def _multiplies_bf16(recipe: Recipe) -> bool:
+    """Whether the recipe's device has instructions for bf16 products: several times as fast as fp32's, and as good here."""
     if _on_gpu(recipe):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # On a CPU with AMX a step takes about half as long, and the layers come out as good.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.9
-    return bool(capabilities.get("amx_bf16"))
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def _on_gpu(recipe: Recipe) -> bool:

@@ -1,5 +1,6 @@
 """What goes into MLP blocks and comes out of them, recorded from one forward pass of the model."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -12,10 +13,65 @@ from mxdsurgery.blocks import Block
 
 
 class Activations(NamedTuple):
-    """A block's input ``x`` and output ``y``, each (B, T, D), in the model's dtype."""
+    """A block's input ``x`` and output ``y``, each (B, T, D) or (n, D), in the model's dtype."""
 
     x: Tensor
     y: Tensor
+
+
+def shuffle_positions(batches: Iterator[dict[int, Activations]], buffer: int, seed: int) -> Iterator[dict[int, Activations]]:
+    """Mixes positions across batches: as many batches, of the same size, each drawn at random from a buffer.
+
+    The buffer fills first; then each position drawn makes room for one of the next batch; in the end it empties. All layers
+    are drawn alike, so what one of them sees does not depend on which others there are.
+
+    Args:
+        batches: by layer, x and y (n, D), in one dtype and on one device, every batch of the same n.
+        buffer: how many positions it holds; with less than two batches of them nothing is mixed.
+        seed: of the drawing.
+
+    Yields:
+        By layer, x and y (n, D).
+    """
+    first = next(batches, None)
+    if first is None:
+        return
+    n = len(next(iter(first.values())).x)
+    room = buffer // n
+    held = {
+        layer: Activations(*(part.new_empty(room * n, part.shape[1]) for part in pair))
+        for layer, pair in first.items()
+        if room > 1
+    }
+    batches = itertools.chain((first,), batches)
+    del first  # a batch of all layers is large: nothing here keeps one longer than it is needed
+    if not held:
+        yield from batches
+        return
+    filled = 0
+    for fresh in itertools.islice(batches, room):
+        _put(held, slice(filled, filled + n), fresh)
+        filled += n
+    del fresh
+    generator = torch.Generator().manual_seed(seed)
+    for fresh in batches:
+        places = torch.randperm(filled, generator=generator)[:n]
+        drawn = _take(held, places)
+        _put(held, places, fresh)
+        del fresh
+        yield drawn
+    for places in torch.randperm(filled, generator=generator).split(n):
+        yield _take(held, places)
+
+
+def _take(held: dict[int, Activations], places: Tensor) -> dict[int, Activations]:
+    return {layer: Activations(*(part[places.to(part.device)] for part in pair)) for layer, pair in held.items()}
+
+
+def _put(held: dict[int, Activations], places: Tensor | slice, fresh: dict[int, Activations]) -> None:
+    for layer, pair in held.items():
+        for part, values in zip(pair, fresh[layer], strict=True):
+            part[places if isinstance(places, slice) else places.to(part.device)] = values
 
 
 class _LastBlockReached(Exception):

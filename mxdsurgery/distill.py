@@ -4,6 +4,7 @@ Source of loss and schedule: arXiv 2505.21364. Inputs and targets come from the 
 layers are independent and errors do not propagate from one to another while training.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mxdsurgery.activations import record_activations
+from mxdsurgery.accelerator import selects_in_bf16
+from mxdsurgery.activations import Activations, record_activations, shuffle_positions
 from mxdsurgery.blocks import Block
 from mxdsurgery.errors import DivergedError
 from mxdsurgery.layer import MxDLayer
@@ -45,11 +47,12 @@ class Progress:
         return self.step * self.tokens_per_step
 
 
-class _LayerInTraining:
+class LayerInTraining:
     """A layer with what its training needs: Adam, the firing record and running sums between two looks."""
 
     def __init__(self, index: int, layer: MxDLayer, recipe: Recipe) -> None:
         self.index, self.layer, self.unit_norm = index, layer, recipe.unit_norm
+        layer.gate.selection = torch.bfloat16 if selects_in_bf16(recipe) else None
         self.optimizer = torch.optim.Adam(layer.parameters(), lr=recipe.lr, fused=True)
         weight = layer.experts.weight
         self.last_fired = torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)
@@ -91,24 +94,25 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     return recipe.lr * min(1.0, rise, fall)
 
 
-def train_step(job: _LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_seen: int, accelerator: Accelerator) -> None:
+def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_seen: int, accelerator: Accelerator) -> None:
     """One Adam step of one layer on x, y (tokens, D) in fp32."""
     layer = job.layer
     with accelerator.autocast():
         a = layer.gate(x)
         y_hat = layer.combine(a, x)
     loss = distillation_loss(y_hat, y)
-    job.optimizer.zero_grad(set_to_none=True)
     accelerator.backward(loss)
     if job.unit_norm:
         _remove_radial_gradient(layer.experts.weight)
     for group in job.optimizer.param_groups:
         group["lr"] = lr
     job.optimizer.step()
+    job.optimizer.zero_grad(set_to_none=True)  # now: of all layers in training, one holds its gradients at a time
     if job.unit_norm:
         layer.experts.normalize()
     with torch.no_grad():
-        job.last_fired[a.indices[a.values > 0]] = tokens_seen
+        fired = (a.values > 0).flatten() * tokens_seen
+        job.last_fired.scatter_reduce_(0, a.indices.flatten(), fired, "amax")
         error, power = (y_hat - y).square().sum(), y.square().sum()
         job.sums += torch.stack([loss.detach(), y.norm(dim=-1).mean(), error, power]).double()
 
@@ -116,7 +120,20 @@ def train_step(job: _LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_se
 def _remove_radial_gradient(weight: Tensor) -> None:
     """Takes out of the gradient of C (N, D), rows of unit length, what would only change the rows' length."""
     with torch.no_grad():
-        weight.grad -= (weight.grad * weight).sum(1, keepdim=True) * weight
+        radial = torch.einsum("nd,nd->n", weight.grad, weight)
+        weight.grad.addcmul_(weight, radial[:, None], value=-1)
+
+
+def _recorded(
+    model: PreTrainedModel, blocks: Sequence[Block], batches: Iterator[Tensor], device: torch.device
+) -> Iterator[dict[int, Activations]]:
+    """The blocks' activations on each batch of input ids (B, T), by layer: x and y (B T, D) on the device."""
+    for input_ids in batches:
+        input_ids = input_ids.to(device, non_blocking=True)
+        yield {
+            layer: Activations(x.flatten(0, 1), y.flatten(0, 1))
+            for layer, (x, y) in record_activations(model, blocks, input_ids).items()
+        }
 
 
 def distill(
@@ -136,7 +153,7 @@ def distill(
         blocks: the blocks that the layers stand for.
         layers: by layer index; fp32, on the model's device.
         batches: endless batches of input ids, (B, T) int64.
-        recipe: lr, warmup, decay, unit_norm.
+        recipe: lr, warmup, decay, unit_norm, selection, activation_buffer.
         accelerator: device, precision and trackers.
         progress: says how many steps; updated on the way.
         report: called now and then with the progress.
@@ -144,16 +161,15 @@ def distill(
     Raises:
         DivergedError: naming the layer.
     """
-    jobs = [_LayerInTraining(block.layer, layers[block.layer], recipe) for block in blocks]
+    jobs = [LayerInTraining(block.layer, layers[block.layer], recipe) for block in blocks]
     start = time.perf_counter()
     looked_at = 0
-    for step in range(progress.steps):
-        input_ids = next(batches).to(accelerator.device)
-        activations = record_activations(model, blocks, input_ids)
+    recorded = _recorded(model, blocks, itertools.islice(batches, progress.steps), accelerator.device)
+    for step, activations in enumerate(shuffle_positions(recorded, recipe.activation_buffer, recipe.seed)):
         lr = learning_rate(step, progress.steps, recipe)
         tokens_seen = (step + 1) * progress.tokens_per_step
         for job in jobs:
-            x, y = (tensor.flatten(0, 1).float() for tensor in activations.pop(job.index))
+            x, y = (tensor.float() for tensor in activations.pop(job.index))
             train_step(job, x, y, lr, tokens_seen, accelerator)
         progress.step, progress.seconds = step + 1, time.perf_counter() - start
         if progress.step % _CHECK_EVERY == 0 or progress.step in (1, progress.steps):

@@ -4,7 +4,6 @@ The folder appears whole or not at all: it is written beside its place, reloaded
 mxdsurgery, compared with the model in memory, and only then renamed.
 """
 
-import inspect
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mxdsurgery import layer, sparse
 from mxdsurgery.card import model_card
 from mxdsurgery.checkpoint import (
     EVALUATION_FILE,
@@ -218,15 +218,15 @@ def _save_weights(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
 
 
 def write_code(model: PreTrainedModel, folder: Path) -> None:
-    """The three Python files that travel with the checkpoint."""
+    """The four Python files that travel with the checkpoint."""
     names = {
         "config": type(model.config).__name__,
         "model_type": model.config.model_type,
         "base": type(model.base_model).__name__,
         "causal": type(model).__name__,
     }
-    layer_code = Path(inspect.getfile(MxDLayer)).read_text(encoding="utf-8")
-    (folder / "mxd_layer.py").write_text(_LICENSE + layer_code, encoding="utf-8")
+    for name, module in (("mxd_layer.py", layer), ("sparse.py", sparse)):
+        (folder / name).write_text(_LICENSE + Path(module.__file__).read_text(encoding="utf-8"), encoding="utf-8")
     (folder / "configuration_mxd.py").write_text(_LICENSE + _CONFIGURATION.format(**names), encoding="utf-8")
     (folder / "modeling_mxd.py").write_text(_LICENSE + _MODELING.format(**names), encoding="utf-8")
 

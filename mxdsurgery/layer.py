@@ -1,4 +1,4 @@
-"""The Mixture-of-Decoders layer. This file travels with every exported checkpoint: it imports torch and transformers only.
+"""The Mixture-of-Decoders layer. It travels with every exported checkpoint, beside sparse.py: torch and transformers only.
 
 Source: Oldfield et al., "Towards Interpretability Without Sacrifice: Faithful Dense Layer Decomposition with Mixture of
 Decoders", NeurIPS 2025, arXiv 2505.21364. With D the model width, H the hidden width, N the experts and K the active ones:
@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-# The most elements of the (tokens, N) pre-activation matrix that are held at once: 256 MiB in fp32.
-_GATE_CHUNK_ELEMENTS = 2**26
+from .sparse import mix, sparse_gate
 
 
 class Coefficients(NamedTuple):
@@ -40,67 +39,6 @@ class Coefficients(NamedTuple):
         return zeros.scatter_add(-1, self.indices, self.values)
 
 
-class _SparseGate(torch.autograd.Function):
-    """``TopK(relu(G x + b))`` whose backward touches only the chosen rows of G.
-
-    The derivative of a kept coefficient is that of one row's dot product, so the (tokens, N) gradient matrix of the dense
-    formula, K/N of it nonzero, is never formed.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        rows = max(1, _GATE_CHUNK_ELEMENTS // weight.shape[0])
-        chosen = [top_k(F.linear(chunk, weight, bias), k) for chunk in x.split(rows)]
-        values = torch.cat([values for values, _ in chosen]).relu_()
-        indices = torch.cat([indices for _, indices in chosen])
-        ctx.save_for_backward(x, weight, values, indices)
-        ctx.mark_non_differentiable(indices)
-        return values, indices
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_values: Tensor, _) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, values, indices = ctx.saved_tensors
-        grad = grad_values.to(weight.dtype) * (values > 0)
-        # Σ_k grad_k G[index_k] is the gradient of x, and its own derivative by G is the sum of grad_k x over chosen rows.
-        with torch.enable_grad():
-            rows = weight.detach().requires_grad_()
-            grad_x = F.embedding_bag(indices, rows, per_sample_weights=grad, mode="sum")
-            (grad_weight,) = torch.autograd.grad(grad_x, rows, x.to(weight.dtype))
-        grad_bias = torch.zeros_like(weight[:, 0]).index_add_(0, indices.flatten(), grad.flatten())
-        return grad_x.detach().to(x.dtype), grad_weight, grad_bias, None
-
-
-def top_k(x: Tensor, k: int, group: int = 16) -> tuple[Tensor, Tensor]:
-    """``torch.topk(x, k, sorted=False)`` over the last dimension, by way of group maxima where that is faster.
-
-    The k largest elements lie in the k groups with the largest maxima, so only those k * group elements are compared.
-    Exact, up to which of several equal elements is taken.
-
-    Args:
-        x: (tokens, N).
-        k: how many to keep, at most N.
-        group: elements per group.
-
-    Returns:
-        Values and int64 indices, each (tokens, k), unsorted.
-    """
-    tokens, n = x.shape
-    stride = n // group
-    if stride < 4 * k:  # too few groups to gain anything
-        return torch.topk(x, k, dim=-1, sorted=False)
-    # Group j holds the columns j, j + stride, j + 2 stride, ...: the maximum then runs over contiguous rows.
-    maxima = x[:, : stride * group].view(tokens, group, stride).amax(1)
-    groups = torch.topk(maxima, k, dim=-1, sorted=False).indices
-    offsets = torch.arange(group, device=x.device) * stride
-    columns = (groups[:, :, None] + offsets).flatten(1)
-    if stride * group < n:  # the last columns, which fill no group, all compete
-        rest = torch.arange(stride * group, n, device=x.device)
-        columns = torch.cat([columns, rest.expand(tokens, -1)], dim=1)
-    values, chosen = torch.topk(x.gather(1, columns), k, dim=-1, sorted=False)
-    return values, columns.gather(1, chosen)
-
-
 class Gate(nn.Module):
     """Chooses the experts: ``a = TopK(relu(G x + b_g))``.
 
@@ -111,6 +49,7 @@ class Gate(nn.Module):
     def __init__(self, d_model: int, n_experts: int, k: int) -> None:
         super().__init__()
         self.k = k
+        self.selection: torch.dtype | None = None  # of the ranking of all N experts; None: the weight's own
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))  # G
         self.bias = nn.Parameter(torch.empty(n_experts))  # b_g
         self.reset_parameters()
@@ -128,7 +67,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Coefficients:
         """(..., D) -> coefficients (..., K)."""
         flat = x.reshape(-1, x.shape[-1])
-        values, indices = _SparseGate.apply(flat, self.weight, self.bias, self.k)
+        values, indices = sparse_gate(flat, self.weight, self.bias, self.k, self.selection)
         shape = (*x.shape[:-1], self.k)
         return Coefficients(values.view(shape), indices.view(shape))
 
@@ -149,13 +88,12 @@ class Experts(nn.Module):
     @torch.no_grad()
     def normalize(self) -> None:
         """Scales each row of C to unit length, in place."""
-        self.weight.copy_(F.normalize(self.weight, dim=1))
+        self.weight.div_(torch.linalg.vector_norm(self.weight, dim=1, keepdim=True).clamp_min(1e-12))
 
     def forward(self, a: Coefficients) -> Tensor:
         """``Cᵀ a``: coefficients (..., K) -> (..., D), touching only the K chosen rows of C."""
         active = a.values.shape[-1]
-        values = a.values.reshape(-1, active).to(self.weight.dtype)
-        mixed = F.embedding_bag(a.indices.reshape(-1, active), self.weight, per_sample_weights=values, mode="sum")
+        mixed = mix(a.values.reshape(-1, active), a.indices.reshape(-1, active), self.weight)
         return mixed.view(*a.values.shape[:-1], -1)
 
 

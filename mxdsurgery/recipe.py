@@ -140,6 +140,9 @@ class Recipe:
     tokens: int = _key(2_000_000, "count", "training tokens", low=1)
     eval_tokens: int = _key(100_000, "count", "held-out tokens that the figures rest on", low=1)
     shuffle: int = _key(8_000_000, "count", "tokens in the buffer that contexts are drawn from at random; 0: in order", low=0)
+    activation_buffer: int = _key(
+        0, "count", "positions in the buffer of activations that batches are drawn from at random; 0: batch by batch", low=0
+    )
     # How
     batch: int = _key(4096, "count", "tokens per optimiser step", low=8)
     lr: float = _key(1e-3, "number", "peak learning rate of Adam", low=1e-8, high=1.0)
@@ -151,6 +154,12 @@ class Recipe:
         "compute of the layers in training; auto: bf16 autocast where the device has it",
         choices=("auto", "fp32", "bf16"),
     )
+    selection: str = _key(
+        "auto",
+        "text",
+        "precision in which all N experts are ranked; the best are ranked again in fp32. auto: bf16 where the device has it",
+        choices=("auto", "fp32", "bf16"),
+    )
     dtype: str = _key(
         "auto",
         "text",
@@ -158,6 +167,12 @@ class Recipe:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = _key("auto", "text", "where to run; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    memory: float | None = _key(
+        None,
+        "number",
+        "GiB that a conversion may take; layers that do not fit in it together take turns; default: 90% of what is free",
+        low=0.001,
+    )
     seed: int = _key(0, "count", "seed of every random choice", low=0, high=2**32 - 1)
     tracker: str = _key("none", "text", "where to log the training", choices=("none", "tensorboard", "wandb"))
     # Where to

@@ -10,11 +10,14 @@ import gzip
 import itertools
 import json
 import os
+import queue
 import random
+import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +26,8 @@ from transformers import PreTrainedTokenizerBase
 from mxdsurgery.demo import stdlib_documents
 from mxdsurgery.errors import DataError, first_line
 from mxdsurgery.recipe import Recipe
+
+Item = TypeVar("Item")
 
 _FORMS = "a .txt, .jsonl, .jsonl.gz or .parquet file, a data set on the hub (user/name[:config[:split]]), or stdlib"
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
@@ -232,7 +237,7 @@ class TextStream:
         skip: contexts at the start that are left out in every pass (they are held out).
         shuffle: tokens in the buffer that `batches` draws contexts from at random; 0 keeps the text's order.
         seed: of the shuffling.
-        passes: how many times the text has been begun.
+        passes: how many times the text was begun for the batches taken so far.
     """
 
     spec: str
@@ -249,7 +254,6 @@ class TextStream:
         Raises:
             DataError: the text does not fill one context.
         """
-        self.passes += 1
         filled = False
         packed = self.packing.pack(documents(self.spec, self.text_column))
         for context in itertools.islice(packed, self.skip, None):
@@ -264,12 +268,23 @@ class TextStream:
             )
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Batches of shuffled contexts without end, pass after pass: yields int64 (B, T), B = size."""
-        endless = itertools.chain.from_iterable(self._shuffled() for _ in itertools.count())
-        while True:
-            yield torch.stack(list(itertools.islice(endless, size)))
+        """Batches of shuffled contexts without end, pass after pass: yields int64 (B, T), B = size.
 
-    def _shuffled(self) -> Iterator[Tensor]:
+        Reading, tokenising and packing run ahead in a thread of their own; where there is a GPU, in pinned memory.
+        """
+        for number, batch in run_ahead(self._batches(size)):
+            self.passes = number
+            yield batch
+
+    def _batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
+        """Each batch with the number of the pass that its last context came from."""
+        passes = ((number, context) for number in itertools.count(1) for context in self._shuffled(number))
+        while True:
+            numbers, contexts = zip(*itertools.islice(passes, size), strict=True)
+            batch = torch.stack(contexts)
+            yield numbers[-1], batch.pin_memory() if torch.cuda.is_available() else batch
+
+    def _shuffled(self, number: int) -> Iterator[Tensor]:
         """One pass in random order: each context is drawn from a full buffer, the next of the text takes its place."""
         room = self.shuffle // self.packing.context
         buffer: list[Tensor] = []
@@ -277,7 +292,7 @@ class TextStream:
         if room < 2:
             yield from contexts
             return
-        generator = random.Random(self.seed + self.passes)
+        generator = random.Random(self.seed + number)
         for context in contexts:
             if len(buffer) < room:
                 buffer.append(context)
@@ -301,6 +316,48 @@ class TextStream:
         return torch.stack([rows[index * len(rows) // wanted] for index in range(wanted)])
 
 
+def run_ahead(items: Iterator[Item], depth: int = 8) -> Iterator[Item]:
+    """The same items, made in a thread up to ``depth`` of them before they are asked for.
+
+    What the thread raises is raised here, in its place; when the taker stops, so does the thread. A thread and not a process:
+    the tokenizer computes outside Python's lock, and must not be forked once it has run.
+    """
+    made: queue.Queue = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(entry: tuple[str, Any]) -> bool:
+        while not stopped.is_set():
+            try:
+                made.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                pass
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put(("item", item)):
+                    return
+            put(("end", None))
+        except BaseException as error:
+            put(("error", error))
+
+    thread = threading.Thread(target=work, name="run_ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, content = made.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise content
+            yield content
+    finally:
+        stopped.set()
+        thread.join()
+
+
 def open_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[TextStream, Tensor]:
     """The training text, and the held-out contexts (S, T): of ``eval_data``, or else the first ones of ``data``.
 
@@ -315,5 +372,4 @@ def open_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Text
         heldout = train.first(recipe.eval_tokens)
         train = dataclasses.replace(train, skip=len(heldout))
     next(train.contexts())  # fails now, not after the model is loaded
-    train.passes = 0
     return train, heldout

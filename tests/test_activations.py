@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from mxdsurgery.activations import hooked, record_activations, recording
+from mxdsurgery.activations import Activations, hooked, record_activations, recording, shuffle_positions
 from mxdsurgery.blocks import find_blocks
 
 IDS = torch.arange(24).view(2, 12)
@@ -46,3 +46,26 @@ def test_an_exception_inside_leaves_no_hook():
     assert not hooks_of(model)
     record_activations(model, blocks, IDS)
     assert not hooks_of(model)
+
+
+def numbered(batches, n=4, d=2):
+    """Batches of two layers whose position p holds the number p, in x as in y of layer 0, plus 1000 in layer 1."""
+    for batch in range(batches):
+        x = torch.arange(batch * n, (batch + 1) * n).float()[:, None].expand(n, d)
+        yield {0: Activations(x.clone(), x.clone()), 1: Activations(x + 1000, x + 1000)}
+
+
+@pytest.mark.parametrize(("batches", "buffer"), [(0, 8), (1, 8), (3, 0), (3, 7), (5, 8), (7, 12), (3, 400)])
+def test_shuffling_positions_yields_every_position_once_and_all_layers_alike(batches, buffer):
+    shuffled = list(shuffle_positions(numbered(batches), buffer, seed=0))
+    assert len(shuffled) == batches
+    for drawn in shuffled:
+        assert torch.equal(drawn[0].x, drawn[0].y) and torch.equal(drawn[0].x + 1000, drawn[1].y)
+    seen = [value for drawn in shuffled for value in drawn[0].x[:, 0].tolist()]
+    assert sorted(seen) == list(range(4 * batches))
+    assert (seen == sorted(seen)) == (buffer < 8 or batches == 0)
+
+
+def test_the_order_of_positions_depends_on_the_seed_alone():
+    orders = [[tuple(d[0].x[:, 0].tolist()) for d in shuffle_positions(numbered(9), 12, seed)] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]

@@ -146,7 +146,7 @@ def test_a_model_from_the_config_alone_gets_fresh_weights(folder):
 
 def test_the_code_that_travels_imports_torch_and_transformers_only_and_only_defines(folder):
     files = sorted(path.name for path in folder.glob("*.py"))
-    assert files == ["configuration_mxd.py", "modeling_mxd.py", "mxd_layer.py"]
+    assert files == ["configuration_mxd.py", "modeling_mxd.py", "mxd_layer.py", "sparse.py"]
     allowed_statements = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef, ast.Assign, ast.AnnAssign)
     for name in files:
         tree = ast.parse((folder / name).read_text())
@@ -157,10 +157,11 @@ def test_the_code_that_travels_imports_torch_and_transformers_only_and_only_defi
                 assert not any(isinstance(part, ast.Call) for part in ast.walk(node))
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
-                assert all(alias.name.split(".")[0] in {"torch", "transformers"} for alias in node.names)
+                assert all(alias.name.split(".")[0] in {"torch", "transformers", "warnings"} for alias in node.names)
             if isinstance(node, ast.ImportFrom):
-                siblings = {"mxd_layer", "configuration_mxd"} if node.level else {"torch", "transformers", "typing"}
-                assert node.module.split(".")[0] in siblings
+                siblings = {"mxd_layer", "configuration_mxd", "sparse"}
+                libraries = {"torch", "transformers", "types", "typing", "warnings"}
+                assert node.module.split(".")[0] in (siblings if node.level else libraries)
 
 
 def test_the_folder_holds_what_it_should(folder):
@@ -178,7 +179,7 @@ def test_the_folder_holds_what_it_should(folder):
 def test_load_reads_the_folder_without_running_its_code(folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    for name in ("modeling_mxd.py", "configuration_mxd.py", "mxd_layer.py"):
+    for name in ("modeling_mxd.py", "configuration_mxd.py", "mxd_layer.py", "sparse.py"):
         (copy / name).write_text("raise SystemExit('this code was run')")
     loaded = load(copy)
     assert set(loaded.layers) == {0, 1} and loaded.layers[1] is loaded.model.model.layers[1].mlp
@@ -257,5 +258,8 @@ def test_check_output_refuses_what_exists(tmp_path):
 
 
 def test_importing_the_exported_code_does_not_import_mxdsurgery(folder):
-    code = "import sys, runpy; runpy.run_path(sys.argv[1]); assert not any(m.startswith('mxdsurgery') for m in sys.modules)"
-    subprocess.run([sys.executable, "-I", "-c", code, str(folder / "mxd_layer.py")], check=True, cwd=folder)
+    code = (
+        "import sys, importlib; sys.path.insert(0, sys.argv[1]); importlib.import_module(sys.argv[2] + '.modeling_mxd'); "
+        "assert not any(m.startswith('mxdsurgery') for m in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-I", "-c", code, str(folder.parent), folder.name], check=True, cwd=folder)

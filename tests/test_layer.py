@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from mxdsurgery.layer import Coefficients, Gate, MxDLayer, _SparseGate, top_k
+from mxdsurgery.layer import Coefficients, Gate, MxDLayer
 
 KINDS = pytest.mark.parametrize(("kind", "activation", "encoder_bias"), [("mlp", "gelu_new", True), ("glu", "silu", False)])
 
@@ -52,30 +52,6 @@ def test_fast_and_dense_agree_in_working_precision(dtype, tolerance):
     layer = make_layer(dtype=dtype)
     x = torch.randn(50, 12, dtype=dtype)
     torch.testing.assert_close(layer(x), layer.forward_dense(x), rtol=tolerance, atol=tolerance)
-
-
-def test_the_gates_gradient_is_that_of_finite_differences():
-    torch.manual_seed(0)
-    x, weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 6), (15, 6), (15,)))
-    assert torch.autograd.gradcheck(lambda *args: _SparseGate.apply(*args, 3)[0], (x, weight, bias))
-
-
-@pytest.mark.parametrize(("n", "k"), [(7, 7), (100, 3), (1000, 8), (1003, 15), (4096, 32)])
-def test_top_k_by_group_maxima_finds_the_k_largest(n, k):
-    x = torch.randn(20, n)
-    values, indices = top_k(x, k)
-    assert torch.equal(values.sort().values, torch.topk(x, k).values.sort().values)
-    assert torch.equal(x.gather(1, indices), values)
-    assert all(len(set(row.tolist())) == k for row in indices)
-
-
-def test_chunks_do_not_change_the_gate(monkeypatch):
-    layer = make_layer()
-    x = torch.randn(33, 12, dtype=torch.float64)
-    whole = layer.gate(x)
-    monkeypatch.setattr("mxdsurgery.layer._GATE_CHUNK_ELEMENTS", 4 * 40)
-    chunked = layer.gate(x)
-    torch.testing.assert_close(whole.dense(40), chunked.dense(40))
 
 
 def test_a_forward_hook_on_the_gate_reads_and_changes_the_coefficients():

@@ -4,33 +4,14 @@ import dataclasses
 import json
 
 import pytest
-from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
+from real_configs import REAL_CONFIGS
+from transformers import GPT2Config
 
 import mxdsurgery
 from mxdsurgery.errors import RecipeError
 from mxdsurgery.recipe import RECIPES_FOLDER, Recipe, find_recipe, load_recipe, parse_count
 
 RECIPES = sorted(RECIPES_FOLDER.glob("*.yaml"))
-
-# What the shipped recipes' models are, by their key `model`.
-REAL_CONFIGS = {
-    "openai-community/gpt2": GPT2Config(),
-    "EleutherAI/pythia-410m": GPTNeoXConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, vocab_size=50304
-    ),
-    "EleutherAI/pythia-1.4b": GPTNeoXConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=16, vocab_size=50304
-    ),
-    "meta-llama/Llama-3.2-3B": LlamaConfig(
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-    ),
-}
 
 
 def write(tmp_path, text):

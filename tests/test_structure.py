@@ -5,12 +5,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "mxdsurgery"
 
-# A module imports only from those before it. The list is the data's path: errors and words, model, blocks, plan, text and
-# activations, layer, training, measuring, surgery, export, and the commands on top.
+# A module imports only from those before it. The list is the data's path: errors and words, model, blocks, text and
+# activations, layer, training, what it takes, plan, surgery, measuring, export, and the commands on top.
 ORDER = [
-    "errors", "demo", "selection", "recipe", "console", "model", "blocks", "analyze", "plan", "card",
-    "text", "accelerator", "activations", "layer", "initialize", "distill", "surgery", "metrics", "measure",
-    "checkpoint", "export", "convert", "evaluate", "generate", "__init__", "cli", "__main__",
+    "errors", "demo", "selection", "recipe", "console", "model", "blocks", "analyze", "text", "sparse", "layer", "kernels",
+    "accelerator", "activations", "initialize", "distill", "memory", "cost", "calibrate", "plan", "card",
+    "surgery", "metrics", "measure", "checkpoint", "export", "convert", "evaluate", "generate", "__init__", "cli", "__main__",
 ]  # fmt: skip
 
 
@@ -24,6 +24,8 @@ def imported(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "mxdsurgery":
             yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:  # among the files that travel with a checkpoint
+            yield node.module
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mxdsurgery."):
             yield node.module.split(".")[1]
         elif isinstance(node, ast.Import):

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import random
+import threading
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mxdsurgery.errors import DataError
 from mxdsurgery.model import load_tokenizer
-from mxdsurgery.text import Packing, TextStream, documents
+from mxdsurgery.text import Packing, TextStream, documents, run_ahead
 
 BOS, EOS = 0, 1
 
@@ -371,3 +372,30 @@ def test_a_file_named_like_a_data_set_is_read_as_a_file(tmp_path, monkeypatch):
     (tmp_path / "user" / "set.txt").write_text("one")
     monkeypatch.setattr("datasets.load_dataset", None)
     assert list(documents("user/set.txt")) == ["one"]
+
+
+def test_running_ahead_gives_the_same_items_and_makes_no_more_than_it_may():
+    made = []
+
+    def items():
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    ahead = run_ahead(items(), depth=3)
+    assert [next(ahead) for _ in range(5)] == [0, 1, 2, 3, 4]
+    ahead.close()
+    assert len(made) <= 5 + 3 + 1
+    assert not any(thread.name == "run_ahead" for thread in threading.enumerate())
+    assert list(run_ahead(iter(range(20)), depth=2)) == list(range(20))
+
+
+def test_what_is_raised_while_running_ahead_arrives_in_its_place():
+    def items():
+        yield 1
+        raise DataError("a broken line")
+
+    ahead = run_ahead(items())
+    assert next(ahead) == 1
+    with pytest.raises(DataError, match="a broken line"):
+        next(ahead)

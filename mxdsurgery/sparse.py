@@ -1,0 +1,202 @@
+"""Sparse products with the rows of a matrix: all that an MxD layer does with its experts, without a (tokens, N) gradient.
+
+Three functions are closed under differentiation: `mix` adds up weighted rows, `dots` takes inner products with rows, `scatter`
+adds weighted vectors to rows. The gradients of `mix` are `dots` and `scatter`; those of a gate's kept coefficients are `mix`
+and `scatter`. `select` says which rows: it ranks all N in low precision, and the candidates near the top exactly.
+
+This file travels with every exported checkpoint: it imports torch only. Faster kernels for a device enter `KERNELS`
+(mxdsurgery.kernels does); without them everything runs in plain torch.
+
+Shapes: n tokens, D model width, N rows (experts), K chosen rows per token; weight (N, D), indices (n, K) int64 in [0, N).
+"""
+
+import warnings
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# By device type, a module with `mix`, `dots` and `scatter` of its own.
+KERNELS: dict[str, ModuleType] = {}
+
+# The pre-activations (tokens, N) are formed for so many bytes' worth of tokens at a time: as much as stays near the cores of
+# a CPU, and enough to keep a GPU busy.
+_CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
+# In low precision, so many more candidates than K are ranked again exactly. docs/performance.md has the measurement.
+EXTRA_CANDIDATES = 8
+# Rows gathered at once where there is no better way: 64 MiB in fp32.
+_GATHERED_ELEMENTS = 2**24
+
+
+def sparse_gate(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, selection: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """``TopK(relu(G x + b_g))``, its K kept coefficients, with a backward that touches only the chosen rows of G.
+
+    Args:
+        x: (n, D).
+        weight: G (N, D).
+        bias: b_g (N,).
+        k: K, at most N.
+        selection: see `select`.
+
+    Returns:
+        values (n, K), non-negative, in float32 or wider; indices (n, K), each at most once per token, in no order.
+    """
+    return _SparseGate.apply(x, weight, bias, k, selection)
+
+
+def mix(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    """``Σ_k values_k weight[indices_k]``: (n, K), (n, K), (N, D) -> (n, D) in weight's dtype. Differentiable."""
+    if _kernels(weight) is not None:
+        return _Mix.apply(values, indices, weight)
+    return F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
+
+
+def dots(x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    """``weight[indices_k] · x``: (n, D), (n, K), (N, D) -> (n, K), summed in float32 or wider. No gradient."""
+    kernels = _kernels(weight)
+    if kernels is not None:
+        return kernels.dots(x, indices, weight)
+    if weight.dtype in (torch.float32, torch.float64):
+        # The derivative of `mix` by its values; on a CPU eight times as fast as gathering the rows.
+        with torch.enable_grad():
+            values = torch.zeros(indices.shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
+            mixed = F.embedding_bag(indices, weight.detach(), per_sample_weights=values, mode="sum")
+            return torch.autograd.grad(mixed, values, x.to(weight.dtype))[0]
+    parts = max(1, indices.numel() * weight.shape[1] // _GATHERED_ELEMENTS)
+    pairs = zip(x.chunk(parts), indices.chunk(parts), strict=True)
+    return torch.cat([torch.einsum("nd,nkd->nk", some.float(), weight[chosen].float()) for some, chosen in pairs])
+
+
+def scatter(values: Tensor, indices: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Row i: ``Σ values x`` over the tokens that chose i: (n, K), (n, K), (n, D) -> (N, D), like weight. No gradient."""
+    kernels = _kernels(weight)
+    if kernels is not None:
+        return kernels.scatter(values, indices, x, weight)
+    values, x = values.to(weight.dtype), x.to(weight.dtype)
+    if weight.device.type == "cpu" and torch.backends.mkl.is_available() and weight.dtype in (torch.float32, torch.float64):
+        return _transposed_coefficients(values, indices, len(weight)) @ x
+    with torch.enable_grad():  # the derivative of `mix` by its rows
+        rows = weight.detach().requires_grad_()
+        mixed = F.embedding_bag(indices, rows, per_sample_weights=values, mode="sum")
+        return torch.autograd.grad(mixed, rows, x)[0]
+
+
+def _transposed_coefficients(values: Tensor, indices: Tensor, n_rows: int) -> Tensor:
+    """``Aᵀ`` (N, n) in CSR form for the coefficients A (n, N): values and indices (n, K)."""
+    tokens, k = indices.shape
+    rows, order = indices.flatten().sort(stable=True)
+    starts = torch.searchsorted(rows, torch.arange(n_rows + 1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(starts, order // k, values.flatten()[order], (n_rows, tokens), check_invariants=False)
+
+
+@torch.no_grad()
+def select(x: Tensor, weight: Tensor, bias: Tensor, k: int, selection: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """The k rows with the largest ``weight x + bias`` for each token.
+
+    In a ``selection`` dtype coarser than float32, pre-activations are computed and ranked in it, the best K +
+    ``EXTRA_CANDIDATES`` are computed again in float32, and the best K of those are kept: the matrix product, nearly all of the
+    cost, runs in low precision, and the choice is float32's.
+
+    Args:
+        x: (n, D).
+        weight: (N, D).
+        bias: (N,).
+        k: at most N.
+        selection: dtype of the ranking; None: weight's own.
+
+    Returns:
+        Pre-activations (n, k) in float32 or wider, and their indices (n, k), in no order.
+    """
+    selection = selection or weight.dtype
+    coarse = torch.finfo(selection).bits < 32
+    candidates = min(k + EXTRA_CANDIDATES, len(weight)) if coarse else k
+    with torch.autocast(x.device.type, enabled=False):
+        # A low-precision copy of a float32 matrix lives as long as this call.
+        ranking, offset = weight.to(selection), bias.to(selection)
+        rows = max(1, _CHUNK_BYTES.get(x.device.type, 2**28) // (len(weight) * ranking.element_size()))
+        chosen = [top_k(F.linear(chunk.to(selection), ranking, offset), candidates) for chunk in x.split(rows)]
+    indices = torch.cat([indices for _, indices in chosen])
+    if not coarse:
+        return torch.cat([values for values, _ in chosen]), indices
+    exact = dots(x, indices, weight) + bias[indices].to(torch.promote_types(bias.dtype, torch.float32))
+    if candidates > k:
+        exact, best = torch.topk(exact, k, dim=-1, sorted=False)
+        indices = indices.gather(1, best)
+    return exact, indices
+
+
+def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``torch.topk(x, k, sorted=False)`` over the last dimension, by way of group maxima where that is faster.
+
+    The k largest elements lie in the k groups with the largest maxima, so only those are compared. Exact, up to which of
+    several equal elements is taken.
+
+    Args:
+        x: (tokens, N).
+        k: how many to keep, at most N.
+
+    Returns:
+        Values and int64 indices, each (tokens, k), unsorted.
+    """
+    tokens, n = x.shape
+    group = 16
+    stride = n // group
+    if stride < 4 * k:  # too few groups to gain anything
+        return torch.topk(x, k, dim=-1, sorted=False)
+    # Group j holds the columns j, j + stride, j + 2 stride, ...: the maximum then runs over contiguous rows.
+    maxima = x[:, : stride * group].view(tokens, group, stride).amax(1)
+    groups = torch.topk(maxima, k, dim=-1, sorted=False).indices
+    offsets = torch.arange(group, device=x.device) * stride
+    columns = (groups[:, :, None] + offsets).flatten(1)
+    if stride * group < n:  # the last columns, which fill no group, all compete
+        rest = torch.arange(stride * group, n, device=x.device)
+        columns = torch.cat([columns, rest.expand(tokens, -1)], dim=1)
+    values, chosen = torch.topk(x.gather(1, columns), k, dim=-1, sorted=False)
+    return values, columns.gather(1, chosen)
+
+
+def _kernels(weight: Tensor) -> ModuleType | None:
+    return KERNELS.get(weight.device.type)
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(values, indices, weight)
+        return _kernels(weight).mix(values, indices, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        values, indices, weight = ctx.saved_tensors
+        grad_values = dots(grad, indices, weight).to(values.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = scatter(values, indices, grad, weight) if ctx.needs_input_grad[2] else None
+        return grad_values, None, grad_weight
+
+
+class _SparseGate(torch.autograd.Function):
+    """The derivative of a kept coefficient is that of one row's inner product with x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, k: int, selection: torch.dtype | None):
+        values, indices = select(x, weight, bias, k, selection)
+        values = values.relu_()
+        ctx.save_for_backward(x, weight, values, indices)
+        ctx.mark_non_differentiable(indices)
+        return values, indices
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_values: Tensor, _):
+        x, weight, values, indices = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        grad = grad_values.to(weight.dtype) * (values > 0)
+        grad_x = mix(grad, indices, weight.detach()).to(x.dtype) if needs_x else None
+        grad_weight = scatter(grad, indices, x, weight) if needs_weight else None
+        grad_bias = torch.zeros_like(weight[:, 0]).index_add_(0, indices.flatten(), grad.flatten()) if needs_bias else None
+        return grad_x, grad_weight, grad_bias, None, None
