@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from mxdsurgery.console import compact
+from mxdsurgery.console import compact, duration, size
 from mxdsurgery.plan import Plan
 from mxdsurgery.recipe import Recipe
 
@@ -107,12 +107,25 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any]) -> str:
             "",
             "## How it was made",
             "",
+            *_training_lines(evaluation.get("training", {})),
             "```yaml",
             yaml.safe_dump(settings, sort_keys=False).rstrip(),
             "```",
             "",
         ]
     )
+
+
+def _training_lines(record: dict[str, Any]) -> list[str]:
+    """What training took, beside what the plan said; nothing where an older version wrote the evaluation."""
+    if "measured" not in record:
+        return []
+    took, planned = record["measured"], record["planned"]
+    lines = ["| training | planned | measured |", "| --- | --- | --- |"]
+    for label, name, form in (("time", "seconds", duration), ("peak memory", "peak_bytes", size)):
+        cells = ("n/a" if row[name] is None else form(row[name]) for row in (planned, took))
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _gate_path(plan: Plan) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 import mxdsurgery
 from mxdsurgery.card import LEGEND, evaluation_table
 from mxdsurgery.console import ConsoleReporter
-from mxdsurgery.errors import MxDError, MxDWarning
+from mxdsurgery.errors import MemoryBudgetError, MxDError, MxDWarning
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe, parse_count
 
 _INTERRUPTED = 130  # what a shell expects of a process that Ctrl-C ended
@@ -117,18 +117,20 @@ def analyze(model: str, revision: str | None, as_json: bool) -> None:
 @main.command()
 @click.argument("model")
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
+@click.option("--measure/--no-measure", default=True, help="Measure this machine for some seconds, for the time it takes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_recipe_options
-def plan(model: str, recipe: str | None, as_json: bool, **overrides: Any) -> None:
+def plan(model: str, recipe: str | None, measure: bool, as_json: bool, **overrides: Any) -> None:
     """Show what a conversion of MODEL would make and take, without weights.
 
     Every flag is a key of the recipe; what is not given comes from the recipe made for the model, or from --recipe.
     """
-    made, resolved = mxdsurgery.plan(model, recipe=recipe, **overrides)
+    made, resolved = mxdsurgery.plan(model, recipe=recipe, measure=measure, **overrides)
     if as_json:
         _print_json(made.to_dict() | {"recipe": resolved.to_dict()})
-    else:
-        _print_table(made.table(), *made.summary(resolved))
+        return
+    refusal = [] if made.refusal is None else [f"\nconvert would refuse: {MemoryBudgetError(**made.refusal)}"]
+    _print_table(made.table(), made.group_table(), *made.summary(resolved), *refusal)
 
 
 @main.command()

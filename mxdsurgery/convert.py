@@ -1,11 +1,12 @@
 """``convert``: the whole job, from a model's name to a folder that transformers loads."""
 
 import dataclasses
+import functools
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,24 @@ from transformers import PreTrainedModel
 from mxdsurgery.accelerator import make_accelerator
 from mxdsurgery.blocks import prove_block
 from mxdsurgery.checkpoint import PLAN_FILE, RECIPE_FILE
-from mxdsurgery.console import ProgressLine, Reporter, compact, duration
+from mxdsurgery.console import ProgressLine, Reporter, compact, duration, size
+from mxdsurgery.cost import LayerPlan
 from mxdsurgery.distill import Progress, distill
 from mxdsurgery.errors import ExportError, OutputError
 from mxdsurgery.export import check_output, export, write_json
 from mxdsurgery.initialize import initial_layer, measure_statistics
 from mxdsurgery.layer import MxDLayer
 from mxdsurgery.measure import measure
+from mxdsurgery.memory import PeakMemory
 from mxdsurgery.model import load_model, load_tokenizer
-from mxdsurgery.plan import Plan, plan
+from mxdsurgery.plan import Plan, plan, with_time
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.text import TextStream, open_texts
 
 # The statistics that layers start from rest on so many batches of the training text.
 _STATISTICS_BATCHES = 4
+# A run that takes fewer seconds, at the rate of a matrix product, starts at once: its time is not predicted.
+_WORTH_PREDICTING = 60.0
 # Contexts on which the reloaded checkpoint is compared with the model in memory.
 _CHECK_CONTEXTS = 2
 
@@ -77,37 +82,133 @@ def convert(model: str, *, recipe: str | Path | None = None, reporter: Reporter 
     reporter = reporter or Reporter()
     made, resolved = plan(model, recipe=recipe, **overrides)
     out = check_output(resolved.out, resolved.overwrite)
+    made.check_budget()
+    made = with_time(made, resolved, _WORTH_PREDICTING)
     for line in (f"recipe     {made.recipe_file}", *made.summary(resolved)):
         reporter.say(line)
     accelerator = make_accelerator(resolved)
     tokenizer = load_tokenizer(model, resolved.revision)
     train, heldout = open_texts(resolved, tokenizer)
 
+    memory = PeakMemory(accelerator.device.type)
     base = load_model(model, revision=resolved.revision, dtype=made.dtype, device=accelerator.device)
     worst = max(prove_block(base, block) for block in made.blocks)
     reporter.say(f"proof      {len(made.blocks)} blocks recomputed from their weights, largest relative error {worst:.1e}")
-    contexts = resolved.batch // resolved.context
-    batches = train.batches(contexts)
-    sample = [batch.to(accelerator.device) for batch in itertools.islice(batches, _STATISTICS_BATCHES)]
-    layers = _initial_layers(base, made, resolved, sample)
-    progress = Progress(made.steps, contexts * resolved.context)
-    with _kept(out, layers, made, resolved, progress):
-        _train(base, made, layers, itertools.chain(sample, batches), resolved, accelerator, progress, reporter)
-        if train.passes > 1:
-            reporter.say(f"           the text is short: it was read {train.passes} times over")
+    training = Training(len(made.groups))
+    with _kept(out, made, resolved, training):
+        _train(base, made, train, resolved, accelerator, training, reporter)
+        record = _training_record(made, training, memory.bytes())
+        for line in _comparison(record):
+            reporter.say(line)
+        for layer in training.layers.values():
+            layer.to(accelerator.device)
         with reporter.progress("evaluate", "passes") as line:
-            evaluation = measure(base, made.blocks, layers, heldout, resolved.batch, line.update)
-        evaluation |= {"data": resolved.eval_data or resolved.data, "training": _training_record(progress, train)}
-        differences = export(base, layers, made, resolved, evaluation, tokenizer, heldout[:_CHECK_CONTEXTS], out)
+            evaluation = measure(base, made.blocks, training.layers, heldout, resolved.batch, line.update)
+        evaluation |= {"data": resolved.eval_data or resolved.data, "training": record}
+        check_ids = heldout[:_CHECK_CONTEXTS]
+        differences = export(base, training.layers, made, resolved, evaluation, tokenizer, check_ids, out)
     reporter.say(
         f"exported   {resolved.out}; reloaded without mxdsurgery, logits differ by at most {differences['logits']:.1g}"
     )
-    return Conversion(out, made, resolved, evaluation, progress.seconds)
+    return Conversion(out, made, resolved, evaluation, training.seconds)
 
 
-def _initial_layers(base: PreTrainedModel, made: Plan, recipe: Recipe, sample: list[Tensor]) -> dict[int, MxDLayer]:
+@dataclass
+class Training:
+    """Where the training of all groups stands; kept up to date while it runs, so that an interrupted one can be described.
+
+    Attributes:
+        groups: how many there are.
+        passes: the progress of each group begun so far; one pass over the text each.
+        layers: by index: those that are finished, in the base model's dtype, and those in training, in fp32.
+        times_read: how many times a pass began the text, because it is shorter than the training.
+    """
+
+    groups: int
+    passes: list[Progress] = field(default_factory=list)
+    layers: dict[int, MxDLayer] = field(default_factory=dict)
+    times_read: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Of all passes so far."""
+        return sum(progress.seconds for progress in self.passes)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all groups are trained."""
+        return len(self.passes) == self.groups and all(progress.step == progress.steps for progress in self.passes)
+
+    @property
+    def nmse(self) -> dict[int, float]:
+        """By layer."""
+        return {layer: value for progress in self.passes for layer, value in progress.nmse.items()}
+
+    @property
+    def dead_share(self) -> dict[int, float]:
+        """By layer."""
+        return {layer: value for progress in self.passes for layer, value in progress.dead_share.items()}
+
+
+def _train(
+    base: PreTrainedModel,
+    made: Plan,
+    train: TextStream,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    training: Training,
+    reporter: Reporter,
+) -> None:
+    """Distils group after group and leaves all layers frozen, in the base model's dtype; those of a GPU in host memory."""
+    if recipe.tracker != "none":
+        settings = {name: value for name, value in recipe.to_dict().items() if value is not None}
+        accelerator.init_trackers("mxdsurgery", config=settings)
+    by_index = {layer.block.layer: layer for layer in made.layers}
+    with ExitStack() as stack:
+        # One line for all groups; it counts from when the first of them is ready to train.
+        line = functools.cache(lambda: stack.enter_context(reporter.progress("distil", "tokens")))
+        for group in made.groups:
+            layers = [by_index[index] for index in group.layers]
+            _train_group(base, layers, train, made.steps, recipe, accelerator, training, line)
+    accelerator.end_training()
+    dead = sum(training.dead_share.values()) / len(training.dead_share)
+    tokens = compact(training.passes[-1].tokens)
+    reporter.say(f"distilled  {tokens} tokens in {duration(training.seconds)}, {dead:.1%} of experts dead")
+    if training.times_read > 1:
+        reporter.say(f"           the text is short: it was read {training.times_read} times over")
+
+
+def _train_group(
+    base: PreTrainedModel,
+    layers: Sequence[LayerPlan],
+    train: TextStream,
+    steps: int,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    training: Training,
+    line: Callable[[], ProgressLine],
+) -> None:
+    """One pass over the text, always the same one: a layer learns the same in whatever group it is."""
+    contexts = recipe.batch // recipe.context
+    text = dataclasses.replace(train)
+    with closing(text.batches(contexts)) as batches:
+        sample = [batch.to(accelerator.device) for batch in itertools.islice(batches, _STATISTICS_BATCHES)]
+        started = _initial_layers(base, layers, recipe, sample)
+        training.layers |= started
+        training.passes.append(Progress(steps, contexts * recipe.context))
+        every, blocks = itertools.chain(sample, batches), [layer.block for layer in layers]
+        distill(base, blocks, started, every, recipe, accelerator, training.passes[-1], _report_to(line(), training))
+    training.times_read = text.passes
+    for layer in started.values():
+        layer.to(device="cpu", dtype=base.dtype).eval().requires_grad_(False)
+        layer.gate.selection = None  # from here on it computes as it will when it is reloaded
+
+
+def _initial_layers(
+    base: PreTrainedModel, layers: Sequence[LayerPlan], recipe: Recipe, sample: list[Tensor]
+) -> dict[int, MxDLayer]:
     """New layers by index, fp32, started from the base model and the statistics of a sample of the text."""
-    statistics = measure_statistics(base, made.blocks, sample)
+    statistics = measure_statistics(base, [layer.block for layer in layers], sample)
     return {
         layer.block.layer: initial_layer(
             base,
@@ -118,54 +219,48 @@ def _initial_layers(base: PreTrainedModel, made: Plan, recipe: Recipe, sample: l
             statistics=statistics[layer.block.layer],
             seed=recipe.seed,
         )
-        for layer in made.layers
+        for layer in layers
     }
 
 
-def _train(
-    base: PreTrainedModel,
-    made: Plan,
-    layers: dict[int, MxDLayer],
-    batches: Iterator[Tensor],
-    recipe: Recipe,
-    accelerator: Accelerator,
-    progress: Progress,
-    reporter: Reporter,
-) -> None:
-    """Distils the layers in place and leaves them frozen, in the base model's dtype."""
-    if recipe.tracker != "none":
-        settings = {name: value for name, value in recipe.to_dict().items() if value is not None}
-        accelerator.init_trackers("mxdsurgery", config=settings)
-    with reporter.progress("distil", "tokens") as line:
-        distill(base, made.blocks, layers, batches, recipe, accelerator, progress, _report_to(line))
-    accelerator.end_training()
-    for layer in layers.values():
-        layer.to(base.dtype).eval().requires_grad_(False)
-    dead = sum(progress.dead_share.values()) / len(progress.dead_share)
-    reporter.say(f"distilled  {compact(progress.tokens)} tokens in {duration(progress.seconds)}, {dead:.1%} of experts dead")
-
-
-def _report_to(line: ProgressLine) -> Callable[[Progress], None]:
+def _report_to(line: ProgressLine, training: Training) -> Callable[[Progress], None]:
     def report(progress: Progress) -> None:
         mean = sum(progress.nmse.values()) / len(progress.nmse)
-        line.update(progress.tokens, progress.steps * progress.tokens_per_step, f"NMSE {mean:.4f}")
+        group = f"group {len(training.passes)} of {training.groups}, " if training.groups > 1 else ""
+        done = sum(begun.tokens for begun in training.passes)
+        line.update(done, training.groups * progress.steps * progress.tokens_per_step, f"{group}NMSE {mean:.4f}")
 
     return report
 
 
-def _training_record(progress: Progress, train: TextStream) -> dict[str, Any]:
+def _training_record(made: Plan, training: Training, peak_bytes: int | None) -> dict[str, Any]:
+    """For evaluation.json: what was trained, and what the plan said beside what was measured (None: it was not)."""
     return {
-        "tokens": progress.tokens,
-        "steps": progress.steps,
-        "seconds": round(progress.seconds, 1),
-        "passes_over_the_text": train.passes,
+        "tokens": training.passes[-1].tokens,
+        "steps": training.passes[-1].steps,
+        "seconds": round(training.seconds, 1),
+        "groups": [group.layers for group in made.groups],
+        "passes_over_the_text": training.times_read,
         # Experts that had not fired for the last tenth of the training tokens, by layer.
-        "dead_share": {str(layer): share for layer, share in progress.dead_share.items()},
+        "dead_share": {str(layer): share for layer, share in training.dead_share.items()},
+        "planned": {"seconds": made.seconds and round(made.seconds, 1), "peak_bytes": made.peak_bytes},
+        "measured": {"seconds": round(training.seconds, 1), "peak_bytes": peak_bytes},
     }
 
 
+def _comparison(record: dict[str, Any]) -> list[str]:
+    """The plan's predictions beside the measured values, for a terminal."""
+    lines = []
+    for label, name, form in (("time", "seconds", duration), ("memory", "peak_bytes", size)):
+        planned, measured = (record[kind][name] for kind in ("planned", "measured"))
+        words = [f"{form(measured)} measured" if measured is not None else "not measured here"]
+        words.append(f"{form(planned)} planned" if planned is not None else "not predicted")
+        lines.append(f"{label:10} {', '.join(words)}")
+    return lines
+
+
 @contextmanager
-def _kept(out: Path, layers: dict[int, MxDLayer], made: Plan, recipe: Recipe, progress: Progress) -> Iterator[None]:
+def _kept(out: Path, made: Plan, recipe: Recipe, training: Training) -> Iterator[None]:
     """Keeps the layers when the work inside is interrupted, or when its result cannot be written.
 
     Raises:
@@ -175,28 +270,42 @@ def _kept(out: Path, layers: dict[int, MxDLayer], made: Plan, recipe: Recipe, pr
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(f"Interrupted. {_keep_layers(out, layers, made, recipe, progress)}") from None
+        if not training.passes:
+            raise
+        raise Interrupted(f"Interrupted. {_keep_layers(out, made, recipe, training)}") from None
     except (OutputError, ExportError) as error:
         try:
-            kept = _keep_layers(out, layers, made, recipe, progress)
+            kept = _keep_layers(out, made, recipe, training)
         except OSError:  # the same disk is full
             raise error from None
         raise type(error)(f"{error.found}\n{kept}", expected=error.expected, fix=error.fix) from None
 
 
-def _keep_layers(out: Path, layers: dict[int, MxDLayer], made: Plan, recipe: Recipe, progress: Progress) -> str:
+def _keep_layers(out: Path, made: Plan, recipe: Recipe, training: Training) -> str:
     """Writes the layers as far as they are trained, and says so. Replaces what an earlier run left there."""
     folder = out.with_name(out.name + ".interrupted")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    tensors = {f"{i}.{name}": t.contiguous() for i, layer in layers.items() for name, t in layer.state_dict().items()}
+    layers = training.layers.items()
+    tensors = {f"{i}.{name}": t.contiguous() for i, layer in layers for name, t in layer.state_dict().items()}
     save_file(tensors, folder / "layers.safetensors")
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     write_json(folder / PLAN_FILE, made.to_dict())
-    finished = progress.step == progress.steps
-    write_json(folder / "state.json", dataclasses.asdict(progress) | {"tokens": progress.tokens, "finished": finished})
+    write_json(folder / "state.json", _state(made, training))
+    last = training.passes[-1]
+    group = f" of group {len(training.passes)} of {training.groups}" if training.groups > 1 else ""
     return (
-        f"No model was written to {out}. The layers after step {progress.step} of {progress.steps} "
-        f"({compact(progress.tokens)} tokens) are in {folder}: layers.safetensors, state.json (where training stood), "
+        f"No model was written to {out}. The layers after step {last.step} of {last.steps}{group} "
+        f"({compact(last.tokens)} tokens) are in {folder}: layers.safetensors, state.json (where training stood), "
         "recipe.yaml and plan.json."
     )
+
+
+def _state(made: Plan, training: Training) -> dict[str, Any]:
+    """For state.json: where the group that was in training stood, and which layers are finished."""
+    last = training.passes[-1]
+    done = [progress.step == progress.steps for progress in training.passes]
+    finished = [i for group, whole in zip(made.groups, done, strict=False) if whole for i in group.layers]
+    figures = {"seconds": training.seconds, "nmse": training.nmse, "dead_share": training.dead_share}
+    place = {"group": len(training.passes), "groups": training.groups, "finished_layers": finished}
+    return dataclasses.asdict(last) | figures | {"tokens": last.tokens} | place | {"finished": training.finished}

@@ -84,6 +84,10 @@ class ExportError(MxDError):
     """The exported checkpoint, reloaded, did not do what the model in memory did."""
 
 
+class MemoryBudgetError(MxDError):
+    """A conversion that does not fit the memory budget, even one layer at a time."""
+
+
 class DeviceError(MxDError):
     """A device or a way of launching that is not there or not supported."""
 

@@ -1,44 +1,46 @@
-"""``plan``: what a conversion would make of a model, and what it would take, from the config alone."""
+"""``plan``: what a conversion would make of a model, and what it would take, before any weight is read."""
 
 import dataclasses
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from transformers import PreTrainedConfig
 
+from mxdsurgery.accelerator import computes_in_bf16, selects_in_bf16
 from mxdsurgery.analyze import Analysis, analyze
 from mxdsurgery.blocks import Block, Part
-from mxdsurgery.console import compact, size
+from mxdsurgery.calibrate import Calibration, calibrate, matmul_rate
+from mxdsurgery.console import compact, duration, size
+from mxdsurgery.cost import (
+    DTYPE_BYTES,
+    GIB,
+    BaseModel,
+    Group,
+    LayerPlan,
+    Machine,
+    checkpoint_bytes,
+    evaluation_bytes,
+    layer_parameters,
+    make_groups,
+    needed_bytes,
+    refusal,
+    tokens_per_step,
+)
 from mxdsurgery.demo import DEMO_MODELS
-from mxdsurgery.errors import RecipeError, UnsupportedBlockError
-from mxdsurgery.model import load_config
+from mxdsurgery.errors import MemoryBudgetError, RecipeError, UnsupportedBlockError
+from mxdsurgery.memory import free_memory
+from mxdsurgery.model import decoder_layers, load_config, model_skeleton
 from mxdsurgery.recipe import Recipe, check_names, find_recipe, load_recipe
 from mxdsurgery.selection import select_layers
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# fp32 parameters, their gradients and Adam's two moments.
-_TRAINING_BYTES = 16
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One layer's conversion.
-
-    Attributes:
-        block: what is replaced.
-        n_experts: N.
-        k: K.
-        parameters: of the new layer.
-    """
-
-    block: Block
-    n_experts: int
-    k: int
-    parameters: int
+# Of what a device has free; the rest is for fragmentation, kernels' workspaces and other processes.
+_BUDGET_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,16 @@ class Plan:
         dtype: of the base model and of the result.
         original_parameters: of the base model.
         recipe_file: the recipe that the settings came from.
-        steps: optimiser steps.
+        steps: optimiser steps of each layer.
         layers: in order.
+        machine: what it was planned for.
+        groups: the layers that are trained together, in order; each group is one pass over the text. Empty in what an older
+            version wrote, as are the entries below.
+        evaluation_bytes: peak of evaluation and export.
+        disk_bytes: while the result is written; with ``overwrite``, an old one of the same size stands beside it.
+        calibration: what the times rest on.
+        unmeasured: why there is no time.
+        refusal: what was found, expected and to be mended, where it does not fit the memory budget.
     """
 
     model: str
@@ -66,6 +76,13 @@ class Plan:
     recipe_file: str
     steps: int
     layers: list[LayerPlan]
+    machine: Machine | None = None
+    groups: list[Group] = field(default_factory=list)
+    evaluation_bytes: int = 0
+    disk_bytes: int = 0
+    calibration: Calibration | None = None
+    unmeasured: str | None = None
+    refusal: dict[str, str] | None = None
 
     @property
     def blocks(self) -> list[Block]:
@@ -83,30 +100,57 @@ class Plan:
         return self.original_parameters + sum(layer.parameters - layer.block.parameters for layer in self.layers)
 
     @property
-    def training_bytes(self) -> int:
-        """The base model's weights, and parameters, gradients and Adam state of the new layers; activations not counted."""
-        return _BYTES[self.dtype] * self.original_parameters + _TRAINING_BYTES * self.trained_parameters
-
-    @property
     def checkpoint_bytes(self) -> int:
         """The converted model's weights on disk."""
-        return _BYTES[self.dtype] * self.parameters
+        return DTYPE_BYTES[self.dtype] * self.parameters
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of training, on the device that trains."""
+        return max((group.peak_bytes for group in self.groups), default=0)
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """Per token of the text, of all passes over it together."""
+        names = self.groups[0].flops if self.groups else ()
+        return {name: sum(group.flops[name] for group in self.groups) for name in names}
+
+    @property
+    def seconds(self) -> float | None:
+        """Of training all groups; None where it was not measured."""
+        if not self.groups or any(group.seconds is None for group in self.groups):
+            return None
+        return sum(group.seconds for group in self.groups)
+
+    def check_budget(self) -> None:
+        """Raises MemoryBudgetError if the conversion does not fit the memory budget."""
+        if self.refusal is not None:
+            raise MemoryBudgetError(**self.refusal)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the fields, and the totals that follow from them."""
         totals = {
             "trained_parameters": self.trained_parameters,
             "parameters": self.parameters,
-            "training_bytes": self.training_bytes,
+            "passes": len(self.groups),
+            "peak_bytes": self.peak_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
+            "flops": self.flops,
+            "seconds": self.seconds,
         }
-        return dataclasses.asdict(self) | {"totals": totals}
+        groups = [dataclasses.asdict(group) | {"peak_bytes": group.peak_bytes} for group in self.groups]
+        return dataclasses.asdict(self) | {"groups": groups, "totals": totals}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Plan":
-        """Back from `to_dict`."""
-        values = {name: value for name, value in values.items() if name != "totals"}
-        return cls(**values | {"layers": [_layer_plan(row) for row in values["layers"]]})
+        """Back from `to_dict`, also of an older version, which had no groups."""
+        read = {name: value for name, value in values.items() if name != "totals"}
+        read["layers"] = [_layer_plan(row) for row in values["layers"]]
+        names = [f.name for f in dataclasses.fields(Group)]
+        read["groups"] = [Group(**{name: row[name] for name in names}) for row in values.get("groups", ())]
+        for name, kind in (("machine", Machine), ("calibration", Calibration)):
+            read[name] = kind(**values[name]) if values.get(name) is not None else None
+        return cls(**read)
 
     def table(self) -> Table:
         """For a terminal."""
@@ -124,14 +168,51 @@ class Plan:
             table.add_row(*map(str, row), compact(layer.parameters), compact(layer.block.parameters))
         return table
 
+    def group_table(self) -> Table:
+        """For a terminal: the groups, and what each takes."""
+        table = Table(title="Layers trained together, one pass over the text for each row")
+        table.add_column("layers")
+        for column in ("parameters", "weights", "gradients", "Adam", "activations", "text", "peak", "time"):
+            table.add_column(column, justify="right")
+        for group in self.groups:
+            held = (group.weight_bytes, group.gradient_bytes, group.adam_bytes, group.activation_bytes, group.text_bytes)
+            time = "-" if group.seconds is None else duration(group.seconds)
+            table.add_row(_ranges(group.layers), compact(group.parameters), *map(size, (*held, group.peak_bytes)), time)
+        return table
+
     def summary(self, recipe: Recipe) -> list[str]:
         """For a terminal: what it takes, in a few lines."""
+        passes = "1 pass" if len(self.groups) == 1 else f"{len(self.groups)} passes"
+        flops, total = self.flops, sum(self.flops.values())
+        shares = ", ".join(f"{flops[name] / total:.0%} {name.replace('_', ' ')}" for name in flops)
+        budget = "no budget" if self.machine.memory is None else f"budget {size(self.machine.memory)}"
         return [
             f"model      {compact(self.original_parameters)} parameters become {compact(self.parameters)}, {self.dtype}",
-            f"training   {compact(recipe.tokens)} tokens of {recipe.data}: {self.steps} steps of {recipe.batch}",
-            f"memory     about {size(self.training_bytes)} for weights, gradients and Adam state, plus activations",
-            f"checkpoint {size(self.checkpoint_bytes)}",
+            f"training   {compact(recipe.tokens)} tokens of {recipe.data}: {self.steps} steps of {recipe.batch}, "
+            f"{passes} over the text",
+            f"compute    {compact(total)} FLOPs per token: {shares}",
+            f"time       {self._time()}",
+            f"memory     {size(self.peak_bytes)} to train, {size(self.evaluation_bytes)} to evaluate and export; {budget}, "
+            f"{self.machine.memory_source}",
+            f"checkpoint {size(self.checkpoint_bytes)}; {size(self.disk_bytes)} of disk while it is written",
         ]
+
+    def _time(self) -> str:
+        if self.seconds is None:
+            return f"not predicted: {self.unmeasured}"
+        step = f"one layer's step on {self.calibration.step_tokens} tokens"
+        return f"about {duration(self.seconds)} to train, from {step} and a {self.calibration.base_from} for the base model"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 5 as 0-2,5, as ``--layers`` takes it."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _layer_plan(row: dict[str, Any]) -> LayerPlan:
@@ -145,16 +226,17 @@ def _layer_plan(row: dict[str, Any]) -> LayerPlan:
     return LayerPlan(Block(**block), row["n_experts"], row["k"], row["parameters"])
 
 
-def plan(model: str, *, recipe: str | Path | None = None, **overrides: Any) -> tuple[Plan, Recipe]:
-    """Resolves a conversion without reading any weights.
+def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False, **overrides: Any) -> tuple[Plan, Recipe]:
+    """Resolves a conversion without reading any weights, and says what it takes.
 
     Args:
         model: hub id, local folder, ``demo-glu`` or ``demo-mlp``.
         recipe: a recipe file or the name of one that comes with mxdsurgery; default: the one made for the model.
+        measure: whether to measure this machine for some seconds, for the time it will take.
         **overrides: recipe keys; those that are None count as not given.
 
     Returns:
-        The plan and the resolved recipe.
+        The plan and the resolved recipe. Where it does not fit the memory budget, the plan's ``refusal`` says so.
 
     Raises:
         RecipeError: an unknown key, a wrong value, a dtype that is not supported, or more active experts than experts.
@@ -168,12 +250,15 @@ def plan(model: str, *, recipe: str | Path | None = None, **overrides: Any) -> t
     chosen = select_layers(resolved.layers, len(analysis.layers))
     layers = [_plan_layer(_block_of(analysis, index), resolved) for index in chosen]
     dtype = resolved.dtype if resolved.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
-    if dtype not in _BYTES:
+    if dtype not in DTYPE_BYTES:
         raise RecipeError(
             f"recipe key 'dtype' is 'auto', and the dtype of {model!r} is {dtype}",
-            expected="one of " + ", ".join(_BYTES),
+            expected="one of " + ", ".join(DTYPE_BYTES),
             fix="name one of them with --dtype",
         )
+    base, machine = _base_model(config, dtype), _machine(resolved)
+    groups = make_groups(layers, base, resolved, machine)
+    refused = refusal(layers, groups, base, resolved, machine)
     made = Plan(
         model=model,
         revision=analysis.revision,
@@ -182,10 +267,67 @@ def plan(model: str, *, recipe: str | Path | None = None, **overrides: Any) -> t
         dtype=dtype,
         original_parameters=analysis.parameters,
         recipe_file=recipe_file.name,
-        steps=max(1, resolved.tokens // (resolved.batch // resolved.context * resolved.context)),
+        steps=max(1, resolved.tokens // tokens_per_step(resolved)),
         layers=layers,
+        machine=machine,
+        groups=groups,
+        evaluation_bytes=evaluation_bytes(layers, base, resolved),
+        disk_bytes=checkpoint_bytes(layers, base) * (2 if resolved.overwrite else 1),
+        unmeasured="it was not measured",
+        refusal=refused and {"found": refused.found, "expected": refused.expected, "fix": refused.fix},
     )
-    return made, dataclasses.replace(resolved, revision=made.revision or resolved.revision)
+    resolved = dataclasses.replace(resolved, revision=made.revision or resolved.revision)
+    return (with_time(made, resolved) if measure else made), resolved
+
+
+def with_time(made: Plan, recipe: Recipe, worth_it: float = 0.0) -> Plan:
+    """The plan with the time it takes, measured on this machine in some seconds; or with the reason why not.
+
+    Args:
+        made: without a time.
+        recipe: resolved.
+        worth_it: measure only if the run takes more seconds than this at the rate of a matrix product.
+    """
+    config, machine = load_config(made.model, recipe.revision), made.machine
+    base = _base_model(config, made.dtype)
+    if made.refusal is not None:
+        return dataclasses.replace(made, unmeasured="it does not fit the memory budget")
+    if machine.device == "cuda" and not torch.cuda.is_available():
+        return dataclasses.replace(made, unmeasured="there is no GPU here")
+    if needed_bytes(made.layers, base, recipe, machine) > free_memory(machine.device):
+        return dataclasses.replace(made, unmeasured="this machine has not enough memory free to measure one layer's step")
+    if worth_it > 0.0:
+        rate = matmul_rate(machine.device, "bfloat16" if machine.bf16 else "float32")
+        if sum(made.flops.values()) * made.steps * tokens_per_step(recipe) / rate < worth_it:
+            return dataclasses.replace(made, unmeasured="too short a run to measure first")
+    calibration = calibrate(made.layers, base, config, recipe, machine)
+    timed = [dataclasses.replace(group, seconds=calibration.seconds(group, made.steps)) for group in made.groups]
+    return dataclasses.replace(made, groups=timed, calibration=calibration, unmeasured=None)
+
+
+def _base_model(config: PreTrainedConfig, dtype: str) -> BaseModel:
+    skeleton = model_skeleton(config)
+    _, layers = decoder_layers(skeleton)
+    text_config = config.get_text_config(decoder=True)
+    return BaseModel(
+        parameters=skeleton.num_parameters(),
+        layer_parameters=tuple(sum(weight.numel() for weight in layer.parameters()) for layer in layers),
+        d_model=text_config.hidden_size,
+        vocabulary=text_config.vocab_size,
+        dtype=dtype,
+    )
+
+
+def _machine(recipe: Recipe) -> Machine:
+    """The recipe's device, also where it is not here, and the memory budget."""
+    device = "cuda" if recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available()) else "cpu"
+    if recipe.memory is not None:
+        memory, source = int(recipe.memory * GIB), "recipe key 'memory'"
+    elif device == "cpu" or torch.cuda.is_available():
+        memory, source = int(_BUDGET_SHARE * free_memory(device)), f"{_BUDGET_SHARE:.0%} of what is free on {device}"
+    else:
+        memory, source = None, "there is no GPU here: name one with --memory"
+    return Machine(device, computes_in_bf16(recipe), selects_in_bf16(recipe), memory, source)
 
 
 def resolve_recipe(
@@ -233,13 +375,6 @@ def _plan_layer(block: Block, recipe: Recipe) -> LayerPlan:
             fix="lower --k, or raise --n-experts or --expansion",
         )
     return LayerPlan(block, n_experts, recipe.k, layer_parameters(block, n_experts))
-
-
-def layer_parameters(block: Block, n_experts: int) -> int:
-    """Parameters of the `MxDLayer` for a block: encoder, decoder, bias, gate with biases, experts."""
-    d, h = block.d_model, block.d_hidden
-    encoder = h * (d + block.encoder_bias) * (2 if block.kind == "glu" else 1)
-    return encoder + h * d + d + n_experts * (2 * d + 1)
 
 
 def matched_n_experts(block: Block, expansion: float) -> int:

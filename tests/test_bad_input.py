@@ -304,6 +304,14 @@ def test_a_device_that_is_not_there(refused_conversion):
     assert "'device' is 'cuda', which this machine does not have" in message and "expected: cpu" in message
 
 
+def test_a_memory_budget_that_is_too_small_is_refused_before_weights_are_read(refused_conversion, tmp_path):
+    model = copy_of_the_demo(tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    message = refused_conversion("MemoryBudgetError", "--memory=0.01", "--shuffle=0", model="model")
+    assert "training layer 0 alone takes" in message and "more than the memory budget of 10.2 MiB" in message
+    assert "room for the base model and one layer in training" in message and "--memory 0." in message
+
+
 # The text
 
 

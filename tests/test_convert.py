@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import mxdsurgery
@@ -81,7 +82,7 @@ def test_generate_continues_the_prompt_and_repeats_itself_with_the_same_seed(con
 
 @pytest.mark.parametrize("model", ["demo-glu", "demo-mlp"])
 def test_analyze_and_plan_print_tables_and_json(model):
-    for command in (["analyze", model], ["plan", model]):
+    for command in (["analyze", model], ["plan", model, "--no-measure"]):
         table = CliRunner().invoke(main, command)
         assert table.exit_code == 0 and model in table.output
         parsed = json.loads(CliRunner().invoke(main, [*command, "--json"]).output)
@@ -145,6 +146,64 @@ def test_an_output_that_cannot_be_written_after_training_loses_no_layers(tmp_pat
         )
     assert [path.name for path in tmp_path.iterdir()] == ["out.interrupted"]
     assert json.loads((tmp_path / "out.interrupted" / "state.json").read_text())["finished"] is True
+
+
+# Layers large beside the base model, so that training takes more memory than evaluation.
+IN_GROUPS = {"layers": "0-2", "tokens": 6_000, "eval_tokens": 1_000, "n_experts": 4096, "k": 4, "batch": 512, "shuffle": 2_000}
+
+
+def memory_for_groups(**options):
+    """GiB in which not all layers fit together."""
+    plan, recipe = mxdsurgery.plan("demo-glu", device="cpu", **options)
+    memory = (plan.peak_bytes - 1) / 2**30
+    assert len(mxdsurgery.plan("demo-glu", device="cpu", **options, memory=memory)[0].groups) == 2
+    return memory
+
+
+def test_layers_trained_in_groups_are_bit_for_bit_those_trained_together(tmp_path):
+    together = mxdsurgery.convert("demo-glu", device="cpu", out=str(tmp_path / "together"), **IN_GROUPS)
+    memory = memory_for_groups(**IN_GROUPS)
+    parted = mxdsurgery.convert("demo-glu", device="cpu", out=str(tmp_path / "parted"), memory=memory, **IN_GROUPS)
+    assert [group.layers for group in parted.plan.groups] == [[0, 1], [2]]
+    assert parted.evaluation["training"]["groups"] == [[0, 1], [2]]
+    first = mxdsurgery.load(together.out).model.state_dict()
+    second = mxdsurgery.load(parted.out).model.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name in ("all", "layers"):
+        assert parted.evaluation[name] == together.evaluation[name]
+    assert parted.evaluation["training"]["dead_share"] == together.evaluation["training"]["dead_share"]
+
+
+def test_the_plan_stands_beside_what_was_measured(converted):
+    training = converted.evaluation["training"]
+    assert training["planned"] == {"seconds": None, "peak_bytes": converted.plan.peak_bytes}
+    assert training["measured"]["seconds"] == training["seconds"] > 0
+    peak = training["measured"]["peak_bytes"]
+    assert peak is None or peak > 0
+    card = (converted.out / "README.md").read_text()
+    assert "| training | planned | measured |" in card and "| time | n/a | " in card
+
+
+def test_an_interrupted_run_keeps_the_groups_that_are_finished(tmp_path, monkeypatch):
+    module = sys.modules["mxdsurgery.convert"]
+    distill = module.distill
+
+    def interrupted(base, blocks, layers, *rest):
+        if 2 in layers:
+            raise KeyboardInterrupt
+        distill(base, blocks, layers, *rest)
+
+    monkeypatch.setattr(module, "distill", interrupted)
+    options = IN_GROUPS | {"memory": memory_for_groups(**IN_GROUPS), "out": str(tmp_path / "out"), "device": "cpu"}
+    with pytest.raises(KeyboardInterrupt, match="after step 0 of 11 of group 2 of 2"):
+        mxdsurgery.convert("demo-glu", **options)
+    kept = tmp_path / "out.interrupted"
+    state = json.loads((kept / "state.json").read_text())
+    assert (state["finished"], state["finished_layers"], state["group"], state["groups"]) == (False, [0, 1], 2, 2)
+    tensors = load_file(kept / "layers.safetensors")
+    assert {name.partition(".")[0] for name in tensors} == {"0", "1", "2"}
+    dtypes = [tensors[f"{layer}.gate.weight"].dtype for layer in (0, 1, 2)]
+    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
 def test_the_example_runs_on_a_converted_model_without_mxdsurgery(converted):

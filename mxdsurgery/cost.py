@@ -1,0 +1,383 @@
+"""What a conversion takes: bytes and FLOPs, by arithmetic alone, from shapes and the recipe. No device is asked anything.
+
+Layers are trained in groups: all layers of a group from one pass over the text, as many as the memory budget allows.
+
+Shapes: D model width, H hidden width, N experts, K active; ``batch`` is tokens per step. Bytes are on the device that trains.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mxdsurgery.blocks import Block
+from mxdsurgery.console import size
+from mxdsurgery.errors import MemoryBudgetError
+from mxdsurgery.recipe import Recipe
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+GIB = 2**30
+
+# New layers are trained in fp32: 4 bytes for a parameter, 4 for its gradient, 8 for Adam's two moments.
+_WEIGHT, _GRADIENT, _ADAM = 4, 4, 8
+# A token in the buffer that shuffles the text: an int64, and its share of what Python adds for a context.
+_TEXT_BYTES = 13
+# The gate's (tokens, N) pre-activations are formed for at most so many bytes' worth of tokens at a time: see sparse.py.
+_CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
+# Candidates beyond K that a selection in bf16 ranks again: see sparse.py.
+_EXTRA_CANDIDATES = 8
+# Columns that the top-k of group maxima compares for each candidate: see sparse.py.
+_TOP_K_GROUP = 16
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's conversion.
+
+    Attributes:
+        block: what is replaced.
+        n_experts: N.
+        k: K.
+        parameters: of the new layer.
+    """
+
+    block: Block
+    n_experts: int
+    k: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What the arithmetic needs to know of the base model.
+
+    Attributes:
+        parameters: of all of it, tied weights counted once.
+        layer_parameters: of each decoder layer.
+        d_model: D.
+        vocabulary: entries of its output.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+    """
+
+    parameters: int
+    layer_parameters: tuple[int, ...]
+    d_model: int
+    vocabulary: int
+    dtype: str
+
+    @property
+    def element_bytes(self) -> int:
+        """Of one weight or activation."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of its weights."""
+        return self.element_bytes * self.parameters
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the layers are trained on.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        bf16: whether the layers in training compute under bf16 autocast.
+        selection: whether their experts are ranked in bf16.
+        memory: budget in bytes; None where it is not known, and nothing is limited.
+        memory_source: where the budget comes from, in words.
+    """
+
+    device: str
+    bf16: bool
+    selection: bool
+    memory: int | None
+    memory_source: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that are trained together, from one pass over the text, and what that takes.
+
+    Attributes:
+        layers: their indices.
+        parameters: of the new layers.
+        base_bytes: weights of the base model.
+        finished_bytes: new layers of earlier groups, in the base model's dtype. 0 on a GPU: there they lie in host memory.
+        new_bytes: weights of the new layers, fp32.
+        gradient_bytes: of the largest layer; a layer's gradients are freed after its own step.
+        adam_bytes: both moments of all new layers.
+        activation_bytes: recorded inputs and outputs of one batch, the shuffle buffer, and the working memory of the base
+            model's pass or of one layer's step, whichever is larger.
+        text_bytes: the buffer that shuffles the text. 0 on a GPU: there it lies in host memory.
+        flops: per token of the text: ``base_forward``, ``gate``, ``encoder_decoder``, ``experts``.
+        seconds: of training; None where it was not measured.
+    """
+
+    layers: list[int]
+    parameters: int
+    base_bytes: int
+    finished_bytes: int
+    new_bytes: int
+    gradient_bytes: int
+    adam_bytes: int
+    activation_bytes: int
+    text_bytes: int
+    flops: dict[str, int]
+    seconds: float | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the base model and of all new layers on the device."""
+        return self.base_bytes + self.finished_bytes + self.new_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """All of it together."""
+        return self.weight_bytes + self.gradient_bytes + self.adam_bytes + self.activation_bytes + self.text_bytes
+
+    @property
+    def step_flops(self) -> int:
+        """Per token, of the new layers."""
+        return sum(self.flops.values()) - self.flops["base_forward"]
+
+
+def layer_parameters(block: Block, n_experts: int) -> int:
+    """Parameters of the `MxDLayer` for a block: encoder, decoder, bias, gate with biases, experts."""
+    d, h = block.d_model, block.d_hidden
+    encoder = h * (d + block.encoder_bias) * (2 if block.kind == "glu" else 1)
+    return encoder + h * d + d + n_experts * (2 * d + 1)
+
+
+def layer_flops(layer: LayerPlan) -> dict[str, int]:
+    """Per token, forward and backward; a multiplication and an addition are two."""
+    d, h = layer.block.d_model, layer.block.d_hidden
+    encoders = 2 if layer.block.kind == "glu" else 1
+    return {
+        # G x for all N. Its backward touches K rows only and is counted with the experts.
+        "gate": 2 * layer.n_experts * d,
+        # Forward and the gradients of the weights: 4DH each; of the hidden units: 2DH. Nothing needs the gradient of x.
+        "encoder_decoder": (4 * encoders + 6) * d * h,
+        # K rows: exact coefficients, Cᵀa, and the gradients of a, C and G.
+        "experts": 10 * layer.k * d,
+    }
+
+
+def base_forward_flops(base: BaseModel, last: int, context: int) -> int:
+    """Per token: the base model's pass up to layer ``last``; products with weights, and attention over the context."""
+    return 2 * sum(base.layer_parameters[: last + 1]) + 4 * context * base.d_model * (last + 1)
+
+
+def step_bytes(d: int, h: int, n: int, k: int, kind: str, batch: int, bf16: bool, selection: bool, device: str) -> int:
+    """Working memory of one layer's training step, beside its weights, gradients and Adam state.
+
+    Args:
+        d: D.
+        h: H.
+        n: N.
+        k: K.
+        kind: ``mlp`` or ``glu``.
+        batch: tokens.
+        bf16: under bf16 autocast.
+        selection: whether the experts are ranked in bf16.
+        device: ``cpu`` or ``cuda``.
+    """
+    encoders = 2 if kind == "glu" else 1
+    width = 2 if bf16 else 4  # bytes of a hidden unit
+    candidates = k + _EXTRA_CANDIDATES if selection else k
+    inputs = 2 * batch * d * 4  # x and y in fp32
+    chosen = batch * candidates * (4 + 8)  # values and indices of the coefficients
+    # First the experts are selected. A bf16 copy of G and of x:
+    ranking = 2 * (n + batch) * d if selection else 0
+    # one chunk of pre-activations with its group maxima, and the columns (index, position, value) that the top-k compares.
+    row = n * (2 if selection else 4)
+    rows = min(batch, max(1, _CHUNK_BYTES[device] // row))
+    chunk = rows * (row + row // _TOP_K_GROUP + candidates * _TOP_K_GROUP * (8 + 8 + 4))
+    # Then forward and backward. Autocast's bf16 copies of E, E_up and D, one bf16 gradient of a weight, and x in bf16:
+    copies = 2 * ((encoders + 2) * d * h + batch * d) if bf16 else 0
+    # what backward needs of the hidden units (pre-activations, activations, z), and as many again while it runs;
+    hidden = 2 * (2 * encoders if kind == "glu" else 3) * batch * h * width
+    # D z, Cᵀ a, ŷ, its error, and two gradients, in fp32.
+    outputs = 6 * batch * d * 4
+    return inputs + chosen + max(ranking + chunk, copies + hidden + outputs)
+
+
+def forward_bytes(base: BaseModel, d_hidden: int, batch: int) -> int:
+    """Working memory of the base model's pass over one batch: about four tensors of hidden and eight of model width."""
+    return batch * (4 * d_hidden + 8 * base.d_model) * base.element_bytes
+
+
+def tokens_per_step(recipe: Recipe) -> int:
+    """The batch in whole contexts."""
+    return recipe.batch // recipe.context * recipe.context
+
+
+def make_group(
+    layers: Sequence[LayerPlan], finished: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine
+) -> Group:
+    """What it takes to train some layers together, after others are finished."""
+    batch = tokens_per_step(recipe)
+    recorded = sum(2 * batch * layer.block.d_model * base.element_bytes for layer in layers)  # x and y of one batch
+    room = recipe.activation_buffer // batch  # batches in the buffer that mixes positions; with one there is none
+    drawn = recorded if room > 1 else 0  # beside the batch that takes its place
+    steps = [
+        step_bytes(
+            layer.block.d_model,
+            layer.block.d_hidden,
+            layer.n_experts,
+            layer.k,
+            layer.block.kind,
+            batch,
+            machine.bf16,
+            machine.selection,
+            machine.device,
+        )
+        for layer in layers
+    ]
+    widest = max(layer.block.d_hidden for layer in layers)
+    parameters = sum(layer.parameters for layer in layers)
+    by_kind = [layer_flops(layer) for layer in layers]
+    flops = {name: sum(row[name] for row in by_kind) for name in by_kind[0]}
+    last = max(layer.block.layer for layer in layers)
+    return Group(
+        layers=[layer.block.layer for layer in layers],
+        parameters=parameters,
+        base_bytes=base.weight_bytes,
+        finished_bytes=base.element_bytes * sum(layer.parameters for layer in finished) if machine.device == "cpu" else 0,
+        new_bytes=_WEIGHT * parameters,
+        gradient_bytes=_GRADIENT * max(layer.parameters for layer in layers),
+        adam_bytes=_ADAM * parameters,
+        activation_bytes=recorded * (1 + room * (room > 1)) + max(*steps, forward_bytes(base, widest, batch), drawn),
+        text_bytes=recipe.shuffle * _TEXT_BYTES if machine.device == "cpu" else 0,
+        flops={"base_forward": base_forward_flops(base, last, recipe.context)} | flops,
+    )
+
+
+def make_groups(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> list[Group]:
+    """Consecutive layers together, as many as fit the budget; a layer that does not fit stands alone."""
+    groups: list[Group] = []
+    start = 0
+    while start < len(layers):
+        end = start + 1
+        group = make_group(layers[start:end], layers[:start], base, recipe, machine)
+        while end < len(layers):
+            larger = make_group(layers[start : end + 1], layers[:start], base, recipe, machine)
+            if machine.memory is not None and larger.peak_bytes > machine.memory:
+                break
+            group, end = larger, end + 1
+        groups.append(group)
+        start = end
+    return groups
+
+
+def checkpoint_bytes(layers: Sequence[LayerPlan], base: BaseModel) -> int:
+    """The converted model's weights."""
+    return base.weight_bytes + base.element_bytes * sum(layer.parameters - layer.block.parameters for layer in layers)
+
+
+def evaluation_bytes(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe) -> int:
+    """Peak of evaluation and export: the base model and all new layers in its dtype, and the larger of two things.
+
+    Evaluation needs two batches of logits, one sequence's log-probabilities in fp32, and what the decoder layers and blocks
+    gave; export reloads the checkpoint in another process, once as a causal model and once without its head.
+    """
+    batch, widest = tokens_per_step(recipe), max(layer.block.d_hidden for layer in layers)
+    logits = base.vocabulary * (2 * batch * base.element_bytes + 6 * recipe.context * 4)
+    kept = batch * base.d_model * base.element_bytes * (len(base.layer_parameters) + len(layers))
+    figures = logits + kept + forward_bytes(base, widest, batch)
+    new = base.element_bytes * sum(layer.parameters for layer in layers)
+    return base.weight_bytes + new + max(figures, 2 * checkpoint_bytes(layers, base))
+
+
+def needed_bytes(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> int:
+    """The smallest budget that does: each layer trained in a group of its own, and evaluation."""
+    alone = [make_group([layer], layers[:index], base, recipe, machine).peak_bytes for index, layer in enumerate(layers)]
+    return max(*alone, evaluation_bytes(layers, base, recipe))
+
+
+def refusal(
+    layers: Sequence[LayerPlan], groups: Sequence[Group], base: BaseModel, recipe: Recipe, machine: Machine
+) -> MemoryBudgetError | None:
+    """The error where not even one layer at a time fits the budget, or evaluation does not; None where all is well."""
+    if machine.memory is None:
+        return None
+    worst = max(groups, key=lambda group: group.peak_bytes)
+    evaluation = evaluation_bytes(layers, base, recipe)
+    if max(worst.peak_bytes, evaluation) <= machine.memory:
+        return None
+    evaluating = "evaluating and exporting the converted model"
+    if worst.peak_bytes > machine.memory:
+        what, needed = f"training layer {worst.layers[0]} alone", worst.peak_bytes
+        expected = "room for the base model and one layer in training"
+        also = f"; {evaluating} takes {size(evaluation)}" if evaluation > machine.memory else ""
+    else:
+        what, needed, also = evaluating, evaluation, ""
+        expected = "room for the base model, all new layers and the reloaded checkpoint, in the base model's dtype"
+    return MemoryBudgetError(
+        f"{what} takes {size(needed)}: {size(needed - machine.memory)} more than the memory budget of "
+        f"{size(machine.memory)} ({machine.memory_source}){also}",
+        expected=expected,
+        fix=", or ".join(_remedies(layers, base, recipe, machine)),
+    )
+
+
+def _remedies(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> list[str]:
+    """The changes that each make it fit, as flags with values that do."""
+    found = []
+    n_experts = largest_n_experts(layers, base, recipe, machine)
+    if n_experts is not None:
+        found.append(f"fewer experts: --n-experts {_rounded_down(n_experts, recipe.k)}")
+    smaller = [dataclasses.replace(recipe, batch=batch) for batch in _halves(recipe.batch, recipe.context)]
+    fitting = [changed for changed in smaller if _fits(layers, base, changed, machine)]
+    if fitting:
+        found.append(f"a smaller batch: --batch {fitting[0].batch}")
+    in_order = dataclasses.replace(recipe, shuffle=0)
+    if machine.device == "cpu" and _fits(layers, base, in_order, machine):
+        room = machine.memory - needed_bytes(layers, base, in_order, machine)
+        found.append(f"a smaller buffer of text: --shuffle {_rounded_down(min(room // _TEXT_BYTES, recipe.shuffle), 0)}")
+    if base.element_bytes == 4 and _fits(layers, dataclasses.replace(base, dtype="bfloat16"), recipe, machine):
+        found.append("the base model in half the bytes: --dtype bfloat16")
+    fewer = [count for count in range(1, len(layers)) if _fits(layers[:count], base, recipe, machine)]
+    if fewer:
+        chosen = ",".join(str(layer.block.layer) for layer in layers[: fewer[-1]])
+        found.append(f"fewer layers: --layers {chosen}")
+    both = ((changed.batch, largest_n_experts(layers, base, changed, machine)) for changed in smaller if not found)
+    batch, n_experts = next((pair for pair in both if pair[1] is not None), (0, None))
+    if n_experts is not None:
+        found.append(f"together: --batch {batch} --n-experts {_rounded_down(n_experts, recipe.k)}")
+    more = -(-needed_bytes(layers, base, recipe, machine) * 100 // GIB) / 100
+    return [*found, f"--memory {more:g} (GiB) where there is as much"]
+
+
+def _halves(number: int, least: int) -> list[int]:
+    """Half of it, a quarter and so on."""
+    halves = []
+    while number // 2 >= least:
+        number //= 2
+        halves.append(number)
+    return halves
+
+
+def _fits(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> bool:
+    return needed_bytes(layers, base, recipe, machine) <= machine.memory
+
+
+def largest_n_experts(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> int | None:
+    """The largest N, the same for all layers, that fits the budget; None where not even K experts do."""
+
+    def fits(n: int) -> bool:
+        changed = [dataclasses.replace(layer, n_experts=n, parameters=layer_parameters(layer.block, n)) for layer in layers]
+        return _fits(changed, base, recipe, machine)
+
+    low, high = recipe.k, max(layer.n_experts for layer in layers)
+    if not fits(low):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _rounded_down(number: int, least: int) -> int:
+    """To two digits, so that it still fits when a little less memory is free the next time."""
+    unit = 10 ** max(0, len(str(number)) - 2)
+    return max(least, number // unit * unit)
