@@ -49,9 +49,7 @@ def sparse_gate(
 
 def mix(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """``Σ_k values_k weight[indices_k]``: (n, K), (n, K), (N, D) -> (n, D) in weight's dtype. Differentiable."""
-    if _kernels(weight) is not None:
-        return _Mix.apply(values, indices, weight)
-    return F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
+    return _Mix.apply(values, indices, weight)
 
 
 def dots(x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
@@ -133,8 +131,8 @@ def select(x: Tensor, weight: Tensor, bias: Tensor, k: int, selection: torch.dty
 def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``torch.topk(x, k, sorted=False)`` over the last dimension, by way of group maxima where that is faster.
 
-    The k largest elements lie in the k groups with the largest maxima, so only those are compared. Exact, up to which of
-    several equal elements is taken.
+    The k largest elements lie in the k groups with the largest maxima, which are found the same way: so torch.topk only ever
+    compares few. Exact, up to which of several equal elements is taken.
 
     Args:
         x: (tokens, N).
@@ -144,13 +142,12 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         Values and int64 indices, each (tokens, k), unsorted.
     """
     tokens, n = x.shape
-    group = 16
+    group = 4
     stride = n // group
-    if stride < 4 * k:  # too few groups to gain anything
+    if stride < 2 * k:  # too few groups to gain anything
         return torch.topk(x, k, dim=-1, sorted=False)
     # Group j holds the columns j, j + stride, j + 2 stride, ...: the maximum then runs over contiguous rows.
-    maxima = x[:, : stride * group].view(tokens, group, stride).amax(1)
-    groups = torch.topk(maxima, k, dim=-1, sorted=False).indices
+    _, groups = top_k(x[:, : stride * group].unflatten(1, (group, stride)).amax(1), k)
     offsets = torch.arange(group, device=x.device) * stride
     columns = (groups[:, :, None] + offsets).flatten(1)
     if stride * group < n:  # the last columns, which fill no group, all compete
@@ -168,7 +165,10 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(values, indices, weight)
-        return _kernels(weight).mix(values, indices, weight)
+        kernels = _kernels(weight)
+        if kernels is not None:
+            return kernels.mix(values, indices, weight)
+        return F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
