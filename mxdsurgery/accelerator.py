@@ -1,14 +1,12 @@
 """Where a run computes: Accelerate on the recipe's device, with its precision and tracker."""
 
 import importlib.util
-from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from mxdsurgery.errors import DeviceError, RecipeError
-from mxdsurgery.layer import MxDLayer
 from mxdsurgery.recipe import Recipe
 
 
@@ -37,12 +35,14 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def choose_kernels(accelerator: Accelerator, layers: Iterable[MxDLayer], tokens: int) -> str | None:
-    """Puts the Triton kernels to use on a GPU if they beat plain torch on the largest layer; says so in a line.
+def choose_kernels(accelerator: Accelerator, *, d_model: int, n_experts: int, k: int, tokens: int) -> str | None:
+    """Puts the Triton kernels to use on a GPU if they beat plain torch on a step of this shape; says so in a line.
 
     Args:
         accelerator: of the run.
-        layers: to train.
+        d_model: D of the largest layer.
+        n_experts: its N.
+        k: its K.
         tokens: per step.
     """
     if accelerator.device.type != "cuda":
@@ -51,9 +51,7 @@ def choose_kernels(accelerator: Accelerator, layers: Iterable[MxDLayer], tokens:
         return "plain torch: triton is not installed"
     from mxdsurgery.kernels import install_if_faster
 
-    largest = max(layers, key=lambda layer: layer.gate.weight.numel())
-    n_experts, d_model = largest.gate.weight.shape
-    return str(install_if_faster(d_model, n_experts, largest.gate.k, tokens))
+    return str(install_if_faster(d_model, n_experts, k, tokens))
 
 
 def computes_in_bf16(recipe: Recipe) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from mxdsurgery.accelerator import make_accelerator
+from mxdsurgery.accelerator import choose_kernels, make_accelerator
 from mxdsurgery.activations import record_activations
 from mxdsurgery.cost import BaseModel, Group, LayerPlan, Machine, base_forward_flops, layer_flops, tokens_per_step
 from mxdsurgery.distill import LayerInTraining, train_step
@@ -123,6 +123,7 @@ def _training_step(layer: LayerPlan, recipe: Recipe, batch: int, device: str) ->
         accelerator = make_accelerator(dataclasses.replace(recipe, tracker="none"))
         made = MxDLayer(**layer_shape(layer.block, layer.n_experts, layer.k))
         x, y = torch.randn(2, batch, layer.block.d_model)
+    choose_kernels(accelerator, d_model=layer.block.d_model, n_experts=layer.n_experts, k=layer.k, tokens=batch)
     job = LayerInTraining(layer.block.layer, made, recipe)
     return lambda tokens: train_step(job, x[:tokens], y[:tokens], recipe.lr, tokens, accelerator)
 

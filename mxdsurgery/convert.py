@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mxdsurgery.accelerator import make_accelerator
+from mxdsurgery.accelerator import choose_kernels, make_accelerator
 from mxdsurgery.blocks import prove_block
 from mxdsurgery.checkpoint import PLAN_FILE, RECIPE_FILE
 from mxdsurgery.console import ProgressLine, Reporter, compact, duration, size
-from mxdsurgery.cost import LayerPlan
+from mxdsurgery.cost import LayerPlan, tokens_per_step
 from mxdsurgery.distill import Progress, distill
 from mxdsurgery.errors import ExportError, OutputError
 from mxdsurgery.export import check_output, export, write_json
@@ -164,6 +164,12 @@ def _train(
         settings = {name: value for name, value in recipe.to_dict().items() if value is not None}
         accelerator.init_trackers("mxdsurgery", config=settings)
     by_index = {layer.block.layer: layer for layer in made.layers}
+    largest = max(made.layers, key=lambda layer: layer.n_experts)
+    kernels = choose_kernels(
+        accelerator, d_model=largest.block.d_model, n_experts=largest.n_experts, k=largest.k, tokens=tokens_per_step(recipe)
+    )
+    if kernels is not None:
+        reporter.say(f"kernels    {kernels}")
     with ExitStack() as stack:
         # One line for all groups; it counts from when the first of them is ready to train.
         line = functools.cache(lambda: stack.enter_context(reporter.progress("distil", "tokens")))
@@ -195,13 +201,12 @@ def _train_group(
         sample = [batch.to(accelerator.device) for batch in itertools.islice(batches, _STATISTICS_BATCHES)]
         started = _initial_layers(base, layers, recipe, sample)
         training.layers |= started
-        training.passes.append(Progress(steps, contexts * recipe.context))
+        training.passes.append(Progress(steps, contexts * recipe.context, steps * len(training.passes)))
         every, blocks = itertools.chain(sample, batches), [layer.block for layer in layers]
         distill(base, blocks, started, every, recipe, accelerator, training.passes[-1], _report_to(line(), training))
     training.times_read = text.passes
     for layer in started.values():
         layer.to(device="cpu", dtype=base.dtype).eval().requires_grad_(False)
-        layer.gate.selection = None  # from here on it computes as it will when it is reloaded
 
 
 def _initial_layers(

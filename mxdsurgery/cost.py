@@ -13,6 +13,7 @@ from mxdsurgery.blocks import Block
 from mxdsurgery.console import size
 from mxdsurgery.errors import MemoryBudgetError
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.sparse import CHUNK_BYTES, EXTRA_CANDIDATES, TOP_K_GROUP
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 2**30
@@ -21,12 +22,6 @@ GIB = 2**30
 _WEIGHT, _GRADIENT, _ADAM = 4, 4, 8
 # A token in the buffer that shuffles the text: an int64, and its share of what Python adds for a context.
 _TEXT_BYTES = 13
-# The gate's (tokens, N) pre-activations are formed for at most so many bytes' worth of tokens at a time: see sparse.py.
-_CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
-# Candidates beyond K that a selection in bf16 ranks again: see sparse.py.
-_EXTRA_CANDIDATES = 8
-# Columns that the top-k of group maxima compares for each candidate: see sparse.py.
-_TOP_K_GROUP = 16
 
 
 @dataclass(frozen=True)
@@ -183,15 +178,15 @@ def step_bytes(d: int, h: int, n: int, k: int, kind: str, batch: int, bf16: bool
     """
     encoders = 2 if kind == "glu" else 1
     width = 2 if bf16 else 4  # bytes of a hidden unit
-    candidates = k + _EXTRA_CANDIDATES if selection else k
+    candidates = k + EXTRA_CANDIDATES if selection else k
     inputs = 2 * batch * d * 4  # x and y in fp32
     chosen = batch * candidates * (4 + 8)  # values and indices of the coefficients
     # First the experts are selected. A bf16 copy of G and of x:
     ranking = 2 * (n + batch) * d if selection else 0
-    # one chunk of pre-activations with its group maxima, and the columns (index, position, value) that the top-k compares.
+    # one chunk of pre-activations with its maxima, and the columns (index, position, value) that the top-k compares.
     row = n * (2 if selection else 4)
-    rows = min(batch, max(1, _CHUNK_BYTES[device] // row))
-    chunk = rows * (row + row // _TOP_K_GROUP + candidates * _TOP_K_GROUP * (8 + 8 + 4))
+    rows = min(batch, max(1, CHUNK_BYTES[device] // row))
+    chunk = rows * (row + row // (TOP_K_GROUP - 1) + candidates * TOP_K_GROUP * (8 + 8 + 4))
     # Then forward and backward. Autocast's bf16 copies of E, E_up and D, one bf16 gradient of a weight, and x in bf16:
     copies = 2 * ((encoders + 2) * d * h + batch * d) if bf16 else 0
     # what backward needs of the hidden units (pre-activations, activations, z), and as many again while it runs;
@@ -278,14 +273,14 @@ def evaluation_bytes(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recip
     """Peak of evaluation and export: the base model and all new layers in its dtype, and the larger of two things.
 
     Evaluation needs two batches of logits, one sequence's log-probabilities in fp32, and what the decoder layers and blocks
-    gave; export reloads the checkpoint in another process, once as a causal model and once without its head.
+    gave; export reloads the checkpoint in another process.
     """
     batch, widest = tokens_per_step(recipe), max(layer.block.d_hidden for layer in layers)
     logits = base.vocabulary * (2 * batch * base.element_bytes + 6 * recipe.context * 4)
     kept = batch * base.d_model * base.element_bytes * (len(base.layer_parameters) + len(layers))
     figures = logits + kept + forward_bytes(base, widest, batch)
     new = base.element_bytes * sum(layer.parameters for layer in layers)
-    return base.weight_bytes + new + max(figures, 2 * checkpoint_bytes(layers, base))
+    return base.weight_bytes + new + max(figures, checkpoint_bytes(layers, base))
 
 
 def needed_bytes(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> int:

@@ -36,6 +36,7 @@ class Progress:
 
     steps: int
     tokens_per_step: int
+    steps_before: int = 0  # of other groups of layers, in the same run
     step: int = 0
     seconds: float = 0.0
     nmse: dict[int, float] = field(default_factory=dict)  # by layer: ‖ŷ-y‖²/‖y‖² over the last steps looked at
@@ -173,10 +174,18 @@ def distill(
             train_step(job, x, y, lr, tokens_seen, accelerator)
         progress.step, progress.seconds = step + 1, time.perf_counter() - start
         if progress.step % _CHECK_EVERY == 0 or progress.step in (1, progress.steps):
-            for job in jobs:
-                progress.nmse[job.index] = job.look(progress.step, progress.step - looked_at)
-                alive_since = tokens_seen - _DEAD_AFTER * progress.steps * progress.tokens_per_step
-                progress.dead_share[job.index] = (job.last_fired <= max(0.0, alive_since)).float().mean().item()
+            _look(jobs, progress, progress.step - looked_at)
             looked_at = progress.step
-            accelerator.log({f"nmse/layer_{i}": v for i, v in progress.nmse.items()} | {"lr": lr}, step=progress.step)
+            figures = {f"nmse/layer_{index}": value for index, value in progress.nmse.items()} | {"lr": lr}
+            accelerator.log(figures, step=progress.steps_before + progress.step)
             report(progress)
+    for job in jobs:
+        job.layer.gate.selection = None  # from here on it computes as it will when it is reloaded
+
+
+def _look(jobs: Sequence[LayerInTraining], progress: Progress, steps_since: int) -> None:
+    """Brings the NMSE and the share of dead experts up to date; waits for the device."""
+    alive_since = progress.tokens - _DEAD_AFTER * progress.steps * progress.tokens_per_step
+    for job in jobs:
+        progress.nmse[job.index] = job.look(progress.step, steps_since)
+        progress.dead_share[job.index] = (job.last_fired <= max(0.0, alive_since)).float().mean().item()

@@ -81,11 +81,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 folder, given, result, device = sys.argv[1:]
 ids = load_file(given)["input_ids"].to(device)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).to(device).eval()
-base = AutoModel.from_pretrained(folder, trust_remote_code=True).to(device).eval()
 with torch.no_grad():
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).to(device).eval()
     logits = model(input_ids=ids, use_cache=False).logits
-    hidden = base(input_ids=ids, use_cache=False).last_hidden_state
+    del model  # never two of them at a time
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).to(device).eval()
+    hidden = model(input_ids=ids, use_cache=False).last_hidden_state
 save_file({"logits": logits.cpu().contiguous(), "hidden": hidden.cpu().contiguous()}, result)
 """
 

@@ -22,9 +22,11 @@ KERNELS: dict[str, ModuleType] = {}
 
 # The pre-activations (tokens, N) are formed for so many bytes' worth of tokens at a time: as much as stays near the cores of
 # a CPU, and enough to keep a GPU busy.
-_CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
 # In low precision, so many more candidates than K are ranked again exactly. docs/performance.md has the measurement.
 EXTRA_CANDIDATES = 8
+# Elements per group where the top is found by group maxima.
+TOP_K_GROUP = 4
 # Rows gathered at once where there is no better way: 64 MiB in fp32.
 _GATHERED_ELEMENTS = 2**24
 
@@ -75,7 +77,8 @@ def scatter(values: Tensor, indices: Tensor, x: Tensor, weight: Tensor) -> Tenso
         return kernels.scatter(values, indices, x, weight)
     values, x = values.to(weight.dtype), x.to(weight.dtype)
     if weight.device.type == "cpu" and torch.backends.mkl.is_available() and weight.dtype in (torch.float32, torch.float64):
-        return _transposed_coefficients(values, indices, len(weight)) @ x
+        out = torch.empty_like(weight)  # given, for otherwise torch makes and fills two
+        return torch.addmm(out, _transposed_coefficients(values, indices, len(weight)), x, beta=0, out=out)
     with torch.enable_grad():  # the derivative of `mix` by its rows
         rows = weight.detach().requires_grad_()
         mixed = F.embedding_bag(indices, rows, per_sample_weights=values, mode="sum")
@@ -116,7 +119,7 @@ def select(x: Tensor, weight: Tensor, bias: Tensor, k: int, selection: torch.dty
     with torch.autocast(x.device.type, enabled=False):
         # A low-precision copy of a float32 matrix lives as long as this call.
         ranking, offset = weight.to(selection), bias.to(selection)
-        rows = max(1, _CHUNK_BYTES.get(x.device.type, 2**28) // (len(weight) * ranking.element_size()))
+        rows = max(1, CHUNK_BYTES.get(x.device.type, 2**28) // (len(weight) * ranking.element_size()))
         chosen = [top_k(F.linear(chunk.to(selection), ranking, offset), candidates) for chunk in x.split(rows)]
     indices = torch.cat([indices for _, indices in chosen])
     if not coarse:
@@ -142,7 +145,7 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         Values and int64 indices, each (tokens, k), unsorted.
     """
     tokens, n = x.shape
-    group = 4
+    group = TOP_K_GROUP
     stride = n // group
     if stride < 2 * k:  # too few groups to gain anything
         return torch.topk(x, k, dim=-1, sorted=False)

@@ -59,7 +59,9 @@ def train_first_group(config: PreTrainedConfig, plan: Plan, recipe: Recipe, step
         )
         for layer in chosen
     }
-    kernels = choose_kernels(accelerator, layers.values(), recipe.batch)
+    first = chosen[0]
+    shape = {"d_model": first.block.d_model, "n_experts": first.n_experts, "k": first.k}
+    kernels = choose_kernels(accelerator, **shape, tokens=recipe.batch)
     times: list[float] = []
 
     def timed(source: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -6,9 +6,10 @@ The yardstick is a Python file with `make_problem`, `make_params` and `step` (th
 tensor code). Both sides start from the same weights, see the same batch and take the same number of Adam steps, each in a
 process of its own, in turn, `--rounds` times; times are medians over all steps but the first two of each round.
 
-Units: seconds, tokens/s, MiB. `above_state_mib` is the peak above parameters and Adam's moments; on a CPU it comes from the
-process's resident set. `floor_seconds` is the arithmetic that cannot be avoided (the gate's product and those of encoder and
-decoder, forward and backward) at the best rate measured here in the precision of our step; `floor_ratio` is our step over it.
+Units: seconds, tokens/s, MiB. `peak_mib` is the most memory used at once, the batch and the program not counted,
+`above_state_mib` what of it goes beyond parameters and Adam's moments; on a CPU they come from the process's resident set.
+`floor_seconds` is the arithmetic that cannot be avoided (the gate's product and those of encoder and decoder, forward and
+backward) at the best rate measured here in the precision of our step; `floor_ratio` is our step over it.
 """
 
 import importlib.util
@@ -26,9 +27,10 @@ import click
 import torch
 from torch import Tensor
 
-from mxdsurgery.accelerator import computes_in_bf16, make_accelerator
+from mxdsurgery.accelerator import choose_kernels, computes_in_bf16, make_accelerator
 from mxdsurgery.distill import LayerInTraining, train_step
 from mxdsurgery.layer import MxDLayer
+from mxdsurgery.memory import PeakMemory
 from mxdsurgery.recipe import Recipe
 
 LR = 4e-4
@@ -46,34 +48,6 @@ def load_yardstick(path: Path) -> ModuleType:
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def resident_mib(field: str) -> float:
-    """VmRSS, or VmHWM for its peak, of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
-
-
-class PeakMemory:
-    """The most memory in use between `start` and `mib`, in MiB."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-
-    def start(self) -> None:
-        """Begins anew with what is in use now."""
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def now(self) -> float:
-        """In use now."""
-        return torch.cuda.memory_allocated() / 2**20 if self.cuda else resident_mib("VmRSS")
-
-    def mib(self) -> float:
-        """The peak."""
-        return torch.cuda.max_memory_allocated() / 2**20 if self.cuda else resident_mib("VmHWM")
 
 
 def our_layer(params: dict[str, Tensor], k: int) -> MxDLayer:
@@ -115,6 +89,7 @@ def our_steps(options: dict[str, Any], params: dict[str, Tensor], x: Tensor, y: 
         selection=options["selection"],
     )
     accelerator = make_accelerator(recipe)
+    choose_kernels(accelerator, d_model=options["d"], n_experts=options["n"], k=options["k"], tokens=options["batch"])
     job = LayerInTraining(0, our_layer(params, options["k"]), recipe)
     # The yardstick's loss is a mean over D as well, ours a sum: Adam's steps are the same if its epsilon grows with it.
     job.optimizer.param_groups[0]["eps"] *= x.shape[1]
@@ -148,14 +123,12 @@ def run_side(side: str, options: dict[str, Any], yardstick: ModuleType) -> dict[
     shape = options["d"], options["h"]
     x, y = yardstick.make_problem(*shape, options["batch"], options["glu"], device)
     params = yardstick.make_params(*shape, options["n"], options["glu"], device)
-    state_mib = 3 * 4 * sum(p.numel() for p in params.values()) / 2**20
-    memory = PeakMemory(device)
-    before = memory.now() - state_mib / 3  # x, y, and on the CPU the program itself
+    adam_mib = 2 * 4 * sum(p.numel() for p in params.values()) / 2**20
     if side == "yardstick":
         step = yardstick_steps(options, yardstick, params, x, y)
     else:
         step = our_steps(options, params, x, y)
-    memory.start()
+    memory = PeakMemory(device)  # of what is used now: the batch and the parameters, Adam's moments come with the first step
     seconds = []
     for _ in range(options["steps"]):
         synchronize(device)
@@ -163,8 +136,13 @@ def run_side(side: str, options: dict[str, Any], yardstick: ModuleType) -> dict[
         loss = step()
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    peak = memory.mib()
-    return {"seconds": seconds[_WARM_UP:], "peak_mib": peak, "above_state_mib": peak - before - state_mib, "loss": loss.item()}
+    above_state = memory.bytes() / 2**20 - adam_mib
+    return {
+        "seconds": seconds[_WARM_UP:],
+        "peak_mib": above_state + 1.5 * adam_mib,
+        "above_state_mib": above_state,
+        "loss": loss.item(),
+    }
 
 
 def best_rate(products: list[tuple[int, int, int]], dtype: torch.dtype, device: str) -> float:

@@ -103,7 +103,7 @@ def test_there_may_be_hardly_more_experts_than_candidates(k):
 def test_chunks_do_not_change_the_choice(monkeypatch):
     x, weight, bias, *_ = problem(n=33, rows=40)
     whole = select(x, weight, bias, 5)
-    monkeypatch.setitem(sparse._CHUNK_BYTES, "cpu", 4 * 40 * 8)
+    monkeypatch.setitem(sparse.CHUNK_BYTES, "cpu", 4 * 40 * 8)
     chunked = select(x, weight, bias, 5)
     assert torch.equal(whole[1].sort().values, chunked[1].sort().values)
 
