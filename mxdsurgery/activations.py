@@ -27,7 +27,7 @@ def shuffle_positions(batches: Iterator[dict[int, Activations]], buffer: int, se
 
     Args:
         batches: by layer, x and y (n, D), in one dtype and on one device, every batch of the same n.
-        buffer: how many positions it holds; with less than two batches of them nothing is mixed.
+        buffer: how many positions it holds; with less than two batches' worth nothing is mixed.
         seed: of the drawing.
 
     Yields:

@@ -12,7 +12,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxdsurgery.accelerator import choose_kernels, make_accelerator
@@ -23,7 +22,7 @@ from mxdsurgery.cost import LayerPlan, tokens_per_step
 from mxdsurgery.distill import Progress, distill
 from mxdsurgery.errors import ExportError, OutputError
 from mxdsurgery.export import check_output, export, write_json
-from mxdsurgery.initialize import initial_layer, measure_statistics
+from mxdsurgery.initialize import initial_layers
 from mxdsurgery.layer import MxDLayer
 from mxdsurgery.measure import measure
 from mxdsurgery.memory import PeakMemory
@@ -199,7 +198,7 @@ def _train_group(
     text = dataclasses.replace(train)
     with closing(text.batches(contexts)) as batches:
         sample = [batch.to(accelerator.device) for batch in itertools.islice(batches, _STATISTICS_BATCHES)]
-        started = _initial_layers(base, layers, recipe, sample)
+        started = initial_layers(base, layers, sample, init=recipe.init, seed=recipe.seed)
         training.layers |= started
         training.passes.append(Progress(steps, contexts * recipe.context, steps * len(training.passes)))
         every, blocks = itertools.chain(sample, batches), [layer.block for layer in layers]
@@ -207,25 +206,6 @@ def _train_group(
     training.times_read = text.passes
     for layer in started.values():
         layer.to(device="cpu", dtype=base.dtype).eval().requires_grad_(False)
-
-
-def _initial_layers(
-    base: PreTrainedModel, layers: Sequence[LayerPlan], recipe: Recipe, sample: list[Tensor]
-) -> dict[int, MxDLayer]:
-    """New layers by index, fp32, started from the base model and the statistics of a sample of the text."""
-    statistics = measure_statistics(base, [layer.block for layer in layers], sample)
-    return {
-        layer.block.layer: initial_layer(
-            base,
-            layer.block,
-            n_experts=layer.n_experts,
-            k=layer.k,
-            init=recipe.init,
-            statistics=statistics[layer.block.layer],
-            seed=recipe.seed,
-        )
-        for layer in layers
-    }
 
 
 def _report_to(line: ProgressLine, training: Training) -> Callable[[Progress], None]:

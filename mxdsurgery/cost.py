@@ -13,6 +13,7 @@ from mxdsurgery.blocks import Block
 from mxdsurgery.console import size
 from mxdsurgery.errors import MemoryBudgetError
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.selection import write_layers
 from mxdsurgery.sparse import CHUNK_BYTES, EXTRA_CANDIDATES, TOP_K_GROUP
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -212,8 +213,8 @@ def make_group(
     """What it takes to train some layers together, after others are finished."""
     batch = tokens_per_step(recipe)
     recorded = sum(2 * batch * layer.block.d_model * base.element_bytes for layer in layers)  # x and y of one batch
-    room = recipe.activation_buffer // batch  # batches in the buffer that mixes positions; with one there is none
-    drawn = recorded if room > 1 else 0  # beside the batch that takes its place
+    room = recipe.activation_buffer // batch  # batches in the buffer that mixes positions
+    drawn = recorded if room else 0  # beside the batch that takes its place
     steps = [
         step_bytes(
             layer.block.d_model,
@@ -241,7 +242,7 @@ def make_group(
         new_bytes=_WEIGHT * parameters,
         gradient_bytes=_GRADIENT * max(layer.parameters for layer in layers),
         adam_bytes=_ADAM * parameters,
-        activation_bytes=recorded * (1 + room * (room > 1)) + max(*steps, forward_bytes(base, widest, batch), drawn),
+        activation_bytes=recorded * (1 + room) + max(*steps, forward_bytes(base, widest, batch), drawn),
         text_bytes=recipe.shuffle * _TEXT_BYTES if machine.device == "cpu" else 0,
         flops={"base_forward": base_forward_flops(base, last, recipe.context)} | flops,
     )
@@ -333,7 +334,7 @@ def _remedies(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, mach
         found.append("the base model in half the bytes: --dtype bfloat16")
     fewer = [count for count in range(1, len(layers)) if _fits(layers[:count], base, recipe, machine)]
     if fewer:
-        chosen = ",".join(str(layer.block.layer) for layer in layers[: fewer[-1]])
+        chosen = write_layers([layer.block.layer for layer in layers[: fewer[-1]]])
         found.append(f"fewer layers: --layers {chosen}")
     both = ((changed.batch, largest_n_experts(layers, base, changed, machine)) for changed in smaller if not found)
     batch, n_experts = next((pair for pair in both if pair[1] is not None), (0, None))

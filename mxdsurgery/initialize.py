@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.activations import record_activations
 from mxdsurgery.blocks import Block, Part
+from mxdsurgery.cost import LayerPlan
 from mxdsurgery.errors import MxDWarning
 from mxdsurgery.layer import MxDLayer
 
@@ -46,6 +47,25 @@ def layer_shape(block: Block, n_experts: int, k: int) -> dict[str, object]:
         "kind": block.kind,
         "activation": block.activation,
         "encoder_bias": block.encoder_bias,
+    }
+
+
+def initial_layers(
+    model: PreTrainedModel, layers: Sequence[LayerPlan], sample: Sequence[Tensor], *, init: str, seed: int
+) -> dict[int, MxDLayer]:
+    """New layers by index, started from the model and the statistics of some batches of input ids (B, T)."""
+    statistics = measure_statistics(model, [layer.block for layer in layers], sample)
+    return {
+        layer.block.layer: initial_layer(
+            model,
+            layer.block,
+            n_experts=layer.n_experts,
+            k=layer.k,
+            init=init,
+            statistics=statistics[layer.block.layer],
+            seed=seed,
+        )
+        for layer in layers
     }
 
 

@@ -6,9 +6,7 @@ Plain torch is the fallback and the oracle. Every sum runs in float32 in a fixed
 Shapes: n tokens, D model width, N rows (experts), K chosen rows per token.
 """
 
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from mxdsurgery import sparse
 
@@ -85,15 +84,9 @@ def install_if_faster(d_model: int, n_experts: int, k: int, tokens: int, device:
 
 
 def _milliseconds(function: Callable[[], object]) -> float:
-    """Median of five calls, after one to warm up."""
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
+    """Median time of a call; a GPU is waited for."""
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    return 1000 * timer.blocked_autorange(min_run_time=0.1).median
 
 
 def mix(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ from .sparse import mix, sparse_gate
 class Coefficients(NamedTuple):
     """The expert coefficients of some tokens, sparsely: ``a[indices] = values`` and zero elsewhere.
 
-    ``values`` (..., K) are non-negative; ``indices`` (..., K) int64 in [0, N), in no particular order, each at most once
-    per token. A hook may return more or fewer than K of them.
+    ``values`` (..., K) are non-negative, float32 or wider; ``indices`` (..., K) int64 in [0, N), in no particular order, each
+    at most once per token. A hook may return more or fewer than K of them.
     """
 
     values: Tensor

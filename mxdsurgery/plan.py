@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from mxdsurgery.errors import MemoryBudgetError, RecipeError, UnsupportedBlockEr
 from mxdsurgery.memory import free_memory
 from mxdsurgery.model import decoder_layers, load_config, model_skeleton
 from mxdsurgery.recipe import Recipe, check_names, find_recipe, load_recipe
-from mxdsurgery.selection import select_layers
+from mxdsurgery.selection import select_layers, write_layers
 
 # Of what a device has free; the rest is for fragmentation, kernels' workspaces and other processes.
 _BUDGET_SHARE = 0.9
@@ -177,7 +176,7 @@ class Plan:
         for group in self.groups:
             held = (group.weight_bytes, group.gradient_bytes, group.adam_bytes, group.activation_bytes, group.text_bytes)
             time = "-" if group.seconds is None else duration(group.seconds)
-            table.add_row(_ranges(group.layers), compact(group.parameters), *map(size, (*held, group.peak_bytes)), time)
+            table.add_row(write_layers(group.layers), compact(group.parameters), *map(size, (*held, group.peak_bytes)), time)
         return table
 
     def summary(self, recipe: Recipe) -> list[str]:
@@ -202,17 +201,6 @@ class Plan:
             return f"not predicted: {self.unmeasured}"
         step = f"one layer's step on {self.calibration.step_tokens} tokens"
         return f"about {duration(self.seconds)} to train, from {step} and a {self.calibration.base_from} for the base model"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 5 as 0-2,5, as ``--layers`` takes it."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _layer_plan(row: dict[str, Any]) -> LayerPlan:

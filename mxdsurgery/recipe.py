@@ -141,7 +141,7 @@ class Recipe:
     eval_tokens: int = _key(100_000, "count", "held-out tokens that the figures rest on", low=1)
     shuffle: int = _key(8_000_000, "count", "tokens in the buffer that contexts are drawn from at random; 0: in order", low=0)
     activation_buffer: int = _key(
-        0, "count", "positions in the buffer of activations that batches are drawn from at random; 0: batch by batch", low=0
+        0, "count", "positions in the buffer of activations that batches are drawn from at random; 0: as the text comes", low=0
     )
     # How
     batch: int = _key(4096, "count", "tokens per optimiser step", low=8)
@@ -193,6 +193,12 @@ class Recipe:
                 f"recipe key 'batch' is {self.batch} tokens, less than one context of {self.context}",
                 expected="at least one context per step",
                 fix="raise --batch or lower --context",
+            )
+        if 0 < self.activation_buffer < 2 * self.batch:
+            raise RecipeError(
+                f"recipe key 'activation_buffer' is {self.activation_buffer}, less than two batches of {self.batch}",
+                expected=f"0, or at least {2 * self.batch}: from less, nothing can be mixed across batches",
+                fix="raise --activation-buffer or lower --batch",
             )
         if self.warmup + self.decay > 1.0:
             raise RecipeError(

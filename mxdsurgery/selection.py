@@ -1,6 +1,7 @@
 """Which layers: the little language of ``--layers`` and its meaning for a model."""
 
 import re
+from collections.abc import Sequence
 
 from mxdsurgery.errors import LayerSelectionError
 
@@ -33,6 +34,17 @@ def select_layers(selection: str, n_layers: int) -> list[int]:
             raise LayerSelectionError(f"--layers {selection!r}: the range {part.strip()!r} runs backwards", expected=_ALLOWED)
         chosen.update(range(first, last + 1))
     return sorted(chosen)
+
+
+def write_layers(numbers: Sequence[int]) -> str:
+    """Ascending layers as a selection: 0, 1, 2, 5 as ``0-2,5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _layer(number: int, n_layers: int, selection: str) -> int:

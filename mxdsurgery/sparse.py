@@ -147,7 +147,7 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     tokens, n = x.shape
     group = TOP_K_GROUP
     stride = n // group
-    if stride < 2 * k:  # too few groups to gain anything
+    if tokens < 16 or stride < 2 * k:  # too few to gain anything
         return torch.topk(x, k, dim=-1, sorted=False)
     # Group j holds the columns j, j + stride, j + 2 stride, ...: the maximum then runs over contiguous rows.
     _, groups = top_k(x[:, : stride * group].unflatten(1, (group, stride)).amax(1), k)

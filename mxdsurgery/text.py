@@ -355,7 +355,7 @@ def run_ahead(items: Iterator[Item], depth: int = 8) -> Iterator[Item]:
             yield content
     finally:
         stopped.set()
-        thread.join()
+        thread.join(timeout=5.0)  # it may hang in a connection; as a daemon it holds nothing up
 
 
 def open_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[TextStream, Tensor]:

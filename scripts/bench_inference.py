@@ -10,13 +10,12 @@ decode times. Units: tokens/s, microseconds, bytes.
 
 import json
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import click
 import torch
 from real_configs import config_named
+from timing import median_seconds
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -29,34 +28,18 @@ from mxdsurgery.surgery import replaced
 _ALLOWED = 1.3
 
 
-def median_seconds(function: Callable[[], object], repeats: int, device: str) -> float:
-    """Median time of a call, after two to warm up."""
-    times = []
-    for repeat in range(repeats + 2):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if repeat > 1:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 @torch.no_grad()
-def speeds(model: PreTrainedModel, prompt: Tensor, repeats: int) -> tuple[float, float]:
+def speeds(model: PreTrainedModel, prompt: Tensor, seconds: float) -> tuple[float, float]:
     """Seconds of a pass over the prompt (1, T), and of one more token after it."""
-    device = prompt.device.type
-    prefill = median_seconds(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1), repeats, device)
+    prefill = median_seconds(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1), seconds)
     cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
     last = prompt[:, -1:]
-    decode = median_seconds(lambda: model(input_ids=last, past_key_values=cache, use_cache=True), 4 * repeats, device)
+    decode = median_seconds(lambda: model(input_ids=last, past_key_values=cache, use_cache=True), seconds)
     return prefill, decode
 
 
 @torch.no_grad()
-def parts(layer: MxDLayer, block: nn.Module, tokens: int, repeats: int, x: Tensor) -> dict[str, float]:
+def parts(layer: MxDLayer, block: nn.Module, tokens: int, seconds: float, x: Tensor) -> dict[str, float]:
     """Microseconds of the parts of one layer, and of the block that it replaces, on so many tokens."""
     x = x[:tokens]
     a = layer.gate(x)
@@ -70,7 +53,7 @@ def parts(layer: MxDLayer, block: nn.Module, tokens: int, repeats: int, x: Tenso
         "encoder": lambda: layer.hidden(x),
         "decoder": lambda: layer.decoder(z),
     }
-    return {name: round(1e6 * median_seconds(function, repeats, x.device.type), 1) for name, function in todo.items()}
+    return {name: round(1e6 * median_seconds(function, seconds / 4), 1) for name, function in todo.items()}
 
 
 def weight_bytes(modules: list[nn.Module]) -> int:
@@ -99,11 +82,11 @@ def largest_within(times: dict[int, float], original: float) -> int:
 @click.option("--n-experts", default="1024,4096,8192,21504", show_default=True, help="N, several.")
 @click.option("--k", default=32, show_default=True)
 @click.option("--prompt", default=512, show_default=True, help="Tokens of the prompt.")
-@click.option("--repeats", default=7, show_default=True)
+@click.option("--seconds", default=2.0, show_default=True, help="Of each measurement.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def main(name: str, n_experts: str, k: int, prompt: int, repeats: int, dtype: str, device: str, as_json: bool) -> None:
+def main(name: str, n_experts: str, k: int, prompt: int, seconds: float, dtype: str, device: str, as_json: bool) -> None:
     config, wanted = config_named(name), getattr(torch, dtype)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=wanted).eval().requires_grad_(False)
@@ -124,11 +107,11 @@ def main(name: str, n_experts: str, k: int, prompt: int, repeats: int, dtype: st
     decode_times: dict[int, float] = {}
     for n in map(int, n_experts.split(",")):
         layers = new_layers(blocks, n, k, wanted, device)
-        original.append(speeds(model, ids, repeats))
+        original.append(speeds(model, ids, seconds))
         with replaced(model, blocks, layers):
-            prefill, decode = speeds(model, ids, repeats)
+            prefill, decode = speeds(model, ids, seconds)
             size = weight_bytes([model])
-        original.append(speeds(model, ids, repeats))
+        original.append(speeds(model, ids, seconds))
         before = [statistics.mean(times) for times in zip(*original[-2:], strict=True)]
         decode_times[n] = decode / before[1]
         result["by_n"][n] = {
@@ -137,8 +120,8 @@ def main(name: str, n_experts: str, k: int, prompt: int, repeats: int, dtype: st
             "prefill_slowdown": round(prefill / before[0], 2),
             "decode_slowdown": round(decode / before[1], 2),
             "weight_bytes": size,
-            "microseconds_one_token": parts(layers[blocks[0].layer], original_block, 1, 4 * repeats, x),
-            "microseconds_prompt": parts(layers[blocks[0].layer], original_block, prompt, repeats, x),
+            "microseconds_one_token": parts(layers[blocks[0].layer], original_block, 1, seconds, x),
+            "microseconds_prompt": parts(layers[blocks[0].layer], original_block, prompt, seconds, x),
         }
         del layers
     prefill, decode = (statistics.median(times) for times in zip(*original, strict=True))

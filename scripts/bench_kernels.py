@@ -8,35 +8,24 @@ hundredth token, most by few. On a CPU, where there are no kernels, the plain si
 
 import importlib.util
 import json
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import click
 import torch
+from timing import median_seconds
 
 from mxdsurgery import sparse
 
 
-def milliseconds(function: Callable[[], Any], device: str, repeats: int) -> float:
-    """Median time of a call, after two to warm up."""
-    times = []
-    for repeat in range(repeats + 2):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if repeat >= 2:
-            times.append(1000 * (time.perf_counter() - start))
-    return round(statistics.median(times), 3)
+def milliseconds(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median time of a call of each."""
+    return {name: round(1000 * median_seconds(function), 3) for name, function in functions.items()}
 
 
-def selections(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int, repeats: int) -> dict[str, float]:
+def selections(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int) -> dict[str, float]:
     """The gate's product in both precisions, ways to find the top, and the whole selection."""
-    device, low = x.device.type, weight.bfloat16()
+    low = weight.bfloat16()
     pre = torch.nn.functional.linear(x.bfloat16(), low)
     candidates = k + sparse.EXTRA_CANDIDATES
     todo = {
@@ -48,18 +37,17 @@ def selections(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int
         "select_fp32": lambda: sparse.select(x, weight, bias, k),
         "select_bf16": lambda: sparse.select(x, weight, bias, k, torch.bfloat16),
     }
-    return {name: milliseconds(function, device, repeats) for name, function in todo.items()}
+    return milliseconds(todo)
 
 
-def products(x: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, repeats: int) -> dict:
+def products(x: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> dict[str, float]:
     """The three sparse products, and the backward of `mix` as plain torch does it in one."""
-    device = x.device.type
     todo = {
         "mix": lambda: sparse.mix(values, indices, weight),
         "dots": lambda: sparse.dots(x, indices, weight),
         "scatter": lambda: sparse.scatter(values, indices, x, weight),
     }
-    return {name: milliseconds(function, device, repeats) for name, function in todo.items()}
+    return milliseconds(todo)
 
 
 @click.command(help=__doc__)
@@ -67,10 +55,9 @@ def products(x: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, indice
 @click.option("--n", default=21490, show_default=True)
 @click.option("--k", default=32, show_default=True)
 @click.option("--batch", default=4096, show_default=True)
-@click.option("--repeats", default=10, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def main(d: int, n: int, k: int, batch: int, repeats: int, device: str, as_json: bool) -> None:
+def main(d: int, n: int, k: int, batch: int, device: str, as_json: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(batch, d, generator=generator).to(device), torch.randn(n, d, generator=generator).to(device)
     weight /= d**0.5
@@ -80,12 +67,12 @@ def main(d: int, n: int, k: int, batch: int, repeats: int, device: str, as_json:
     used = torch.bincount(indices.flatten(), minlength=n)
     result: dict[str, Any] = {"d": d, "n": n, "k": k, "batch": batch, "device": device}
     result |= {"experts_used": (used > 0).sum().item(), "most_used": used.max().item()}
-    result["plain"] = products(x, weight, values, indices, repeats) | selections(x, weight, bias, k, repeats)
+    result["plain"] = products(x, weight, values, indices) | selections(x, weight, bias, k)
     if device == "cuda" and importlib.util.find_spec("triton") is not None:
         from mxdsurgery import kernels
 
         kernels.install()
-        result["triton"] = products(x, weight, values, indices, repeats) | selections(x, weight, bias, k, repeats)
+        result["triton"] = products(x, weight, values, indices) | selections(x, weight, bias, k)
     if as_json:
         click.echo(json.dumps(result))
     else:

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 import mxdsurgery
 from mxdsurgery.accelerator import choose_kernels, make_accelerator
 from mxdsurgery.distill import Progress, distill
-from mxdsurgery.initialize import initial_layer, measure_statistics
+from mxdsurgery.initialize import initial_layers
 from mxdsurgery.memory import PeakMemory
 from mxdsurgery.plan import Plan
 from mxdsurgery.recipe import Recipe
@@ -46,19 +46,8 @@ def train_first_group(config: PreTrainedConfig, plan: Plan, recipe: Recipe, step
     chosen = [layer for layer in plan.layers if layer.block.layer in plan.groups[0].layers]
     blocks = [layer.block for layer in chosen]
     batches = random_batches(recipe, config.vocab_size)
-    statistics = measure_statistics(model, blocks, [next(batches).to(accelerator.device)])
-    layers = {
-        layer.block.layer: initial_layer(
-            model,
-            layer.block,
-            n_experts=layer.n_experts,
-            k=layer.k,
-            init=recipe.init,
-            statistics=statistics[layer.block.layer],
-            seed=recipe.seed,
-        )
-        for layer in chosen
-    }
+    sample = [next(batches).to(accelerator.device)]
+    layers = initial_layers(model, chosen, sample, init=recipe.init, seed=recipe.seed)
     first = chosen[0]
     shape = {"d_model": first.block.d_model, "n_experts": first.n_experts, "k": first.k}
     kernels = choose_kernels(accelerator, **shape, tokens=recipe.batch)

@@ -77,7 +77,7 @@ def main(model: str, layer: int, as_json: bool, **options: Any) -> None:
             result["trained_with"][selection] = {name: figures[name] for name in FIGURES}
         converted = mxdsurgery.load(made.out)
         original = load_original(converted, made.recipe.model, made.recipe)
-    packing = Packing(converted.tokenizer(), made.recipe.context, made.recipe.prepend_bos)
+        packing = Packing(converted.tokenizer(), made.recipe.context, made.recipe.prepend_bos)
     ids = TextStream(made.recipe.eval_data, packing, made.recipe.text_column).spread(made.recipe.eval_tokens)
     x = record_activations(original, converted.plan.blocks, ids)[layer].x[:, 1:].flatten(0, 1)
     gate = converted.layers[layer].gate

@@ -63,11 +63,10 @@ def test_a_group_adds_up_its_layers_and_holds_the_gradients_of_one():
 
 
 def test_an_activation_buffer_is_held_in_whole_batches_for_every_layer():
-    plain, none, held = (
+    plain, held = (
         cost.make_group(tiny_layers(), [], tiny_base(), dataclasses.replace(RECIPE, activation_buffer=size), machine())
-        for size in (0, 1000, 1600)
+        for size in (0, 1600)
     )
-    assert none.activation_bytes == plain.activation_bytes  # less than two batches of 512
     assert held.activation_bytes - plain.activation_bytes == 2 * (2 * 3 * 512 * 32 * 2)
 
 

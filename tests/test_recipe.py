@@ -108,6 +108,7 @@ def test_shipped_recipes_are_found_by_name_with_or_without_suffix():
         ({"k": 33, "n_experts": 32}, "'k' is 33, more than n_experts = 32"),
         ({"warmup": 0.6, "decay": 0.5}, "'warmup' and 'decay' are 0.6 and 0.5, together more than 1"),
         ({"batch": 64, "context": 128}, "'batch' is 64 tokens, less than one context of 128"),
+        ({"activation_buffer": 8191, "batch": 4096}, "'activation_buffer' is 8191, less than two batches of 4096"),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(values, said):
@@ -120,6 +121,7 @@ def test_values_at_the_edge_are_accepted():
     assert Recipe(k=32, n_experts=32).k == 32
     assert Recipe(warmup=0.5, decay=0.5).decay == 0.5
     assert Recipe(batch=128, context=128).batch == 128
+    assert Recipe(activation_buffer=8192, batch=4096).activation_buffer == 8192
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 
 from mxdsurgery.errors import LayerSelectionError
-from mxdsurgery.selection import select_layers
+from mxdsurgery.selection import select_layers, write_layers
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,8 @@ def test_a_range_that_runs_backwards_is_refused(selection):
 def test_a_model_without_layers_has_none_to_select():
     with pytest.raises(LayerSelectionError, match="no decoder layers"):
         select_layers("all", 0)
+
+
+@pytest.mark.parametrize("selection", ["0", "0-2,5", "1,3,5", "7-9", "0-11"])
+def test_layers_are_written_as_they_are_read(selection):
+    assert write_layers(select_layers(selection, 12)) == selection

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "mxdsurgery"
 # activations, layer, training, what it takes, plan, surgery, measuring, export, and the commands on top.
 ORDER = [
     "errors", "demo", "selection", "recipe", "console", "model", "blocks", "analyze", "text", "sparse", "layer", "kernels",
-    "accelerator", "activations", "initialize", "distill", "memory", "cost", "calibrate", "plan", "card",
+    "accelerator", "activations", "memory", "cost", "initialize", "distill", "calibrate", "plan", "card",
     "surgery", "metrics", "measure", "checkpoint", "export", "convert", "evaluate", "generate", "__init__", "cli", "__main__",
 ]  # fmt: skip
 

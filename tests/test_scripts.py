@@ -1,0 +1,56 @@
+"""The benchmarks run, measure what they say, and docs/performance.md is what they printed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script, *words):
+    """The last line that a script printed, as JSON."""
+    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, words), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("block", [(), ("--glu",)], ids=["mlp", "glu"])
+def test_our_step_and_the_dense_one_reach_the_same_loss_from_the_same_start(shared, block):
+    shape = ("--d", 32, "--h", 64, "--n", 256, "--k", 8, "--batch", 128, "--steps", 20, *block)
+    exact = ("--precision", "fp32", "--selection", "fp32")
+    result = run("bench_step.py", *shape, *exact, "--yardstick", shared / "bench" / "dense_reference.py")
+    assert result["loss_difference"] < 1e-4
+    assert result["speedup"] > 0 and result["floor_seconds"] > 0
+    assert result["ours"]["tokens_per_second"] > 0 and result["yardstick"]["tokens_per_second"] > 0
+
+
+def test_bf16_reaches_the_loss_of_the_dense_fp32_step(shared):
+    shape = ("--d", 64, "--h", 128, "--n", 512, "--k", 16, "--batch", 256, "--steps", 20)
+    low = ("--precision", "bf16", "--selection", "bf16")
+    result = run("bench_step.py", *shape, *low, "--yardstick", shared / "bench" / "dense_reference.py")
+    assert result["our_precision"] == "bf16" and 0 < result["loss_difference"] < 1e-2
+
+
+def test_all_layers_train_at_once_beside_what_the_plan_said():
+    result = run("bench_pass.py", "--model", "tiny", "--device", "cpu", "--steps", 4, "--warm-up", 2)
+    assert result["layers_at_once"] == 4 and result["groups"] == 1
+    assert result["tokens_per_second"] > 0 and result["planned_tokens_per_second"] > 0
+    assert result["planned_peak_bytes"] > 12 * result["trained_parameters"]
+
+
+def test_inference_is_measured_for_every_n_beside_the_original():
+    result = run("bench_inference.py", "--model", "tiny", "--n-experts", "64,256", "--seconds", 0.05, "--prompt", 16)
+    assert list(result["by_n"]) == ["64", "256"]
+    sizes = [result["original"]["weight_bytes"], *(at["weight_bytes"] for at in result["by_n"].values())]
+    assert sizes == sorted(set(sizes)) and result["largest_n_within_1.3x"] >= 0
+
+
+def test_the_page_on_performance_is_what_the_script_prints():
+    printed = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "performance.py"), "page"], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout == (ROOT / "docs" / "performance.md").read_text()
