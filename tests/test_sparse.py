@@ -85,8 +85,9 @@ def test_selection_in_bf16_chooses_what_fp32_chooses_and_returns_fp32_values():
     assert ranked.dtype == torch.float32
 
 
-def test_weights_in_bf16_are_ranked_exactly_too():
-    x, weight, bias, *_ = problem(n=100, d=64, rows=600, dtype=torch.bfloat16)
+@pytest.mark.parametrize("tokens", [100, 5])  # more and fewer candidates than rows
+def test_weights_in_bf16_are_ranked_exactly_too(tokens):
+    x, weight, bias, *_ = problem(n=tokens, d=64, rows=600, dtype=torch.bfloat16)
     _, indices = select(x, weight, bias, 8)
     wanted = (x.float() @ weight.float().T + bias.float()).topk(8).indices
     assert (indices.sort().values == wanted.sort().values).all(1).float().mean() > 0.98
