@@ -50,7 +50,7 @@ def shuffle_positions(batches: Iterator[dict[int, Activations]], buffer: int, se
         return
     filled = 0
     for fresh in itertools.islice(batches, room):
-        _put(held, slice(filled, filled + n), fresh)
+        _put(held, torch.arange(filled, filled + n), fresh)
         filled += n
     del fresh
     generator = torch.Generator().manual_seed(seed)
@@ -68,10 +68,10 @@ def _take(held: dict[int, Activations], places: Tensor) -> dict[int, Activations
     return {layer: Activations(*(part[places.to(part.device)] for part in pair)) for layer, pair in held.items()}
 
 
-def _put(held: dict[int, Activations], places: Tensor | slice, fresh: dict[int, Activations]) -> None:
+def _put(held: dict[int, Activations], places: Tensor, fresh: dict[int, Activations]) -> None:
     for layer, pair in held.items():
         for part, values in zip(pair, fresh[layer], strict=True):
-            part[places if isinstance(places, slice) else places.to(part.device)] = values
+            part[places.to(part.device)] = values
 
 
 class _LastBlockReached(Exception):

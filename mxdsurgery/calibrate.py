@@ -4,8 +4,6 @@ Weights, inputs and targets are random: what is computed, and so its time, does 
 """
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +17,7 @@ from mxdsurgery.distill import LayerInTraining, train_step
 from mxdsurgery.initialize import layer_shape
 from mxdsurgery.layer import MxDLayer
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.timing import median_seconds
 
 # A measurement is repeated for so many seconds.
 _SECONDS = 2.0
@@ -97,7 +96,7 @@ def matmul_rate(device: str, dtype: str) -> float:
     """FLOPs per second of one large matrix product."""
     side = 8192 if device == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=getattr(torch, dtype))
-    return 2 * side**3 / _median_seconds(lambda: a @ a, device, seconds=0.2)
+    return 2 * side**3 / median_seconds(lambda: a @ a, 0.2)
 
 
 def _measure_step(layer: LayerPlan, recipe: Recipe, device: str) -> tuple[float, int]:
@@ -105,16 +104,15 @@ def _measure_step(layer: LayerPlan, recipe: Recipe, device: str) -> tuple[float,
     batch = tokens_per_step(recipe)
     step = _training_step(layer, recipe, batch, device)
     if batch > _PROBE_TOKENS:
-        few = _median_seconds(lambda: step(_FEW_TOKENS), device, seconds=0.5)
-        step(_PROBE_TOKENS)  # the first step of a size is slower
-        probe = _median_seconds(lambda: step(_PROBE_TOKENS), device, seconds=0.5, warmup=0)
+        few = median_seconds(lambda: step(_FEW_TOKENS), 0.5)
+        probe = median_seconds(lambda: step(_PROBE_TOKENS), 0.5)
         per_token = max(probe - few, 1e-9) / (_PROBE_TOKENS - _FEW_TOKENS)
         affordable = int((_LONGEST - few) / per_token)
         if affordable < batch:
             tokens = max(_PROBE_TOKENS, affordable)
-            many = _median_seconds(lambda: step(tokens), device, warmup=1)
+            many = median_seconds(lambda: step(tokens), _SECONDS)
             return few + max(many - few, 0.0) * (batch - _FEW_TOKENS) / (tokens - _FEW_TOKENS), tokens
-    return _median_seconds(lambda: step(batch), device), batch
+    return median_seconds(lambda: step(batch), _SECONDS), batch
 
 
 def _training_step(layer: LayerPlan, recipe: Recipe, batch: int, device: str) -> Callable[[int], None]:
@@ -139,25 +137,6 @@ def _measure_pass(layers: list[LayerPlan], base: BaseModel, config: PreTrainedCo
     def forward(count: int) -> None:
         record_activations(model, blocks, input_ids[:count])
 
-    one = _median_seconds(lambda: forward(1), device, seconds=0.2)
+    one = median_seconds(lambda: forward(1), 0.2)
     count = max(1, min(contexts, int(_LONGEST / 2 / one)))
-    return _median_seconds(lambda: forward(count), device) * contexts / count
-
-
-def _median_seconds(run: Callable[[], object], device: str, seconds: float = _SECONDS, warmup: int = 2) -> float:
-    """Of at least two runs, and as many as ``seconds`` allow, after some that are not counted."""
-    for _ in range(warmup):
-        run()
-    taken: list[float] = []
-    while len(taken) < 2 or sum(taken) < seconds:
-        _wait(device)
-        start = time.perf_counter()
-        run()
-        _wait(device)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    return median_seconds(lambda: forward(count), _SECONDS) * contexts / count

@@ -194,13 +194,12 @@ def _train_group(
     line: Callable[[], ProgressLine],
 ) -> None:
     """One pass over the text, always the same one: a layer learns the same in whatever group it is."""
-    contexts = recipe.batch // recipe.context
     text = dataclasses.replace(train)
-    with closing(text.batches(contexts)) as batches:
+    with closing(text.batches(recipe.batch // recipe.context)) as batches:
         sample = [batch.to(accelerator.device) for batch in itertools.islice(batches, _STATISTICS_BATCHES)]
         started = initial_layers(base, layers, sample, init=recipe.init, seed=recipe.seed)
         training.layers |= started
-        training.passes.append(Progress(steps, contexts * recipe.context, steps * len(training.passes)))
+        training.passes.append(Progress(steps, tokens_per_step(recipe), steps * len(training.passes)))
         every, blocks = itertools.chain(sample, batches), [layer.block for layer in layers]
         distill(base, blocks, started, every, recipe, accelerator, training.passes[-1], _report_to(line(), training))
     training.times_read = text.passes

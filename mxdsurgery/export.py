@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mxdsurgery import layer, sparse
 from mxdsurgery.card import model_card
 from mxdsurgery.checkpoint import (
     EVALUATION_FILE,
@@ -226,8 +225,9 @@ def write_code(model: PreTrainedModel, folder: Path) -> None:
         "base": type(model.base_model).__name__,
         "causal": type(model).__name__,
     }
-    for name, module in (("mxd_layer.py", layer), ("sparse.py", sparse)):
-        (folder / name).write_text(_LICENSE + Path(module.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    for ours, theirs in (("layer.py", "mxd_layer.py"), ("sparse.py", "sparse.py")):
+        code = Path(__file__).with_name(ours).read_text(encoding="utf-8")
+        (folder / theirs).write_text(_LICENSE + code, encoding="utf-8")
     (folder / "configuration_mxd.py").write_text(_LICENSE + _CONFIGURATION.format(**names), encoding="utf-8")
     (folder / "modeling_mxd.py").write_text(_LICENSE + _MODELING.format(**names), encoding="utf-8")
 

@@ -7,16 +7,15 @@ Shapes: n tokens, D model width, N rows (experts), K chosen rows per token.
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 from mxdsurgery import sparse
+from mxdsurgery.timing import median_seconds
 
 # Largest |difference| / largest |value| between two float32 sums of the same terms in another order.
 _TOLERANCE = 1e-4
@@ -71,22 +70,18 @@ def install_if_faster(d_model: int, n_experts: int, k: int, tokens: int, device:
         functions = (sparse.mix, sparse.dots, sparse.scatter)
         return [function(*arguments) for function, arguments in zip(functions, given, strict=True)]
 
-    wanted, plain = products(), _milliseconds(products)
+    wanted, plain = products(), 1000 * median_seconds(products, 0.1)
     install(device)
     try:
         errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(products(), wanted, strict=True)]
-        trial = Trial(plain, _milliseconds(products), max(errors) if all(e == e for e in errors) else float("inf"))
+        trial = Trial(
+            plain, 1000 * median_seconds(products, 0.1), max(errors) if all(e == e for e in errors) else float("inf")
+        )
     except Exception as error:  # Triton compiles here, with whatever compiler and driver there are
         trial = Trial(plain, None, float("inf"), f"{type(error).__name__}: {error}".splitlines()[0])
     if not trial.worthwhile:
         del sparse.KERNELS[device]
     return trial
-
-
-def _milliseconds(function: Callable[[], object]) -> float:
-    """Median time of a call; a GPU is waited for."""
-    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-    return 1000 * timer.blocked_autorange(min_run_time=0.1).median
 
 
 def mix(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from typing import Any
 import click
 import torch
 from real_configs import config_named
-from timing import median_seconds
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -23,6 +22,7 @@ from mxdsurgery.blocks import Block, find_blocks
 from mxdsurgery.initialize import layer_shape
 from mxdsurgery.layer import MxDLayer
 from mxdsurgery.surgery import replaced
+from mxdsurgery.timing import hardware, median_seconds
 
 # How much slower than the original a token may be written.
 _ALLOWED = 1.3
@@ -56,8 +56,8 @@ def parts(layer: MxDLayer, block: nn.Module, tokens: int, seconds: float, x: Ten
     return {name: round(1e6 * median_seconds(function, seconds / 4), 1) for name, function in todo.items()}
 
 
-def weight_bytes(modules: list[nn.Module]) -> int:
-    return sum(p.numel() * p.element_size() for p in {id(p): p for m in modules for p in m.parameters()}.values())
+def weight_bytes(model: PreTrainedModel) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
 def new_layers(blocks: list[Block], n_experts: int, k: int, dtype: torch.dtype, device: str) -> dict[int, MxDLayer]:
@@ -70,11 +70,10 @@ def new_layers(blocks: list[Block], n_experts: int, k: int, dtype: torch.dtype, 
     return layers
 
 
-def largest_within(times: dict[int, float], original: float) -> int:
-    """The N at which a straight line through (N, seconds) reaches the allowed time; 0 where it is above it already."""
-    n = torch.tensor([list(times), [1.0] * len(times)], dtype=torch.float64).T
-    slope, offset = torch.linalg.lstsq(n, torch.tensor(list(times.values()), dtype=torch.float64)[:, None]).solution.flatten()
-    return max(0, int((_ALLOWED * original - offset) / slope))
+def largest_within(slowdowns: dict[int, float]) -> int:
+    """The N at which a straight line through (N, times as slow) reaches what is allowed; 0 where it is above it already."""
+    slope, offset = statistics.linear_regression(list(slowdowns), list(slowdowns.values()))
+    return max(0, int((_ALLOWED - offset) / slope))
 
 
 @click.command(help=__doc__)
@@ -97,28 +96,28 @@ def main(name: str, n_experts: str, k: int, prompt: int, seconds: float, dtype: 
     result: dict[str, Any] = {
         "model": name,
         "device": device,
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "hardware": hardware(device),
         "dtype": dtype,
         "k": k,
         "prompt": prompt,
         "by_n": {},
     }
     original: list[tuple[float, float]] = []
-    decode_times: dict[int, float] = {}
+    slowdowns: dict[int, float] = {}
     for n in map(int, n_experts.split(",")):
         layers = new_layers(blocks, n, k, wanted, device)
         original.append(speeds(model, ids, seconds))
         with replaced(model, blocks, layers):
             prefill, decode = speeds(model, ids, seconds)
-            size = weight_bytes([model])
+            size = weight_bytes(model)
         original.append(speeds(model, ids, seconds))
         before = [statistics.mean(times) for times in zip(*original[-2:], strict=True)]
-        decode_times[n] = decode / before[1]
+        slowdowns[n] = decode / before[1]
         result["by_n"][n] = {
             "prefill_tokens_per_second": round(prompt / prefill),
             "decode_tokens_per_second": round(1 / decode, 1),
             "prefill_slowdown": round(prefill / before[0], 2),
-            "decode_slowdown": round(decode / before[1], 2),
+            "decode_slowdown": round(slowdowns[n], 2),
             "weight_bytes": size,
             "microseconds_one_token": parts(layers[blocks[0].layer], original_block, 1, seconds, x),
             "microseconds_prompt": parts(layers[blocks[0].layer], original_block, prompt, seconds, x),
@@ -128,9 +127,9 @@ def main(name: str, n_experts: str, k: int, prompt: int, seconds: float, dtype: 
     result["original"] = {
         "prefill_tokens_per_second": round(prompt / prefill),
         "decode_tokens_per_second": round(1 / decode, 1),
-        "weight_bytes": weight_bytes([model]),
+        "weight_bytes": weight_bytes(model),
     }
-    result["largest_n_within_1.3x"] = largest_within(decode_times, 1.0)
+    result["largest_n_within_1.3x"] = largest_within(slowdowns)
     click.echo(json.dumps(result) if as_json else json.dumps(result, indent=2))
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import click
 import torch
-from timing import median_seconds
 
 from mxdsurgery import sparse
+from mxdsurgery.timing import median_seconds
 
 
 def milliseconds(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
@@ -41,7 +41,7 @@ def selections(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int
 
 
 def products(x: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> dict[str, float]:
-    """The three sparse products, and the backward of `mix` as plain torch does it in one."""
+    """The three sparse products."""
     todo = {
         "mix": lambda: sparse.mix(values, indices, weight),
         "dots": lambda: sparse.dots(x, indices, weight),

@@ -23,11 +23,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import mxdsurgery
 from mxdsurgery.accelerator import choose_kernels, make_accelerator
+from mxdsurgery.cost import tokens_per_step
 from mxdsurgery.distill import Progress, distill
 from mxdsurgery.initialize import initial_layers
 from mxdsurgery.memory import PeakMemory
 from mxdsurgery.plan import Plan
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.timing import hardware
 
 
 def random_batches(recipe: Recipe, vocabulary: int) -> Iterator[Tensor]:
@@ -60,7 +62,7 @@ def train_first_group(config: PreTrainedConfig, plan: Plan, recipe: Recipe, step
             times.append(time.perf_counter())
             yield batch
 
-    progress = Progress(steps, recipe.batch // recipe.context * recipe.context)
+    progress = Progress(steps, tokens_per_step(recipe))
     distill(model, blocks, layers, timed(batches), recipe, accelerator, progress, lambda _: None)
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize()
@@ -84,11 +86,11 @@ def main(model: str, device: str, steps: int, warm_up: int, as_json: bool, **ove
         plan, recipe = mxdsurgery.plan(folder, device=device, layers="all", measure=True, **overrides)
     measured = train_first_group(config, plan, recipe, steps, warm_up)
     group = plan.groups[0]
-    tokens = recipe.batch // recipe.context * recipe.context
+    tokens = tokens_per_step(recipe)
     result = {
         "model": model,
         "device": device,
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "hardware": hardware(device),
         "dtype": plan.dtype,
         "n_experts": plan.layers[0].n_experts,
         "k": plan.layers[0].k,

@@ -25,7 +25,6 @@ from typing import Any
 
 import click
 import torch
-from timing import median_seconds
 from torch import Tensor
 
 from mxdsurgery.accelerator import choose_kernels, computes_in_bf16, make_accelerator
@@ -33,6 +32,7 @@ from mxdsurgery.distill import LayerInTraining, train_step
 from mxdsurgery.layer import MxDLayer
 from mxdsurgery.memory import PeakMemory
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.timing import hardware, median_seconds
 
 LR = 4e-4
 _WARM_UP = 2
@@ -192,9 +192,12 @@ def compare(options: dict[str, Any]) -> dict[str, Any]:
     bf16 = computes_in_bf16(recipe)
     floor = floor_seconds(options, bf16)
     names = ("d", "h", "n", "k", "batch", "steps", "glu", "device", "bf16", "selection")
-    device = torch.cuda.get_device_name() if options["device"] == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     result = {name: options[name] for name in names}
-    result |= {"our_precision": "bf16" if bf16 else "fp32", "hardware": device, "torch": torch.__version__}
+    result |= {
+        "our_precision": "bf16" if bf16 else "fp32",
+        "hardware": hardware(options["device"]),
+        "torch": torch.__version__,
+    }
     result |= {side: summary(rounds[side], options["batch"]) for side in sides}
     ours = result["ours"]["seconds_per_step"]
     result |= {"floor_seconds": round(floor, 6), "floor_ratio": round(ours / floor, 2)}

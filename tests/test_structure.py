@@ -8,8 +8,8 @@ PACKAGE = Path(__file__).parents[1] / "mxdsurgery"
 # A module imports only from those before it. The list is the data's path: errors and words, model, blocks, text and
 # activations, layer, training, what it takes, plan, surgery, measuring, export, and the commands on top.
 ORDER = [
-    "errors", "demo", "selection", "recipe", "console", "model", "blocks", "analyze", "text", "sparse", "layer", "kernels",
-    "accelerator", "activations", "memory", "cost", "initialize", "distill", "calibrate", "plan", "card",
+    "errors", "timing", "demo", "selection", "recipe", "console", "model", "blocks", "analyze", "text", "sparse", "layer",
+    "kernels", "accelerator", "activations", "memory", "cost", "initialize", "distill", "calibrate", "plan", "card",
     "surgery", "metrics", "measure", "checkpoint", "export", "convert", "evaluate", "generate", "__init__", "cli", "__main__",
 ]  # fmt: skip
 
