@@ -12,9 +12,11 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # The order matters: a function takes the place of the module that it is named after.
 from mxdsurgery.analyze import Analysis, analyze
 from mxdsurgery.checkpoint import Converted, load
+from mxdsurgery.comparison import Frontier
 from mxdsurgery.convert import Conversion, convert
 from mxdsurgery.errors import MxDError
 from mxdsurgery.evaluate import evaluate
+from mxdsurgery.frontier import frontier
 from mxdsurgery.generate import generate
 from mxdsurgery.layer import Coefficients, MxDLayer
 from mxdsurgery.plan import Plan, plan
@@ -27,6 +29,7 @@ __all__ = [
     "Coefficients",
     "Conversion",
     "Converted",
+    "Frontier",
     "MxDError",
     "MxDLayer",
     "Plan",
@@ -34,6 +37,7 @@ __all__ = [
     "analyze",
     "convert",
     "evaluate",
+    "frontier",
     "generate",
     "load",
     "plan",

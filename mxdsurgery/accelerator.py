@@ -41,11 +41,11 @@ def choose_kernels(accelerator: Accelerator, *, d_model: int, n_experts: int, k:
     Args:
         accelerator: of the run.
         d_model: D of the largest layer.
-        n_experts: its N.
+        n_experts: its N; 0 where nothing has experts.
         k: its K.
         tokens: per step.
     """
-    if accelerator.device.type != "cuda":
+    if accelerator.device.type != "cuda" or n_experts == 0:
         return None
     if importlib.util.find_spec("triton") is None:
         return "plain torch: triton is not installed"

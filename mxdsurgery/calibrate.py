@@ -15,8 +15,8 @@ from mxdsurgery.activations import record_activations
 from mxdsurgery.cost import BaseModel, Group, LayerPlan, Machine, base_forward_flops, layer_flops, tokens_per_step
 from mxdsurgery.distill import LayerInTraining, train_step
 from mxdsurgery.initialize import layer_shape
-from mxdsurgery.layer import MxDLayer
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.replacement import LAYER_KINDS
 from mxdsurgery.timing import median_seconds
 
 # A measurement is repeated for so many seconds.
@@ -119,10 +119,10 @@ def _training_step(layer: LayerPlan, recipe: Recipe, batch: int, device: str) ->
     """Takes a step of a new layer of this shape, on the given number of tokens."""
     with torch.random.fork_rng(), torch.device(device):
         accelerator = make_accelerator(dataclasses.replace(recipe, tracker="none"))
-        made = MxDLayer(**layer_shape(layer.block, layer.n_experts, layer.k))
+        made = LAYER_KINDS[layer.kind](**layer_shape(layer))
         x, y = torch.randn(2, batch, layer.block.d_model)
     choose_kernels(accelerator, d_model=layer.block.d_model, n_experts=layer.n_experts, k=layer.k, tokens=batch)
-    job = LayerInTraining(layer.block.layer, made, recipe)
+    job = LayerInTraining(layer.name, made, recipe)
     return lambda tokens: train_step(job, x[:tokens], y[:tokens], recipe.lr, tokens, accelerator)
 
 

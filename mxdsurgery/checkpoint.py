@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mxdsurgery.errors import NotConvertedError, WeightsError
 from mxdsurgery.initialize import layer_shape
-from mxdsurgery.layer import MxDLayer, MxDSurgeryMixin
 from mxdsurgery.model import check_complete
 from mxdsurgery.plan import Plan, read_plan
+from mxdsurgery.replacement import MxDSurgeryMixin
 
 # Of the `mxd` entry in an exported config.json and of the weights' names. Raised when either changes.
 FORMAT_VERSION = 1
@@ -48,7 +49,8 @@ def converted_config(base: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
                 "layer": layer.block.layer,
                 "path": layer.block.path,
                 "bypass": list(layer.block.bypass),
-                "shape": layer_shape(layer.block, layer.n_experts, layer.k),
+                "kind": layer.kind,
+                "shape": layer_shape(layer),
             }
             for layer in plan.layers
         ],
@@ -67,13 +69,13 @@ class Converted:
         folder: where it was read from.
         model: the whole model.
         plan: what was converted.
-        layers: the MxD layers in the model, by layer index.
+        layers: the new layers in the model, by layer index.
     """
 
     folder: Path
     model: PreTrainedModel
     plan: Plan
-    layers: dict[int, MxDLayer]
+    layers: dict[int, nn.Module]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer in the folder."""

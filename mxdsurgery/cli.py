@@ -17,6 +17,7 @@ import mxdsurgery
 from mxdsurgery.card import LEGEND, evaluation_table
 from mxdsurgery.console import ConsoleReporter
 from mxdsurgery.errors import MemoryBudgetError, MxDError, MxDWarning
+from mxdsurgery.frontier import DEFAULT_K, DEFAULT_KINDS
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe, parse_count
 
 _INTERRUPTED = 130  # what a shell expects of a process that Ctrl-C ended
@@ -43,20 +44,35 @@ class _Count(click.ParamType):
         return count
 
 
-def _recipe_options(command: Callable) -> Callable:
-    """A flag for every recipe key, in the recipe's order."""
-    for field in reversed(dataclasses.fields(Recipe)):
-        key = RECIPE_KEYS[field.name]
-        flag = "--" + field.name.replace("_", "-")
-        if field.name == "model":
-            continue  # the argument
-        if key.kind == "flag":
-            option = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=key.doc)
-        else:
-            shown = key.doc + (f" [{', '.join(key.choices)}]" if key.choices else "")
-            option = click.option(flag, field.name, type=_RecipeValue(field.name), default=None, help=shown)
-        command = option(command)
-    return command
+class _List(click.ParamType):
+    """Values between commas, each checked by the recipe key of the name."""
+
+    def __init__(self, name: str) -> None:
+        self.recipe_key, self.name = name, f"{name},{name},..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        key = RECIPE_KEYS[self.recipe_key]
+        return value if isinstance(value, tuple) else tuple(key.parse(self.recipe_key, v.strip()) for v in value.split(","))
+
+
+def _recipe_options(*without: str) -> Callable[[Callable], Callable]:
+    """A flag for every recipe key but the model, which is the argument, and some others; in the recipe's order."""
+
+    def add(command: Callable) -> Callable:
+        for field in reversed(dataclasses.fields(Recipe)):
+            key = RECIPE_KEYS[field.name]
+            flag = "--" + field.name.replace("_", "-")
+            if field.name in ("model", *without):
+                continue
+            if key.kind == "flag":
+                option = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=key.doc)
+            else:
+                shown = key.doc + (f" [{', '.join(key.choices)}]" if key.choices else "")
+                option = click.option(flag, field.name, type=_RecipeValue(field.name), default=None, help=shown)
+            command = option(command)
+        return command
+
+    return add
 
 
 class _NamedErrors(click.Group):
@@ -119,7 +135,7 @@ def analyze(model: str, revision: str | None, as_json: bool) -> None:
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
 @click.option("--measure/--no-measure", default=True, help="Measure this machine for some seconds, for the time it takes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@_recipe_options
+@_recipe_options()
 def plan(model: str, recipe: str | None, measure: bool, as_json: bool, **overrides: Any) -> None:
     """Show what a conversion of MODEL would make and take, without weights.
 
@@ -136,7 +152,7 @@ def plan(model: str, recipe: str | None, measure: bool, as_json: bool, **overrid
 @main.command()
 @click.argument("model")
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
-@_recipe_options
+@_recipe_options()
 def convert(model: str, recipe: str | None, **overrides: Any) -> None:
     """Convert MODEL: distil, evaluate and export.
 
@@ -144,6 +160,24 @@ def convert(model: str, recipe: str | None, **overrides: Any) -> None:
     """
     made = mxdsurgery.convert(model, recipe=recipe, reporter=ConsoleReporter(), **overrides)
     _print_table(evaluation_table(made.evaluation), LEGEND, f"\nThe converted model is in {made.recipe.out}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--layer", type=int, required=True, help="The layer whose block is replaced; negative: from the end.")
+@click.option("--k", type=_List("k"), default=DEFAULT_K, help="Values of K. [default: 16,32,64,128,256]")
+@click.option("--kinds", type=_List("kind"), default=DEFAULT_KINDS, help=f"Of {', '.join(RECIPE_KEYS['kind'].choices)}.")
+@click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
+@_recipe_options("layers", "k", "kind")
+def frontier(model: str, **options: Any) -> None:
+    """Compare kinds of layers at several K in place of one block of MODEL.
+
+    All are trained on the same activations and have the same number of parameters. What --out holds already is kept.
+    """
+    made = mxdsurgery.frontier(model, reporter=ConsoleReporter(), **options)
+    _print_table(
+        made.table(), *made.verdicts, f"\nfrontier.json, frontier.csv, frontier.png and frontier.svg are in {made.out}"
+    )
 
 
 @main.command()

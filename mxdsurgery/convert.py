@@ -1,40 +1,28 @@
 """``convert``: the whole job, from a model's name to a folder that transformers loads."""
 
-import dataclasses
-import functools
-import itertools
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
-from mxdsurgery.accelerator import choose_kernels, make_accelerator
+from mxdsurgery.accelerator import make_accelerator
 from mxdsurgery.blocks import prove_block
 from mxdsurgery.checkpoint import PLAN_FILE, RECIPE_FILE
-from mxdsurgery.console import ProgressLine, Reporter, compact, duration, size
-from mxdsurgery.cost import LayerPlan, tokens_per_step
-from mxdsurgery.distill import Progress, distill
+from mxdsurgery.console import Reporter, compact, duration, size
 from mxdsurgery.errors import ExportError, OutputError
 from mxdsurgery.export import check_output, export, write_json
-from mxdsurgery.initialize import initial_layers
-from mxdsurgery.layer import MxDLayer
 from mxdsurgery.measure import measure
 from mxdsurgery.memory import PeakMemory
 from mxdsurgery.model import load_model, load_tokenizer
-from mxdsurgery.plan import Plan, plan, with_time
+from mxdsurgery.plan import WORTH_PREDICTING, Plan, plan, with_time
 from mxdsurgery.recipe import Recipe
-from mxdsurgery.text import TextStream, open_texts
+from mxdsurgery.text import open_texts
+from mxdsurgery.train import Training, train_groups
 
-# The statistics that layers start from rest on so many batches of the training text.
-_STATISTICS_BATCHES = 4
-# A run that takes fewer seconds, at the rate of a matrix product, starts at once: its time is not predicted.
-_WORTH_PREDICTING = 60.0
 # Contexts on which the reloaded checkpoint is compared with the model in memory.
 _CHECK_CONTEXTS = 2
 
@@ -82,7 +70,7 @@ def convert(model: str, *, recipe: str | Path | None = None, reporter: Reporter 
     made, resolved = plan(model, recipe=recipe, **overrides)
     out = check_output(resolved.out, resolved.overwrite)
     made.check_budget()
-    made = with_time(made, resolved, _WORTH_PREDICTING)
+    made = with_time(made, resolved, WORTH_PREDICTING)
     for line in (f"recipe     {made.recipe_file}", *made.summary(resolved)):
         reporter.say(line)
     accelerator = make_accelerator(resolved)
@@ -95,126 +83,19 @@ def convert(model: str, *, recipe: str | Path | None = None, reporter: Reporter 
     reporter.say(f"proof      {len(made.blocks)} blocks recomputed from their weights, largest relative error {worst:.1e}")
     training = Training(len(made.groups))
     with _kept(out, made, resolved, training):
-        _train(base, made, train, resolved, accelerator, training, reporter)
+        train_groups(base, made, train, resolved, accelerator, training, reporter)
         record = _training_record(made, training, memory.bytes())
         for line in _comparison(record):
             reporter.say(line)
-        for layer in training.layers.values():
-            layer.to(accelerator.device)
+        layers = {planned.block.layer: layer.to(accelerator.device) for planned, layer in training.layers.items()}
         with reporter.progress("evaluate", "passes") as line:
-            evaluation = measure(base, made.blocks, training.layers, heldout, resolved.batch, line.update)
+            evaluation = measure(base, made.blocks, layers, heldout, resolved.batch, line.update)
         evaluation |= {"data": resolved.eval_data or resolved.data, "training": record}
-        check_ids = heldout[:_CHECK_CONTEXTS]
-        differences = export(base, training.layers, made, resolved, evaluation, tokenizer, check_ids, out)
+        differences = export(base, layers, made, resolved, evaluation, tokenizer, heldout[:_CHECK_CONTEXTS], out)
     reporter.say(
         f"exported   {resolved.out}; reloaded without mxdsurgery, logits differ by at most {differences['logits']:.1g}"
     )
     return Conversion(out, made, resolved, evaluation, training.seconds)
-
-
-@dataclass
-class Training:
-    """Where the training of all groups stands; kept up to date while it runs, so that an interrupted one can be described.
-
-    Attributes:
-        groups: how many there are.
-        passes: the progress of each group begun so far; one pass over the text each.
-        layers: by index: those that are finished, in the base model's dtype, and those in training, in fp32.
-        times_read: how many times a pass began the text, because it is shorter than the training.
-    """
-
-    groups: int
-    passes: list[Progress] = field(default_factory=list)
-    layers: dict[int, MxDLayer] = field(default_factory=dict)
-    times_read: int = 0
-
-    @property
-    def seconds(self) -> float:
-        """Of all passes so far."""
-        return sum(progress.seconds for progress in self.passes)
-
-    @property
-    def finished(self) -> bool:
-        """Whether all groups are trained."""
-        return len(self.passes) == self.groups and all(progress.step == progress.steps for progress in self.passes)
-
-    @property
-    def nmse(self) -> dict[int, float]:
-        """By layer."""
-        return {layer: value for progress in self.passes for layer, value in progress.nmse.items()}
-
-    @property
-    def dead_share(self) -> dict[int, float]:
-        """By layer."""
-        return {layer: value for progress in self.passes for layer, value in progress.dead_share.items()}
-
-
-def _train(
-    base: PreTrainedModel,
-    made: Plan,
-    train: TextStream,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    training: Training,
-    reporter: Reporter,
-) -> None:
-    """Distils group after group and leaves all layers frozen, in the base model's dtype; those of a GPU in host memory."""
-    if recipe.tracker != "none":
-        settings = {name: value for name, value in recipe.to_dict().items() if value is not None}
-        accelerator.init_trackers("mxdsurgery", config=settings)
-    by_index = {layer.block.layer: layer for layer in made.layers}
-    largest = max(made.layers, key=lambda layer: layer.n_experts)
-    kernels = choose_kernels(
-        accelerator, d_model=largest.block.d_model, n_experts=largest.n_experts, k=largest.k, tokens=tokens_per_step(recipe)
-    )
-    if kernels is not None:
-        reporter.say(f"kernels    {kernels}")
-    with ExitStack() as stack:
-        # One line for all groups; it counts from when the first of them is ready to train.
-        line = functools.cache(lambda: stack.enter_context(reporter.progress("distil", "tokens")))
-        for group in made.groups:
-            layers = [by_index[index] for index in group.layers]
-            _train_group(base, layers, train, made.steps, recipe, accelerator, training, line)
-    accelerator.end_training()
-    dead = sum(training.dead_share.values()) / len(training.dead_share)
-    tokens = compact(training.passes[-1].tokens)
-    reporter.say(f"distilled  {tokens} tokens in {duration(training.seconds)}, {dead:.1%} of experts dead")
-    if training.times_read > 1:
-        reporter.say(f"           the text is short: it was read {training.times_read} times over")
-
-
-def _train_group(
-    base: PreTrainedModel,
-    layers: Sequence[LayerPlan],
-    train: TextStream,
-    steps: int,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    training: Training,
-    line: Callable[[], ProgressLine],
-) -> None:
-    """One pass over the text, always the same one: a layer learns the same in whatever group it is."""
-    text = dataclasses.replace(train)
-    with closing(text.batches(recipe.batch // recipe.context)) as batches:
-        sample = [batch.to(accelerator.device) for batch in itertools.islice(batches, _STATISTICS_BATCHES)]
-        started = initial_layers(base, layers, sample, init=recipe.init, seed=recipe.seed)
-        training.layers |= started
-        training.passes.append(Progress(steps, tokens_per_step(recipe), steps * len(training.passes)))
-        every, blocks = itertools.chain(sample, batches), [layer.block for layer in layers]
-        distill(base, blocks, started, every, recipe, accelerator, training.passes[-1], _report_to(line(), training))
-    training.times_read = text.passes
-    for layer in started.values():
-        layer.to(device="cpu", dtype=base.dtype).eval().requires_grad_(False)
-
-
-def _report_to(line: ProgressLine, training: Training) -> Callable[[Progress], None]:
-    def report(progress: Progress) -> None:
-        mean = sum(progress.nmse.values()) / len(progress.nmse)
-        group = f"group {len(training.passes)} of {training.groups}, " if training.groups > 1 else ""
-        done = sum(begun.tokens for begun in training.passes)
-        line.update(done, training.groups * progress.steps * progress.tokens_per_step, f"{group}NMSE {mean:.4f}")
-
-    return report
 
 
 def _training_record(made: Plan, training: Training, peak_bytes: int | None) -> dict[str, Any]:
@@ -226,7 +107,7 @@ def _training_record(made: Plan, training: Training, peak_bytes: int | None) -> 
         "groups": [group.layers for group in made.groups],
         "passes_over_the_text": training.times_read,
         # Experts that had not fired for the last tenth of the training tokens, by layer.
-        "dead_share": {str(layer): share for layer, share in training.dead_share.items()},
+        "dead_share": {str(planned.block.layer): share for planned, share in training.dead_share.items()},
         "planned": {"seconds": made.seconds and round(made.seconds, 1), "peak_bytes": made.peak_bytes},
         "measured": {"seconds": round(training.seconds, 1), "peak_bytes": peak_bytes},
     }
@@ -270,8 +151,8 @@ def _keep_layers(out: Path, made: Plan, recipe: Recipe, training: Training) -> s
     folder = out.with_name(out.name + ".interrupted")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    layers = training.layers.items()
-    tensors = {f"{i}.{name}": t.contiguous() for i, layer in layers for name, t in layer.state_dict().items()}
+    states = {planned.block.layer: layer.state_dict() for planned, layer in training.layers.items()}
+    tensors = {f"{index}.{name}": tensor.contiguous() for index, state in states.items() for name, tensor in state.items()}
     save_file(tensors, folder / "layers.safetensors")
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     write_json(folder / PLAN_FILE, made.to_dict())
@@ -290,6 +171,10 @@ def _state(made: Plan, training: Training) -> dict[str, Any]:
     last = training.passes[-1]
     done = [progress.step == progress.steps for progress in training.passes]
     finished = [i for group, whole in zip(made.groups, done, strict=False) if whole for i in group.layers]
-    figures = {"seconds": training.seconds, "nmse": training.nmse, "dead_share": training.dead_share}
+    by_layer = {
+        name: {planned.block.layer: value for planned, value in figure.items()}
+        for name, figure in (("nmse", training.nmse), ("dead_share", training.dead_share))
+    }
     place = {"group": len(training.passes), "groups": training.groups, "finished_layers": finished}
-    return dataclasses.asdict(last) | figures | {"tokens": last.tokens} | place | {"finished": training.finished}
+    stands = {"steps": last.steps, "tokens_per_step": last.tokens_per_step, "step": last.step, "tokens": last.tokens}
+    return stands | {"seconds": training.seconds} | by_layer | place | {"finished": training.finished}

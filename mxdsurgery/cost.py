@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from mxdsurgery.blocks import Block
 from mxdsurgery.console import size
 from mxdsurgery.errors import MemoryBudgetError
+from mxdsurgery.layer import BATCH_TOP_K_LIMIT
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.selection import write_layers
 from mxdsurgery.sparse import CHUNK_BYTES, EXTRA_CANDIDATES, TOP_K_GROUP
@@ -31,15 +32,42 @@ class LayerPlan:
 
     Attributes:
         block: what is replaced.
-        n_experts: N.
+        n_experts: N; 0 for a layer without experts.
         k: K.
-        parameters: of the new layer.
+        parameters: that are trained.
+        kind: of the new layer; see `mxdsurgery.replacement`.
+        sparsity: ``topk`` or ``batchtopk``.
     """
 
     block: Block
     n_experts: int
     k: int
     parameters: int
+    kind: str = "mxd"
+    sparsity: str = "topk"
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return (
+            f"layer {self.block.layer} ({self.kind}, K = {self.k})" if self.n_experts else f"layer {self.block.layer} (dense)"
+        )
+
+    @property
+    def all_parameters(self) -> int:
+        """Of the new layer, with those of the block itself where it holds the block."""
+        return self.parameters + (layer_parameters(self.block, 0, "dense") if self.kind == "topk-sae" else 0)
+
+    @property
+    def hidden(self) -> int:
+        """H where the new layer has hidden units in training, else 0."""
+        return self.block.d_hidden if self.kind in ("mxd", "dense") else 0
+
+    @property
+    def active(self) -> int:
+        """Coefficients of a token that can be nonzero."""
+        most = BATCH_TOP_K_LIMIT * self.k if self.sparsity == "batchtopk" else self.k
+        return min(most, self.n_experts)
 
 
 @dataclass(frozen=True)
@@ -137,24 +165,45 @@ class Group:
         return sum(self.flops.values()) - self.flops["base_forward"]
 
 
-def layer_parameters(block: Block, n_experts: int) -> int:
-    """Parameters of the `MxDLayer` for a block: encoder, decoder, bias, gate with biases, experts."""
+def layer_parameters(block: Block, n_experts: int, kind: str = "mxd") -> int:
+    """Parameters that a layer of some kind for a block trains: its dense part, bias, gate with biases, experts."""
     d, h = block.d_model, block.d_hidden
     encoder = h * (d + block.encoder_bias) * (2 if block.kind == "glu" else 1)
-    return encoder + h * d + d + n_experts * (2 * d + 1)
+    dense = {"mxd": encoder + h * d, "dense": encoder + h * d, "skip-transcoder": d * d}.get(kind, 0)
+    return dense + d + n_experts * (2 * d + 1)
+
+
+def transcoder_parameters(block: Block, expansion: float) -> float:
+    """Of a transcoder with ``expansion`` times D features: the budget that other layers are matched to."""
+    return expansion * block.d_model * (2 * block.d_model + 1) + block.d_model
+
+
+def matched_n_experts(block: Block, budget: float, kind: str = "mxd") -> int:
+    """N such that a layer of some kind has about as many parameters as a budget allows; at least 1, 0 without experts.
+
+    A transcoder with ``m D`` features has ``P = m D (2D + 1) + D``; an MxD layer of as many solves ``P = enc + H D + D +
+    N (2D + 1)``, where ``enc = H (D + 1)`` for an MLP and twice that for a GLU. Source: arXiv 2505.21364.
+    """
+    if kind == "dense":
+        return 0
+    d, h = block.d_model, block.d_hidden
+    encoder = h * (d + 1) * (2 if block.kind == "glu" else 1)
+    dense = {"mxd": encoder + h * d, "skip-transcoder": d * d}.get(kind, 0)
+    return max(1, int((budget - dense - d) / (2 * d + 1)))
 
 
 def layer_flops(layer: LayerPlan) -> dict[str, int]:
     """Per token, forward and backward; a multiplication and an addition are two."""
-    d, h = layer.block.d_model, layer.block.d_hidden
+    d, h = layer.block.d_model, layer.hidden
     encoders = 2 if layer.block.kind == "glu" else 1
+    skip = 4 * d * d if layer.kind == "skip-transcoder" else 0
     return {
         # G x for all N. Its backward touches K rows only and is counted with the experts.
         "gate": 2 * layer.n_experts * d,
         # Forward and the gradients of the weights: 4DH each; of the hidden units: 2DH. Nothing needs the gradient of x.
-        "encoder_decoder": (4 * encoders + 6) * d * h,
+        "encoder_decoder": (4 * encoders + 6) * d * h + skip,
         # K rows: exact coefficients, Cᵀa, and the gradients of a, C and G.
-        "experts": 10 * layer.k * d,
+        "experts": 10 * layer.active * d,
     }
 
 
@@ -170,7 +219,7 @@ def step_bytes(d: int, h: int, n: int, k: int, kind: str, batch: int, bf16: bool
         d: D.
         h: H.
         n: N.
-        k: K.
+        k: coefficients of a token that can be nonzero.
         kind: ``mlp`` or ``glu``.
         batch: tokens.
         bf16: under bf16 autocast.
@@ -185,7 +234,7 @@ def step_bytes(d: int, h: int, n: int, k: int, kind: str, batch: int, bf16: bool
     # First the experts are selected. A bf16 copy of G and of x:
     ranking = 2 * (n + batch) * d if selection else 0
     # one chunk of pre-activations with its maxima, and the columns (index, position, value) that the top-k compares.
-    row = n * (2 if selection else 4)
+    row = max(1, n) * (2 if selection else 4)
     rows = min(batch, max(1, CHUNK_BYTES[device] // row))
     chunk = rows * (row + row // (TOP_K_GROUP - 1) + candidates * TOP_K_GROUP * (8 + 8 + 4))
     # Then forward and backward. Autocast's bf16 copies of E, E_up and D, one bf16 gradient of a weight, and x in bf16:
@@ -212,15 +261,16 @@ def make_group(
 ) -> Group:
     """What it takes to train some layers together, after others are finished."""
     batch = tokens_per_step(recipe)
-    recorded = sum(2 * batch * layer.block.d_model * base.element_bytes for layer in layers)  # x and y of one batch
+    blocks = {layer.block.layer: layer.block for layer in layers}.values()
+    recorded = sum(2 * batch * block.d_model * base.element_bytes for block in blocks)  # x and y of one batch
     room = recipe.activation_buffer // batch  # batches in the buffer that mixes positions
     drawn = recorded if room else 0  # beside the batch that takes its place
     steps = [
         step_bytes(
             layer.block.d_model,
-            layer.block.d_hidden,
+            layer.hidden,
             layer.n_experts,
-            layer.k,
+            layer.active,
             layer.block.kind,
             batch,
             machine.bf16,
@@ -238,7 +288,7 @@ def make_group(
         layers=[layer.block.layer for layer in layers],
         parameters=parameters,
         base_bytes=base.weight_bytes,
-        finished_bytes=base.element_bytes * sum(layer.parameters for layer in finished) if machine.device == "cpu" else 0,
+        finished_bytes=base.element_bytes * sum(layer.all_parameters for layer in finished) if machine.device == "cpu" else 0,
         new_bytes=_WEIGHT * parameters,
         gradient_bytes=_GRADIENT * max(layer.parameters for layer in layers),
         adam_bytes=_ADAM * parameters,
@@ -267,7 +317,7 @@ def make_groups(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, ma
 
 def checkpoint_bytes(layers: Sequence[LayerPlan], base: BaseModel) -> int:
     """The converted model's weights."""
-    return base.weight_bytes + base.element_bytes * sum(layer.parameters - layer.block.parameters for layer in layers)
+    return base.weight_bytes + base.element_bytes * sum(layer.all_parameters - layer.block.parameters for layer in layers)
 
 
 def evaluation_bytes(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe) -> int:
@@ -280,7 +330,7 @@ def evaluation_bytes(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recip
     logits = base.vocabulary * (2 * batch * base.element_bytes + 6 * recipe.context * 4)
     kept = batch * base.d_model * base.element_bytes * (len(base.layer_parameters) + len(layers))
     figures = logits + kept + forward_bytes(base, widest, batch)
-    new = base.element_bytes * sum(layer.parameters for layer in layers)
+    new = base.element_bytes * sum(layer.all_parameters for layer in layers)
     return base.weight_bytes + new + max(figures, checkpoint_bytes(layers, base))
 
 
@@ -361,7 +411,10 @@ def largest_n_experts(layers: Sequence[LayerPlan], base: BaseModel, recipe: Reci
     """The largest N, the same for all layers, that fits the budget; None where not even K experts do."""
 
     def fits(n: int) -> bool:
-        changed = [dataclasses.replace(layer, n_experts=n, parameters=layer_parameters(layer.block, n)) for layer in layers]
+        changed = [
+            dataclasses.replace(layer, n_experts=n, parameters=layer_parameters(layer.block, n, layer.kind))
+            for layer in layers
+        ]
         return _fits(changed, base, recipe, machine)
 
     low, high = recipe.k, max(layer.n_experts for layer in layers)

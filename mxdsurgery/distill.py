@@ -7,20 +7,24 @@ layers are independent and errors do not propagate from one to another while tra
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxdsurgery.accelerator import selects_in_bf16
 from mxdsurgery.activations import Activations, record_activations, shuffle_positions
+from mxdsurgery.baselines import TopKSAE
 from mxdsurgery.blocks import Block
+from mxdsurgery.cost import LayerPlan
 from mxdsurgery.errors import DivergedError
-from mxdsurgery.layer import MxDLayer
+from mxdsurgery.layer import Experts
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.sparse import mix
 
 # Losses are looked at every so many steps: looking waits for the device.
 _CHECK_EVERY = 20
@@ -39,8 +43,8 @@ class Progress:
     steps_before: int = 0  # of other groups of layers, in the same run
     step: int = 0
     seconds: float = 0.0
-    nmse: dict[int, float] = field(default_factory=dict)  # by layer: ‖ŷ-y‖²/‖y‖² over the last steps looked at
-    dead_share: dict[int, float] = field(default_factory=dict)  # by layer
+    nmse: dict[LayerPlan, float] = field(default_factory=dict)  # ‖ŷ-y‖²/‖y‖² over the last steps looked at
+    dead_share: dict[LayerPlan, float] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -49,17 +53,33 @@ class Progress:
 
 
 class LayerInTraining:
-    """A layer with what its training needs: Adam, the firing record and running sums between two looks."""
+    """A layer with what its training needs: Adam, the firing record and running sums between two looks.
 
-    def __init__(self, index: int, layer: MxDLayer, recipe: Recipe) -> None:
-        self.index, self.layer, self.unit_norm = index, layer, recipe.unit_norm
-        layer.gate.selection = torch.bfloat16 if selects_in_bf16(recipe) else None
-        self.optimizer = torch.optim.Adam(layer.parameters(), lr=recipe.lr, fused=True)
-        weight = layer.experts.weight
-        self.last_fired = torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)
+    Args:
+        name: for people.
+        layer: fp32, on the device of the training.
+        recipe: lr, unit_norm, auxk, selection.
+        dead_after: tokens without firing after which an expert is dead.
+    """
+
+    def __init__(self, name: str, layer: nn.Module, recipe: Recipe, dead_after: float = math.inf) -> None:
+        self.name, self.layer, self.auxk, self.dead_after = name, layer, recipe.auxk, dead_after
+        self.experts: Experts | None = getattr(layer, "experts", None)
+        self.unit_norm = recipe.unit_norm and self.experts is not None
+        if self.experts is not None:
+            layer.gate.selection = torch.bfloat16 if selects_in_bf16(recipe) else None
+        self.optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=recipe.lr, fused=True)
+        device = layer.bias.device
+        # The training tokens seen when each expert last fired.
+        n_experts = 0 if self.experts is None else len(self.experts.weight)
+        self.last_fired = torch.zeros(n_experts, dtype=torch.int64, device=device)
         # Since the last look: the loss, the loss of an output of zero, ‖ŷ-y‖² and ‖y‖².
-        self.sums = torch.zeros(4, dtype=torch.float64, device=weight.device)
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
         self.first_loss: float | None = None
+
+    def dead(self, tokens_seen: int) -> Tensor:
+        """Which experts have not fired for `dead_after` tokens: (N,) bool. None at first: all had a chance."""
+        return self.last_fired < tokens_seen - self.dead_after
 
     def look(self, step: int, steps_since: int) -> float:
         """The NMSE since the last look.
@@ -74,17 +94,23 @@ class LayerInTraining:
             self.first_loss = loss
         if not math.isfinite(loss) or loss > _DIVERGED * max(self.first_loss, zero_sum / steps_since):
             raise DivergedError(
-                f"layer {self.index}: the loss is {loss:.3g} at step {step}, after {self.first_loss:.3g} at the start",
+                f"{self.name}: the loss is {loss:.3g} at step {step}, after {self.first_loss:.3g} at the start",
                 expected="a falling loss",
                 fix="lower --lr (a third of it), raise --warmup, or train with --precision fp32",
             )
         return error / max(power, 1e-30)
 
 
-def distillation_loss(y_hat: Tensor, y: Tensor) -> Tensor:
-    """``mean(‖ŷ - y‖² / ‖y‖)`` over tokens: y_hat and y (tokens, D) -> scalar fp32. Source: arXiv 2505.21364."""
+def distillation_loss(y_hat: Tensor, y: Tensor, size: Tensor | None = None) -> Tensor:
+    """``mean(‖ŷ - y‖² / ‖y‖)`` over tokens: y_hat and y (tokens, D) -> scalar fp32. Source: arXiv 2505.21364.
+
+    Args:
+        y_hat: what is learned.
+        y: what is to be learned.
+        size: what to divide by the norm of; default: y.
+    """
     error = (y_hat.float() - y).square().sum(-1)
-    return (error / y.norm(dim=-1).clamp_min(1e-6)).mean()
+    return (error / (y if size is None else size).norm(dim=-1).clamp_min(1e-6)).mean()
 
 
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
@@ -96,13 +122,19 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
 
 
 def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_seen: int, accelerator: Accelerator) -> None:
-    """One Adam step of one layer on x, y (tokens, D) in fp32."""
-    layer = job.layer
+    """One Adam step of one layer on x, y (tokens, D) in fp32; ``tokens_seen`` of the training, these included."""
+    layer, a = job.layer, None
+    if isinstance(layer, TopKSAE):
+        x = y
     with accelerator.autocast():
-        a = layer.gate(x)
-        y_hat = layer.combine(a, x)
+        if job.experts is None:
+            y_hat = layer(x)
+        else:
+            a = layer.gate(x)
+            y_hat = layer.combine(a, x)
     loss = distillation_loss(y_hat, y)
-    accelerator.backward(loss)
+    auxiliary = _auxk_loss(job, x, (y - y_hat).detach(), y, tokens_seen) if job.auxk > 0 and a is not None else 0.0
+    accelerator.backward(loss + job.auxk * auxiliary)
     if job.unit_norm:
         _remove_radial_gradient(layer.experts.weight)
     for group in job.optimizer.param_groups:
@@ -112,10 +144,29 @@ def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_see
     if job.unit_norm:
         layer.experts.normalize()
     with torch.no_grad():
-        fired = (a.values > 0).flatten() * tokens_seen
-        job.last_fired.scatter_reduce_(0, a.indices.flatten(), fired, "amax")
+        if a is not None:
+            fired = (a.values > 0).flatten() * tokens_seen
+            job.last_fired.scatter_reduce_(0, a.indices.flatten(), fired, "amax")
         error, power = (y_hat - y).square().sum(), y.square().sum()
         job.sums += torch.stack([loss.detach(), y.norm(dim=-1).mean(), error, power]).double()
+
+
+def _auxk_loss(job: LayerInTraining, x: Tensor, error: Tensor, y: Tensor, tokens_seen: int) -> Tensor | float:
+    """How well the dead experts, D/2 of them per token, make up for the error (tokens, D) that the living ones leave.
+
+    It is what gives an expert that never fires a gradient. Source: Gao et al., arXiv 2406.04093, appendix A.2; scaled down
+    where fewer than D/2 experts are dead, as EleutherAI's sparsify does.
+    """
+    dead = job.dead(tokens_seen).nonzero()[:, 0]
+    most = x.shape[1] // 2
+    if len(dead) == 0:
+        return 0.0
+    gate, experts = job.layer.gate, job.experts
+    values, chosen = torch.topk(F.linear(x, gate.weight[dead], gate.bias[dead]).relu(), min(most, len(dead)), sorted=False)
+    with torch.no_grad():
+        scale, _ = job.layer.dense_path(x)
+    makes_up = mix(values, dead[chosen], experts.weight) * scale
+    return distillation_loss(makes_up, error, y) * min(1.0, len(dead) / most)
 
 
 def _remove_radial_gradient(weight: Tensor) -> None:
@@ -139,8 +190,7 @@ def _recorded(
 
 def distill(
     model: PreTrainedModel,
-    blocks: Sequence[Block],
-    layers: dict[int, MxDLayer],
+    layers: Mapping[LayerPlan, nn.Module],
     batches: Iterator[Tensor],
     recipe: Recipe,
     accelerator: Accelerator,
@@ -151,10 +201,9 @@ def distill(
 
     Args:
         model: the unmodified model.
-        blocks: the blocks that the layers stand for.
-        layers: by layer index; fp32, on the model's device.
+        layers: what stands for which block; several may stand for the same one. fp32, on the model's device.
         batches: endless batches of input ids, (B, T) int64.
-        recipe: lr, warmup, decay, unit_norm, selection, activation_buffer.
+        recipe: lr, warmup, decay, unit_norm, auxk, selection, activation_buffer.
         accelerator: device, precision and trackers.
         progress: says how many steps; updated on the way.
         report: called now and then with the progress.
@@ -162,30 +211,39 @@ def distill(
     Raises:
         DivergedError: naming the layer.
     """
-    jobs = [LayerInTraining(block.layer, layers[block.layer], recipe) for block in blocks]
+    dead_after = _DEAD_AFTER * progress.steps * progress.tokens_per_step
+    jobs = {plan: LayerInTraining(plan.name, layer, recipe, dead_after) for plan, layer in layers.items()}
+    blocks = list({plan.block.layer: plan.block for plan in layers}.values())
     start = time.perf_counter()
     looked_at = 0
     recorded = _recorded(model, blocks, itertools.islice(batches, progress.steps), accelerator.device)
     for step, activations in enumerate(shuffle_positions(recorded, recipe.activation_buffer, recipe.seed)):
         lr = learning_rate(step, progress.steps, recipe)
         tokens_seen = (step + 1) * progress.tokens_per_step
-        for job in jobs:
-            x, y = (tensor.float() for tensor in activations.pop(job.index))
-            train_step(job, x, y, lr, tokens_seen, accelerator)
+        for block in blocks:
+            x, y = (tensor.float() for tensor in activations.pop(block.layer))
+            for plan, job in jobs.items():
+                if plan.block.layer == block.layer:
+                    train_step(job, x, y, lr, tokens_seen, accelerator)
         progress.step, progress.seconds = step + 1, time.perf_counter() - start
         if progress.step % _CHECK_EVERY == 0 or progress.step in (1, progress.steps):
             _look(jobs, progress, progress.step - looked_at)
             looked_at = progress.step
-            figures = {f"nmse/layer_{index}": value for index, value in progress.nmse.items()} | {"lr": lr}
+            figures = {f"nmse/{_tracked(plan)}": value for plan, value in progress.nmse.items()} | {"lr": lr}
             accelerator.log(figures, step=progress.steps_before + progress.step)
             report(progress)
-    for job in jobs:
-        job.layer.gate.selection = None  # from here on it computes as it will when it is reloaded
+    for job in jobs.values():
+        if job.experts is not None:
+            job.layer.gate.selection = None  # from here on it computes as it will when it is reloaded
 
 
-def _look(jobs: Sequence[LayerInTraining], progress: Progress, steps_since: int) -> None:
+def _look(jobs: Mapping[LayerPlan, LayerInTraining], progress: Progress, steps_since: int) -> None:
     """Brings the NMSE and the share of dead experts up to date; waits for the device."""
-    alive_since = progress.tokens - _DEAD_AFTER * progress.steps * progress.tokens_per_step
-    for job in jobs:
-        progress.nmse[job.index] = job.look(progress.step, steps_since)
-        progress.dead_share[job.index] = (job.last_fired <= max(0.0, alive_since)).float().mean().item()
+    for plan, job in jobs.items():
+        progress.nmse[plan] = job.look(progress.step, steps_since)
+        progress.dead_share[plan] = job.dead(progress.tokens).float().mean().item() if job.experts is not None else 0.0
+
+
+def _tracked(plan: LayerPlan) -> str:
+    """A layer's name among a tracker's figures."""
+    return f"layer_{plan.block.layer}" if plan.kind == "mxd" else f"layer_{plan.block.layer}_{plan.kind}_k{plan.k}"

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mxdsurgery.card import model_card
@@ -29,10 +29,12 @@ from mxdsurgery.checkpoint import (
     converted_model_class,
 )
 from mxdsurgery.errors import ExportError, OutputError
-from mxdsurgery.layer import MxDLayer
 from mxdsurgery.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.surgery import replaced
+
+# The files of ours that a checkpoint brings along; each imports only from those before it.
+TRAVELLING = ("sparse.py", "layer.py", "baselines.py", "replacement.py")
 
 _LICENSE = "# Written by mxdsurgery (Apache-2.0). It imports torch and transformers only, and only defines classes.\n"
 
@@ -56,7 +58,7 @@ The coefficients of a layer's experts are the output of its ``gate``: an ordinar
 from transformers import {base}, {causal}
 
 from .configuration_mxd import MxD{config}
-from .mxd_layer import MxDSurgeryMixin
+from .replacement import MxDSurgeryMixin
 
 
 class MxD{base}(MxDSurgeryMixin, {base}):
@@ -145,7 +147,7 @@ def written_whole(out: Path) -> Iterator[Path]:
 
 def export(
     model: PreTrainedModel,
-    layers: dict[int, MxDLayer],
+    layers: dict[int, nn.Module],
     plan: Plan,
     recipe: Recipe,
     evaluation: dict[str, Any],
@@ -218,16 +220,16 @@ def _save_weights(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
 
 
 def write_code(model: PreTrainedModel, folder: Path) -> None:
-    """The four Python files that travel with the checkpoint."""
+    """The Python files that travel with the checkpoint."""
     names = {
         "config": type(model.config).__name__,
         "model_type": model.config.model_type,
         "base": type(model.base_model).__name__,
         "causal": type(model).__name__,
     }
-    for ours, theirs in (("layer.py", "mxd_layer.py"), ("sparse.py", "sparse.py")):
-        code = Path(__file__).with_name(ours).read_text(encoding="utf-8")
-        (folder / theirs).write_text(_LICENSE + code, encoding="utf-8")
+    for name in TRAVELLING:
+        code = Path(__file__).with_name(name).read_text(encoding="utf-8")
+        (folder / name).write_text(_LICENSE + code, encoding="utf-8")
     (folder / "configuration_mxd.py").write_text(_LICENSE + _CONFIGURATION.format(**names), encoding="utf-8")
     (folder / "modeling_mxd.py").write_text(_LICENSE + _MODELING.format(**names), encoding="utf-8")
 

@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxdsurgery.activations import record_activations
+from mxdsurgery.baselines import Transcoder
 from mxdsurgery.blocks import Block, Part
 from mxdsurgery.cost import LayerPlan
 from mxdsurgery.errors import MxDWarning
-from mxdsurgery.layer import MxDLayer
+from mxdsurgery.layer import DenseLayer, MxDLayer
+from mxdsurgery.recipe import Recipe
+from mxdsurgery.replacement import LAYER_KINDS
 
 # `pretrained`: how much a token's gate pre-activations spread around 1, where they all stand at first.
 _PRETRAINED_SPREAD = 1e-3
@@ -37,86 +40,96 @@ def measure_statistics(model: PreTrainedModel, blocks: Sequence[Block], batches:
     return {layer: Statistics(x / count, y / count) for layer, (x, y) in sums.items()}
 
 
-def layer_shape(block: Block, n_experts: int, k: int) -> dict[str, object]:
-    """The arguments of the `MxDLayer` that replaces a block; they go into the exported config."""
-    return {
-        "d_model": block.d_model,
+def layer_shape(layer: LayerPlan) -> dict[str, object]:
+    """The arguments of the layer's class in `LAYER_KINDS`; they go into the exported config."""
+    block = layer.block
+    dense = {
         "d_hidden": block.d_hidden,
-        "n_experts": n_experts,
-        "k": k,
         "kind": block.kind,
         "activation": block.activation,
         "encoder_bias": block.encoder_bias,
     }
+    experts = {"n_experts": layer.n_experts, "k": layer.k}
+    if layer.sparsity != "topk":
+        experts["sparsity"] = layer.sparsity
+    own = {"mxd": experts | dense, "topk-sae": experts | dense, "dense": dense}.get(layer.kind, experts)
+    return {"d_model": block.d_model} | own
 
 
 def initial_layers(
-    model: PreTrainedModel, layers: Sequence[LayerPlan], sample: Sequence[Tensor], *, init: str, seed: int
-) -> dict[int, MxDLayer]:
-    """New layers by index, started from the model and the statistics of some batches of input ids (B, T)."""
-    statistics = measure_statistics(model, [layer.block for layer in layers], sample)
-    return {
-        layer.block.layer: initial_layer(
-            model,
-            layer.block,
-            n_experts=layer.n_experts,
-            k=layer.k,
-            init=init,
-            statistics=statistics[layer.block.layer],
-            seed=seed,
-        )
-        for layer in layers
-    }
+    model: PreTrainedModel, layers: Sequence[LayerPlan], sample: Sequence[Tensor], recipe: Recipe
+) -> dict[LayerPlan, nn.Module]:
+    """New layers, started as the recipe says from the model and the statistics of some batches of input ids (B, T)."""
+    blocks = {layer.block.layer: layer.block for layer in layers}
+    statistics = measure_statistics(model, list(blocks.values()), sample)
+    return {layer: initial_layer(model, layer, recipe, statistics[layer.block.layer]) for layer in layers}
 
 
 @torch.no_grad()
-def initial_layer(
-    model: PreTrainedModel, block: Block, *, n_experts: int, k: int, init: str, statistics: Statistics, seed: int
-) -> MxDLayer:
+def initial_layer(model: PreTrainedModel, plan: LayerPlan, recipe: Recipe, statistics: Statistics) -> nn.Module:
     """A new layer for a block, fp32, on the model's device, ready to train.
 
     Args:
         model: the model that holds the block.
-        block: what it replaces.
-        n_experts: N.
-        k: K.
-        init: ``random``, the paper's start (encoder and gate as default linear layers, C random unit rows, D zero);
-            ``encoder``, the same with E and its biases from the block; ``pretrained``, D from the block too and Cᵀa near 1,
-            faithful at once, but then the experts are decoration.
+        plan: the block, and what replaces it.
+        recipe: ``init`` says how E, D and the experts of kind ``mxd`` start, and E and D of kind ``dense``; other kinds have
+            one start. ``random``: the paper's (encoder and gate as default linear layers, C random unit rows, D zero);
+            ``encoder``: the same with E and its biases from the block; ``pretrained``: D from the block too and Cᵀa near 1,
+            faithful at once, but then the experts are decoration. ``seed`` is of the random parts; the layer's index is
+            mixed in, so that a layer's start does not depend on its neighbours. Transcoders start with C zero, or with
+            random unit rows where ``unit_norm`` keeps them at that length.
         statistics: the block's, for the gate bias: ``b_g = -G mean(x)``, so that the average token favours no expert.
-        seed: of the random parts; the layer's index is mixed in, so a layer's start does not depend on its neighbours.
     """
-    root = model.base_model
-    device = statistics.mean_x.device
+    root, block = model.base_model, plan.block
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed * 10_007 + block.layer)
-        layer = MxDLayer(**layer_shape(block, n_experts, k)).to(device)
-    if init in ("encoder", "pretrained"):
-        _copy_part(layer.encoder, block.encoder, root)
-        if block.encoder_up is not None:
-            _copy_part(layer.encoder_up, block.encoder_up, root)
-    if init == "pretrained":
-        warnings.warn(
-            "init: pretrained is faithful from the start because the dense path does all the work: expert_share will be "
-            "near 0 and the experts mean little. Use init: encoder to study experts.",
-            MxDWarning,
-            stacklevel=2,
-        )
-        layer.decoder.weight.copy_(block.decoder.weight(root))
-        if block.decoder_bias:
-            layer.bias.copy_(block.decoder.bias(root))
-        # All pre-activations near 1, C constant: Cᵀa = 1 up to the spread, whichever experts are chosen.
-        layer.gate.weight.mul_(_PRETRAINED_SPREAD / statistics.mean_x.square().mean().sqrt().clamp_min(1.0))
-        layer.experts.weight.fill_(1.0 / k)
-    else:
-        layer.bias.copy_(statistics.mean_y)
-    layer.gate.bias.sub_(layer.gate.weight @ statistics.mean_x)
-    if init == "pretrained":
-        layer.gate.bias.add_(1.0)
+        torch.manual_seed(recipe.seed * 10_007 + block.layer)
+        layer = LAYER_KINDS[plan.kind](**layer_shape(plan)).to(statistics.mean_x.device)
+        if recipe.unit_norm and isinstance(layer, Transcoder):
+            layer.experts.reset_parameters()
+    layer.bias.copy_(statistics.mean_y)
+    if plan.kind == "topk-sae":
+        _copy_encoder(layer.block, block, root)
+        _copy_decoder(layer.block, block, root)
+        # Each feature writes in the direction that it reads, as autoencoders of this kind start.
+        layer.experts.weight.copy_(layer.gate.weight)
+        layer.experts.normalize()
+    elif plan.kind in ("mxd", "dense") and recipe.init != "random":
+        _copy_encoder(layer, block, root)
+        if recipe.init == "pretrained":
+            _copy_decoder(layer, block, root)
+    if plan.kind != "dense":
+        layer.gate.bias.sub_(layer.gate.weight @ (statistics.mean_y if plan.kind == "topk-sae" else statistics.mean_x))
+    if plan.kind == "mxd" and recipe.init == "pretrained":
+        _freeze_say_near_one(layer, statistics)
     return layer
 
 
-def _copy_part(linear: torch.nn.Linear, part: Part, root: torch.nn.Module) -> None:
+def _freeze_say_near_one(layer: MxDLayer, statistics: Statistics) -> None:
+    """All pre-activations near 1, C constant: Cᵀa = 1 up to the spread, whichever experts are chosen."""
+    warnings.warn(
+        "init: pretrained is faithful from the start because the dense path does all the work: expert_share will be "
+        "near 0 and the experts mean little. Use init: encoder to study experts.",
+        MxDWarning,
+        stacklevel=4,
+    )
+    factor = _PRETRAINED_SPREAD / statistics.mean_x.square().mean().sqrt().clamp_min(1.0)
+    layer.gate.weight.mul_(factor)
+    layer.gate.bias.mul_(factor).add_(1.0)
+    layer.experts.weight.fill_(1.0 / layer.gate.k)
+
+
+def _copy_encoder(layer: DenseLayer, block: Block, root: nn.Module) -> None:
+    _copy_part(layer.encoder, block.encoder, root)
+    if block.encoder_up is not None:
+        _copy_part(layer.encoder_up, block.encoder_up, root)
+
+
+def _copy_decoder(layer: DenseLayer, block: Block, root: nn.Module) -> None:
+    layer.decoder.weight.copy_(block.decoder.weight(root))
+    layer.bias.copy_(block.decoder.bias(root) if block.decoder_bias else torch.zeros_like(layer.bias))
+
+
+def _copy_part(linear: nn.Linear, part: Part, root: nn.Module) -> None:
     linear.weight.copy_(part.weight(root))
     if linear.bias is not None:
         linear.bias.copy_(part.bias(root))

@@ -1,4 +1,4 @@
-"""The Mixture-of-Decoders layer. It travels with every exported checkpoint, beside sparse.py: torch and transformers only.
+"""The Mixture-of-Decoders layer. It travels with every exported checkpoint, with sparse.py: torch and transformers only.
 
 Source: Oldfield et al., "Towards Interpretability Without Sacrifice: Faithful Dense Layer Decomposition with Mixture of
 Decoders", NeurIPS 2025, arXiv 2505.21364. With D the model width, H the hidden width, N the experts and K the active ones:
@@ -22,6 +22,11 @@ from transformers.activations import ACT2FN
 
 from .sparse import mix, sparse_gate
 
+# With `batchtopk` no token keeps more than so many times K experts, which bounds the memory.
+BATCH_TOP_K_LIMIT = 4
+# How fast the threshold of `batchtopk` follows the batches: its moving average forgets in about so many steps.
+_THRESHOLD_STEPS = 20
+
 
 class Coefficients(NamedTuple):
     """The expert coefficients of some tokens, sparsely: ``a[indices] = values`` and zero elsewhere.
@@ -44,14 +49,24 @@ class Gate(nn.Module):
 
     Its output, a `Coefficients`, is the one place where the expert coefficients can be read and changed: an ordinary
     forward hook on this module sees them, and what it returns is what the experts get.
+
+    Args:
+        d_model: D.
+        n_experts: N.
+        k: K.
+        sparsity: ``topk``: each token keeps its K largest pre-activations. ``batchtopk`` (Bussmann et al., arXiv 2412.06410):
+            in training, a batch of n tokens keeps its n K largest, so that a token has K on average and at most
+            ``BATCH_TOP_K_LIMIT`` K; afterwards, each token keeps those above the threshold that training arrived at.
     """
 
-    def __init__(self, d_model: int, n_experts: int, k: int) -> None:
+    def __init__(self, d_model: int, n_experts: int, k: int, sparsity: str = "topk") -> None:
         super().__init__()
         self.k = k
         self.selection: torch.dtype | None = None  # of the ranking of all N experts; None: the weight's own
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))  # G
         self.bias = nn.Parameter(torch.empty(n_experts))  # b_g
+        # The smallest pre-activation that `batchtopk` keeps; None: each token keeps K.
+        self.register_buffer("threshold", torch.zeros(()) if sparsity == "batchtopk" else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -60,16 +75,37 @@ class Gate(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.bias)
 
+    @property
+    def n_experts(self) -> int:
+        """N."""
+        return len(self.weight)
+
+    @property
+    def active(self) -> int:
+        """How many coefficients of a token can be nonzero: K, or the limit of ``batchtopk``."""
+        return self.k if self.threshold is None else min(BATCH_TOP_K_LIMIT * self.k, self.n_experts)
+
     def pre_activations(self, x: Tensor) -> Tensor:
         """``G x + b_g``: (..., D) -> (..., N). Dense; for the slow path and for looking at."""
         return F.linear(x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Coefficients:
-        """(..., D) -> coefficients (..., K)."""
+        """(..., D) -> coefficients (..., K), or with ``batchtopk`` (..., `active`), those not kept zero."""
         flat = x.reshape(-1, x.shape[-1])
-        values, indices = sparse_gate(flat, self.weight, self.bias, self.k, self.selection)
-        shape = (*x.shape[:-1], self.k)
+        values, indices = sparse_gate(flat, self.weight, self.bias, self.active, self.selection)
+        if self.threshold is not None:
+            kept = self._batch_threshold(values) if self.training else self.threshold
+            values = values * (values >= kept)
+        shape = (*x.shape[:-1], self.active)
         return Coefficients(values.view(shape), indices.view(shape))
+
+    @torch.no_grad()
+    def _batch_threshold(self, values: Tensor) -> Tensor:
+        """The (n K)-th largest of the values (n, `active`) of a batch; the moving average follows it."""
+        kept = values.flatten().topk(self.k * len(values), sorted=False).values.min()
+        first = self.threshold == 0
+        self.threshold.copy_(torch.where(first, kept, torch.lerp(self.threshold, kept, 1 / _THRESHOLD_STEPS)))
+        return kept
 
 
 class Experts(nn.Module):
@@ -97,34 +133,19 @@ class Experts(nn.Module):
         return mixed.view(*a.values.shape[:-1], -1)
 
 
-class MxDLayer(nn.Module):
-    """A drop-in replacement for an MLP block: x (..., D) -> y (..., D).
+class DenseLayer(nn.Module):
+    """An MLP block with plain linear maps, ``y = D z + b``: what an MxD layer is without experts, and a control beside it.
 
     Args:
         d_model: D, model width.
         d_hidden: H, hidden width.
-        n_experts: N.
-        k: K, experts active per token, at most N.
         kind: ``mlp`` or ``glu``, as the block that is replaced.
         activation: transformers' name of the activation, for example ``silu`` or ``gelu_new``.
         encoder_bias: whether the encoder has biases, as the block's.
     """
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        d_hidden: int,
-        n_experts: int,
-        k: int,
-        kind: str,
-        activation: str,
-        encoder_bias: bool,
-    ) -> None:
+    def __init__(self, *, d_model: int, d_hidden: int, kind: str, activation: str, encoder_bias: bool) -> None:
         super().__init__()
-        self.kind = kind
-        self.gate = Gate(d_model, n_experts, k)
-        self.experts = Experts(d_model, n_experts)
         self.encoder = nn.Linear(d_model, d_hidden, bias=encoder_bias)  # E; E_g of a GLU
         self.encoder_up = nn.Linear(d_model, d_hidden, bias=encoder_bias) if kind == "glu" else None  # E_u
         self.activation = ACT2FN[activation]
@@ -133,7 +154,7 @@ class MxDLayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The paper's start: E and G as default linear layers, C random unit rows, D and all biases zero."""
+        """E as a default linear layer, D and all biases zero."""
         for linear in (self.encoder, self.encoder_up):
             if linear is not None and linear.bias is not None:
                 nn.init.zeros_(linear.bias)
@@ -146,12 +167,41 @@ class MxDLayer(nn.Module):
         return z if self.encoder_up is None else z * self.encoder_up(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``y = D z + b``: (..., D) -> (..., D)."""
+        return self.decoder(self.hidden(x)) + self.bias
+
+    def dense_path(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What experts, where there are any, are multiplied with, and what is added to that: ``D z`` (..., D), ``b`` (D,)."""
+        return self.decoder(self.hidden(x)), self.bias
+
+
+class MxDLayer(DenseLayer):
+    """A drop-in replacement for an MLP block: x (..., D) -> y (..., D).
+
+    Args:
+        n_experts: N.
+        k: K, experts active per token, at most N.
+        sparsity: ``topk`` or ``batchtopk``; see `Gate`.
+        block: the arguments of `DenseLayer`.
+    """
+
+    def __init__(self, *, n_experts: int, k: int, sparsity: str = "topk", **block) -> None:
+        super().__init__(**block)
+        self.gate = Gate(block["d_model"], n_experts, k, sparsity)
+        self.experts = Experts(block["d_model"], n_experts)
+
+    def forward(self, x: Tensor) -> Tensor:
         """``y = (Cᵀ a) * (D z) + b``."""
-        return self.combine(self.gate(x), x)
+        return self.combine(self.coefficients(x), x)
+
+    def coefficients(self, x: Tensor) -> Coefficients:
+        """Of the experts, for the block's input x (..., D)."""
+        return self.gate(x)
 
     def combine(self, a: Coefficients, x: Tensor) -> Tensor:
         """The output for given coefficients: a (..., K), x (..., D) -> (..., D)."""
-        return self.experts(a) * self.decoder(self.hidden(x)) + self.bias
+        scale, rest = self.dense_path(x)
+        return self.experts(a) * scale + rest
 
     def forward_dense(self, x: Tensor) -> Tensor:
         """The same by the formula as it is written, with every expert: (tokens, N) matrices, autograd through all of it.
@@ -162,26 +212,3 @@ class MxDLayer(nn.Module):
         top = torch.topk(pre, self.gate.k, dim=-1)
         a = torch.zeros_like(pre).scatter(-1, top.indices, top.values)
         return (a @ self.experts.weight) * self.decoder(self.hidden(x)) + self.bias
-
-
-class MxDSurgeryMixin:
-    """Makes a transformers model class into one whose chosen MLP blocks are `MxDLayer`s.
-
-    Put before the family's own class: ``class MxDLlamaForCausalLM(MxDSurgeryMixin, LlamaForCausalLM)``. The config's
-    ``mxd["layers"]`` says what stands where: ``path`` (relative to the base model) is the module that is replaced,
-    ``bypass`` the modules beside it that become identities, ``shape`` the `MxDLayer`'s arguments.
-    """
-
-    def __init__(self, config, *args, **kwargs) -> None:
-        super().__init__(config, *args, **kwargs)
-        for entry in config.mxd["layers"]:
-            for path in entry["bypass"]:
-                self.base_model.set_submodule(path, nn.Identity())
-            self.base_model.set_submodule(entry["path"], MxDLayer(**entry["shape"]))
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Fresh weights for a model made from a config. What a checkpoint has loaded, transformers does not touch."""
-        if isinstance(module, (MxDLayer, Gate, Experts)):
-            module.reset_parameters()
-        else:
-            super()._init_weights(module)

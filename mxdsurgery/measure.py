@@ -5,6 +5,7 @@ with: the original blocks, nothing (zero-ablation), their mean output (mean-abla
 say frozen at its best constant. All of them share one model, whose blocks are put in and taken out.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,30 +16,27 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.activations import hooked, record_activations, recording
 from mxdsurgery.blocks import Block
-from mxdsurgery.layer import MxDLayer
 from mxdsurgery.metrics import Sums, Table, error_sums, next_token_sums, scored_predictions, with_interval
 from mxdsurgery.model import decoder_layers
-from mxdsurgery.surgery import ConstantGate, ConstantOutput, replaced, resumed_at
+from mxdsurgery.surgery import ConstantOutput, FrozenExperts, replaced, resumed_at
 
 # Firing frequencies are binned by decade; the first bin holds what fired less often than 1e-5 of the tokens.
 _FREQUENCY_DECADES = (-5, -4, -3, -2, -1, 0)
 
 
 @dataclass
-class _LayerStatistics:
-    """Of one layer on original inputs, position 0 left out; (D,) and (N,) tensors."""
+class _Usage:
+    """How one layer uses its experts on original inputs, position 0 left out."""
 
-    mean_y: Tensor
-    best_constant: Tensor
-    fired: Tensor  # tokens on which each expert fired
-    active: float  # mean number of nonzero coefficients
+    best_constant: Tensor  # (D,), for what they say
+    fired: Tensor  # (N,), tokens on which each expert fired
     tokens: int
 
 
 def measure(
     model: PreTrainedModel,
     blocks: Sequence[Block],
-    layers: dict[int, MxDLayer],
+    layers: dict[int, nn.Module],
     input_ids: Tensor,
     batch: int,
     report: Callable[[int, int], None] = lambda _done, _total: None,
@@ -53,11 +51,23 @@ def measure(
         batch: tokens per forward pass.
         report: called with the forward passes done and to do.
     """
+    return measure_candidates(model, blocks, [layers], input_ids, batch, report)[0]
+
+
+def measure_candidates(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    candidates: Sequence[dict[int, nn.Module]],
+    input_ids: Tensor,
+    batch: int,
+    report: Callable[[int, int], None] = lambda _done, _total: None,
+) -> list[dict[str, Any]]:
+    """As `measure`, for several sets of layers that stand for the same blocks; what they are compared with runs once."""
     device = next(model.parameters()).device
     batches = input_ids.to(device).split(max(1, batch // input_ids.shape[1]))
-    statistics = _layer_statistics(model, blocks, layers, batches)
-    subsets = {block.layer: [block] for block in blocks} | {"all": list(blocks)}
-    variants = {key: _variants(subset, layers, statistics) for key, subset in subsets.items()}
+    outputs, used = _statistics(model, blocks, candidates, batches)
+    subsets = {block.layer: [block] for block in blocks} | ({"all": list(blocks)} if len(blocks) > 1 else {})
+    variants = {key: _variants(subset, candidates, outputs, used) for key, subset in subsets.items()}
     tables = {key: Table() for key in subsets}
     total, done = len(batches) * sum(len(v) for v in variants.values()), 0
     for ids in batches:
@@ -66,76 +76,95 @@ def measure(
         for key, subset in subsets.items():
             tables[key].add("original", original_sums)
             for name, modules in variants[key].items():
-                sums, errors = _run_variant(model, subset, modules, ids, original, statistics)
-                tables[key].add(name, sums)
-                if name in ("converted", "constant"):
-                    tables[key].add(name, errors)
+                sums, errors = _run_variant(model, subset, modules, ids, original, outputs)
+                tables[key].add(name, sums | (errors if name not in ("zero", "mean") else {}))
                 done += 1
                 report(done, total)
     scored = scored_predictions(input_ids)
     columns = {key: table.columns() for key, table in tables.items()}
     for column in columns.values():
         column["tokens"] = torch.full((len(input_ids),), float(scored), dtype=torch.float64)
+    whole = columns.get("all", columns[blocks[0].layer])
+    rests_on = {"tokens": scored * len(input_ids), "sequences": len(input_ids), "context": input_ids.shape[1]}
+    rests_on |= {"original": with_interval("ce", whole, lambda s: s["original.ce"] / s["tokens"])}
+    return [rests_on | _evaluation(number, blocks, columns, whole, usage) for number, usage in enumerate(used)]
+
+
+def _evaluation(
+    number: int, blocks: Sequence[Block], columns: dict[int | str, Sums], whole: Sums, usage: dict[int, "_Usage"]
+) -> dict[str, Any]:
+    """One candidate's figures, of all layers together and of each."""
     return {
-        "tokens": scored * len(input_ids),
-        "sequences": len(input_ids),
-        "context": input_ids.shape[1],
-        "original": with_interval("ce", columns["all"], lambda s: s["original.ce"] / s["tokens"]),
-        "all": _figures(columns["all"]) | _usage([statistics[b.layer] for b in blocks]),
+        "all": _figures(whole, number) | _usage_figures(list(usage.values())),
         "layers": [
-            {"layer": block.layer} | _figures(columns[block.layer]) | _usage([statistics[block.layer]]) for block in blocks
+            {"layer": block.layer} | _figures(columns[block.layer], number) | _usage_figures([usage[block.layer]])
+            for block in blocks
         ],
     }
 
 
 @torch.no_grad()
-def _layer_statistics(
-    model: PreTrainedModel, blocks: Sequence[Block], layers: dict[int, MxDLayer], batches: Sequence[Tensor]
-) -> dict[int, _LayerStatistics]:
-    """One pass over the text with the original model.
+def _statistics(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    candidates: Sequence[dict[int, nn.Module]],
+    batches: Sequence[Tensor],
+) -> tuple[dict[int, Tensor], list[dict[int, "_Usage"]]]:
+    """One pass over the text with the original model: each block's mean output (D,), and each candidate's use of experts.
 
-    The best constant for ``Cᵀa`` is the per-dimension least-squares one, ``c = Σ m (y - b) / Σ m²`` with ``m = D z``.
+    The best constant for what the experts say is the per-dimension least-squares one, ``c = Σ m (y - r) / Σ m²`` for a layer
+    ``s * m + r``; of a Mixture of Decoders, ``m = D z`` and ``r = b``.
     """
-    sums: dict[int, dict[str, Tensor]] = {}
+    sums: dict[tuple, Tensor | int] = defaultdict(int)
+    tokens = 0
     for ids in batches:
+        tokens += ids[:, 1:].numel()
         for index, (x, y) in record_activations(model, blocks, ids).items():
-            layer = layers[index]
             x, y = x[:, 1:].flatten(0, 1), y[:, 1:].flatten(0, 1).double()
-            a = layer.gate(x)
-            m = layer.decoder(layer.hidden(x)).double()
-            fires = a.indices[a.values > 0]
-            new = {
-                "y": y.sum(0),
-                "my": (m * (y - layer.bias.double())).sum(0),
-                "mm": m.square().sum(0),
-                "fired": torch.bincount(fires, minlength=layer.gate.weight.shape[0]),
-                "tokens": torch.tensor(len(y)),
-            }
-            old = sums.setdefault(index, {name: torch.zeros_like(value) for name, value in new.items()})
-            sums[index] = {name: old[name] + value for name, value in new.items()}
-    return {
-        index: _LayerStatistics(
-            mean_y=s["y"] / s["tokens"],
-            best_constant=s["my"] / s["mm"].clamp_min(1e-30),
-            fired=s["fired"],
-            active=(s["fired"].sum() / s["tokens"]).item(),
-            tokens=int(s["tokens"]),
-        )
-        for index, s in sums.items()
-    }
+            sums[index, "y"] = sums[index, "y"] + y.sum(0)
+            for number, layers in enumerate(candidates):
+                m, r = (part.double().expand_as(y) for part in layers[index].dense_path(x))
+                for name, value in (
+                    ("my", (m * (y - r)).sum(0)),
+                    ("mm", m.square().sum(0)),
+                    ("fired", _firings(layers[index], x)),
+                ):
+                    sums[index, number, name] = sums[index, number, name] + value
+    outputs = {block.layer: sums[block.layer, "y"] / tokens for block in blocks}
+    used = [
+        {
+            i: _Usage(sums[i, number, "my"] / sums[i, number, "mm"].clamp_min(1e-30), sums[i, number, "fired"], tokens)
+            for i in outputs
+        }
+        for number in range(len(candidates))
+    ]
+    return outputs, used
+
+
+def _firings(layer: nn.Module, x: Tensor) -> Tensor:
+    """On how many of the tokens x (n, D) each expert fires: (N,); empty without experts."""
+    if not hasattr(layer, "gate"):
+        return torch.zeros(0, dtype=torch.int64, device=x.device)
+    a = layer.coefficients(x)
+    return torch.bincount(a.indices[a.values > 0], minlength=layer.gate.n_experts)
 
 
 def _variants(
-    subset: Sequence[Block], layers: dict[int, MxDLayer], statistics: dict[int, _LayerStatistics]
+    subset: Sequence[Block],
+    candidates: Sequence[dict[int, nn.Module]],
+    outputs: dict[int, Tensor],
+    used: Sequence[dict[int, "_Usage"]],
 ) -> dict[str, dict[int, nn.Module]]:
-    """What stands in the blocks' places in each run."""
-    variants: dict[str, dict[int, nn.Module]] = {"converted": {}, "constant": {}, "zero": {}, "mean": {}}
+    """What stands in the blocks' places in each run: ``converted 0``, ``frozen 0`` (its experts), ..., ``zero``, ``mean``."""
+    variants: dict[str, dict[int, nn.Module]] = {"zero": {}, "mean": {}}
     for block in subset:
-        layer, known = layers[block.layer], statistics[block.layer]
-        variants["converted"][block.layer] = layer
-        variants["constant"][block.layer] = ConstantGate(layer, known.best_constant)
-        variants["zero"][block.layer] = ConstantOutput(torch.zeros_like(known.mean_y))
-        variants["mean"][block.layer] = ConstantOutput(known.mean_y)
+        index = block.layer
+        variants["zero"][index] = ConstantOutput(torch.zeros_like(outputs[index]))
+        variants["mean"][index] = ConstantOutput(outputs[index])
+        for number, layers in enumerate(candidates):
+            frozen = FrozenExperts(layers[index], used[number][index].best_constant)
+            variants.setdefault(f"converted {number}", {})[index] = layers[index]
+            variants.setdefault(f"frozen {number}", {})[index] = frozen
     return variants
 
 
@@ -165,7 +194,7 @@ def _run_variant(
     modules: dict[int, nn.Module],
     ids: Tensor,
     original: _Original,
-    statistics: dict[int, _LayerStatistics],
+    outputs: dict[int, Tensor],
 ) -> tuple[Sums, Sums]:
     """Next-token sums and the summed errors of the subset's outputs with other modules in place of its blocks."""
     _, decoder = decoder_layers(model)
@@ -178,29 +207,30 @@ def _run_variant(
         logits = model(input_ids=ids, use_cache=False).logits
     errors: Sums = {}
     for layer, activations in recorded.items():
-        for name, value in error_sums(activations.y, original.y[layer], statistics[layer].mean_y).items():
+        for name, value in error_sums(activations.y, original.y[layer], outputs[layer]).items():
             errors[name] = errors.get(name, 0) + value
     return next_token_sums(logits, original.logits, ids), errors
 
 
-def _figures(columns: Sums) -> dict[str, Any]:
-    """The figures of one layer, or of all together, with their intervals."""
+def _figures(columns: Sums, number: int) -> dict[str, Any]:
+    """A candidate's figures of one layer, or of all together, with their intervals."""
+    converted, frozen = f"converted {number}", f"frozen {number}"
 
     def delta(name: str) -> Callable[[Sums], Tensor]:
         return lambda s: (s[f"{name}.ce"] - s["original.ce"]) / s["tokens"]
 
     figures = {
-        "delta_ce": delta("converted"),
-        "kl": lambda s: s["converted.kl"] / s["tokens"],
-        "top1_agreement": lambda s: s["converted.agree"] / s["tokens"],
-        "nmse": lambda s: s["converted.error"] / s["converted.power"],
-        "fvu": lambda s: s["converted.error"] / s["converted.variance"],
+        "delta_ce": delta(converted),
+        "kl": lambda s: s[f"{converted}.kl"] / s["tokens"],
+        "top1_agreement": lambda s: s[f"{converted}.agree"] / s["tokens"],
+        "nmse": lambda s: s[f"{converted}.error"] / s[f"{converted}.power"],
+        "fvu": lambda s: s[f"{converted}.error"] / s[f"{converted}.variance"],
         "zero_delta_ce": delta("zero"),
         "mean_delta_ce": delta("mean"),
-        "loss_recovered": lambda s: (s["zero.ce"] - s["converted.ce"]) / (s["zero.ce"] - s["original.ce"]),
-        "constant_gate_delta_ce": delta("constant"),
-        "constant_gate_nmse": lambda s: s["constant.error"] / s["constant.power"],
-        "expert_share": lambda s: (s["constant.ce"] - s["converted.ce"]) / (s["zero.ce"] - s["converted.ce"]),
+        "loss_recovered": lambda s: (s["zero.ce"] - s[f"{converted}.ce"]) / (s["zero.ce"] - s["original.ce"]),
+        "constant_gate_delta_ce": delta(frozen),
+        "constant_gate_nmse": lambda s: s[f"{frozen}.error"] / s[f"{frozen}.power"],
+        "expert_share": lambda s: (s[f"{frozen}.ce"] - s[f"{converted}.ce"]) / (s["zero.ce"] - s[f"{converted}.ce"]),
     }
     result: dict[str, Any] = {}
     for name, figure in figures.items():
@@ -208,14 +238,19 @@ def _figures(columns: Sums) -> dict[str, Any]:
     return result
 
 
-def _usage(statistics: Sequence[_LayerStatistics]) -> dict[str, Any]:
-    """How the experts are used on these tokens: L0, the share that never fired, firing frequencies by decade."""
-    frequency = torch.cat([s.fired.double() / s.tokens for s in statistics])
+def _usage_figures(usage: Sequence[_Usage]) -> dict[str, Any]:
+    """How the experts are used on these tokens: L0, the share that never fired, firing frequencies by decade.
+
+    Nothing is known of experts where there are none.
+    """
+    frequency = torch.cat([layer.fired.double() / layer.tokens for layer in usage])
+    if len(frequency) == 0:
+        return {"l0": None, "dead_share": None, "firing_frequency": None}
     fired = frequency[frequency > 0]
     decades = fired.log10().ceil().clamp(_FREQUENCY_DECADES[0], _FREQUENCY_DECADES[-1])
     shares = [(decades == decade).sum().item() / len(frequency) for decade in _FREQUENCY_DECADES]
     return {
-        "l0": sum(s.active for s in statistics) / len(statistics),
+        "l0": sum(layer.fired.sum().item() / layer.tokens for layer in usage) / len(usage),
         "dead_share": (frequency == 0).double().mean().item(),
         "firing_frequency": {f"up to 1e{decade}": share for decade, share in zip(_FREQUENCY_DECADES, shares, strict=True)},
     }

@@ -27,9 +27,11 @@ from mxdsurgery.cost import (
     evaluation_bytes,
     layer_parameters,
     make_groups,
+    matched_n_experts,
     needed_bytes,
     refusal,
     tokens_per_step,
+    transcoder_parameters,
 )
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import MemoryBudgetError, RecipeError, UnsupportedBlockError
@@ -40,6 +42,8 @@ from mxdsurgery.selection import select_layers, write_layers
 
 # Of what a device has free; the rest is for fragmentation, kernels' workspaces and other processes.
 _BUDGET_SHARE = 0.9
+# A run that takes fewer seconds, at the rate of a matrix product, starts at once: its time is not predicted.
+WORTH_PREDICTING = 60.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Of the converted model."""
-        return self.original_parameters + sum(layer.parameters - layer.block.parameters for layer in self.layers)
+        return self.original_parameters + sum(layer.all_parameters - layer.block.parameters for layer in self.layers)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -211,7 +215,7 @@ def _layer_plan(row: dict[str, Any]) -> LayerPlan:
             outputs = part["outputs"]
             block[name] = Part(part["path"], part["transposed"], outputs and tuple(outputs))
     block["bypass"] = tuple(block["bypass"])
-    return LayerPlan(Block(**block), row["n_experts"], row["k"], row["parameters"])
+    return LayerPlan(**row | {"block": Block(**block)})
 
 
 def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False, **overrides: Any) -> tuple[Plan, Recipe]:
@@ -236,7 +240,7 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
     resolved, recipe_file = resolve_recipe(model, config, recipe, overrides)
     analysis = analyze(model, revision=resolved.revision)
     chosen = select_layers(resolved.layers, len(analysis.layers))
-    layers = [_plan_layer(_block_of(analysis, index), resolved) for index in chosen]
+    layers = [plan_layer(_block_of(analysis, index), resolved) for index in chosen]
     dtype = resolved.dtype if resolved.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
     if dtype not in DTYPE_BYTES:
         raise RecipeError(
@@ -244,9 +248,7 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
             expected="one of " + ", ".join(DTYPE_BYTES),
             fix="name one of them with --dtype",
         )
-    base, machine = _base_model(config, dtype), _machine(resolved)
-    groups = make_groups(layers, base, resolved, machine)
-    refused = refusal(layers, groups, base, resolved, machine)
+    base = _base_model(config, dtype)
     made = Plan(
         model=model,
         revision=analysis.revision,
@@ -256,16 +258,28 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
         original_parameters=analysis.parameters,
         recipe_file=recipe_file.name,
         steps=max(1, resolved.tokens // tokens_per_step(resolved)),
-        layers=layers,
-        machine=machine,
-        groups=groups,
-        evaluation_bytes=evaluation_bytes(layers, base, resolved),
+        layers=[],
+        machine=_machine(resolved),
         disk_bytes=checkpoint_bytes(layers, base) * (2 if resolved.overwrite else 1),
         unmeasured="it was not measured",
-        refusal=refused and {"found": refused.found, "expected": refused.expected, "fix": refused.fix},
     )
+    made = with_layers(made, layers, resolved)
     resolved = dataclasses.replace(resolved, revision=made.revision or resolved.revision)
     return (with_time(made, resolved) if measure else made), resolved
+
+
+def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe) -> Plan:
+    """The plan with other layers, several of which may stand for the same block, and what they take."""
+    base = _base_model(load_config(made.model, recipe.revision), made.dtype)
+    groups = make_groups(layers, base, recipe, made.machine)
+    refused = refusal(layers, groups, base, recipe, made.machine)
+    return dataclasses.replace(
+        made,
+        layers=layers,
+        groups=groups,
+        evaluation_bytes=evaluation_bytes(layers, base, recipe),
+        refusal=refused and {"found": refused.found, "expected": refused.expected, "fix": refused.fix},
+    )
 
 
 def with_time(made: Plan, recipe: Recipe, worth_it: float = 0.0) -> Plan:
@@ -354,27 +368,23 @@ def _block_of(analysis: Analysis, index: int) -> Block:
     return finding.block
 
 
-def _plan_layer(block: Block, recipe: Recipe) -> LayerPlan:
-    n_experts = recipe.n_experts or matched_n_experts(block, recipe.expansion)
-    if recipe.k > n_experts:
+def plan_layer(block: Block, recipe: Recipe) -> LayerPlan:
+    """What the recipe makes of a block.
+
+    Raises:
+        RecipeError: more active experts than experts.
+    """
+    n_experts = matched_n_experts(block, transcoder_parameters(block, recipe.expansion), recipe.kind)
+    if recipe.n_experts is not None and recipe.kind != "dense":
+        n_experts = recipe.n_experts
+    if recipe.kind != "dense" and recipe.k > n_experts:
         raise RecipeError(
             f"recipe key 'k' is {recipe.k}, more than the {n_experts} experts of layer {block.layer}",
             expected="k of at most n_experts",
             fix="lower --k, or raise --n-experts or --expansion",
         )
-    return LayerPlan(block, n_experts, recipe.k, layer_parameters(block, n_experts))
-
-
-def matched_n_experts(block: Block, expansion: float) -> int:
-    """N such that the layer has the parameters of a transcoder with ``expansion * D`` features.
-
-    Solves ``P = enc + H D + D + N (2D + 1)`` for ``P = m D (2D + 1) + D``, ``enc = H (D + 1)`` for an MLP and twice that for
-    a GLU, as arXiv 2505.21364 does. At least 1.
-    """
-    d, h = block.d_model, block.d_hidden
-    budget = expansion * d * (2 * d + 1) + d
-    encoder = h * (d + 1) * (2 if block.kind == "glu" else 1)
-    return max(1, int((budget - encoder - h * d - d) / (2 * d + 1)))
+    parameters = layer_parameters(block, n_experts, recipe.kind)
+    return LayerPlan(block, n_experts, recipe.k, parameters, recipe.kind, recipe.sparsity)
 
 
 def read_plan(path: Path) -> Plan:

@@ -121,16 +121,29 @@ class Recipe:
     revision: str | None = _key(None, "text", "the base model's revision on the hub")
     layers: str = _key("all", "text", "layers to convert: all, 3, 2-5, 0,4,7-9, -1")
     # Into what
+    kind: str = _key(
+        "mxd",
+        "text",
+        "what stands in a block's place: a Mixture of Decoders, or one of the layers to compare it with",
+        choices=("mxd", "transcoder", "skip-transcoder", "topk-sae", "dense"),
+    )
     init: str = _key(
         "encoder",
         "text",
         "start of training: the block's encoder, the paper's random one, or the whole block",
         choices=("encoder", "random", "pretrained"),
     )
+    sparsity: str = _key(
+        "topk",
+        "text",
+        "which experts are active: each token's K, or a batch's K per token on average, by a threshold after training",
+        choices=("topk", "batchtopk"),
+    )
     k: int = _key(32, "count", "K, experts active per token", low=1)
     n_experts: int | None = _key(None, "count", "N, experts per layer; default: matched through expansion", low=1)
     expansion: float = _key(32.0, "number", "match N to a transcoder of this many times D features", low=0.01)
     unit_norm: bool = _key(False, "flag", "keep the experts' rows (C) at unit length")
+    auxk: float = _key(0.0, "number", "weight of the loss that revives dead experts", low=0.0, high=10.0)
     # On which text
     data: str | None = _key(None, "text", "training text: hub dataset, .txt, .jsonl(.gz), .parquet, or stdlib")
     eval_data: str | None = _key(None, "text", "held-out text; default: the first eval_tokens of data, not trained on")

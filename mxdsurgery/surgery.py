@@ -71,8 +71,8 @@ class ConstantOutput(nn.Module):
         return self.value.to(x.dtype).expand_as(x)
 
 
-class ConstantGate(nn.Module):
-    """An MxD layer whose experts' say ``Cᵀa`` is a constant (D,): what is left is its dense path.
+class FrozenExperts(nn.Module):
+    """A layer whose experts say the same for every token, a constant (D,): what is left is its dense path.
 
     With the best constant this is what the layer could do without choosing experts.
     """
@@ -84,5 +84,5 @@ class ConstantGate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D)."""
-        dense = self.layer.decoder(self.layer.hidden(x))
-        return self.constant.to(x.dtype) * dense + self.layer.bias
+        scale, rest = self.layer.dense_path(x)
+        return (self.constant.to(x.dtype) * scale + rest).expand_as(x)

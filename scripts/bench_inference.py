@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mxdsurgery.blocks import Block, find_blocks
+from mxdsurgery.cost import LayerPlan
 from mxdsurgery.initialize import layer_shape
 from mxdsurgery.layer import MxDLayer
 from mxdsurgery.surgery import replaced
@@ -63,7 +64,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
 def new_layers(blocks: list[Block], n_experts: int, k: int, dtype: torch.dtype, device: str) -> dict[int, MxDLayer]:
     """Random layers, in evaluation mode."""
     with torch.device(device):
-        layers = {block.layer: MxDLayer(**layer_shape(block, n_experts, k)) for block in blocks}
+        layers = {block.layer: MxDLayer(**layer_shape(LayerPlan(block, n_experts, k, 0))) for block in blocks}
     for layer in layers.values():
         nn.init.normal_(layer.decoder.weight, std=layer.decoder.in_features**-0.5)
         layer.to(dtype).eval().requires_grad_(False)

@@ -46,10 +46,9 @@ def train_first_group(config: PreTrainedConfig, plan: Plan, recipe: Recipe, step
     with accelerator.device:
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, plan.dtype)).eval().requires_grad_(False)
     chosen = [layer for layer in plan.layers if layer.block.layer in plan.groups[0].layers]
-    blocks = [layer.block for layer in chosen]
     batches = random_batches(recipe, config.vocab_size)
     sample = [next(batches).to(accelerator.device)]
-    layers = initial_layers(model, chosen, sample, init=recipe.init, seed=recipe.seed)
+    layers = initial_layers(model, chosen, sample, recipe)
     first = chosen[0]
     shape = {"d_model": first.block.d_model, "n_experts": first.n_experts, "k": first.k}
     kernels = choose_kernels(accelerator, **shape, tokens=recipe.batch)
@@ -63,7 +62,7 @@ def train_first_group(config: PreTrainedConfig, plan: Plan, recipe: Recipe, step
             yield batch
 
     progress = Progress(steps, tokens_per_step(recipe))
-    distill(model, blocks, layers, timed(batches), recipe, accelerator, progress, lambda _: None)
+    distill(model, layers, timed(batches), recipe, accelerator, progress, lambda _: None)
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - times[warm_up]) / (steps - warm_up)

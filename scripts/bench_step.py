@@ -91,7 +91,7 @@ def our_steps(options: dict[str, Any], params: dict[str, Tensor], x: Tensor, y: 
     )
     accelerator = make_accelerator(recipe)
     choose_kernels(accelerator, d_model=options["d"], n_experts=options["n"], k=options["k"], tokens=options["batch"])
-    job = LayerInTraining(0, our_layer(params, options["k"]), recipe)
+    job = LayerInTraining("the layer", our_layer(params, options["k"]), recipe)
     # The yardstick's loss is a mean over D as well, ours a sum: Adam's steps are the same if its epsilon grows with it.
     job.optimizer.param_groups[0]["eps"] *= x.shape[1]
     params.clear()

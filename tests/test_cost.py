@@ -36,10 +36,10 @@ def machine(memory=None, device="cpu", bf16=False):
 def test_planned_bytes_are_those_of_the_tensors_of_a_layer_in_training(family):
     (planned, _) = tiny_layers(family)
     group = cost.make_group([planned], [], tiny_base(), RECIPE, machine())
-    layer = MxDLayer(**layer_shape(planned.block, planned.n_experts, planned.k))
+    layer = MxDLayer(**layer_shape(planned))
     assert group.new_bytes == sum(weight.nbytes for weight in layer.parameters())
     assert group.gradient_bytes == group.new_bytes
-    job = LayerInTraining(0, layer, RECIPE)
+    job = LayerInTraining("the layer", layer, RECIPE)
     train_step(job, torch.randn(64, 32), torch.randn(64, 32), 1e-3, 64, Accelerator(cpu=True))
     states = job.optimizer.state.values()
     assert group.adam_bytes == sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))

@@ -20,27 +20,29 @@ from mxdsurgery.export import _check_reload, check_output, export, written_whole
 from mxdsurgery.initialize import initial_layer, measure_statistics
 from mxdsurgery.measure import measure
 from mxdsurgery.model import load_tokenizer
-from mxdsurgery.plan import LayerPlan, Plan, layer_parameters
+from mxdsurgery.plan import Plan, plan_layer
 from mxdsurgery.surgery import replaced
 
 IDS = torch.randint(1, 64, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-def export_tiny(family, out, layers=(0, 1), dtype=torch.float32, **changes):
-    """A tiny model with untrained but busy MxD layers, exported; the model, its layers and the differences."""
+def export_tiny(family, out, layers=(0, 1), dtype=torch.float32, recipe=RECIPE, **changes):
+    """A tiny model with untrained but busy new layers, exported; the model, its layers and the differences."""
     model = tiny_model(family, **changes).to(dtype)
     blocks = [find_blocks(model)[layer].block for layer in layers]
     statistics = measure_statistics(model, blocks, [IDS])
     made = {}
     for block in blocks:
-        layer = initial_layer(model, block, n_experts=64, k=4, init="encoder", statistics=statistics[block.layer], seed=0)
-        torch.nn.init.normal_(layer.decoder.weight)
+        layer = initial_layer(model, plan_layer(block, recipe), recipe, statistics[block.layer])
+        for weight in layer.parameters():
+            if not weight.any():
+                torch.nn.init.normal_(weight)
         made[block.layer] = layer.to(dtype).eval().requires_grad_(False)
-    plans = [LayerPlan(block, 64, 4, layer_parameters(block, 64)) for block in blocks]
+    plans = [plan_layer(block, recipe) for block in blocks]
     name = str(dtype).removeprefix("torch.")
     plan = Plan(family, None, family, type(model).__name__, name, model.num_parameters(), "small.yaml", 1, plans)
     evaluation = measure(model, blocks, made, IDS, batch=64)
-    differences = export(model, made, plan, RECIPE, evaluation, load_tokenizer("demo-glu"), IDS, out)
+    differences = export(model, made, plan, recipe, evaluation, load_tokenizer("demo-glu"), IDS, out)
     return model, blocks, made, differences
 
 
@@ -146,7 +148,7 @@ def test_a_model_from_the_config_alone_gets_fresh_weights(folder):
 
 def test_the_code_that_travels_imports_torch_and_transformers_only_and_only_defines(folder):
     files = sorted(path.name for path in folder.glob("*.py"))
-    assert files == ["configuration_mxd.py", "modeling_mxd.py", "mxd_layer.py", "sparse.py"]
+    assert files == ["baselines.py", "configuration_mxd.py", "layer.py", "modeling_mxd.py", "replacement.py", "sparse.py"]
     allowed_statements = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef, ast.Assign, ast.AnnAssign)
     for name in files:
         tree = ast.parse((folder / name).read_text())
@@ -159,7 +161,7 @@ def test_the_code_that_travels_imports_torch_and_transformers_only_and_only_defi
             if isinstance(node, ast.Import):
                 assert all(alias.name.split(".")[0] in {"torch", "transformers", "warnings"} for alias in node.names)
             if isinstance(node, ast.ImportFrom):
-                siblings = {"mxd_layer", "configuration_mxd", "sparse"}
+                siblings = {"baselines", "configuration_mxd", "layer", "replacement", "sparse"}
                 libraries = {"torch", "transformers", "types", "typing", "warnings"}
                 assert node.module.split(".")[0] in (siblings if node.level else libraries)
 
@@ -179,8 +181,8 @@ def test_the_folder_holds_what_it_should(folder):
 def test_load_reads_the_folder_without_running_its_code(folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    for name in ("modeling_mxd.py", "configuration_mxd.py", "mxd_layer.py", "sparse.py"):
-        (copy / name).write_text("raise SystemExit('this code was run')")
+    for path in copy.glob("*.py"):
+        path.write_text("raise SystemExit('this code was run')")
     loaded = load(copy)
     assert set(loaded.layers) == {0, 1} and loaded.layers[1] is loaded.model.model.layers[1].mlp
     with torch.no_grad():

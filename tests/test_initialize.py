@@ -8,15 +8,18 @@ from mxdsurgery.activations import record_activations
 from mxdsurgery.blocks import find_blocks
 from mxdsurgery.errors import MxDWarning
 from mxdsurgery.initialize import initial_layer, measure_statistics
+from mxdsurgery.plan import plan_layer
+from mxdsurgery.recipe import Recipe
 
 BATCHES = [torch.randint(1, 64, (8, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 
 
-def start(family, init, **options):
+def start(family, init, **keys):
+    recipe = Recipe(init=init, n_experts=64, k=4, **keys)
     model = tiny_model(family)
     block = find_blocks(model)[1].block
     statistics = measure_statistics(model, [block], BATCHES)[1]
-    layer = initial_layer(model, block, n_experts=64, k=4, init=init, statistics=statistics, seed=0, **options)
+    layer = initial_layer(model, plan_layer(block, recipe), recipe, statistics)
     x, y = (t[:, 1:].flatten(0, 1) for t in record_activations(model, [block], torch.cat(BATCHES))[1])
     return model, block, statistics, layer, x, y
 
@@ -61,10 +64,10 @@ def test_a_layers_start_depends_on_the_seed_and_the_layer_only():
     model = tiny_model("llama")
     blocks = [finding.block for finding in find_blocks(model)]
     statistics = measure_statistics(model, blocks, BATCHES)
-    options = {"n_experts": 64, "k": 4, "init": "random"}
 
     def gate(block, seed):
-        return initial_layer(model, block, statistics=statistics[block.layer], seed=seed, **options).gate.weight
+        recipe = Recipe(n_experts=64, k=4, init="random", seed=seed)
+        return initial_layer(model, plan_layer(block, recipe), recipe, statistics[block.layer]).gate.weight
 
     assert torch.equal(gate(blocks[0], 0), gate(blocks[0], 0))
     assert not torch.equal(gate(blocks[0], 0), gate(blocks[0], 1))

@@ -51,7 +51,9 @@ def test_fast_dense_and_explicit_mixture_agree_in_values_and_gradients(kind, act
 def test_fast_and_dense_agree_in_working_precision(dtype, tolerance):
     layer = make_layer(dtype=dtype)
     x = torch.randn(50, 12, dtype=dtype)
-    torch.testing.assert_close(layer(x), layer.forward_dense(x), rtol=tolerance, atol=tolerance)
+    fast = layer(x).float()  # ranks as fp32 does, whatever the dtype
+    slow = layer.float().forward_dense(x.float())
+    torch.testing.assert_close(fast, slow, rtol=tolerance, atol=tolerance * fast.abs().max().item())
 
 
 def test_a_forward_hook_on_the_gate_reads_and_changes_the_coefficients():

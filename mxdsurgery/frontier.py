@@ -1,0 +1,170 @@
+"""``frontier``: what sparsity costs. Kinds of layers at several K, trained on the same activations and measured alike."""
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mxdsurgery.accelerator import make_accelerator
+from mxdsurgery.blocks import Block, prove_block
+from mxdsurgery.comparison import FRONTIER_FILE, Frontier, read_frontier, row_key, save_layer
+from mxdsurgery.console import Reporter
+from mxdsurgery.cost import LayerPlan, layer_parameters, matched_n_experts, transcoder_parameters
+from mxdsurgery.errors import OutputError, RecipeError
+from mxdsurgery.measure import measure_candidates
+from mxdsurgery.model import load_model, load_tokenizer
+from mxdsurgery.plan import WORTH_PREDICTING, Plan, plan, plan_layer, with_layers, with_time
+from mxdsurgery.recipe import RECIPE_KEYS, Recipe
+from mxdsurgery.text import TextStream, open_texts
+from mxdsurgery.train import Training, train_groups
+
+DEFAULT_K = (16, 32, 64, 128, 256)
+DEFAULT_KINDS = ("mxd", "transcoder", "skip-transcoder")
+
+# What rows of one folder may differ in; every other recipe key is the same for all of them.
+_FREE_KEYS = {"layers", "k", "kind", "out", "overwrite", "device", "memory", "tracker"}
+
+
+def frontier(
+    model: str,
+    *,
+    layer: int,
+    k: Sequence[int] = DEFAULT_K,
+    kinds: Sequence[str] = DEFAULT_KINDS,
+    recipe: str | Path | None = None,
+    reporter: Reporter | None = None,
+    **overrides: Any,
+) -> Frontier:
+    """Trains kinds of layers at several K in place of one block, all on the same activations, and measures each.
+
+    What is in the folder already is not done again, so an interrupted run goes on where it stood (group by group), and other
+    layers, kinds and K join the table.
+
+    Args:
+        model: hub id, local folder, ``demo-glu`` or ``demo-mlp``.
+        layer: the block's layer; negative ones count from the end.
+        k: values of K.
+        kinds: of layers; ``dense`` has no K and is trained once. All but ``dense`` get as many parameters as a transcoder with
+            ``expansion`` times D features, or, where ``n_experts`` is given, as an MxD layer with that many experts.
+        recipe: a recipe file or the name of one that comes with mxdsurgery; default: the one made for the model.
+        reporter: what to tell while working; default: nothing.
+        **overrides: recipe keys; ``out`` is the folder.
+
+    Returns:
+        All rows of the folder, also of earlier runs.
+
+    Raises:
+        RecipeError: an unknown kind, a wrong K, or what `mxdsurgery.plan` raises.
+        OutputError: the folder holds rows of other settings or something else.
+    """
+    reporter = reporter or Reporter()
+    kinds, k = _checked(kinds, k)
+    made, resolved = plan(model, recipe=recipe, layers=str(layer), k=min(k), **overrides)
+    if "out" not in overrides or overrides["out"] is None:
+        resolved = dataclasses.replace(resolved, out=resolved.out.removesuffix("-mxd") + "-frontier")
+    out = Path(resolved.out)
+    settings = {name: value for name, value in resolved.to_dict().items() if name not in _FREE_KEYS}
+    found = _open_folder(out, settings, resolved.overwrite)
+    todo = _todo(made.blocks[0], resolved, kinds, k, found.rows)
+    if not todo:
+        reporter.say(f"nothing to do: {out} holds all of it")
+        return found
+    made = with_layers(made, todo, resolved)
+    made.check_budget()
+    made = with_time(made, resolved, WORTH_PREDICTING)
+    for line in (f"recipe     {made.recipe_file}", *made.summary(resolved)[1:-1]):
+        reporter.say(line)
+    accelerator = make_accelerator(resolved)
+    train, heldout = open_texts(resolved, load_tokenizer(model, resolved.revision))
+    base = load_model(model, revision=resolved.revision, dtype=made.dtype, device=accelerator.device)
+    reporter.say(f"proof      the block recomputed from its weights, relative error {prove_block(base, made.blocks[0]):.1e}")
+    remaining = iter(todo)
+    for group in made.groups:
+        planned = [next(remaining) for _ in group.layers]
+        part = dataclasses.replace(made, layers=planned, groups=[group])
+        found = _run_group(found, base, part, train, heldout, resolved, accelerator, reporter)
+        found.write()
+    return found
+
+
+def _checked(kinds: Sequence[str], k: Sequence[int]) -> tuple[list[str], list[int]]:
+    """Each kind and K once, in order; RecipeError for one that is not allowed."""
+    kinds = list(dict.fromkeys(RECIPE_KEYS["kind"].parse("kind", kind) for kind in kinds))
+    k = sorted({RECIPE_KEYS["k"].parse("k", value) for value in k})
+    if not kinds or not k:
+        raise RecipeError("there is nothing to compare", expected="at least one kind and one K", fix="give --kinds and --k")
+    return kinds, k
+
+
+def _todo(block: Block, recipe: Recipe, kinds: list[str], k: list[int], rows: list[dict[str, Any]]) -> list[LayerPlan]:
+    """The layers that the table lacks, each with as many parameters as the others."""
+    if recipe.n_experts is not None:
+        budget = float(layer_parameters(block, recipe.n_experts))
+    else:
+        budget = transcoder_parameters(block, recipe.expansion)
+    wanted = []
+    for kind in kinds:
+        n_experts = matched_n_experts(block, budget, kind) or None
+        for value in k if kind != "dense" else k[:1]:
+            wanted.append(plan_layer(block, dataclasses.replace(recipe, kind=kind, k=value, n_experts=n_experts)))
+    known = {(row["layer"], row["kind"], row["k"]) for row in rows}
+    return [layer for layer in wanted if row_key(layer) not in known]
+
+
+def _run_group(
+    found: Frontier,
+    base: PreTrainedModel,
+    made: Plan,
+    train: TextStream,
+    heldout: Tensor,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    reporter: Reporter,
+) -> Frontier:
+    """Trains one group of layers, keeps their weights and measures them: the table with their rows."""
+    training = Training(1)
+    train_groups(base, made, train, recipe, accelerator, training, reporter)
+    for planned, layer in training.layers.items():
+        save_layer(layer.to(accelerator.device), planned, found.out)
+    candidates = [{planned.block.layer: layer} for planned, layer in training.layers.items()]
+    with reporter.progress("evaluate", "passes") as line:
+        evaluations = measure_candidates(base, made.blocks[:1], candidates, heldout, recipe.batch, line.update)
+    rows = list(found.rows)
+    for planned, evaluation in zip(training.layers, evaluations, strict=True):
+        layer, kind, k = row_key(planned)
+        row = {"layer": layer, "kind": kind, "k": k, "sparsity": planned.sparsity, "n_experts": planned.n_experts}
+        row |= {"params": planned.parameters, "train_tokens": training.passes[0].tokens}
+        rows.append(row | evaluation["layers"][0])
+    rows.sort(key=lambda row: (row["layer"], list(RECIPE_KEYS["kind"].choices).index(row["kind"]), row["k"] or 0))
+    return dataclasses.replace(found, rows=rows, tokens=evaluations[0]["tokens"], original=evaluations[0]["original"])
+
+
+def _open_folder(out: Path, settings: dict[str, Any], overwrite: bool) -> Frontier:
+    """What the folder holds; makes it where it is not there.
+
+    Raises:
+        OutputError: it holds rows of other settings, or is no folder of ours.
+    """
+    if overwrite and (out / FRONTIER_FILE).is_file():
+        shutil.rmtree(out)
+    try:
+        if not out.exists() or not any(out.iterdir()):
+            out.mkdir(parents=True, exist_ok=True)
+            return Frontier(out, [], 0, {}, settings)
+    except OSError as error:
+        raise OutputError(f"{str(out)!r} cannot be written: {error.strerror or error}", fix="give another --out") from None
+    found = read_frontier(out)
+    other = [name for name in settings if found.settings.get(name) != settings[name]]
+    if other:
+        differs = ", ".join(f"{name} {found.settings.get(name)!r}, now {settings[name]!r}" for name in other)
+        raise OutputError(
+            f"{str(out)!r} holds a frontier of other settings: {differs}",
+            expected="the same settings: only then its rows can be compared",
+            fix="give another --out, or --overwrite to begin anew",
+        )
+    return found

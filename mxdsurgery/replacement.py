@@ -1,0 +1,43 @@
+"""What can stand where an MLP block was, and the model classes that hold it. Travels with every exported checkpoint.
+
+Every kind of layer maps a block's input x (..., D) to its output (..., D). All but `DenseLayer` have a ``gate``, whose output
+are the coefficients of N experts, and ``experts``, which add up to s, what they say; then ``y = s * m + r`` with
+``m, r = dense_path(...)``.
+"""
+
+from torch import nn
+
+from .baselines import SkipMap, SkipTranscoder, TopKSAE, Transcoder
+from .layer import DenseLayer, Experts, Gate, MxDLayer
+
+LAYER_KINDS: dict[str, type[nn.Module]] = {
+    "mxd": MxDLayer,
+    "transcoder": Transcoder,
+    "skip-transcoder": SkipTranscoder,
+    "topk-sae": TopKSAE,
+    "dense": DenseLayer,
+}
+
+
+class MxDSurgeryMixin:
+    """Makes a transformers model class into one whose chosen MLP blocks are other layers.
+
+    Put before the family's own class: ``class MxDLlamaForCausalLM(MxDSurgeryMixin, LlamaForCausalLM)``. The config's
+    ``mxd["layers"]`` says what stands where: ``path`` (relative to the base model) is the module that is replaced,
+    ``bypass`` the modules beside it that become identities, ``kind`` what is put there and ``shape`` its arguments.
+    """
+
+    def __init__(self, config, *args, **kwargs) -> None:
+        super().__init__(config, *args, **kwargs)
+        for entry in config.mxd["layers"]:
+            for path in entry["bypass"]:
+                self.base_model.set_submodule(path, nn.Identity())
+            layer = LAYER_KINDS[entry.get("kind", "mxd")](**entry["shape"])
+            self.base_model.set_submodule(entry["path"], layer)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fresh weights for a model made from a config. What a checkpoint has loaded, transformers does not touch."""
+        if isinstance(module, (Gate, Experts, SkipMap, *LAYER_KINDS.values())):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
