@@ -14,12 +14,14 @@ from mxdsurgery.analyze import Analysis, analyze
 from mxdsurgery.checkpoint import Converted, load
 from mxdsurgery.comparison import Frontier
 from mxdsurgery.convert import Conversion, convert
+from mxdsurgery.dissect import dissect
 from mxdsurgery.errors import MxDError
 from mxdsurgery.evaluate import evaluate
 from mxdsurgery.frontier import frontier
 from mxdsurgery.generate import generate
 from mxdsurgery.layer import Coefficients, MxDLayer
 from mxdsurgery.plan import Plan, plan
+from mxdsurgery.probe import probe
 from mxdsurgery.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -36,9 +38,11 @@ __all__ = [
     "Recipe",
     "analyze",
     "convert",
+    "dissect",
     "evaluate",
     "frontier",
     "generate",
     "load",
     "plan",
+    "probe",
 ]

@@ -1,6 +1,7 @@
 """The command line: each command reads its flags, calls the public function of its name and prints what it returns."""
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -16,8 +17,10 @@ from rich.console import Console
 import mxdsurgery
 from mxdsurgery.card import LEGEND, evaluation_table
 from mxdsurgery.console import ConsoleReporter
+from mxdsurgery.dissect import dissection_table
 from mxdsurgery.errors import MemoryBudgetError, MxDError, MxDWarning
 from mxdsurgery.frontier import DEFAULT_K, DEFAULT_KINDS
+from mxdsurgery.probe import probe_tables
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe, parse_count
 
 _INTERRUPTED = 130  # what a shell expects of a process that Ctrl-C ended
@@ -73,6 +76,22 @@ def _recipe_options(*without: str) -> Callable[[Callable], Callable]:
         return command
 
     return add
+
+
+def _labelled_options(required: bool) -> Callable[[Callable], Callable]:
+    """The flags of what looks at experts through labelled text."""
+    options = (
+        click.option("--data", required=required, help="Labelled text: .jsonl, .csv, .parquet or a data set on the hub."),
+        click.option("--layer", type=int, help="Default: the first in DIR."),
+        click.option("--text-column", default="text", show_default=True, help="The column or field that holds the text."),
+        click.option("--label-column", default="label", show_default=True, help="The column or field that holds the class."),
+        click.option("--samples", type=_Count(), help="Texts, drawn at random; default: all."),
+        click.option("--context", type=_Count(), help="Tokens that each text is cut after; default: the recipe's."),
+        click.option("--base", help="The original model, if it is not where the recipe says."),
+        click.option("--device", type=_RecipeValue("device"), help=RECIPE_KEYS["device"].doc),
+        click.option("--seed", type=int, default=0, show_default=True),
+    )
+    return lambda command: functools.reduce(lambda made, option: option(made), reversed(options), command)
 
 
 class _NamedErrors(click.Group):
@@ -191,6 +210,32 @@ def evaluate(folder: str, as_json: bool, **options: Any) -> None:
     """Measure the converted model in DIR against its original."""
     figures = mxdsurgery.evaluate(folder, reporter=ConsoleReporter(), **options)
     _print_json(figures) if as_json else _print_table(evaluation_table(figures), LEGEND)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@_labelled_options(required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def probe(folder: str, as_json: bool, **options: Any) -> None:
+    """Find the expert in DIR that stands for each class of labelled texts.
+
+    DIR is what convert or frontier wrote.
+    """
+    result = mxdsurgery.probe(folder, reporter=ConsoleReporter(), **options)
+    _print_json(result) if as_json else _print_table(*probe_tables(result))
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@_labelled_options(required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def dissect(folder: str, as_json: bool, **options: Any) -> None:
+    """Show the experts' rank, how alike they are, how they are used and what for.
+
+    DIR is what convert or frontier wrote. Usage needs labelled text, --data; without it, weights alone are looked at.
+    """
+    result = mxdsurgery.dissect(folder, reporter=ConsoleReporter(), **options)
+    _print_json(result) if as_json else _print_table(dissection_table(result))
 
 
 @main.command()

@@ -47,11 +47,14 @@ class LayerPlan:
     sparsity: str = "topk"
 
     @property
+    def what(self) -> str:
+        """Its kind and K, for people."""
+        return f"{self.kind}, K = {self.k}" if self.n_experts else self.kind
+
+    @property
     def name(self) -> str:
         """For people."""
-        return (
-            f"layer {self.block.layer} ({self.kind}, K = {self.k})" if self.n_experts else f"layer {self.block.layer} (dense)"
-        )
+        return f"layer {self.block.layer} ({self.what})"
 
     @property
     def all_parameters(self) -> int:
@@ -241,8 +244,8 @@ def step_bytes(d: int, h: int, n: int, k: int, kind: str, batch: int, bf16: bool
     copies = 2 * ((encoders + 2) * d * h + batch * d) if bf16 else 0
     # what backward needs of the hidden units (pre-activations, activations, z), and as many again while it runs;
     hidden = 2 * (2 * encoders if kind == "glu" else 3) * batch * h * width
-    # D z, Cᵀ a, ŷ, its error, and two gradients, in fp32.
-    outputs = 6 * batch * d * 4
+    # D z, Cᵀ a, ŷ, its error, what frozen experts could do, and gradients, in fp32.
+    outputs = 8 * batch * d * 4
     return inputs + chosen + max(ranking + chunk, copies + hidden + outputs)
 
 
@@ -254,6 +257,11 @@ def forward_bytes(base: BaseModel, d_hidden: int, batch: int) -> int:
 def tokens_per_step(recipe: Recipe) -> int:
     """The batch in whole contexts."""
     return recipe.batch // recipe.context * recipe.context
+
+
+def first_k(layer: LayerPlan, recipe: Recipe) -> int:
+    """The layer's K at the first step."""
+    return min(dataclasses.replace(recipe, k=layer.k, n_experts=None).first_k, max(layer.n_experts, 1))
 
 
 def make_group(
@@ -270,7 +278,7 @@ def make_group(
             layer.block.d_model,
             layer.hidden,
             layer.n_experts,
-            layer.active,
+            dataclasses.replace(layer, k=first_k(layer, recipe)).active,
             layer.block.kind,
             batch,
             machine.bf16,

@@ -20,9 +20,9 @@ from mxdsurgery.accelerator import selects_in_bf16
 from mxdsurgery.activations import Activations, record_activations, shuffle_positions
 from mxdsurgery.baselines import TopKSAE
 from mxdsurgery.blocks import Block
-from mxdsurgery.cost import LayerPlan
+from mxdsurgery.cost import LayerPlan, first_k
 from mxdsurgery.errors import DivergedError
-from mxdsurgery.layer import Experts
+from mxdsurgery.layer import Experts, MxDLayer
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.sparse import mix
 
@@ -30,6 +30,8 @@ from mxdsurgery.sparse import mix
 _CHECK_EVERY = 20
 # A loss this many times the first one, and that of an output of zero, has diverged.
 _DIVERGED = 10.0
+# K has fallen to its own value after this share of the steps.
+_K_FALLS_UNTIL = 0.5
 # An expert is dead when it has not fired for this share of the training tokens.
 _DEAD_AFTER = 0.1
 
@@ -58,7 +60,7 @@ class LayerInTraining:
     Args:
         name: for people.
         layer: fp32, on the device of the training.
-        recipe: lr, unit_norm, auxk, selection.
+        recipe: lr, unit_norm, specialise, auxk, selection.
         dead_after: tokens without firing after which an expert is dead.
     """
 
@@ -66,6 +68,7 @@ class LayerInTraining:
         self.name, self.layer, self.auxk, self.dead_after = name, layer, recipe.auxk, dead_after
         self.experts: Experts | None = getattr(layer, "experts", None)
         self.unit_norm = recipe.unit_norm and self.experts is not None
+        self.specialise = recipe.specialise if isinstance(layer, MxDLayer) else 0.0  # elsewhere they multiply nothing
         if self.experts is not None:
             layer.gate.selection = torch.bfloat16 if selects_in_bf16(recipe) else None
         self.optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=recipe.lr, fused=True)
@@ -76,6 +79,11 @@ class LayerInTraining:
         # Since the last look: the loss, the loss of an output of zero, ‖ŷ-y‖² and ‖y‖².
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
         self.first_loss: float | None = None
+
+    def set_k(self, k: int) -> None:
+        """How many experts are active from here on; nothing without experts."""
+        if self.experts is not None:
+            self.layer.gate.k = k
 
     def dead(self, tokens_seen: int) -> Tensor:
         """Which experts have not fired for `dead_after` tokens: (N,) bool. None at first: all had a chance."""
@@ -113,6 +121,26 @@ def distillation_loss(y_hat: Tensor, y: Tensor, size: Tensor | None = None) -> T
     return (error / (y if size is None else size).norm(dim=-1).clamp_min(1e-6)).mean()
 
 
+def frozen_gain(scale: Tensor, target: Tensor, y: Tensor) -> Tensor:
+    """How much of the loss the experts would gain if all they ever said were the best constant.
+
+    With ``m`` = scale, ``t`` = target and the loss's weights ``w = 1 / ‖y‖``, the best constant of dimension d is
+    ``c_d = Σ w m_d t_d / Σ w m_d²`` over the batch, and it takes ``(Σ w m_d t_d)² / Σ w m_d²`` off the loss. Kept small, it
+    leaves the experts something to do: `expert_share` measures the same on held-out text, in nats.
+
+    Args:
+        scale: (tokens, D), what the experts' sum is multiplied with.
+        target: (tokens, D), what the product should be.
+        y: (tokens, D), the block's output.
+
+    Returns:
+        A scalar in the loss's units.
+    """
+    scale, weight = scale.float(), 1.0 / y.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    explained = (weight * scale * target).sum(0).square() / (weight * scale.square()).sum(0).clamp_min(1e-9)
+    return explained.sum() / len(y)
+
+
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     """Linear warm-up, constant, linear decay to zero; step counts from 0."""
     warmup, decay = recipe.warmup * steps, recipe.decay * steps
@@ -121,20 +149,33 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     return recipe.lr * min(1.0, rise, fall)
 
 
+def active_experts(step: int, steps: int, k: int, first_k: int) -> int:
+    """K at a step (from 0): it falls linearly from ``first_k`` to k over the first half of the steps.
+
+    Early on, more experts see more tokens, so that fewer die and all learn sooner; EleutherAI's sparsify anneals K too.
+    """
+    left = max(0.0, 1.0 - step / (_K_FALLS_UNTIL * steps))
+    return k + round((first_k - k) * left)
+
+
 def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_seen: int, accelerator: Accelerator) -> None:
     """One Adam step of one layer on x, y (tokens, D) in fp32; ``tokens_seen`` of the training, these included."""
     layer, a = job.layer, None
     if isinstance(layer, TopKSAE):
         x = y
     with accelerator.autocast():
+        scale, rest = layer.dense_path(x)
         if job.experts is None:
-            y_hat = layer(x)
+            y_hat = scale + rest
         else:
             a = layer.gate(x)
-            y_hat = layer.combine(a, x)
-    loss = distillation_loss(y_hat, y)
-    auxiliary = _auxk_loss(job, x, (y - y_hat).detach(), y, tokens_seen) if job.auxk > 0 and a is not None else 0.0
-    accelerator.backward(loss + job.auxk * auxiliary)
+            y_hat = layer.experts(a) * scale + rest
+    loss = objective = distillation_loss(y_hat, y)
+    if job.specialise > 0:
+        objective = objective + job.specialise * frozen_gain(scale, y - rest, y)
+    if job.auxk > 0 and a is not None:
+        objective = objective + job.auxk * _auxk_loss(job, x, (y - y_hat).detach(), y, tokens_seen)
+    accelerator.backward(objective)
     if job.unit_norm:
         _remove_radial_gradient(layer.experts.weight)
     for group in job.optimizer.param_groups:
@@ -203,7 +244,7 @@ def distill(
         model: the unmodified model.
         layers: what stands for which block; several may stand for the same one. fp32, on the model's device.
         batches: endless batches of input ids, (B, T) int64.
-        recipe: lr, warmup, decay, unit_norm, auxk, selection, activation_buffer.
+        recipe: lr, warmup, decay, k_start, unit_norm, specialise, auxk, selection, activation_buffer.
         accelerator: device, precision and trackers.
         progress: says how many steps; updated on the way.
         report: called now and then with the progress.
@@ -224,6 +265,7 @@ def distill(
             x, y = (tensor.float() for tensor in activations.pop(block.layer))
             for plan, job in jobs.items():
                 if plan.block.layer == block.layer:
+                    job.set_k(active_experts(step, progress.steps, plan.k, first_k(plan, recipe)))
                     train_step(job, x, y, lr, tokens_seen, accelerator)
         progress.step, progress.seconds = step + 1, time.perf_counter() - start
         if progress.step % _CHECK_EVERY == 0 or progress.step in (1, progress.steps):
@@ -232,7 +274,8 @@ def distill(
             figures = {f"nmse/{_tracked(plan)}": value for plan, value in progress.nmse.items()} | {"lr": lr}
             accelerator.log(figures, step=progress.steps_before + progress.step)
             report(progress)
-    for job in jobs.values():
+    for plan, job in jobs.items():
+        job.set_k(plan.k)
         if job.experts is not None:
             job.layer.gate.selection = None  # from here on it computes as it will when it is reloaded
 

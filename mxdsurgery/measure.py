@@ -16,12 +16,9 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.activations import hooked, record_activations, recording
 from mxdsurgery.blocks import Block
-from mxdsurgery.metrics import Sums, Table, error_sums, next_token_sums, scored_predictions, with_interval
+from mxdsurgery.metrics import Sums, Table, error_sums, frequency_decades, next_token_sums, scored_predictions, with_interval
 from mxdsurgery.model import decoder_layers
 from mxdsurgery.surgery import ConstantOutput, FrozenExperts, replaced, resumed_at
-
-# Firing frequencies are binned by decade; the first bin holds what fired less often than 1e-5 of the tokens.
-_FREQUENCY_DECADES = (-5, -4, -3, -2, -1, 0)
 
 
 @dataclass
@@ -246,11 +243,8 @@ def _usage_figures(usage: Sequence[_Usage]) -> dict[str, Any]:
     frequency = torch.cat([layer.fired.double() / layer.tokens for layer in usage])
     if len(frequency) == 0:
         return {"l0": None, "dead_share": None, "firing_frequency": None}
-    fired = frequency[frequency > 0]
-    decades = fired.log10().ceil().clamp(_FREQUENCY_DECADES[0], _FREQUENCY_DECADES[-1])
-    shares = [(decades == decade).sum().item() / len(frequency) for decade in _FREQUENCY_DECADES]
     return {
         "l0": sum(layer.fired.sum().item() / layer.tokens for layer in usage) / len(usage),
         "dead_share": (frequency == 0).double().mean().item(),
-        "firing_frequency": {f"up to 1e{decade}": share for decade, share in zip(_FREQUENCY_DECADES, shares, strict=True)},
+        "firing_frequency": frequency_decades(frequency),
     }

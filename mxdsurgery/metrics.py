@@ -9,6 +9,8 @@ from torch import Tensor
 
 _RESAMPLES = 2000
 _LEVEL = 0.95
+# Firing frequencies are binned by decade; the first bin holds what fired less often than 1e-5 of the tokens.
+_FREQUENCY_DECADES = (-5, -4, -3, -2, -1, 0)
 
 # Sums over the scored positions of each sequence, by name: each (S,) float64, S sequences.
 Sums = dict[str, Tensor]
@@ -98,3 +100,9 @@ def _resample_weights(sequences: int, seed: int) -> Tensor:
 
 def _finite(value: float) -> float | None:
     return value if value == value and abs(value) != float("inf") else None
+
+
+def frequency_decades(frequency: Tensor) -> dict[str, float]:
+    """The share of experts whose firing frequency (N,) is above zero and up to 1e-5, from there up to 1e-4, and so on."""
+    decades = frequency[frequency > 0].log10().ceil().clamp(_FREQUENCY_DECADES[0], _FREQUENCY_DECADES[-1])
+    return {f"up to 1e{decade}": (decades == decade).sum().item() / len(frequency) for decade in _FREQUENCY_DECADES}

@@ -22,6 +22,9 @@ _PACKAGE = Path(__file__).parent
 # Inside the package in an installed wheel; at the top of the repository in a checkout.
 RECIPES_FOLDER = next(path for path in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if path.is_dir())
 
+# Where K starts above its own value, it does not start above this unless asked to: early steps would cost too much.
+_MOST_K_START = 256
+
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _COUNT = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmb]?)", re.IGNORECASE)
 
@@ -140,9 +143,22 @@ class Recipe:
         choices=("topk", "batchtopk"),
     )
     k: int = _key(32, "count", "K, experts active per token", low=1)
+    k_start: int | None = _key(
+        None,
+        "count",
+        "K at the first step; it falls to k by the middle of the training. default: 4 k, but not above 256",
+        low=1,
+    )
     n_experts: int | None = _key(None, "count", "N, experts per layer; default: matched through expansion", low=1)
     expansion: float = _key(32.0, "number", "match N to a transcoder of this many times D features", low=0.01)
     unit_norm: bool = _key(False, "flag", "keep the experts' rows (C) at unit length")
+    specialise: float = _key(
+        0.001,
+        "number",
+        "weight of the penalty on what a Mixture of Decoders could do with its experts frozen; more: experts carry more",
+        low=0.0,
+        high=10.0,
+    )
     auxk: float = _key(0.0, "number", "weight of the loss that revives dead experts", low=0.0, high=10.0)
     # On which text
     data: str | None = _key(None, "text", "training text: hub dataset, .txt, .jsonl(.gz), .parquet, or stdlib")
@@ -218,6 +234,11 @@ class Recipe:
                 f"recipe keys 'warmup' and 'decay' are {self.warmup} and {self.decay}, together more than 1",
                 expected="shares of the steps that do not overlap",
             )
+
+    @property
+    def first_k(self) -> int:
+        """K at the first step, at least k."""
+        return max(self.k, min(4 * self.k, _MOST_K_START) if self.k_start is None else self.k_start)
 
     def to_dict(self) -> dict[str, Any]:
         """All keys and values, in order."""

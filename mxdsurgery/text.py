@@ -165,17 +165,24 @@ def _open_stream(spec: str) -> Iterable[dict]:
 
 def _hub_documents(spec: str, text_column: str) -> Iterator[str]:
     where = f"the data set {spec!r}"
+    for number, row in enumerate(hub_rows(spec)):
+        if number == 0:
+            _check_column(text_column, list(row), where)
+        if row[text_column] is not None:
+            yield _column_text(row[text_column], text_column, where)
+
+
+def hub_rows(spec: str, limit: int | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a data set on the hub, streamed; the first ``limit`` of them.
+
+    Raises:
+        DataError: it is not there or cannot be read.
+    """
     try:
-        for number, row in enumerate(_open_stream(spec)):
-            if number == 0:
-                _check_column(text_column, list(row), where)
-            if row[text_column] is not None:
-                yield _column_text(row[text_column], text_column, where)
-    except DataError:
-        raise
+        yield from itertools.islice(_open_stream(spec), limit)
     except Exception as error:  # the library raises what each of its layers raises, also in the midst of the stream
         raise DataError(
-            f"{where} cannot be read: {first_line(error)}",
+            f"the data set {spec!r} cannot be read: {first_line(error)}",
             expected=_FORMS,
             fix="check the spelling and the connection, or give a text that is on this machine with --data",
         ) from None

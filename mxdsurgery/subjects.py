@@ -1,0 +1,94 @@
+"""What experts are looked at in: a converted folder's layer, or all layers that a frontier kept, with the original model."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mxdsurgery.accelerator import make_accelerator
+from mxdsurgery.blocks import Block
+from mxdsurgery.checkpoint import RECIPE_FILE, load
+from mxdsurgery.comparison import FRONTIER_FILE, layer_file, load_layer, read_frontier
+from mxdsurgery.errors import LayerSelectionError
+from mxdsurgery.evaluate import load_original
+from mxdsurgery.model import load_model, load_tokenizer
+from mxdsurgery.plan import plan
+from mxdsurgery.recipe import Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """Layers with experts in place of one block.
+
+    Attributes:
+        model: the original model, on the device.
+        tokenizer: its own.
+        block: whose place the layers take.
+        layers: by name, in the model's dtype and on its device.
+        recipe: that they were made by.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    block: Block
+    layers: dict[str, nn.Module]
+    recipe: Recipe
+
+
+def open_subjects(
+    folder: str | Path, layer: int | None = None, *, base: str | None = None, device: str | None = None
+) -> Subjects:
+    """Opens what ``convert`` or ``frontier`` wrote.
+
+    Args:
+        folder: of either.
+        layer: default: the first that has experts.
+        base: the original model, where it is not found any more as the recipe names it.
+        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+
+    Raises:
+        NotConvertedError, OutputError: the folder is neither.
+        LayerSelectionError: it has no such layer, or none with experts.
+        BaseModelError, ModelNotFoundError: the original model is missing or another one.
+    """
+    folder = Path(folder)
+    opener = _of_frontier if (folder / FRONTIER_FILE).is_file() else _of_converted
+    return opener(folder, layer, base, device)
+
+
+def _of_converted(folder: Path, layer: int | None, base: str | None, device: str | None) -> Subjects:
+    converted = load(folder)
+    saved = Recipe(**load_recipe(folder / RECIPE_FILE))
+    recipe = dataclasses.replace(saved, device=device or saved.device, tracker="none")
+    planned = {entry.block.layer: entry for entry in converted.plan.layers if entry.n_experts}
+    index = _chosen(layer, list(planned), folder)
+    accelerator = make_accelerator(recipe)
+    model = load_original(converted, base or recipe.model, recipe).to(accelerator.device)
+    layers = {planned[index].what: converted.layers[index].to(accelerator.device)}
+    return Subjects(model, converted.tokenizer(), planned[index].block, layers, recipe)
+
+
+def _of_frontier(folder: Path, layer: int | None, base: str | None, device: str | None) -> Subjects:
+    found = read_frontier(folder)
+    rows = [row for row in found.rows if row["k"] is not None]
+    index = _chosen(layer, sorted({row["layer"] for row in rows}), folder)
+    recipe = Recipe(**found.settings)
+    recipe = dataclasses.replace(recipe, device=device or recipe.device, model=base or recipe.model)
+    made, _ = plan(recipe.model, recipe=folder / RECIPE_FILE, layers=str(index), k=1)
+    accelerator = make_accelerator(recipe)
+    model = load_model(recipe.model, revision=recipe.revision, dtype=made.dtype, device=accelerator.device)
+    paths = {f"{row['kind']}, K = {row['k']}": (row["kind"], row["k"]) for row in rows if row["layer"] == index}
+    layers = {name: load_layer(layer_file(folder, index, *which)).to(accelerator.device) for name, which in paths.items()}
+    return Subjects(model, load_tokenizer(recipe.model, recipe.revision), made.blocks[0], layers, recipe)
+
+
+def _chosen(layer: int | None, there: list[int], folder: Path) -> int:
+    if not there:
+        raise LayerSelectionError(f"{str(folder)!r} holds no experts", expected="a layer of another kind than dense")
+    if layer is not None and layer not in there:
+        raise LayerSelectionError(
+            f"{str(folder)!r} holds no experts in layer {layer}", expected="one of " + ", ".join(map(str, there))
+        )
+    return there[0] if layer is None else layer
