@@ -146,14 +146,14 @@ class Recipe:
     k_start: int | None = _key(
         None,
         "count",
-        "K at the first step; it falls to k by the middle of the training. default: 4 k, but not above 256",
+        "K at the first step, from where it falls to k; default: 8 k, but at most 256",
         low=1,
     )
     n_experts: int | None = _key(None, "count", "N, experts per layer; default: matched through expansion", low=1)
     expansion: float = _key(32.0, "number", "match N to a transcoder of this many times D features", low=0.01)
     unit_norm: bool = _key(False, "flag", "keep the experts' rows (C) at unit length")
     specialise: float = _key(
-        0.001,
+        0.003,
         "number",
         "weight of the penalty on what a Mixture of Decoders could do with its experts frozen; more: experts carry more",
         low=0.0,
@@ -174,7 +174,9 @@ class Recipe:
     )
     # How
     batch: int = _key(4096, "count", "tokens per optimiser step", low=8)
-    lr: float = _key(1e-3, "number", "peak learning rate of Adam", low=1e-8, high=1.0)
+    lr: float = _key(
+        1e-3, "number", "peak learning rate of Adam; of transcoders and autoencoders, twice that", low=1e-8, high=1.0
+    )
     warmup: float = _key(0.05, "number", "share of the steps with linear warm-up", low=0.0, high=1.0)
     decay: float = _key(0.3, "number", "share of the steps with linear decay to zero at the end", low=0.0, high=1.0)
     precision: str = _key(
@@ -238,7 +240,7 @@ class Recipe:
     @property
     def first_k(self) -> int:
         """K at the first step, at least k."""
-        return max(self.k, min(4 * self.k, _MOST_K_START) if self.k_start is None else self.k_start)
+        return max(self.k, min(8 * self.k, _MOST_K_START) if self.k_start is None else self.k_start)
 
     def to_dict(self) -> dict[str, Any]:
         """All keys and values, in order."""

@@ -10,9 +10,11 @@ from conftest import tiny_model
 
 from mxdsurgery.activations import record_activations
 from mxdsurgery.blocks import find_blocks
-from mxdsurgery.distill import Progress, distill, distillation_loss, learning_rate
+from mxdsurgery.cost import first_k
+from mxdsurgery.distill import Progress, active_experts, distill, distillation_loss, frozen_gain, learning_rate
 from mxdsurgery.errors import DivergedError
 from mxdsurgery.initialize import initial_layer, measure_statistics
+from mxdsurgery.measure import measure
 from mxdsurgery.plan import plan_layer
 from mxdsurgery.recipe import Recipe
 
@@ -59,6 +61,39 @@ def test_the_schedule_warms_up_stays_and_decays():
     assert rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
     paper = dataclasses.replace(recipe, warmup=0.0, decay=0.0)
     assert learning_rate(0, 100, paper) == learning_rate(99, 100, paper) == 1.0
+
+
+def test_k_falls_to_its_own_value_and_is_that_in_the_end():
+    ks = [active_experts(step, 100, 4, 32) for step in range(100)]
+    assert ks[0] == 32 and ks[35] == 18 and ks[70:] == [4] * 30 and ks == sorted(ks, reverse=True)
+    assert Recipe(k=4).first_k == 32 and Recipe(k=64).first_k == 256 and Recipe(k=300).first_k == 300
+    assert Recipe(k=4, k_start=4).first_k == 4 and Recipe(k=4, k_start=2).first_k == 4
+    plan = plan_layer(find_blocks(tiny_model("llama"))[0].block, dataclasses.replace(RECIPE, n_experts=20))
+    assert first_k(plan, RECIPE) == 20  # no more than there are
+    layers, _, _ = train(tiny_model("llama"), steps=4)
+    assert layers[0].gate.k == 4 and layers[0](torch.randn(3, 32)).shape == (3, 32)
+
+
+def test_the_penalty_is_what_the_best_constant_takes_off_the_loss():
+    generator = torch.Generator().manual_seed(0)
+    scale, y = (torch.randn(200, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    scale, bias = scale + y, torch.full((6,), 0.1, dtype=torch.float64)
+    target, weight = y - bias, 1 / y.norm(dim=1, keepdim=True)
+    best = torch.stack(
+        [torch.linalg.lstsq(weight.sqrt() * scale[:, [d]], weight.sqrt() * target[:, [d]]).solution[0, 0] for d in range(6)]
+    )
+    gained = distillation_loss(bias.expand_as(y), y) - distillation_loss(best * scale + bias, y)
+    assert frozen_gain(scale, target, y).item() == pytest.approx(gained.item(), rel=1e-5)
+
+
+def test_the_penalty_makes_the_experts_carry_more():
+    model = tiny_model("llama")
+
+    def share(specialise):
+        layers, _, blocks = train(model, dataclasses.replace(RECIPE, specialise=specialise), steps=150, layers=(0,))
+        return measure(model, blocks, {0: layers[0].eval()}, next(batches(99)), 512)["layers"][0]["constant_gate_nmse"]
+
+    assert share(0.1) > 1.5 * share(0.0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])

@@ -1,0 +1,241 @@
+"""Measures the frontiers, probes and dissections of docs/frontier.md, and prints that page from what was measured.
+
+    python scripts/frontiers.py measure --shared ../shared     # about an hour on two cores
+    python scripts/frontiers.py page > docs/frontier.md
+
+What is measured is kept in docs/frontier/. What is in --runs already is not measured again: delete it to begin anew.
+The shared folder holds models/, text/ and probing/ (CONTRIBUTING.md says what they are for).
+"""
+
+import json
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import mxdsurgery
+from mxdsurgery.card import LEGEND
+from mxdsurgery.comparison import Frontier
+from mxdsurgery.console import ConsoleReporter, compact
+
+KEPT = Path(__file__).parents[1] / "docs" / "frontier"
+KINDS = ("mxd", "transcoder", "skip-transcoder", "topk-sae", "dense")
+K = (16, 32, 64, 128, 256)
+PROBING = ("ag_news", "languages", "sentiment")
+# Probing and dissection look at the kinds at this K.
+LOOKED_AT = 32
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its middle layer and its texts."""
+
+    model: str
+    layer: int
+    data: str
+    eval_data: str
+    eval_tokens: int
+
+
+SUBJECTS = (
+    Subject("books-llama-6m", 3, "train.jsonl.gz", "heldout.jsonl.gz", 55_296),
+    Subject("tinystories-chat-gpt2-3M", 4, "tinystories-train.txt", "tinystories-heldout.txt", 18_432),
+    Subject("stories260K", 2, "tinystories-train.txt", "tinystories-heldout.txt", 18_432),
+)
+TOKENS = 2_000_000
+
+
+def measure_frontier(subject: Subject, shared: Path, runs: Path) -> Frontier:
+    """Of one model; what is needed for the page is copied to docs/frontier."""
+    made = mxdsurgery.frontier(
+        str(shared / "models" / subject.model),
+        layer=subject.layer,
+        k=K,
+        kinds=KINDS,
+        data=str(shared / "text" / subject.data),
+        eval_data=str(shared / "text" / subject.eval_data),
+        tokens=TOKENS,
+        eval_tokens=subject.eval_tokens,
+        dtype="float32",
+        device="cpu",
+        out=str(runs / subject.model),
+        reporter=ConsoleReporter(),
+    )
+    KEPT.mkdir(parents=True, exist_ok=True)
+    read = json.loads((made.out / "frontier.json").read_text())
+    paths = {name: Path(read["settings"][name]).name for name in ("model", "data", "eval_data")}
+    read["settings"] |= paths  # no local paths in what is published
+    machine = f"torch {torch.__version__.split('+')[0]}, {platform.machine()}, {torch.get_num_threads()} threads"
+    (KEPT / f"{subject.model}.json").write_text(json.dumps(read | {"machine": machine}, indent=1) + "\n")
+    shutil.copy(made.out / "frontier.png", KEPT / f"{subject.model}.png")
+    return made
+
+
+def look(made: Frontier, shared: Path) -> None:
+    """Probes and dissects the kinds at one K."""
+    chosen = [row for row in made.rows if row["k"] == LOOKED_AT]
+    folder = made.out.with_name(f"{made.out.name}-k{LOOKED_AT}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / "layers").symlink_to((made.out / "layers").resolve())
+    for name in ("recipe.yaml", "frontier.json"):
+        shutil.copy(made.out / name, folder / name)
+    read = json.loads((folder / "frontier.json").read_text())
+    (folder / "frontier.json").write_text(json.dumps(read | {"rows": chosen}))
+    for data in PROBING:
+        path = str(shared / "probing" / f"{data}.jsonl")
+        for verb, found in (
+            ("probe", mxdsurgery.probe(folder, data=path, reporter=ConsoleReporter())),
+            ("dissect", mxdsurgery.dissect(folder, data=path, samples=2000, reporter=ConsoleReporter())),
+        ):
+            found["data"] = Path(found["data"]).name
+            (KEPT / f"{made.out.name}-{verb}-{data}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def kept(pattern: str) -> dict[str, dict[str, Any]]:
+    """What was measured, by file name without its suffix."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(KEPT.glob(pattern))}
+
+
+def rows_of(table: Frontier) -> Iterator[str]:
+    """A Markdown table of a frontier."""
+    yield "| kind | K | N | parameters | ΔCE | 95 % interval | KL | NMSE | ΔCE, experts frozen | expert share | unused |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    for row in table.rows:
+        low, high = row["delta_ce_ci"]
+        unused = "-" if row["dead_share"] is None else f"{row['dead_share']:.0%}"
+        yield (
+            f"| {row['kind']} | {row['k'] or '-'} | {row['n_experts'] or '-'} | {compact(row['params'])} "
+            f"| {row['delta_ce']:+.4f} | {low:+.4f} to {high:+.4f} | {row['kl']:.4f} | {row['nmse']:.4f} "
+            f"| {row['constant_gate_delta_ce']:+.4f} | {row['expert_share']:.2f} | {unused} |"
+        )
+
+
+def ratio_lines(table: Frontier) -> Iterator[str]:
+    """How many times MxD's loss the transcoder's is, at each K."""
+    loss = {(row["kind"], row["k"]): row["delta_ce"] for row in table.rows}
+    yield "| K | " + " | ".join(str(k) for k in K) + " |"
+    yield "|---" * (len(K) + 1) + "|"
+    for other in ("transcoder", "skip-transcoder", "topk-sae"):
+        cells = (f"{loss[other, k] / loss['mxd', k]:.1f}" if loss["mxd", k] > 0 else "-" for k in K)
+        yield f"| {other}'s ΔCE over mxd's | " + " | ".join(cells) + " |"
+
+
+def frontier_section(name: str, read: dict[str, Any]) -> Iterator[str]:
+    """One model's figure and tables."""
+    table = Frontier(KEPT, read["rows"], read["tokens"], read["original"], read["settings"])
+    layer = table.rows[0]["layer"]
+    yield f"## {name}, layer {layer}\n"
+    yield f"![ΔCE against K](frontier/{name}.png)\n"
+    used, first = read["settings"], table.rows[0]
+    keys = ", ".join(f"{key} {used[key]}" for key in ("batch", "lr", "warmup", "decay", "specialise"))
+    yield (
+        f"{compact(first['train_tokens'])} training tokens of {used['data']} ({keys}; {read['machine']}); {table.tokens:,} "
+        f"held-out tokens of {used['eval_data']}, original cross-entropy {table.original['ce']:.4f}; with the block zeroed "
+        f"{first['zero_delta_ce']:+.4f}, with its mean output {first['mean_delta_ce']:+.4f}.\n"
+    )
+    yield from table.verdicts
+    yield ""
+    yield from ratio_lines(table)
+    yield ""
+    yield from rows_of(table)
+    yield ""
+
+
+def probing_section(found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """F1 of the best single unit, per data set, per kind."""
+    yield "| data | what | units | mean F1 | floor | mean balanced accuracy | floor | mean F1 as the paper picks it |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for result in found.values():
+        for subject in result["subjects"]:
+            names = ("mean_f1", "mean_floor_f1", "mean_balanced_accuracy", "mean_floor_balanced_accuracy", "mean_best_f1")
+            cells = " | ".join(f"{subject[name]:.3f}" for name in names)
+            yield f"| {result['data']} ({result['texts']:,} texts) | {subject['name']} | {subject['units']:,} | {cells} |"
+    yield ""
+    yield "The best expert of `mxd` for each class (F1; balanced accuracy):\n"
+    for result in found.values():
+        best = result["subjects"][0]["classes"]
+        cells = (f"{c['class']}: {c['unit']} ({c['f1']:.2f}; {c['balanced_accuracy']:.2f})" for c in best)
+        yield f"- {result['data']}: " + ", ".join(cells)
+    yield ""
+
+
+def dissection_section(found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Rank, similarity, usage and class information."""
+    head = (
+        "data",
+        "what",
+        "effective rank",
+        "nearest cosine",
+        "chance",
+        "unused",
+        "effective experts",
+        "class information",
+        "chance",
+    )
+    yield "| " + " | ".join(head) + " |"
+    yield "|---" * len(head) + "|"
+    for result in found.values():
+        for subject in result["subjects"]:
+            near, use = subject["similarity"], subject["specialisation"]
+            cells = (
+                f"{subject['rank']['effective']['50%']:.0f}",
+                f"{near['experts']['50%']:.2f}",
+                f"{near['chance']['50%']:.2f}",
+                f"{subject['usage']['dead_share']:.0%}",
+                f"{subject['usage']['effective_experts']:,.0f}",
+                f"{use['information']:.3f}",
+                f"{use['chance_information']:.3f}",
+            )
+            yield f"| {result['data']} | {subject['name']} | " + " | ".join(cells) + " |"
+        hidden = result["hidden_units"]
+        information = f"{hidden['information']:.3f} | {hidden['chance_information']:.3f}"
+        yield f"| {result['data']} | hidden units | - | - | - | - | - | {information} |"
+    rank = next(iter(found.values()))["decoder_effective_rank"]
+    yield f"\nThe original decoder's effective rank is {rank:.0f}; a feature of the other kinds writes one direction.\n"
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command()
+@click.option("--shared", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs/frontiers"), show_default=True)
+@click.option("--only", help="Only models whose name contains this.")
+def measure(shared: Path, runs: Path, only: str | None) -> None:
+    """Measure, some minutes for a small model; gone on with where it stood."""
+    for subject in SUBJECTS:
+        if only is None or only in subject.model:
+            made = measure_frontier(subject, shared, runs)
+            if subject is SUBJECTS[0]:
+                look(made, shared)
+
+
+@main.command()
+def page() -> None:
+    """Print docs/frontier.md."""
+    click.echo((KEPT / "introduction.md").read_text())
+    for subject in SUBJECTS:
+        path = KEPT / f"{subject.model}.json"
+        if path.is_file():
+            click.echo("\n".join(frontier_section(subject.model, json.loads(path.read_text()))))
+    name = SUBJECTS[0].model
+    for heading, pattern, section in (
+        ("Probing", f"{name}-probe-*.json", probing_section),
+        ("Rank and specialisation", f"{name}-dissect-*.json", dissection_section),
+    ):
+        click.echo(f"## {heading}: {name}, layer {SUBJECTS[0].layer}, K = {LOOKED_AT}\n")
+        click.echo((KEPT / f"{heading.split()[0].lower()}.md").read_text())
+        click.echo("\n".join(section(kept(pattern))))
+    click.echo(LEGEND)
+
+
+if __name__ == "__main__":
+    main()
