@@ -4,6 +4,7 @@ Weights, inputs and targets are random: what is computed, and so its time, does 
 """
 
 import dataclasses
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from mxdsurgery.accelerator import choose_kernels, make_accelerator
 from mxdsurgery.activations import record_activations
-from mxdsurgery.cost import BaseModel, Group, LayerPlan, Machine, base_forward_flops, layer_flops, tokens_per_step
-from mxdsurgery.distill import LayerInTraining, train_step
+from mxdsurgery.cost import BaseModel, Group, LayerPlan, Machine, base_forward_flops, first_k, layer_flops, tokens_per_step
+from mxdsurgery.distill import LayerInTraining, active_experts, train_step
 from mxdsurgery.initialize import layer_shape
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.replacement import LAYER_KINDS
@@ -123,6 +124,7 @@ def _training_step(layer: LayerPlan, recipe: Recipe, batch: int, device: str) ->
         x, y = torch.randn(2, batch, layer.block.d_model)
     choose_kernels(accelerator, d_model=layer.block.d_model, n_experts=layer.n_experts, k=layer.k, tokens=batch)
     job = LayerInTraining(layer.name, made, recipe)
+    job.set_k(round(statistics.mean(active_experts(step, 100, layer.k, first_k(layer, recipe)) for step in range(100))))
     return lambda tokens: train_step(job, x[:tokens], y[:tokens], recipe.lr, tokens, accelerator)
 
 

@@ -7,6 +7,7 @@ import yaml
 from rich.table import Table
 
 from mxdsurgery.console import compact, duration, size
+from mxdsurgery.cost import LayerPlan
 from mxdsurgery.plan import Plan
 from mxdsurgery.recipe import Recipe
 
@@ -24,6 +25,15 @@ FIGURES = (
 )
 # Those that a terminal shows: enough to see whether a layer is faithful and its experts matter.
 _SHORT = ("delta_ce", "kl", "top1_agreement", "nmse", "zero_delta_ce", "expert_share", "dead_share")
+
+# In a heading, and in a sentence.
+_KINDS = {
+    "mxd": ("Mixtures of Decoders", "Mixture-of-Decoders layers (arXiv 2505.21364)"),
+    "transcoder": ("transcoders", "transcoders"),
+    "skip-transcoder": ("skip transcoders", "transcoders with a dense linear map beside them"),
+    "topk-sae": ("autoencoded outputs", "themselves and a sparse autoencoder of their output"),
+    "dense": ("retrained dense layers", "dense layers of the same width, retrained"),
+}
 
 LEGEND = """\
 ΔCE: nats per token that next-token prediction got worse by; if zeroed: with the block removed altogether. KL: from the
@@ -76,12 +86,11 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any]) -> str:
     return "\n".join(
         [
             *header,
-            f"# {base}, {len(plan.layers)} MLP blocks as Mixtures of Decoders",
+            f"# {base}, {len(plan.layers)} MLP blocks as {_KINDS[first.kind][0]}",
             "",
             f"Made from `{base}`{revision} by mxdsurgery. The MLP blocks of layers "
-            f"{', '.join(str(layer.block.layer) for layer in plan.layers)} are replaced by Mixture-of-Decoders layers "
-            f"(arXiv 2505.21364) with N = {first.n_experts:,} experts each, K = {first.k} of them active per token. "
-            f"{compact(plan.original_parameters)} parameters became {compact(plan.parameters)}.",
+            f"{', '.join(str(layer.block.layer) for layer in plan.layers)} are replaced by {_KINDS[first.kind][1]}"
+            f"{_sparsity(first)}. {compact(plan.original_parameters)} parameters became {compact(plan.parameters)}.",
             "",
             "```python",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -90,9 +99,7 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any]) -> str:
             'tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)',
             "```",
             "",
-            f"The coefficients of the experts of layer {first.block.layer} are the output of `{_gate_path(plan)}`: "
-            "values and expert indices, (batch, tokens, K). A forward hook there reads and changes them.",
-            "",
+            *_gate_lines(plan),
             "## What it cost",
             "",
             f"Measured on {evaluation['tokens']:,} tokens of held-out text ({evaluation['sequences']} contexts of "
@@ -128,8 +135,25 @@ def _training_lines(record: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _gate_path(plan: Plan) -> str:
-    return f"model.base_model.{plan.layers[0].block.path}.gate"
+def _sparsity(layer: LayerPlan) -> str:
+    """N and K, where the layer has experts."""
+    if not layer.n_experts:
+        return ""
+    active = "per token" if layer.sparsity == "topk" else "per token on average"
+    return f" with N = {layer.n_experts:,} experts each, K = {layer.k} of them active {active}"
+
+
+def _gate_lines(plan: Plan) -> list[str]:
+    """Where the coefficients are found, where there are any."""
+    first = plan.layers[0]
+    if not first.n_experts:
+        return []
+    return [
+        f"The coefficients of the experts of layer {first.block.layer} are the output of "
+        f"`model.base_model.{first.block.path}.gate`: values and expert indices, (batch, tokens, K). A forward hook there "
+        "reads and changes them.",
+        "",
+    ]
 
 
 def _is_local(value: object) -> bool:

@@ -26,7 +26,7 @@ def frontier_chart(rows: list[dict[str, Any]], model: str, original_ce: float, t
         tokens: held-out tokens that the figures rest on.
     """
     layers = sorted({row["layer"] for row in rows})
-    figure = Figure(figsize=(1 + 4.5 * len(layers), 4.2), layout="constrained")
+    figure = Figure(figsize=(1.2 + 4.8 * len(layers), 4.6), layout="constrained")
     figure.suptitle(f"{model}: one MLP block replaced, {tokens:,} held-out tokens", fontsize=11)
     for axes, layer in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
         mine = [row for row in rows if row["layer"] == layer]
@@ -42,7 +42,7 @@ def frontier_chart(rows: list[dict[str, Any]], model: str, original_ce: float, t
         axes.set_xlabel("K, active experts or features per token")
         axes.set_ylabel("ΔCE, nats per token")
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
     return figure
 
 

@@ -13,7 +13,7 @@ from mxdsurgery.accelerator import make_accelerator
 from mxdsurgery.blocks import prove_block
 from mxdsurgery.checkpoint import PLAN_FILE, RECIPE_FILE
 from mxdsurgery.console import Reporter, compact, duration, size
-from mxdsurgery.errors import ExportError, OutputError
+from mxdsurgery.errors import ExportError, Interrupted, OutputError
 from mxdsurgery.export import check_output, export, write_json
 from mxdsurgery.measure import measure
 from mxdsurgery.memory import PeakMemory
@@ -25,10 +25,6 @@ from mxdsurgery.train import Training, train_groups
 
 # Contexts on which the reloaded checkpoint is compared with the model in memory.
 _CHECK_CONTEXTS = 2
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while training; ``str()`` says where it stood and what was kept."""
 
 
 @dataclass(frozen=True)

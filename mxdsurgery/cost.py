@@ -390,7 +390,8 @@ def _remedies(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, mach
         found.append(f"a smaller buffer of text: --shuffle {_rounded_down(min(room // _TEXT_BYTES, recipe.shuffle), 0)}")
     if base.element_bytes == 4 and _fits(layers, dataclasses.replace(base, dtype="bfloat16"), recipe, machine):
         found.append("the base model in half the bytes: --dtype bfloat16")
-    fewer = [count for count in range(1, len(layers)) if _fits(layers[:count], base, recipe, machine)]
+    several = len({layer.block.layer for layer in layers}) == len(layers)  # not kinds for the same block
+    fewer = [count for count in range(1, len(layers)) if several and _fits(layers[:count], base, recipe, machine)]
     if fewer:
         chosen = write_layers([layer.block.layer for layer in layers[: fewer[-1]]])
         found.append(f"fewer layers: --layers {chosen}")

@@ -92,6 +92,10 @@ class DeviceError(MxDError):
     """A device or a way of launching that is not there or not supported."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in long work; ``str()`` says where it stood and what was kept."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says in its first line, and in the second where the first ends with a colon."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

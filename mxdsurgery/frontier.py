@@ -2,7 +2,8 @@
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mxdsurgery.blocks import Block, prove_block
 from mxdsurgery.comparison import FRONTIER_FILE, Frontier, read_frontier, row_key, save_layer
 from mxdsurgery.console import Reporter
 from mxdsurgery.cost import LayerPlan, layer_parameters, matched_n_experts, transcoder_parameters
-from mxdsurgery.errors import OutputError, RecipeError
+from mxdsurgery.errors import Interrupted, OutputError, RecipeError
 from mxdsurgery.measure import measure_candidates
 from mxdsurgery.model import load_model, load_tokenizer
 from mxdsurgery.plan import WORTH_PREDICTING, Plan, plan, plan_layer, with_layers, with_time
@@ -60,7 +61,8 @@ def frontier(
 
     Raises:
         RecipeError: an unknown kind, a wrong K, or what `mxdsurgery.plan` raises.
-        OutputError: the folder holds rows of other settings or something else.
+        OutputError: the folder holds rows of other settings or something else, or cannot be written.
+        Interrupted: Ctrl-C; the rows so far are kept.
     """
     reporter = reporter or Reporter()
     kinds, k = _checked(kinds, k)
@@ -84,11 +86,11 @@ def frontier(
     base = load_model(model, revision=resolved.revision, dtype=made.dtype, device=accelerator.device)
     reporter.say(f"proof      the block recomputed from its weights, relative error {prove_block(base, made.blocks[0]):.1e}")
     remaining = iter(todo)
-    for group in made.groups:
-        planned = [next(remaining) for _ in group.layers]
-        part = dataclasses.replace(made, layers=planned, groups=[group])
-        found = _run_group(found, base, part, train, heldout, resolved, accelerator, reporter)
-        found.write()
+    with _kept(out, resolved.overwrite):
+        for group in made.groups:
+            part = dataclasses.replace(made, layers=[next(remaining) for _ in group.layers], groups=[group])
+            found = _run_group(found, base, part, train, heldout, resolved, accelerator, reporter)
+            found.write()
     return found
 
 
@@ -145,19 +147,14 @@ def _run_group(
 
 
 def _open_folder(out: Path, settings: dict[str, Any], overwrite: bool) -> Frontier:
-    """What the folder holds; makes it where it is not there.
+    """What the folder holds, or will be begun with.
 
     Raises:
         OutputError: it holds rows of other settings, or is no folder of ours.
     """
-    if overwrite and (out / FRONTIER_FILE).is_file():
-        shutil.rmtree(out)
-    try:
-        if not out.exists() or not any(out.iterdir()):
-            out.mkdir(parents=True, exist_ok=True)
-            return Frontier(out, [], 0, {}, settings)
-    except OSError as error:
-        raise OutputError(f"{str(out)!r} cannot be written: {error.strerror or error}", fix="give another --out") from None
+    empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if empty or (overwrite and (out / FRONTIER_FILE).is_file()):
+        return Frontier(out, [], 0, {}, settings)
     found = read_frontier(out)
     other = [name for name in settings if found.settings.get(name) != settings[name]]
     if other:
@@ -168,3 +165,24 @@ def _open_folder(out: Path, settings: dict[str, Any], overwrite: bool) -> Fronti
             fix="give another --out, or --overwrite to begin anew",
         )
     return found
+
+
+@contextmanager
+def _kept(out: Path, overwrite: bool) -> Iterator[None]:
+    """The folder to work in, from now on; begun anew with ``overwrite``.
+
+    Raises:
+        Interrupted: Ctrl-C.
+        OutputError: it cannot be written.
+    """
+    try:
+        if overwrite and (out / FRONTIER_FILE).is_file():
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except KeyboardInterrupt:
+        rows = len(read_frontier(out).rows) if (out / FRONTIER_FILE).is_file() else 0
+        again = "the same command, without --overwrite, goes on from there"
+        raise Interrupted(f"Interrupted. {out} holds {rows} finished rows: {again}.") from None
+    except OSError as error:
+        raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space or give another --out") from None

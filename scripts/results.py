@@ -38,6 +38,8 @@ SUBJECTS = (
     Subject("tinystories-chat-gpt2-3M", "tinystories-train.txt", "tinystories-heldout.txt", 500_000, 18_432),
     Subject("stories260K", "tinystories-train.txt", "tinystories-heldout.txt", 500_000, 18_432),
 )
+# K constant and no penalty, so that the starts alone are compared; docs/training.md has what these two change.
+PLAIN = {"k_start": 1, "specialise": 0.0}
 # One middle layer, trained longer and measured on more text. Over more steps a constant learning rate kills experts.
 LONG = {"layers": "3", "k": 16, "init": "encoder", "tokens": 3_600_000, "decay": 0.9, "eval_tokens": 55_296}
 
@@ -54,6 +56,7 @@ def converted(subject: Subject, shared: Path, out: Path, **options: object) -> d
             device="cpu",
             out=str(out),
             reporter=ConsoleReporter(),
+            **PLAIN,
             **{"tokens": subject.tokens, "eval_tokens": subject.eval_tokens, **options},
         )
     return json.loads((out / "evaluation.json").read_text()) | {"plan": json.loads((out / "plan.json").read_text())}
@@ -96,6 +99,7 @@ def main(shared: Path, runs: Path, only: str | None) -> None:
     threads = torch.get_num_threads()
     machine = f"torch {torch.__version__.split('+')[0]}, {platform.machine()}, CPU threads: {threads}"
     click.echo(f"({machine}; base models and all figures in fp32; layers trained under bf16 autocast if the CPU has AMX).\n")
+    click.echo("K is constant and the penalty `specialise` is 0: docs/training.md has what these two change.\n")
     click.echo(LEGEND + "\n")
     click.echo("## All layers at once, by `init` and K\n")
     click.echo("| model | init | K | ΔCE | KL | same top-1 | NMSE | ΔCE if zeroed | expert share | tokens | minutes |")

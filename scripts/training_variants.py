@@ -52,55 +52,75 @@ class Variant:
     Attributes:
         why: what it tries.
         recipe: recipe keys; the rest is as in the recipe for small models, with K = 16.
+        rates: factors of the learning rate, by the first part of a parameter's name; 0 freezes.
         gate_rows: ``data``: gate rows are sampled inputs instead of random.
         resample: every so many steps, dead experts start anew at tokens with a large error.
-        rates: factors of the learning rate, by the first part of a parameter's name; 0 freezes.
         hidden: share of the hidden units that are kept, the strongest ones.
         centre: keep the mean of what the experts say at zero, by shifting all rows of C after each step.
         penalty_until: share of the steps with the penalty.
+        falls_until: share of the steps in which K falls.
+        beta2: Adam's.
     """
 
     why: str
     recipe: dict[str, Any] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
     gate_rows: str = "random"
     resample: int = 0
-    rates: dict[str, float] = field(default_factory=dict)
     hidden: float = 1.0
     centre: bool = False
     penalty_until: float = 1.0
+    falls_until: float = 0.7
+    beta2: float = 0.999
 
 
-# How 0.1.0 trained before: K constant, no penalty.
+# As training was before: K constant, no penalty.
 PLAIN = {"k_start": K, "specialise": 0.0}
+# K falls from 4 K over the first half of the steps.
+EARLY = {"k_start": 4 * K}
 VARIANTS = {
-    "transcoder": Variant("baseline", {"kind": "transcoder"}),
+    "default": Variant("K falls from 8 K over 70 % of the steps; penalty .003"),
+    "encoder": Variant("as before: the block's encoder at the start, K constant, no penalty", PLAIN),
     "random": Variant("the paper's start", PLAIN | {"init": "random"}),
     "pretrained": Variant("the whole block at the start", PLAIN | {"init": "pretrained"}),
-    "encoder": Variant("the block's encoder at the start, as before", PLAIN),
-    "default": Variant("K falls from 8 K, penalty 0.003"),
-    "penalty .001": Variant("K falls, weaker penalty", {"specialise": 0.001}),
-    "penalty .01": Variant("K falls, stronger penalty", {"specialise": 0.01}),
-    "penalty .03": Variant("K falls, stronger penalty", {"specialise": 0.03}),
-    "K falls": Variant("K falls from 8 K, no penalty", {"specialise": 0.0}),
-    "K falls from 4 K": Variant("penalty 0.003", {"k_start": 4 * K}),
-    "K falls from 16 K": Variant("penalty 0.003", {"k_start": 16 * K}),
-    "K constant, penalty .003": Variant("penalty alone", PLAIN | {"specialise": 0.003}),
-    "K constant, penalty .01": Variant("penalty alone", PLAIN | {"specialise": 0.01}),
-    "penalty .01, dropped at 60 %": Variant(
-        "first specialised, then faithful", PLAIN | {"specialise": 0.01}, penalty_until=0.6
+    "transcoder": Variant("the baseline, at the rate that is best for it (4e-3)", {"kind": "transcoder", "lr": 4e-3}),
+    "penalty .001": Variant("weaker penalty", {"specialise": 0.001}),
+    "penalty .002": Variant("weaker penalty", {"specialise": 0.002}),
+    "penalty .01": Variant("stronger penalty", {"specialise": 0.01}),
+    "K falls": Variant("no penalty", {"specialise": 0.0}),
+    "16 K, penalty .005": Variant("K falls from 16 K", {"k_start": 16 * K, "specialise": 0.005}),
+    "4 K": Variant("K falls from 4 K, over half of the steps; no penalty", EARLY | {"specialise": 0.0}, falls_until=0.5),
+    "4 K, penalty .001": Variant("the same, penalty .001", EARLY | {"specialise": 0.001}, falls_until=0.5),
+    "4 K, penalty .003": Variant("the same, penalty .003", EARLY, falls_until=0.5),
+    "4 K, penalty .01": Variant("the same, penalty .01", EARLY | {"specialise": 0.01}, falls_until=0.5),
+    "4 K, penalty .03": Variant("the same, penalty .03", EARLY | {"specialise": 0.03}, falls_until=0.5),
+    "4 K until 80 %, penalty .01": Variant("falls for longer", EARLY | {"specialise": 0.01}, falls_until=0.8),
+    "4 K, lr 4e-3, penalty .003": Variant("twice the learning rate", EARLY | {"lr": 4e-3}, falls_until=0.5),
+    "4 K, encoder x3": Variant(
+        "learning rate x3 for E, no penalty", EARLY | {"specialise": 0.0}, {"encoder": 3.0}, falls_until=0.5
     ),
+    "K constant, penalty .01": Variant("penalty alone", PLAIN | {"specialise": 0.01}),
+    "K constant, penalty .1": Variant("penalty alone", PLAIN | {"specialise": 0.1}),
+    "K constant, penalty .01 at first": Variant("until 60 % of the steps", PLAIN | {"specialise": 0.01}, penalty_until=0.6),
     "centred C": Variant("what the experts say has mean zero", PLAIN, centre=True),
     "gate rows from the data": Variant("sampled inputs", PLAIN, gate_rows="data"),
-    "half the hidden units": Variant("the dense path can do less; N as matched", PLAIN, hidden=0.5),
+    "half the hidden units": Variant("the strongest ones; N as matched for all", PLAIN, hidden=0.5),
     "unit-norm C": Variant("radial gradient removed", PLAIN | {"unit_norm": True}),
     "AuxK": Variant("dead experts learn the error, weight 1/32", PLAIN | {"auxk": 0.03125}),
-    "dead experts resampled": Variant("every 50 steps, at tokens with a large error", PLAIN, resample=50),
-    "encoder frozen": Variant("learning rate 0 for E", PLAIN, rates={"encoder": 0.0}),
-    "encoder faster": Variant("learning rate x3 for E", PLAIN, rates={"encoder": 3.0}),
-    "gate faster": Variant("learning rate x3 for G", PLAIN, rates={"gate": 3.0}),
-    "decoder slower": Variant("learning rate x0.3 for D", PLAIN, rates={"decoder": 0.3}),
-    "twice the learning rate": Variant("4e-3", PLAIN | {"lr": 4e-3}),
+    "resampled": Variant("every 50 steps, dead experts start anew where the error is large", PLAIN, resample=50),
+    "4 K, resampled, penalty .01": Variant("both", EARLY | {"specialise": 0.01}, resample=50, falls_until=0.5),
+    "encoder frozen": Variant("learning rate 0 for E", PLAIN, {"encoder": 0.0}),
+    "encoder x3": Variant("learning rate x3 for E", PLAIN, {"encoder": 3.0}),
+    "gate x3": Variant("learning rate x3 for G", PLAIN, {"gate": 3.0}),
+    "decoder x0.3": Variant("learning rate x0.3 for D", PLAIN, {"decoder": 0.3}),
     "long decay": Variant("learning rate falls over 95 % of the steps", PLAIN | {"decay": 0.95}),
+    "long decay, lr 4e-3": Variant("the same, from twice as high", PLAIN | {"decay": 0.95, "lr": 4e-3}),
+    "Adam's beta2 .99": Variant("instead of .999", PLAIN, beta2=0.99),
+    "encoder, 6 M tokens": Variant("three times as long", PLAIN | {"tokens": 6_000_000}),
+    "4 K, penalty .0015, 6 M tokens": Variant(
+        "three times as long", EARLY | {"specialise": 0.0015, "tokens": 6_000_000}, falls_until=0.5
+    ),
+    "transcoder, 6 M tokens": Variant("three times as long, rate 2e-3", {"kind": "transcoder", "tokens": 6_000_000}),
 }
 
 
@@ -152,7 +172,8 @@ class Trial:
                     layer.encoder_up.requires_grad_(False)
         self.job = LayerInTraining(name, layer, recipe, dead_after=0.1 * steps * tokens_per_step(recipe))
         self.job.optimizer.param_groups = [
-            self.job.optimizer.param_groups[0] | {"params": [weight], "factor": self._factor(weight_name)}
+            self.job.optimizer.param_groups[0]
+            | {"params": [weight], "factor": self._factor(weight_name), "betas": (0.9, self.variant.beta2)}
             for weight_name, weight in layer.named_parameters()
             if weight.requires_grad
         ]
@@ -164,7 +185,8 @@ class Trial:
     def step(self, step: int, x: Tensor, y: Tensor, accelerator: Any) -> None:
         """One step on x, y (tokens, D)."""
         seen = (step + 1) * len(x)
-        self.job.set_k(active_experts(step, self.steps, self.made.k, first_k(self.made, self.recipe)))
+        falls = round(self.steps * self.variant.falls_until / 0.7)  # over 70 % of these
+        self.job.set_k(active_experts(step, falls, self.made.k, first_k(self.made, self.recipe)))
         if step >= self.variant.penalty_until * self.steps:
             self.job.specialise = 0.0
         train_step(self.job, x, y, learning_rate(step, self.steps, self.recipe), seen, accelerator)
@@ -212,6 +234,7 @@ def resample(job: LayerInTraining, x: Tensor, y: Tensor, seen: int) -> None:
 def run(names: list[str], shared: Path, tokens: int, eval_tokens: int) -> Iterator[dict[str, Any]]:
     """Trains the variants side by side and judges each."""
     texts = {"data": str(shared / "text/train.jsonl.gz"), "eval_data": str(shared / "text/heldout.jsonl.gz")}
+    tokens = VARIANTS[names[0]].recipe.get("tokens", tokens)
     common = {"layers": str(LAYER), "k": K, "tokens": tokens, "eval_tokens": eval_tokens, "device": "cpu", "dtype": "float32"}
     made, recipe = plan(str(shared / "models" / MODEL), **common, **texts)
     accelerator, tokenizer, block = make_accelerator(recipe), load_tokenizer(recipe.model), made.blocks[0]
@@ -262,13 +285,14 @@ def results() -> dict[str, dict[str, Any]]:
 
 
 def chart(rows: dict[str, dict[str, Any]]) -> Figure:
-    """NMSE against expert_share: what is to the upper left of all others is on the Pareto front."""
+    """NMSE against expert_share, with the numbers of the page's rows: what has nothing to its upper left is on the front."""
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
-    for name, row in rows.items():
-        new = name in ("default", "K falls") or name.startswith("penalty") and "first" not in name
+    for number, (name, row) in enumerate(rows.items(), start=1):
+        new = VARIANTS[name].recipe.get("k_start") != K and "transcoder" not in name  # K falls
         axes.plot(row["nmse"], row["expert_share"], "o" if new else "s", color="#0072B2" if new else "#D55E00")
-        axes.annotate(name, (row["nmse"], row["expert_share"]), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        label = f"{number} {name}" if name in ("default", "encoder", "random", "pretrained", "transcoder") else number
+        axes.annotate(label, (row["nmse"], row["expert_share"]), xytext=(4, 3), textcoords="offset points", fontsize=8)
     # The prototype's points, from before this project's first line (1.6 M and 3.6 M tokens).
     for share, error, label in (
         (0.30, 0.049, "prototype, 1.6 M"),
@@ -277,6 +301,10 @@ def chart(rows: dict[str, dict[str, Any]]) -> Figure:
     ):
         axes.plot(error, share, "x", color="#555555")
         axes.annotate(label, (error, share), xytext=(4, 3), textcoords="offset points", fontsize=7, color="#555555")
+    axes.plot([], [], "o", color="#0072B2", label="K falls while training")
+    axes.plot([], [], "s", color="#D55E00", label="K constant, or none")
+    axes.plot([], [], "x", color="#555555", label="before this project's first line")
+    axes.legend(fontsize=8, loc="lower right")
     axes.set_xscale("log")
     axes.set_xlabel("NMSE on held-out text")
     axes.set_ylabel("expert_share")
@@ -301,12 +329,19 @@ def measure(shared: Path, only: str | None, tokens: int, eval_tokens: int, at_on
     names = list(VARIANTS) if only is None else [name.strip() for name in only.split(",")]
     if unknown := [name for name in names if name not in VARIANTS]:
         raise click.BadParameter(f"no variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}")
-    for part in range(0, len(names), at_once):
-        for row in run(names[part : part + at_once], shared, tokens, eval_tokens):
-            known = results() | {row["name"]: row}
-            RESULTS.write_text("".join(json.dumps(known[name]) + "\n" for name in VARIANTS if name in known))
-            click.echo(f"{row['name']:30} ΔCE {row['delta_ce']:+.4f} NMSE {row['nmse']:.4f} share {row['expert_share']:.2f}")
+    for _, alike in itertools.groupby(names, lambda name: VARIANTS[name].recipe.get("tokens")):
+        alike = list(alike)
+        for part in range(0, len(alike), at_once):
+            measure_part(alike[part : part + at_once], shared, tokens, eval_tokens)
     chart(results()).savefig(KEPT / "training.png", dpi=150)
+
+
+def measure_part(names: list[str], shared: Path, tokens: int, eval_tokens: int) -> None:
+    """One pass, kept."""
+    for row in run(names, shared, tokens, eval_tokens):
+        known = results() | {row["name"]: row}
+        RESULTS.write_text("".join(json.dumps(known[name]) + "\n" for name in VARIANTS if name in known))
+        click.echo(f"{row['name']:30} ΔCE {row['delta_ce']:+.4f} NMSE {row['nmse']:.4f} share {row['expert_share']:.2f}")
 
 
 @main.command()
@@ -314,18 +349,17 @@ def page() -> None:
     """Print docs/training.md."""
     rows = results()
     click.echo((KEPT / "training.md").read_text())
-    click.echo("| variant | what | ΔCE | 95 % interval | KL | NMSE | expert share | unused | F1 languages | F1 news |")
-    click.echo("|---|---|---|---|---|---|---|---|---|---|")
-    for name, row in rows.items():
+    click.echo(
+        "| variant | what | ΔCE | 95 % interval | KL | NMSE | expert share | unused | F1 languages | F1 news | held out |"
+    )
+    click.echo("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for number, (name, row) in enumerate(rows.items(), start=1):
         low, high = row["delta_ce_ci"]
         click.echo(
-            f"| {name} | {VARIANTS[name].why} | {row['delta_ce']:+.4f} | {low:+.4f} to {high:+.4f} | {row['kl']:.4f} "
-            f"| {row['nmse']:.4f} | {row['expert_share']:.2f} | {row['dead_share']:.0%} "
-            f"| {row['f1_languages']:.2f} | {row['f1_ag_news']:.2f} |"
+            f"| {number} | {name} | {VARIANTS[name].why} | {row['delta_ce']:+.4f} | {low:+.4f} to {high:+.4f} "
+            f"| {row['kl']:.4f} | {row['nmse']:.4f} | {row['expert_share']:.2f} | {row['dead_share']:.0%} "
+            f"| {row['f1_languages']:.2f} | {row['f1_ag_news']:.2f} | {row['tokens']:,} |"
         )
-    tokens = {(row["train_tokens"], row["tokens"]) for row in rows.values()}
-    words = "; ".join(f"{trained:,} training tokens, {held:,} held-out tokens" for trained, held in sorted(tokens))
-    click.echo(f"\n{words}. Printed by `python scripts/training_variants.py page > docs/training.md`.")
 
 
 if __name__ == "__main__":

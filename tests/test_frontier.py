@@ -13,7 +13,7 @@ import mxdsurgery
 from mxdsurgery.activations import record_activations
 from mxdsurgery.cli import main
 from mxdsurgery.comparison import layer_file, load_layer, read_frontier, verdict
-from mxdsurgery.errors import OutputError, RecipeError
+from mxdsurgery.errors import Interrupted, OutputError, RecipeError
 
 SMALL = {"tokens": 12_000, "eval_tokens": 2_000, "expansion": 6, "batch": 1024, "device": "cpu", "shuffle": 0}
 
@@ -92,12 +92,45 @@ def test_what_is_there_is_kept_and_what_is_new_joins_it(made, tmp_path, monkeypa
     assert mxdsurgery.frontier("demo-glu", layer=3, k=(4,), kinds=("transcoder",), out=str(out), **SMALL) == other
 
 
-def test_groups_that_take_turns_give_the_same_table(made, tmp_path):
-    tight = mxdsurgery.frontier(
-        "demo-glu", layer=2, k=(4, 8), kinds=("mxd", "transcoder"), out=str(tmp_path / "out"), memory=0.0555, **SMALL
-    )
+def in_turns(monkeypatch):
+    """Makes every layer a group of its own, as a memory budget would that only one fits."""
+    module = sys.modules["mxdsurgery.plan"]
+    make_groups = module.make_groups
+
+    def alone(layers, *arguments):
+        return [group for layer in layers for group in make_groups([layer], *arguments)]
+
+    monkeypatch.setattr(module, "make_groups", alone)
+
+
+def test_groups_that_take_turns_give_the_same_table(made, tmp_path, monkeypatch):
+    in_turns(monkeypatch)
+    groups, module = [], sys.modules["mxdsurgery.frontier"]
+    train_groups = module.train_groups
+    monkeypatch.setattr(module, "train_groups", lambda *arguments: (groups.append(1), train_groups(*arguments)))
+    tight = mxdsurgery.frontier("demo-glu", layer=2, k=(4,), kinds=("mxd", "transcoder"), out=str(tmp_path / "out"), **SMALL)
+    assert len(groups) == 2
     theirs = {(row["kind"], row["k"]): row["nmse"] for row in made.rows}
     assert {(row["kind"], row["k"]): row["nmse"] for row in tight.rows}.items() <= theirs.items()
+
+
+def test_ctrl_c_keeps_the_rows_of_finished_groups(tmp_path, monkeypatch):
+    out, module = tmp_path / "out", sys.modules["mxdsurgery.frontier"]
+    train_groups, begun = module.train_groups, []
+
+    def interrupted(*arguments):
+        begun.append(1)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        train_groups(*arguments)
+
+    in_turns(monkeypatch)
+    monkeypatch.setattr(module, "train_groups", interrupted)
+    options = {"layer": 2, "k": (4, 8), "kinds": ("transcoder",), "out": str(out), **SMALL}
+    with pytest.raises(Interrupted, match="holds 1 finished rows"):
+        mxdsurgery.frontier("demo-glu", **options)
+    monkeypatch.setattr(module, "train_groups", train_groups)
+    assert [row["k"] for row in mxdsurgery.frontier("demo-glu", **options).rows] == [4, 8]
 
 
 def test_rows_of_other_settings_are_not_mixed(made):

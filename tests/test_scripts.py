@@ -49,8 +49,27 @@ def test_inference_is_measured_for_every_n_beside_the_original():
     assert sizes == sorted(set(sizes)) and result["largest_n_within_1.3x"] >= 0
 
 
-def test_the_page_on_performance_is_what_the_script_prints():
-    printed = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "performance.py"), "page"], capture_output=True, text=True, check=True
-    )
-    assert printed.stdout == (ROOT / "docs" / "performance.md").read_text()
+@pytest.mark.parametrize(
+    ("script", "page"),
+    [
+        ("performance.py", "performance.md"),
+        ("frontiers.py", "frontier.md"),
+        ("training_variants.py", "training.md"),
+    ],
+)
+def test_a_page_of_figures_is_what_its_script_prints(script, page):
+    command = [sys.executable, str(ROOT / "scripts" / script), "page"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert printed.stdout == (ROOT / "docs" / page).read_text()
+
+
+def test_every_way_of_training_runs_and_is_judged(shared, tmp_path, monkeypatch):
+    import training_variants
+
+    monkeypatch.setattr(training_variants, "PROBING", {"sentiment": 120})
+    chosen = ["default", "transcoder", "centred C", "gate rows from the data", "half the hidden units", "resampled"]
+    chosen += ["encoder frozen", "K constant, penalty .01 at first"]
+    rows = list(training_variants.run(chosen, shared, tokens=2048 * 120, eval_tokens=1024))
+    assert [row["name"] for row in rows] == chosen
+    for row in rows:
+        assert 0 < row["nmse"] < 1 and 0 <= row["f1_sentiment"] <= 1
