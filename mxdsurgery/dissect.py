@@ -1,7 +1,6 @@
 """``dissect``: what kind of things the experts are. Their rank, how alike they are, how they are used and what for."""
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 
 from mxdsurgery.activations import record_activations
 from mxdsurgery.console import Reporter
-from mxdsurgery.export import write_json
-from mxdsurgery.labelled import Labelled, TokenBatch, read_labelled, token_batches
+from mxdsurgery.labelled import Labelled, TokenBatch, kept_beside, read_labelled
 from mxdsurgery.layer import MxDLayer
 from mxdsurgery.metrics import frequency_decades
 from mxdsurgery.subjects import Subjects, open_subjects
@@ -74,15 +72,11 @@ def dissect(
     ]
     if data is not None:
         labelled = read_labelled(data, text_column, label_column, samples).sample(samples, seed)
-        context = context or opened.recipe.context
-        batches = token_batches(labelled.texts, opened.tokenizer, context, opened.recipe.batch)
+        batches = opened.batches(labelled, context)
         with reporter.progress("read", "texts") as line:
             result |= _used_on(opened, labelled, batches, seed, result["subjects"], line.update)
         result |= {"data": data, "tokens": int(sum(batch.counted.sum() for batch in batches))}
-    name = re.sub(r"[^\w.-]", "_", Path(data).name.split(".")[0]) + "-" if data else ""
-    target = Path(folder) / "dissection" / f"{name}layer{opened.block.layer}.json"
-    target.parent.mkdir(exist_ok=True)
-    write_json(target, result)
+    kept_beside(folder, "dissection", data, opened.block.layer, result)
     return result
 
 

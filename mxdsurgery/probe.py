@@ -6,7 +6,6 @@ regression of that one feature, on 80 % of the texts; the best of them there is 
 permuted at random is the floor: what choosing the best of many units gives by chance.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,7 @@ from mxdsurgery.activations import record_activations
 from mxdsurgery.blocks import Block
 from mxdsurgery.console import Reporter
 from mxdsurgery.errors import DataError
-from mxdsurgery.export import write_json
-from mxdsurgery.labelled import TokenBatch, read_labelled, token_batches
+from mxdsurgery.labelled import TokenBatch, kept_beside, read_labelled
 from mxdsurgery.subjects import open_subjects
 
 # Units per class that get a regression, share of texts that are scored, and shuffles of the labels for the floor.
@@ -89,8 +87,7 @@ def probe(
     reporter = reporter or Reporter()
     opened = open_subjects(folder, layer, base=base, device=device)
     labelled = read_labelled(data, text_column, label_column, samples).sample(samples, seed)
-    context = context or opened.recipe.context
-    batches = token_batches(labelled.texts, opened.tokenizer, context, opened.recipe.batch)
+    batches = opened.batches(labelled, context)
     read = torch.cat([batch.rows for batch in batches]) if batches else torch.empty(0, dtype=torch.int64)
     kept = np.sort(read.numpy())
     labels = np.array(labelled.labels)[kept]
@@ -110,10 +107,7 @@ def probe(
         "classes": {name: int((labels == name).sum()) for name in labelled.classes},
         "subjects": subjects,
     }
-    stem = re.sub(r"[^\w.-]", "_", Path(data).name.split(".")[0] if Path(data).is_file() else data)
-    target = Path(folder) / "probing" / f"{stem}-layer{opened.block.layer}.json"
-    target.parent.mkdir(exist_ok=True)
-    write_json(target, result)
+    kept_beside(folder, "probing", data, opened.block.layer, result)
     return result
 
 

@@ -13,6 +13,7 @@ from mxdsurgery.checkpoint import RECIPE_FILE, load
 from mxdsurgery.comparison import FRONTIER_FILE, layer_file, load_layer, read_frontier
 from mxdsurgery.errors import LayerSelectionError
 from mxdsurgery.evaluate import load_original
+from mxdsurgery.labelled import Labelled, TokenBatch, token_batches
 from mxdsurgery.model import load_model, load_tokenizer
 from mxdsurgery.plan import plan
 from mxdsurgery.recipe import Recipe, load_recipe
@@ -35,6 +36,10 @@ class Subjects:
     block: Block
     layers: dict[str, nn.Module]
     recipe: Recipe
+
+    def batches(self, labelled: Labelled, context: int | None) -> list[TokenBatch]:
+        """The texts as the model reads them, each cut after ``context`` tokens; default: the recipe's."""
+        return token_batches(labelled.texts, self.tokenizer, context or self.recipe.context, self.recipe.batch)
 
 
 def open_subjects(
