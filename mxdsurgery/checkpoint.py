@@ -18,7 +18,9 @@ from mxdsurgery.plan import Plan, read_plan
 from mxdsurgery.replacement import MxDSurgeryMixin
 
 # Of the `mxd` entry in an exported config.json and of the weights' names. Raised when either changes.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Version 1 knew one kind of layer, and did not name it.
+_READ_VERSIONS = (1, 2)
 
 PLAN_FILE, RECIPE_FILE, EVALUATION_FILE = "plan.json", "recipe.yaml", "evaluation.json"
 
@@ -103,10 +105,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             expected=_CONVERTED,
             fix="run mxdsurgery convert on it first",
         )
-    if mxd.get("format_version") != FORMAT_VERSION:
+    if mxd.get("format_version") not in _READ_VERSIONS:
         raise NotConvertedError(
             f"{str(folder)!r} has format version {mxd.get('format_version')}",
-            expected=f"version {FORMAT_VERSION}",
+            expected=f"version {FORMAT_VERSION} or older",
             fix="upgrade mxdsurgery",
         )
     return values

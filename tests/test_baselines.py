@@ -10,6 +10,7 @@ from test_distill import batches, nmse, train
 from test_export import IDS, export_tiny
 from test_export import RECIPE as EXPORT_RECIPE
 
+import mxdsurgery
 from mxdsurgery.blocks import find_blocks
 from mxdsurgery.checkpoint import load
 from mxdsurgery.cost import layer_parameters, matched_n_experts, transcoder_parameters
@@ -193,3 +194,17 @@ def test_only_a_pretrained_mixture_of_decoders_warns():
         warnings.simplefilter("error")
         started("dense", init="pretrained")
         started("transcoder", init="pretrained")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("skip-transcoder", "N = 100 experts each, K = 4"), ("dense", "dense layers of the same width")]
+)
+def test_a_baseline_is_converted_evaluated_and_described_like_an_mxd_model(kind, said, tmp_path):
+    keys = {"tokens": 12_000, "eval_tokens": 2_000, "batch": 1024, "k": 4, "shuffle": 0, "device": "cpu"}
+    n_experts = {} if kind == "dense" else {"n_experts": 100}
+    made = mxdsurgery.convert("demo-glu", layers="1", kind=kind, out=str(tmp_path / "out"), **keys, **n_experts)
+    again = mxdsurgery.evaluate(made.out)
+    assert again["all"] == made.evaluation["all"] == {k: v for k, v in again["layers"][0].items() if k != "layer"}
+    card = (made.out / "README.md").read_text()
+    assert said in card and ("gate" in card) == (kind != "dense")
+    assert type(load(made.out).layers[1]) is LAYER_KINDS[kind]

@@ -189,6 +189,22 @@ def test_load_reads_the_folder_without_running_its_code(folder, tmp_path):
         assert torch.equal(loaded.model(IDS).logits, remote(folder)(IDS).logits)
 
 
+def test_a_folder_of_format_1_is_read(folder, tmp_path):
+    """Its config named no kind, its plan neither kind nor sparsity, and its recipe had fewer keys."""
+    older = tmp_path / "older"
+    shutil.copytree(folder, older)
+    config, plan = (json.loads((older / name).read_text()) for name in ("config.json", "plan.json"))
+    config["mxd"]["format_version"] = 1
+    for entry in config["mxd"]["layers"]:
+        assert entry.pop("kind") == "mxd"
+    for layer in plan["layers"]:
+        assert (layer.pop("kind"), layer.pop("sparsity")) == ("mxd", "topk")
+    (older / "config.json").write_text(json.dumps(config))
+    (older / "plan.json").write_text(json.dumps(plan))
+    with torch.no_grad():
+        assert torch.equal(load(older).model(IDS).logits, load(folder).model(IDS).logits)
+
+
 def test_a_newer_format_and_missing_weights_are_refused_by_name(folder, tmp_path):
     newer = tmp_path / "newer"
     shutil.copytree(folder, newer)
