@@ -165,8 +165,8 @@ class Plan:
                 layer.block.path,
                 layer.block.kind,
                 layer.block.d_hidden,
-                layer.n_experts,
-                layer.k,
+                layer.n_experts or "-",
+                layer.k if layer.n_experts else "-",
             )
             table.add_row(*map(str, row), compact(layer.parameters), compact(layer.block.parameters))
         return table

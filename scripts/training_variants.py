@@ -105,6 +105,7 @@ VARIANTS = {
     "centred C": Variant("what the experts say has mean zero", PLAIN, centre=True),
     "gate rows from the data": Variant("sampled inputs", PLAIN, gate_rows="data"),
     "half the hidden units": Variant("the strongest ones; N as matched for all", PLAIN, hidden=0.5),
+    "batchtopk": Variant("the default, with a batch's budget of K per token", {"sparsity": "batchtopk"}),
     "unit-norm C": Variant("radial gradient removed", PLAIN | {"unit_norm": True}),
     "AuxK": Variant("dead experts learn the error, weight 1/32", PLAIN | {"auxk": 0.03125}),
     "resampled": Variant("every 50 steps, dead experts start anew where the error is large", PLAIN, resample=50),
