@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from mxdsurgery.errors import DataError, first_line
 from mxdsurgery.export import write_json
@@ -120,9 +119,15 @@ def kept_beside(folder: str | Path, what: str, data: str | None, layer: int, res
     write_json(target, result)
 
 
-def token_batches(texts: list[str], tokenizer: PreTrainedTokenizerBase, context: int, batch: int) -> list[TokenBatch]:
-    """All texts of two tokens or more, the longest first, each cut after ``context`` tokens; ``batch`` tokens at a time."""
-    first = Packing(tokenizer, context).first_tokens()
+def token_batches(texts: list[str], packing: Packing, batch: int) -> list[TokenBatch]:
+    """All texts of two tokens or more, the longest first, each cut after one context; ``batch`` tokens at a time.
+
+    Args:
+        texts: to be read.
+        packing: tokenizer, context, and whether a text begins with the beginning-of-text token.
+        batch: tokens, padding included.
+    """
+    first, tokenizer, context = packing.first_tokens(), packing.tokenizer, packing.context
     every = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     every = [(first + ids)[:context] for ids in every]
     order = sorted((row for row, ids in enumerate(every) if len(ids) > 1), key=lambda row: -len(every[row]))

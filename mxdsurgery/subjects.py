@@ -17,6 +17,7 @@ from mxdsurgery.labelled import Labelled, TokenBatch, token_batches
 from mxdsurgery.model import load_model, load_tokenizer
 from mxdsurgery.plan import plan
 from mxdsurgery.recipe import Recipe, load_recipe
+from mxdsurgery.text import Packing
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Subjects:
 
     def batches(self, labelled: Labelled, context: int | None) -> list[TokenBatch]:
         """The texts as the model reads them, each cut after ``context`` tokens; default: the recipe's."""
-        return token_batches(labelled.texts, self.tokenizer, context or self.recipe.context, self.recipe.batch)
+        packing = Packing(self.tokenizer, context or self.recipe.context, self.recipe.prepend_bos)
+        return token_batches(labelled.texts, packing, self.recipe.batch)
 
 
 def open_subjects(

@@ -37,7 +37,7 @@ from mxdsurgery.model import load_model, load_tokenizer
 from mxdsurgery.plan import plan, plan_layer
 from mxdsurgery.probe import pool, probe_units
 from mxdsurgery.recipe import Recipe
-from mxdsurgery.text import open_texts
+from mxdsurgery.text import Packing, open_texts
 
 KEPT = Path(__file__).parents[1] / "docs" / "frontier"
 RESULTS = KEPT / "training.jsonl"
@@ -274,7 +274,7 @@ def run(names: list[str], shared: Path, tokens: int, eval_tokens: int) -> Iterat
 def probing(base: PreTrainedModel, block: Any, layers: dict, tokenizer: Any, shared: Path, data: str, count: int) -> dict:
     """Mean F1 of each layer's best single experts."""
     labelled = read_labelled(str(shared / "probing" / f"{data}.jsonl")).sample(count, 0)
-    pooled = pool(base, block, layers, token_batches(labelled.texts, tokenizer, 128, 2048), len(labelled.texts))
+    pooled = pool(base, block, layers, token_batches(labelled.texts, Packing(tokenizer, 128), 2048), len(labelled.texts))
     return {one.name: probe_units(one.features, np.array(labelled.labels), 0)["mean_f1"] for one in pooled}
 
 
@@ -323,7 +323,7 @@ def main() -> None:
 @click.option("--shared", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--only", help="Names, between commas; default: all.")
 @click.option("--tokens", default=2_000_000, show_default=True)
-@click.option("--eval-tokens", default=55_296, show_default=True)
+@click.option("--eval-tokens", default=18_432, show_default=True)
 @click.option("--at-once", default=7, show_default=True, help="Variants trained side by side in one pass.")
 def measure(shared: Path, only: str | None, tokens: int, eval_tokens: int, at_once: int) -> None:
     """Train and judge."""

@@ -17,6 +17,7 @@ from mxdsurgery.errors import DataError, LayerSelectionError, OutputError
 from mxdsurgery.labelled import read_labelled, token_batches
 from mxdsurgery.probe import HIDDEN_UNITS, _best_unit, pool, probe_units
 from mxdsurgery.subjects import open_subjects
+from mxdsurgery.text import Packing
 
 PIECES = {
     "import": "import {0}\nfrom {0} import name\nimport os.path\n",
@@ -49,7 +50,7 @@ def test_each_class_has_its_expert_well_above_the_floor(converted, labelled):
 def test_pooling_is_the_mean_over_a_texts_tokens_but_position_0(converted, labelled):
     opened = open_subjects(converted.out, 2)
     texts = read_labelled(str(labelled)).texts[:9] + ["x"]
-    batches = token_batches(texts, opened.tokenizer, 32, 64)
+    batches = token_batches(texts, Packing(opened.tokenizer, 32), 64)
     assert len(batches) > 1
     experts, hidden = pool(opened.model, opened.block, opened.layers, batches, len(texts))
     layer = opened.layers["mxd, K = 8"]
