@@ -94,6 +94,9 @@ def _labelled_options(required: bool) -> Callable[[Callable], Callable]:
     return lambda command: functools.reduce(lambda made, option: option(made), reversed(options), command)
 
 
+_KINDS_HELP = f"Of {', '.join(RECIPE_KEYS['kind'].choices)}. [default: {','.join(DEFAULT_KINDS)}]"
+
+
 class _NamedErrors(click.Group):
     """A user's mistake, in a flag too: its three lines on stderr and exit code 2. Ctrl-C: what is there, and 130."""
 
@@ -185,7 +188,7 @@ def convert(model: str, recipe: str | None, **overrides: Any) -> None:
 @click.argument("model")
 @click.option("--layer", type=int, required=True, help="The layer whose block is replaced; negative: from the end.")
 @click.option("--k", type=_List("k"), default=DEFAULT_K, help="Values of K. [default: 16,32,64,128,256]")
-@click.option("--kinds", type=_List("kind"), default=DEFAULT_KINDS, help=f"Of {', '.join(RECIPE_KEYS['kind'].choices)}.")
+@click.option("--kinds", type=_List("kind"), default=DEFAULT_KINDS, help=_KINDS_HELP)
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
 @_recipe_options("layers", "k", "kind")
 def frontier(model: str, **options: Any) -> None:

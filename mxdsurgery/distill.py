@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,7 +23,7 @@ from mxdsurgery.cost import LayerPlan, first_k
 from mxdsurgery.errors import DivergedError
 from mxdsurgery.layer import Experts, MxDLayer
 from mxdsurgery.recipe import Recipe
-from mxdsurgery.sparse import mix
+from mxdsurgery.sparse import mix, sparse_gate
 
 # Losses are looked at every so many steps: looking waits for the device.
 _CHECK_EVERY = 20
@@ -176,7 +175,7 @@ def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_see
     if job.specialise > 0:
         objective = objective + job.specialise * frozen_gain(scale, y - rest, y)
     if job.auxk > 0 and a is not None:
-        objective = objective + job.auxk * _auxk_loss(job, x, (y - y_hat).detach(), y, tokens_seen)
+        objective = objective + job.auxk * _auxk_loss(job, x, scale.detach(), (y - y_hat).detach(), y, tokens_seen)
     accelerator.backward(objective)
     if job.unit_norm:
         _remove_radial_gradient(layer.experts.weight)
@@ -194,21 +193,18 @@ def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_see
         job.sums += torch.stack([loss.detach(), y.norm(dim=-1).mean(), error, power]).double()
 
 
-def _auxk_loss(job: LayerInTraining, x: Tensor, error: Tensor, y: Tensor, tokens_seen: int) -> Tensor | float:
+def _auxk_loss(job: LayerInTraining, x: Tensor, scale: Tensor, error: Tensor, y: Tensor, tokens_seen: int) -> Tensor | float:
     """How well the dead experts, D/2 of them per token, make up for the error (tokens, D) that the living ones leave.
 
     It is what gives an expert that never fires a gradient. Source: Gao et al., arXiv 2406.04093, appendix A.2; scaled down
     where fewer than D/2 experts are dead, as EleutherAI's sparsify does.
     """
     dead = job.dead(tokens_seen).nonzero()[:, 0]
-    most = x.shape[1] // 2
     if len(dead) == 0:
         return 0.0
-    gate, experts = job.layer.gate, job.experts
-    values, chosen = torch.topk(F.linear(x, gate.weight[dead], gate.bias[dead]).relu(), min(most, len(dead)), sorted=False)
-    with torch.no_grad():
-        scale, _ = job.layer.dense_path(x)
-    makes_up = mix(values, dead[chosen], experts.weight) * scale
+    gate, most = job.layer.gate, x.shape[1] // 2
+    values, chosen = sparse_gate(x, gate.weight[dead], gate.bias[dead], min(most, len(dead)), gate.selection)
+    makes_up = mix(values, dead[chosen], job.experts.weight) * scale
     return distillation_loss(makes_up, error, y) * min(1.0, len(dead) / most)
 
 

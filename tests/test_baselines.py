@@ -175,13 +175,14 @@ def test_auxk_gives_dead_experts_a_gradient_and_living_ones_none(kind):
     with torch.no_grad():
         layer.gate.bias[:10] = 0.5
     x, y = torch.randn(50, 32), torch.randn(50, 32)
-    loss = _auxk_loss(job, x, y, y, tokens_seen=1000)
+    scale = layer.dense_path(x)[0].detach()
+    loss = _auxk_loss(job, x, scale, y, y, tokens_seen=1000)
     loss.backward()
     for weight in (layer.gate.weight, layer.experts.weight):
         moved = weight.grad.abs().sum(1) > 0
         assert moved[:10].any() and not moved[10:].any()
     job.last_fired[:] = 1000
-    assert _auxk_loss(job, x, y, y, tokens_seen=1000) == 0.0
+    assert _auxk_loss(job, x, scale, y, y, tokens_seen=1000) == 0.0
 
 
 def test_unit_norm_keeps_a_transcoders_rows_at_unit_length():
