@@ -85,6 +85,7 @@ def our_steps(options: dict[str, Any], params: dict[str, Tensor], x: Tensor, y: 
         k=options["k"],
         lr=LR,
         unit_norm=True,
+        specialise=0.0,
         device=options["device"],
         precision=options["precision"],
         selection=options["selection"],
