@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import mxdsurgery
 from mxdsurgery.cli import main
+from mxdsurgery.distill import distill
 from mxdsurgery.errors import BaseModelError, DataError, OutputError
 
 
@@ -185,15 +186,12 @@ def test_the_plan_stands_beside_what_was_measured(converted):
 
 
 def test_an_interrupted_run_keeps_the_groups_that_are_finished(tmp_path, monkeypatch):
-    module = sys.modules["mxdsurgery.convert"]
-    distill = module.distill
-
-    def interrupted(base, blocks, layers, *rest):
-        if 2 in layers:
+    def interrupted(base, layers, *rest):
+        if any(planned.block.layer == 2 for planned in layers):
             raise KeyboardInterrupt
-        distill(base, blocks, layers, *rest)
+        distill(base, layers, *rest)
 
-    monkeypatch.setattr(module, "distill", interrupted)
+    monkeypatch.setattr("mxdsurgery.train.distill", interrupted)
     options = IN_GROUPS | {"memory": memory_for_groups(**IN_GROUPS), "out": str(tmp_path / "out"), "device": "cpu"}
     with pytest.raises(KeyboardInterrupt, match="after step 0 of 11 of group 2 of 2"):
         mxdsurgery.convert("demo-glu", **options)
