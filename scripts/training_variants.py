@@ -83,7 +83,11 @@ VARIANTS = {
     "encoder": Variant("as before: the block's encoder at the start, K constant, no penalty", PLAIN),
     "random": Variant("the paper's start", PLAIN | {"init": "random"}),
     "pretrained": Variant("the whole block at the start", PLAIN | {"init": "pretrained"}),
-    "transcoder": Variant("the baseline, at the rate that is best for it (4e-3)", {"kind": "transcoder", "lr": 4e-3}),
+    "transcoder": Variant("the baseline: K falls, at the rate that is best for it (4e-3)", {"kind": "transcoder", "lr": 4e-3}),
+    "transcoder, K constant": Variant("rate 4e-3", PLAIN | {"kind": "transcoder", "lr": 4e-3}),
+    "transcoder, lr 2e-3": Variant("K constant, rate as mxd's", PLAIN | {"kind": "transcoder"}),
+    "transcoder, lr 8e-3": Variant("K constant, four times mxd's rate", PLAIN | {"kind": "transcoder", "lr": 8e-3}),
+    "transcoder, gate rows from the data": Variant("K constant, rate 2e-3", PLAIN | {"kind": "transcoder"}, gate_rows="data"),
     "penalty .001": Variant("weaker penalty", {"specialise": 0.001}),
     "penalty .002": Variant("weaker penalty", {"specialise": 0.002}),
     "penalty .01": Variant("stronger penalty", {"specialise": 0.01}),
@@ -121,7 +125,7 @@ VARIANTS = {
     "4 K, penalty .0015, 6 M tokens": Variant(
         "three times as long", EARLY | {"specialise": 0.0015, "tokens": 6_000_000}, falls_until=0.5
     ),
-    "transcoder, 6 M tokens": Variant("three times as long, rate 2e-3", {"kind": "transcoder", "tokens": 6_000_000}),
+    "transcoder, 6 M tokens": Variant("three times as long, rate 2e-3", PLAIN | {"kind": "transcoder", "tokens": 6_000_000}),
 }
 
 
