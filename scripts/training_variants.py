@@ -361,7 +361,8 @@ def page() -> None:
     for number, (name, row) in enumerate(rows.items(), start=1):
         low, high = row["delta_ce_ci"]
         click.echo(
-            f"| {number} | {name} | {VARIANTS[name].why} | {row['delta_ce']:+.4f} | {low:+.4f} to {high:+.4f} "
+            f"| {number} | {name}{' ¹' if row.get('first_form') else ''} | {VARIANTS[name].why} "
+            f"| {row['delta_ce']:+.4f} | {low:+.4f} to {high:+.4f} "
             f"| {row['kl']:.4f} | {row['nmse']:.4f} | {row['expert_share']:.2f} | {row['dead_share']:.0%} "
             f"| {row['f1_languages']:.2f} | {row['f1_ag_news']:.2f} | {row['tokens']:,} |"
         )
