@@ -1,7 +1,7 @@
 """Faithful and specialised at once? Ways of training a Mixture of Decoders, on one layer of one model, side by side.
 
     python scripts/training_variants.py measure --shared ../shared             # 2 M tokens, about 40 minutes on two cores
-    python scripts/training_variants.py measure --shared ../shared --only default,encoder
+    python scripts/training_variants.py measure --shared ../shared --only "default;encoder"
     python scripts/training_variants.py page > docs/training.md
 
 Variants are trained side by side on the same activations. Each is judged by ΔCE, NMSE and expert_share on held-out text, and
@@ -88,6 +88,9 @@ VARIANTS = {
     "transcoder, lr 2e-3": Variant("K constant, rate as mxd's", PLAIN | {"kind": "transcoder"}),
     "transcoder, lr 8e-3": Variant("K constant, four times mxd's rate", PLAIN | {"kind": "transcoder", "lr": 8e-3}),
     "transcoder, gate rows from the data": Variant("K constant, rate 2e-3", PLAIN | {"kind": "transcoder"}, gate_rows="data"),
+    "topk-sae, lr 2e-3": Variant("K falls, rate as mxd's", {"kind": "topk-sae"}),
+    "topk-sae, lr 1e-3": Variant("K falls", {"kind": "topk-sae", "lr": 1e-3}),
+    "topk-sae, lr 5e-4": Variant("K falls", {"kind": "topk-sae", "lr": 5e-4}),
     "penalty .001": Variant("weaker penalty", {"specialise": 0.001}),
     "penalty .002": Variant("weaker penalty", {"specialise": 0.002}),
     "penalty .01": Variant("stronger penalty", {"specialise": 0.01}),
@@ -134,7 +137,7 @@ PROTOTYPE = ((0.30, 0.049, "prototype, 1.6 M"), (0.47, 0.030, "prototype, 3.6 M"
 
 
 def start(
-    model: PreTrainedModel, made: LayerPlan, recipe: Recipe, known: Statistics, variant: Variant, x: Tensor
+    variant: Variant, model: PreTrainedModel, made: LayerPlan, recipe: Recipe, known: Statistics, x: Tensor
 ) -> nn.Module:
     """The variant's layer at step 0; x (n, D) are inputs to sample from."""
     layer = initial_layer(model, made, recipe, known)
@@ -325,13 +328,13 @@ def main() -> None:
 
 @main.command()
 @click.option("--shared", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--only", help="Names, between commas; default: all.")
+@click.option("--only", help="Names, between semicolons; default: all.")
 @click.option("--tokens", default=2_000_000, show_default=True)
 @click.option("--eval-tokens", default=18_432, show_default=True)
 @click.option("--at-once", default=7, show_default=True, help="Variants trained side by side in one pass.")
 def measure(shared: Path, only: str | None, tokens: int, eval_tokens: int, at_once: int) -> None:
     """Train and judge."""
-    names = list(VARIANTS) if only is None else [name.strip() for name in only.split(",")]
+    names = list(VARIANTS) if only is None else [name.strip() for name in only.split(";")]
     if unknown := [name for name in names if name not in VARIANTS]:
         raise click.BadParameter(f"no variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}")
     for _, alike in itertools.groupby(names, lambda name: VARIANTS[name].recipe.get("tokens")):
