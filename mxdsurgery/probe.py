@@ -226,9 +226,8 @@ def _f1(said: np.ndarray, positive: np.ndarray) -> np.ndarray:
 
 def probe_tables(result: dict[str, Any]) -> list[Table]:
     """For a terminal: a row per subject, and where there are few of them, a row per class of each."""
-    title = (
-        f"Layer {result['layer']}, {result['texts']:,} texts ({result['tokens']:,} tokens) of {len(result['classes'])} classes"
-    )
+    rests_on = f"{result['texts']:,} texts ({result['tokens']:,} tokens) of {len(result['classes'])} classes"
+    title = f"Layer {result['layer']}, {rests_on}"
     summary = Table("what", title=title)
     columns = ("units", "mean F1", "floor", "mean balanced accuracy", "floor")
     for column in columns:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.accelerator import make_accelerator
 from mxdsurgery.activations import record_activations
-from mxdsurgery.console import ConsoleReporter
+from mxdsurgery.console import ConsoleReporter, compact
 from mxdsurgery.cost import LayerPlan, first_k, tokens_per_step
 from mxdsurgery.distill import LayerInTraining, active_experts, learning_rate, train_step
 from mxdsurgery.initialize import Statistics, initial_layer, measure_statistics
@@ -357,9 +357,7 @@ def page() -> None:
     """Print docs/training.md."""
     rows = results()
     click.echo((KEPT / "training.md").read_text())
-    click.echo(
-        "| variant | what | ΔCE | 95 % interval | KL | NMSE | expert share | unused | F1 languages | F1 news | held out |"
-    )
+    click.echo("| variant | what | ΔCE | 95 % interval | KL | NMSE | share | unused | F1 languages | F1 news | tokens |")
     click.echo("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for number, (name, row) in enumerate(rows.items(), start=1):
         low, high = row["delta_ce_ci"]
@@ -367,7 +365,7 @@ def page() -> None:
             f"| {number} | {name}{' ¹' if row.get('first_form') else ''} | {VARIANTS[name].why} "
             f"| {row['delta_ce']:+.4f} | {low:+.4f} to {high:+.4f} "
             f"| {row['kl']:.4f} | {row['nmse']:.4f} | {row['expert_share']:.2f} | {row['dead_share']:.0%} "
-            f"| {row['f1_languages']:.2f} | {row['f1_ag_news']:.2f} | {row['tokens']:,} |"
+            f"| {row['f1_languages']:.2f} | {row['f1_ag_news']:.2f} | {compact(row['train_tokens'])}, {row['tokens']:,} |"
         )
 
 
