@@ -136,6 +136,15 @@ VARIANTS = {
 PROTOTYPE = ((0.30, 0.049, "prototype, 1.6 M"), (0.47, 0.030, "prototype, 3.6 M"), (0.93, 0.179, "prototype, random, 3.6 M"))
 
 
+# Of the figure: colour, mark, and what they stand for.
+STYLES = {
+    "falls": ("#0072B2", "o", "mxd, K falls while training"),
+    "constant": ("#D55E00", "s", "mxd, K constant"),
+    "other": ("#009E73", "^", "transcoders and autoencoders"),
+    "prototype": ("#555555", "x", "before this project's first line"),
+}
+
+
 def start(
     variant: Variant, model: PreTrainedModel, made: LayerPlan, recipe: Recipe, known: Statistics, x: Tensor
 ) -> nn.Module:
@@ -297,23 +306,21 @@ def chart(rows: dict[str, dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     for number, (name, row) in enumerate(rows.items(), start=1):
-        new = VARIANTS[name].recipe.get("k_start") != K and "transcoder" not in name  # K falls
-        axes.plot(row["nmse"], row["expert_share"], "o" if new else "s", color="#0072B2" if new else "#D55E00")
+        recipe = VARIANTS[name].recipe
+        which = "other" if "kind" in recipe else "constant" if recipe.get("k_start") == K else "falls"
+        axes.plot(row["nmse"], row["expert_share"], STYLES[which][1], color=STYLES[which][0])
         label = f"{number} {name}" if name in ("default", "encoder", "random", "pretrained", "transcoder") else number
         axes.annotate(label, (row["nmse"], row["expert_share"]), xytext=(4, 3), textcoords="offset points", fontsize=8)
-    # The prototype's points, from before this project's first line (1.6 M and 3.6 M tokens).
-    for share, error, label in (
-        (0.30, 0.049, "prototype, 1.6 M"),
-        (0.47, 0.030, "prototype, 3.6 M"),
-        (0.93, 0.179, "random, 3.6 M"),
-    ):
+    for share, error, label in PROTOTYPE:
         axes.plot(error, share, "x", color="#555555")
         axes.annotate(label, (error, share), xytext=(4, 3), textcoords="offset points", fontsize=7, color="#555555")
-    axes.plot([], [], "o", color="#0072B2", label="K falls while training")
-    axes.plot([], [], "s", color="#D55E00", label="K constant, or none")
-    axes.plot([], [], "x", color="#555555", label="before this project's first line")
+    for colour, mark, label in STYLES.values():
+        axes.plot([], [], mark, color=colour, label=label)
     axes.legend(fontsize=8, loc="lower right")
     axes.set_xscale("log")
+    ticks = (0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("NMSE on held-out text")
     axes.set_ylabel("expert_share")
     axes.set_title(f"{MODEL}, layer {LAYER}, K = {K}", fontsize=10)
