@@ -1,7 +1,6 @@
 """The main job from end to end, as a library and as a command, on the embedded demo model."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -116,7 +115,14 @@ def test_ctrl_c_says_what_is_there_and_writes_no_model(tmp_path):
         "--n-experts",
         "64",
     ]
-    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(
+        [*command, "--out", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # where the tests run in the background, it is ignored
+    )
     lines = []
     for line in process.stderr:
         lines.append(line)
