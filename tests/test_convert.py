@@ -119,9 +119,7 @@ def test_ctrl_c_says_what_is_there_and_writes_no_model(tmp_path):
         [*command, "--out", str(out)],
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # where the tests run in the background, it is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in the background
     )
     lines = []
     for line in process.stderr:
