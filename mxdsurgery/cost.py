@@ -261,7 +261,7 @@ def tokens_per_step(recipe: Recipe) -> int:
 
 def first_k(layer: LayerPlan, recipe: Recipe) -> int:
     """The layer's K at the first step."""
-    return min(dataclasses.replace(recipe, k=layer.k, n_experts=None).first_k, max(layer.n_experts, 1))
+    return min(recipe.first_k_of(layer.k), max(layer.n_experts, 1))
 
 
 def make_group(

@@ -1,6 +1,7 @@
 """``dissect``: what kind of things the experts are. Their rank, how alike they are, how they are used and what for."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,11 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from mxdsurgery.activations import record_activations
 from mxdsurgery.console import Reporter
-from mxdsurgery.labelled import Labelled, TokenBatch, kept_beside, read_labelled
+from mxdsurgery.labelled import Labelled, TokenBatch, read_labelled
 from mxdsurgery.layer import MxDLayer
 from mxdsurgery.metrics import frequency_decades
-from mxdsurgery.subjects import Subjects, open_subjects
+from mxdsurgery.subjects import HIDDEN_UNITS, Subjects, block_inputs, keep_beside, open_subjects
 
 # Experts whose singular values are computed; all would take minutes.
 _RANKED = 256
@@ -53,9 +53,9 @@ def dissect(
         reporter: what to tell while working; default: nothing.
 
     Returns:
-        A JSON object, kept in the folder as ``dissection/layer<layer>.json``: the original decoder's ``effective_rank``, and
-        for each of ``subjects``: ``rank`` (`expert_ranks`), ``similarity`` (`nearest_similarity`) and, with data, ``usage``
-        and ``specialisation`` (`class_information`), the latter also for the block's hidden units.
+        A JSON object, kept in the folder as ``dissection/layer<layer>.json``: the ``decoder_effective_rank`` of the original
+        block, and for each of ``subjects``: ``rank`` (`expert_ranks`), ``similarity`` (`nearest_similarity`) and, with data,
+        ``usage`` and ``specialisation`` (`class_information`), the latter also for the block's hidden units.
 
     Raises:
         NotConvertedError, OutputError: the folder is not one of ours.
@@ -76,7 +76,7 @@ def dissect(
         with reporter.progress("read", "texts") as line:
             result |= _used_on(opened, labelled, batches, seed, result["subjects"], line.update)
         result |= {"data": data, "tokens": int(sum(batch.counted.sum() for batch in batches))}
-    kept_beside(folder, "dissection", data, opened.block.layer, result)
+    keep_beside(folder, "dissection", data, opened.block.layer, result)
     return result
 
 
@@ -140,35 +140,34 @@ def _nearest(rows: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def _used_on(
-    opened: Subjects, labelled: Labelled, batches: list[TokenBatch], seed: int, subjects: list[dict[str, Any]], report: Any
+    opened: Subjects,
+    labelled: Labelled,
+    batches: list[TokenBatch],
+    seed: int,
+    subjects: list[dict[str, Any]],
+    report: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """Adds to each subject its usage and specialisation; returns the hidden units' specialisation."""
     classes = labelled.classes
-    of_text = torch.tensor([classes.index(label) for label in labelled.labels])
-    shuffled = of_text[torch.randperm(len(of_text), generator=torch.Generator().manual_seed(seed))]
-    units = {name: layer.gate.n_experts for name, layer in opened.layers.items()} | {"hidden units": opened.block.d_hidden}
+    true = torch.tensor([classes.index(label) for label in labelled.labels])
+    shuffled = true[torch.randperm(len(true), generator=torch.Generator().manual_seed(seed))]
+    of_text = torch.stack([true, shuffled])  # (2, texts)
+    units = {name: layer.gate.n_experts for name, layer in opened.layers.items()} | {HIDDEN_UNITS: opened.block.d_hidden}
     # By unit and class: summed coefficients (of hidden units, absolute values), with the true labels and with shuffled ones.
     mass = {name: torch.zeros(2, count, len(classes), dtype=torch.float64) for name, count in units.items()}
     fired = {name: torch.zeros(layer.gate.n_experts) for name, layer in opened.layers.items()}
-    tokens, done = torch.zeros(2, len(classes), dtype=torch.float64), 0
-    for batch in batches:
-        x = record_activations(opened.model, [opened.block], batch.input_ids.to(opened.model.device))[opened.block.layer].x
-        x = x[batch.counted.to(x.device)]
-        owner = batch.rows[:, None].expand_as(batch.counted)[batch.counted]
-        for at, labels in enumerate((of_text, shuffled)):
-            tokens[at] += torch.bincount(labels[owner], minlength=len(classes))
-        for name, layer in opened.layers.items():
-            a = layer.coefficients(x)
-            values, indices = a.values.double().cpu(), a.indices.cpu()
-            fired[name] += torch.bincount(indices[values > 0], minlength=len(fired[name]))
-            for at, labels in enumerate((of_text, shuffled)):
-                places = indices * len(classes) + labels[owner][:, None]
-                mass[name][at].view(-1).index_add_(0, places.flatten(), values.flatten())
+    tokens = torch.zeros(2, len(classes), dtype=torch.float64)
+    for x, owner in block_inputs(opened.model, opened.block, batches, report):
+        coefficients = {name: layer.coefficients(x) for name, layer in opened.layers.items()}
         z = opened.block.hidden(opened.model.base_model, x).abs().double().cpu()
-        for at, labels in enumerate((of_text, shuffled)):
-            mass["hidden units"][at].T.index_add_(0, labels[owner], z)
-        done += len(batch.rows)
-        report(done, sum(len(other.rows) for other in batches))
+        for name, a in coefficients.items():
+            fired[name] += torch.bincount(a.indices[a.values > 0].cpu(), minlength=len(fired[name]))
+        for at, labels in enumerate(of_text[:, owner]):  # (n,), the class of each token
+            tokens[at] += torch.bincount(labels, minlength=len(classes))
+            mass[HIDDEN_UNITS][at].T.index_add_(0, labels, z)
+            for name, a in coefficients.items():
+                places = a.indices.cpu() * len(classes) + labels[:, None]
+                mass[name][at].view(-1).index_add_(0, places.flatten(), a.values.double().cpu().flatten())
     for subject in subjects:
         frequency = fired[subject["name"]] / tokens[0].sum()
         subject["usage"] = {
@@ -179,7 +178,7 @@ def _used_on(
             "effective_experts": _entropy_rank(frequency.double()),
         }
         subject["specialisation"] = class_information(mass[subject["name"]], tokens)
-    return {"classes": classes, "hidden_units": class_information(mass["hidden units"], tokens)}
+    return {"classes": classes, "hidden_units": class_information(mass[HIDDEN_UNITS], tokens)}
 
 
 def class_information(mass: Tensor, tokens: Tensor) -> dict[str, float]:
@@ -229,7 +228,7 @@ def dissection_table(result: dict[str, Any]) -> Table:
             ]
         table.add_row(subject["name"], *cells)
     if "tokens" in result:
-        table.add_row("hidden units", *["-"] * 5, *_information(result["hidden_units"]))
+        table.add_row(HIDDEN_UNITS, *["-"] * 5, *_information(result["hidden_units"]))
     return table
 
 

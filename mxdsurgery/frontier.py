@@ -142,7 +142,7 @@ def _run_group(
         row = {"layer": layer, "kind": kind, "k": k, "sparsity": planned.sparsity, "n_experts": planned.n_experts}
         row |= {"params": planned.parameters, "train_tokens": training.passes[0].tokens}
         rows.append(row | evaluation["layers"][0])
-    rows.sort(key=lambda row: (row["layer"], list(RECIPE_KEYS["kind"].choices).index(row["kind"]), row["k"] or 0))
+    rows.sort(key=lambda row: (row["layer"], RECIPE_KEYS["kind"].choices.index(row["kind"]), row["k"] or 0))
     return dataclasses.replace(found, rows=rows, tokens=evaluations[0]["tokens"], original=evaluations[0]["original"])
 
 

@@ -1,10 +1,8 @@
 """Labelled text: pieces of text with a class each, for probing and for seeing what experts prefer."""
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mxdsurgery.errors import DataError, first_line
-from mxdsurgery.export import write_json
 from mxdsurgery.text import Packing, hub_rows
 
 _FORMS = "a .jsonl, .jsonl.gz, .csv or .parquet file, or a data set on the hub (user/name[:config[:split]])"
@@ -107,16 +104,6 @@ class TokenBatch:
     rows: Tensor
     input_ids: Tensor
     counted: Tensor
-
-
-def kept_beside(folder: str | Path, what: str, data: str | None, layer: int, result: dict[str, Any]) -> None:
-    """Keeps a result as ``<folder>/<what>/<data>-layer<layer>.json``."""
-    stem = (
-        "" if data is None else re.sub(r"[^\w.-]", "_", Path(data).name.split(".")[0] if Path(data).is_file() else data) + "-"
-    )
-    target = Path(folder) / what / f"{stem}layer{layer}.json"
-    target.parent.mkdir(exist_ok=True)
-    write_json(target, result)
 
 
 def token_batches(texts: list[str], packing: Packing, batch: int) -> list[TokenBatch]:

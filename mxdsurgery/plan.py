@@ -248,7 +248,6 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
             expected="one of " + ", ".join(DTYPE_BYTES),
             fix="name one of them with --dtype",
         )
-    base = _base_model(config, dtype)
     made = Plan(
         model=model,
         revision=analysis.revision,
@@ -260,17 +259,19 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
         steps=max(1, resolved.tokens // tokens_per_step(resolved)),
         layers=[],
         machine=_machine(resolved),
-        disk_bytes=checkpoint_bytes(layers, base) * (2 if resolved.overwrite else 1),
         unmeasured="it was not measured",
     )
-    made = with_layers(made, layers, resolved)
+    made = _with_layers(made, layers, resolved, _base_model(config, dtype))
     resolved = dataclasses.replace(resolved, revision=made.revision or resolved.revision)
     return (with_time(made, resolved) if measure else made), resolved
 
 
 def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe) -> Plan:
     """The plan with other layers, several of which may stand for the same block, and what they take."""
-    base = _base_model(load_config(made.model, recipe.revision), made.dtype)
+    return _with_layers(made, layers, recipe, _base_model(load_config(made.model, recipe.revision), made.dtype))
+
+
+def _with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base: BaseModel) -> Plan:
     groups = make_groups(layers, base, recipe, made.machine)
     refused = refusal(layers, groups, base, recipe, made.machine)
     return dataclasses.replace(
@@ -278,6 +279,7 @@ def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe) -> Plan:
         layers=layers,
         groups=groups,
         evaluation_bytes=evaluation_bytes(layers, base, recipe),
+        disk_bytes=checkpoint_bytes(layers, base) * (2 if recipe.overwrite else 1),
         refusal=refused and {"found": refused.found, "expected": refused.expected, "fix": refused.fix},
     )
 

@@ -6,7 +6,7 @@ regression of that one feature, on 80 % of the texts; the best of them there is 
 permuted at random is the floor: what choosing the best of many units gives by chance.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,16 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from transformers import PreTrainedModel
 
-from mxdsurgery.activations import record_activations
 from mxdsurgery.blocks import Block
 from mxdsurgery.console import Reporter
 from mxdsurgery.errors import DataError
-from mxdsurgery.labelled import TokenBatch, kept_beside, read_labelled
-from mxdsurgery.subjects import open_subjects
+from mxdsurgery.labelled import TokenBatch, read_labelled
+from mxdsurgery.subjects import HIDDEN_UNITS, block_inputs, keep_beside, open_subjects
 
 # Units per class that get a regression, share of texts that are scored, and shuffles of the labels for the floor.
 _CANDIDATES, _TEST_SHARE, _PERMUTATIONS = 100, 0.2, 3
 # Texts of a class below which nothing can be said of it.
 _LEAST_TEXTS = 10
-
-HIDDEN_UNITS = "hidden units"
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ def probe(
         "classes": {name: int((labels == name).sum()) for name in labelled.classes},
         "subjects": subjects,
     }
-    kept_beside(folder, "probing", data, opened.block.layer, result)
+    keep_beside(folder, "probing", data, opened.block.layer, result)
     return result
 
 
@@ -129,7 +126,7 @@ def pool(
     layers: dict[str, nn.Module],
     batches: Sequence[TokenBatch],
     texts: int,
-    report: Any = lambda _done, _total: None,
+    report: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[Pooled]:
     """Each layer's coefficients, and the block's hidden units, as means over the tokens of each text.
 
@@ -141,15 +138,10 @@ def pool(
         texts: how many there are; rows of texts that are in no batch stay zero.
         report: called with the texts done and to do.
     """
-    device = next(model.parameters()).device
     parts: dict[str, list[sparse.coo_matrix]] = {name: [] for name in (*layers, HIDDEN_UNITS)}
-    done = 0
-    for batch in batches:
-        x = record_activations(model, [block], batch.input_ids.to(device))[block.layer].x
-        counted = batch.counted.to(device)
-        x = x[counted]  # (n, D)
-        owner = batch.rows[:, None].expand_as(batch.counted)[batch.counted]  # (n,) the text of each token
-        share = 1.0 / batch.counted.sum(1)[:, None].expand_as(batch.counted)[batch.counted].float()
+    for x, owner in block_inputs(model, block, batches, report):
+        texts_here, at, counts = owner.unique(return_inverse=True, return_counts=True)
+        share = 1.0 / counts[at].float()
         for name, layer in layers.items():
             a = layer.coefficients(x)
             values = (a.values.float().cpu() * share[:, None]).flatten().numpy()
@@ -159,12 +151,9 @@ def pool(
             summed = sparse.coo_matrix((values[found], (rows[found], columns[found])), shape)
             parts[name].append(summed.tocsr().tocoo())  # adds up a text's tokens
         z = block.hidden(model.base_model, x).float().cpu() * share[:, None]
-        texts_here, at = owner.unique(return_inverse=True)
         sums = torch.zeros(len(texts_here), z.shape[1]).index_add_(0, at, z)
         rows, columns = np.repeat(texts_here.numpy(), z.shape[1]), np.tile(np.arange(z.shape[1]), len(texts_here))
         parts[HIDDEN_UNITS].append(sparse.coo_matrix((sums.flatten().numpy(), (rows, columns)), (texts, z.shape[1])))
-        done += len(batch.rows)
-        report(done, sum(len(other.rows) for other in batches))
     return [Pooled(name, sum(found[1:], start=found[0].tocsc()).tocsc()) for name, found in parts.items()]
 
 

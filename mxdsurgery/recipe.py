@@ -240,7 +240,11 @@ class Recipe:
     @property
     def first_k(self) -> int:
         """K at the first step, at least k."""
-        return max(self.k, min(8 * self.k, _MOST_K_START) if self.k_start is None else self.k_start)
+        return self.first_k_of(self.k)
+
+    def first_k_of(self, k: int) -> int:
+        """K at the first step of a layer that ends with k, at least k."""
+        return max(k, min(8 * k, _MOST_K_START) if self.k_start is None else self.k_start)
 
     def to_dict(self) -> dict[str, Any]:
         """All keys and values, in order."""

@@ -1,23 +1,31 @@
 """What experts are looked at in: a converted folder's layer, or all layers that a frontier kept, with the original model."""
 
 import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mxdsurgery.accelerator import make_accelerator
+from mxdsurgery.activations import record_activations
 from mxdsurgery.blocks import Block
 from mxdsurgery.checkpoint import RECIPE_FILE, load
 from mxdsurgery.comparison import FRONTIER_FILE, layer_file, load_layer, read_frontier
 from mxdsurgery.errors import LayerSelectionError
 from mxdsurgery.evaluate import load_original
+from mxdsurgery.export import write_json
 from mxdsurgery.labelled import Labelled, TokenBatch, token_batches
 from mxdsurgery.model import load_model, load_tokenizer
 from mxdsurgery.plan import plan
 from mxdsurgery.recipe import Recipe, load_recipe
 from mxdsurgery.text import Packing
+
+# What experts are compared with: the original block's own.
+HIDDEN_UNITS = "hidden units"
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,42 @@ def open_subjects(
     folder = Path(folder)
     opener = _of_frontier if (folder / FRONTIER_FILE).is_file() else _of_converted
     return opener(folder, layer, base, device)
+
+
+def block_inputs(
+    model: PreTrainedModel,
+    block: Block,
+    batches: Sequence[TokenBatch],
+    report: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a block of the model sees of texts, batch by batch.
+
+    Args:
+        model: the model.
+        block: one of its blocks.
+        batches: the texts.
+        report: called with the texts done and to do.
+
+    Yields:
+        x (n, D) of the n tokens that count, on the model's device; and which text each is of, (n,) int64.
+    """
+    done, total = 0, sum(len(batch.rows) for batch in batches)
+    for batch in batches:
+        x = record_activations(model, [block], batch.input_ids.to(model.device))[block.layer].x
+        yield x[batch.counted.to(x.device)], batch.rows[:, None].expand_as(batch.counted)[batch.counted]
+        done += len(batch.rows)
+        report(done, total)
+
+
+def keep_beside(folder: str | Path, what: str, data: str | None, layer: int, result: dict[str, Any]) -> None:
+    """Keeps a result as ``<folder>/<what>/<data>-layer<layer>.json``."""
+    name = f"layer{layer}.json"
+    if data is not None:
+        text = Path(data).name.split(".")[0] if Path(data).is_file() else data
+        name = re.sub(r"[^\w.-]", "_", text) + "-" + name
+    target = Path(folder) / what / name
+    target.parent.mkdir(exist_ok=True)
+    write_json(target, result)
 
 
 def _of_converted(folder: Path, layer: int | None, base: str | None, device: str | None) -> Subjects:
