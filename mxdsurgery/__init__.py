@@ -12,17 +12,23 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # The order matters: a function takes the place of the module that it is named after.
 from mxdsurgery.analyze import Analysis, analyze
 from mxdsurgery.checkpoint import Converted, load
+from mxdsurgery.coefficients import coefficients
 from mxdsurgery.comparison import Frontier
 from mxdsurgery.convert import Conversion, convert
 from mxdsurgery.dissect import dissect
+from mxdsurgery.edit import edit
+from mxdsurgery.edits import Edits, edits_from_flags, read_edits
 from mxdsurgery.errors import MxDError
 from mxdsurgery.evaluate import evaluate
+from mxdsurgery.experts import experts
 from mxdsurgery.frontier import frontier
 from mxdsurgery.generate import generate
 from mxdsurgery.layer import Coefficients, MxDLayer
 from mxdsurgery.plan import Plan, plan
 from mxdsurgery.probe import probe
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.report import report
+from mxdsurgery.search import search
 
 __version__ = "0.1.0"
 
@@ -31,18 +37,26 @@ __all__ = [
     "Coefficients",
     "Conversion",
     "Converted",
+    "Edits",
     "Frontier",
     "MxDError",
     "MxDLayer",
     "Plan",
     "Recipe",
     "analyze",
+    "coefficients",
     "convert",
     "dissect",
+    "edit",
+    "edits_from_flags",
     "evaluate",
+    "experts",
     "frontier",
     "generate",
     "load",
     "plan",
     "probe",
+    "read_edits",
+    "report",
+    "search",
 ]

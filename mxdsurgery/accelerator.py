@@ -18,8 +18,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         RecipeError: the tracker is not installed.
     """
     _check_tracker(recipe)
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("recipe key 'device' is 'cuda', which this machine does not have", expected="cpu")
+    compute_device(recipe)
     AcceleratorState._reset_state()  # a second conversion in the same process may want another precision
     accelerator = Accelerator(
         cpu=not _on_gpu(recipe),
@@ -33,6 +32,17 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         )
     torch.manual_seed(recipe.seed)
     return accelerator
+
+
+def compute_device(recipe: Recipe) -> str:
+    """``cuda`` or ``cpu``: what the recipe's ``device`` means on this machine.
+
+    Raises:
+        DeviceError: it is not there.
+    """
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("recipe key 'device' is 'cuda', which this machine does not have", expected="cpu")
+    return "cuda" if _on_gpu(recipe) else "cpu"
 
 
 def choose_kernels(accelerator: Accelerator, *, d_model: int, n_experts: int, k: int, tokens: int) -> str | None:

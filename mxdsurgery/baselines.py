@@ -26,18 +26,21 @@ class Transcoder(nn.Module):
         n_experts: N, features.
         k: K, features active per token, at most N.
         sparsity: ``topk`` or ``batchtopk``; see `Gate`.
+        expert_bias: see `Experts`.
     """
 
-    def __init__(self, *, d_model: int, n_experts: int, k: int, sparsity: str = "topk") -> None:
+    def __init__(self, *, d_model: int, n_experts: int, k: int, sparsity: str = "topk", expert_bias: bool = False) -> None:
         super().__init__()
         self.gate = Gate(d_model, n_experts, k, sparsity)
-        self.experts = Experts(d_model, n_experts)
+        self.experts = Experts(d_model, n_experts, expert_bias)
         self.bias = nn.Parameter(torch.empty(d_model))  # b
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """C and b zero."""
         nn.init.zeros_(self.experts.weight)
+        if self.experts.bias is not None:
+            nn.init.zeros_(self.experts.bias)
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,11 +90,14 @@ class TopKSAE(Transcoder):
         n_experts: N, features.
         k: K, features active per token, at most N.
         sparsity: ``topk`` or ``batchtopk``; see `Gate`.
+        expert_bias: see `Experts`.
         block: the remaining arguments of `DenseLayer`, for the block, whose weights are frozen.
     """
 
-    def __init__(self, *, d_model: int, n_experts: int, k: int, sparsity: str = "topk", **block) -> None:
-        super().__init__(d_model=d_model, n_experts=n_experts, k=k, sparsity=sparsity)
+    def __init__(
+        self, *, d_model: int, n_experts: int, k: int, sparsity: str = "topk", expert_bias: bool = False, **block
+    ) -> None:
+        super().__init__(d_model=d_model, n_experts=n_experts, k=k, sparsity=sparsity, expert_bias=expert_bias)
         self.block = DenseLayer(d_model=d_model, **block).requires_grad_(False)
 
     def coefficients(self, x: Tensor) -> Coefficients:

@@ -1,5 +1,6 @@
 """The model card, and the short table of figures that ends a conversion and an evaluation."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,8 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
     return table
 
 
-def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any]) -> str:
-    """README.md of an exported folder."""
+def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Sequence[dict[str, Any]] = ()) -> str:
+    """README.md of an exported folder; ``edits`` are the steps of `edit`, as config.json has them."""
     base = Path(plan.model).name if Path(plan.model).is_dir() else plan.model
     on_hub = "/" in plan.model and not Path(plan.model).is_dir()
     header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
@@ -100,8 +101,10 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any]) -> str:
             "```",
             "",
             *_gate_lines(plan),
+            *_edit_lines(edits),
             "## What it cost",
             "",
+            *_unedited(edits, evaluation),
             f"Measured on {evaluation['tokens']:,} tokens of held-out text ({evaluation['sequences']} contexts of "
             f"{evaluation['context']}, position 0 left out) against the original model, whose cross-entropy there is "
             f"{evaluation['original']['ce']:.4f} nats per token. All layers together: ΔCE "
@@ -135,6 +138,30 @@ def _training_lines(record: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def _unedited(edits: Sequence[dict[str, Any]], evaluation: dict[str, Any]) -> list[str]:
+    if len(edits) == evaluation.get("edits", 0):
+        return []
+    return ["Before the last edit above; `mxdsurgery evaluate` measures the model as it is now.", ""]
+
+
+def _edit_lines(edits: Sequence[dict[str, Any]]) -> list[str]:
+    """What was done to single experts, and what that changed."""
+    if not edits:
+        return []
+    lines = ["## Edited experts", ""]
+    for number, step in enumerate(edits, start=1):
+        lines += [f"Step {number}:", "", *(f"- {line}" for line in step["edits"]), ""]
+        lines += [
+            f"On {step['tokens']:,} tokens of {step['data']}, cross-entropy went from {step['ce_before']:.4f} to "
+            f"{step['ce_after']:.4f} nats per token (difference {step['delta_ce']:+.5f}, 95 % interval "
+            f"[{step['delta_ce_ci'][0]:+.5f}, {step['delta_ce_ci'][1]:+.5f}]); KL(before ‖ after) {step['kl']:.5f}.",
+            "",
+        ]
+        for sample in step["samples"]:  # as Python writes them: one line each, whatever they hold
+            lines += ["    " + f"{name:<7}{sample[name]!r}" for name in ("prompt", "before", "after")] + [""]
+    return lines
+
+
 def _sparsity(layer: LayerPlan) -> str:
     """N and K, where the layer has experts."""
     if not layer.n_experts:
@@ -151,7 +178,8 @@ def _gate_lines(plan: Plan) -> list[str]:
     return [
         f"The coefficients of the experts of layer {first.block.layer} are the output of "
         f"`model.base_model.{first.block.path}.gate`: values and expert indices, (batch, tokens, K). A forward hook there "
-        "reads and changes them.",
+        f"reads and changes them. So does `with model.mxd.ablate({{{first.block.layer}: [0]}}):`, and `scale`, `steer`, "
+        "`clamp`, `drop`, `copy`, `merge` and `replace` beside it, for as long as the block lasts.",
         "",
     ]
 

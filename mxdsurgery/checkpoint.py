@@ -1,5 +1,7 @@
 """A converted model: its classes, what its config says, and reading its folder back without running any code in it."""
 
+import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +13,18 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from mxdsurgery.accelerator import compute_device
 from mxdsurgery.errors import NotConvertedError, WeightsError
 from mxdsurgery.initialize import layer_shape
 from mxdsurgery.model import check_complete
 from mxdsurgery.plan import Plan, read_plan
+from mxdsurgery.recipe import Recipe, load_recipe
 from mxdsurgery.replacement import MxDSurgeryMixin
 
 # Of the `mxd` entry in an exported config.json and of the weights' names. Raised when either changes.
-FORMAT_VERSION = 2
-# Version 1 knew one kind of layer, and did not name it.
-_READ_VERSIONS = (1, 2)
+FORMAT_VERSION = 3
+# Version 1 knew one kind of layer, and did not name it; version 2 knew no edits.
+_READ_VERSIONS = (1, 2, 3)
 
 PLAN_FILE, RECIPE_FILE, EVALUATION_FILE = "plan.json", "recipe.yaml", "evaluation.json"
 
@@ -112,6 +116,32 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             fix="upgrade mxdsurgery",
         )
     return values
+
+
+def load_with_recipe(folder: str | Path, device: str | None = None) -> tuple[Converted, Recipe]:
+    """A converted model on the device that it is asked for on, and the recipe it was made by, with that device.
+
+    Args:
+        folder: what ``convert`` or ``edit`` wrote.
+        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+
+    Raises:
+        NotConvertedError, WeightsError: as `load`.
+        DeviceError: the device is not there.
+    """
+    read_config(folder)
+    saved = Recipe(**load_recipe(Path(folder) / RECIPE_FILE))
+    recipe = dataclasses.replace(saved, device=device or saved.device, tracker="none")
+    return load(folder, device=compute_device(recipe)), recipe
+
+
+def fingerprint(converted: Converted) -> str:
+    """16 hexadecimal digits that tell converted models apart: of the gates' weights, which no edit changes."""
+    digest = hashlib.sha256()
+    for layer in sorted(converted.layers):
+        if hasattr(converted.layers[layer], "gate"):
+            digest.update(converted.layers[layer].gate.weight.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: str = "auto") -> Converted:

@@ -16,12 +16,17 @@ from rich.console import Console
 
 import mxdsurgery
 from mxdsurgery.card import LEGEND, evaluation_table
+from mxdsurgery.coefficients import FORMS
 from mxdsurgery.console import ConsoleReporter
 from mxdsurgery.dissect import dissection_table
+from mxdsurgery.edit import edit_table
+from mxdsurgery.edits import edits_from_flags
 from mxdsurgery.errors import MemoryBudgetError, MxDError, MxDWarning
+from mxdsurgery.experts import experts_table
 from mxdsurgery.frontier import DEFAULT_K, DEFAULT_KINDS
 from mxdsurgery.probe import probe_tables
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe, parse_count
+from mxdsurgery.search import BY, search_table
 
 _INTERRUPTED = 130  # what a shell expects of a process that Ctrl-C ended
 
@@ -94,6 +99,37 @@ def _labelled_options(required: bool) -> Callable[[Callable], Callable]:
     return lambda command: functools.reduce(lambda made, option: option(made), reversed(options), command)
 
 
+def _edit_options(command: Callable) -> Callable:
+    """The flags that say what is done to which experts; they become one argument, ``edits``."""
+    listed, numbered = "LAYER:EXPERT,...", "LAYER:EXPERT=NUMBER,..."
+    options = (
+        click.option("--edits", "edit_file", metavar="FILE", help="An edit file (YAML)."),
+        click.option("--ablate", multiple=True, metavar=listed, help="Set coefficients to 0 after the choice."),
+        click.option("--drop", multiple=True, metavar=listed, help="Take experts out before the choice."),
+        click.option("--scale", multiple=True, metavar=numbered, help="Multiply coefficients."),
+        click.option("--steer", multiple=True, metavar=numbered, help="Add to coefficients, on every token."),
+        click.option("--clamp", multiple=True, metavar=numbered, help="Set coefficients, on every token."),
+    )
+
+    @functools.wraps(command)
+    def with_edits(*args: Any, edit_file: str | None, **given: Any) -> Any:
+        flags = {kind: given.pop(kind) for kind in ("ablate", "drop", "scale", "steer", "clamp")}
+        return command(*args, edits=edits_from_flags(edit_file, **flags), **given)
+
+    return functools.reduce(lambda made, option: option(made), reversed(options), with_edits)
+
+
+def _text_options(command: Callable) -> Callable:
+    """The flags of what measures on held-out text."""
+    options = (
+        click.option("--data", help="Text; default: the recipe's held-out text."),
+        click.option("--tokens", type=_Count(), help="How many of its tokens; default: the recipe's eval_tokens."),
+        click.option("--device", type=_RecipeValue("device"), help=RECIPE_KEYS["device"].doc),
+    )
+    return functools.reduce(lambda made, option: option(made), reversed(options), command)
+
+
+_AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _KINDS_HELP = f"Of {', '.join(RECIPE_KEYS['kind'].choices)}. [default: {','.join(DEFAULT_KINDS)}]"
 
 
@@ -145,7 +181,7 @@ def main() -> None:
 @main.command()
 @click.argument("model")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_AS_JSON
 def analyze(model: str, revision: str | None, as_json: bool) -> None:
     """Show which MLP blocks MODEL has, from its config alone."""
     analysis = mxdsurgery.analyze(model, revision=revision)
@@ -156,7 +192,7 @@ def analyze(model: str, revision: str | None, as_json: bool) -> None:
 @click.argument("model")
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
 @click.option("--measure/--no-measure", default=True, help="Measure this machine for some seconds, for the time it takes.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_AS_JSON
 @_recipe_options()
 def plan(model: str, recipe: str | None, measure: bool, as_json: bool, **overrides: Any) -> None:
     """Show what a conversion of MODEL would make and take, without weights.
@@ -208,7 +244,7 @@ def frontier(model: str, **options: Any) -> None:
 @click.option("--tokens", type=_Count(), help="How many of its tokens; default: the recipe's eval_tokens.")
 @click.option("--base", help="The original model, if it is not where the recipe says.")
 @click.option("--device", type=_RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_AS_JSON
 def evaluate(folder: str, as_json: bool, **options: Any) -> None:
     """Measure the converted model in DIR against its original."""
     figures = mxdsurgery.evaluate(folder, reporter=ConsoleReporter(), **options)
@@ -218,7 +254,7 @@ def evaluate(folder: str, as_json: bool, **options: Any) -> None:
 @main.command()
 @click.argument("folder", metavar="DIR")
 @_labelled_options(required=True)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_AS_JSON
 def probe(folder: str, as_json: bool, **options: Any) -> None:
     """Find the expert in DIR that stands for each class of labelled texts.
 
@@ -231,7 +267,7 @@ def probe(folder: str, as_json: bool, **options: Any) -> None:
 @main.command()
 @click.argument("folder", metavar="DIR")
 @_labelled_options(required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_AS_JSON
 def dissect(folder: str, as_json: bool, **options: Any) -> None:
     """Show the experts' rank, how alike they are, how they are used and what for.
 
@@ -239,6 +275,80 @@ def dissect(folder: str, as_json: bool, **options: Any) -> None:
     """
     result = mxdsurgery.dissect(folder, reporter=ConsoleReporter(), **options)
     _print_json(result) if as_json else _print_table(dissection_table(result))
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--data", help="The text; default: the recipe's held-out text, or its training text.")
+@click.option("--tokens", type=_Count(), default=1_000_000, help="How many of its tokens. [default: 1M]")
+@click.option("--out", help="Where to; default: DIR/experts.")
+@click.option("--layers", default="all", show_default=True, help="Which; as convert's.")
+@click.option("--text-column", help=RECIPE_KEYS["text_column"].doc)
+@click.option("--label-column", help="Field with each document's class; default: label or kind, where there is one.")
+@click.option("--top", type=_Count(), default=10, show_default=True, help="Strongest places kept of each expert.")
+@click.option("--sample", type=_Count(), default=10, show_default=True, help="Random places kept of each expert.")
+@click.option("--spread", type=_Count(), default=8, show_default=True, help="Draw from so many times as much text.")
+@click.option("--overwrite", is_flag=True, help="Take the place of an earlier catalogue.")
+@click.option("--device", type=_RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
+@click.option("--seed", type=int, default=0, show_default=True)
+@_AS_JSON
+def experts(folder: str, as_json: bool, **options: Any) -> None:
+    """Write down of every expert in DIR when it fires and what it does: for search, report and steering.
+
+    An interrupted run goes on where it stopped when the same command is given again.
+    """
+    result = mxdsurgery.experts(folder, reporter=ConsoleReporter(), **options)
+    _print_json(result) if as_json else _print_table(experts_table(result), f"\nThe catalogue is in {result['out']}")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@click.argument("query")
+@click.option("--by", type=click.Choice(BY), default="auto", show_default=True, help="What QUERY is.")
+@click.option("--layer", type=int, help="Look in one layer only.")
+@click.option("--top", type=_Count(), default=20, show_default=True, help="How many experts to show.")
+@_AS_JSON
+def search(folder: str, query: str, as_json: bool, **options: Any) -> None:
+    """Show which experts in DIR fire most specifically on QUERY, a token or an example text."""
+    result = mxdsurgery.search(folder, query, **options)
+    _print_json(result) if as_json else _print_table(search_table(result))
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--out", help="The page; default: report.html in DIR.")
+@click.option("--limit-mib", type=_Count(), default=64, show_default=True, help="Larger data go into files beside the page.")
+def report(folder: str, **options: Any) -> None:
+    """Write a page that shows every expert of DIR, for a browser; `experts` must have run."""
+    made = mxdsurgery.report(folder, reporter=ConsoleReporter(), **options)
+    beside = f"\nIts data are in {made['data']}: keep them together" if made["data"] else ""
+    _print_table(f"The page is in {made['page']}{beside}")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--out", required=True, help="A new folder.")
+@click.option("--form", type=click.Choice(FORMS), default=FORMS[0], show_default=True)
+@click.option("--layers", default="all", show_default=True, help="Which; as convert's.")
+@_text_options
+def coefficients(folder: str, **options: Any) -> None:
+    """Write every expert coefficient of DIR on a text to files that other tools read."""
+    made = mxdsurgery.coefficients(folder, reporter=ConsoleReporter(), **options)
+    _print_table(f"Coefficients on {made['tokens']:,} tokens are in {options['out']}")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--out", required=True, help="The folder to write.")
+@click.option("--undo", is_flag=True, help="Take the last edit back, bit for bit.")
+@click.option("--overwrite", is_flag=True, help="Take the place of an earlier folder of ours.")
+@_edit_options
+@_text_options
+@_AS_JSON
+def edit(folder: str, as_json: bool, **options: Any) -> None:
+    """Edit experts of DIR for good, in a new folder, and say what that changed."""
+    result = mxdsurgery.edit(folder, reporter=ConsoleReporter(), **options)
+    _print_json(result) if as_json else _print_table(*edit_table(result), f"\nThe model is in {result['out']}")
 
 
 @main.command()

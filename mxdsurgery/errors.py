@@ -76,6 +76,14 @@ class BaseModelError(MxDError):
     """The base model that a converted one is compared with is missing or is another one."""
 
 
+class EditError(MxDError):
+    """An edit that names no expert of the model, has numbers that cannot be, or is meant for another model."""
+
+
+class CatalogueError(MxDError):
+    """What `experts` should have written is missing, of another model, or cannot be read."""
+
+
 class DivergedError(MxDError):
     """A layer's loss became NaN or grew without bound."""
 

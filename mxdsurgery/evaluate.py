@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxdsurgery.accelerator import make_accelerator
@@ -52,16 +53,9 @@ def evaluate(
     folder = Path(folder)
     converted = load(folder)
     saved = Recipe(**load_recipe(folder / RECIPE_FILE))
-    if data is None:
-        _check_held_out(saved, tokens)
     recipe = dataclasses.replace(saved, eval_tokens=tokens or saved.eval_tokens, device=device or saved.device)
+    heldout = held_out(converted, saved, data, tokens)
     accelerator = make_accelerator(dataclasses.replace(recipe, tracker="none"))
-    tokenizer = converted.tokenizer()
-    if data is not None:
-        stream = TextStream(data, Packing(tokenizer, recipe.context, recipe.prepend_bos), recipe.text_column)
-        heldout = stream.spread(recipe.eval_tokens)
-    else:
-        _, heldout = open_texts(recipe, tokenizer)
     original = load_original(converted, base or recipe.model, recipe)
     original.to(accelerator.device)
     for layer in converted.layers.values():
@@ -69,10 +63,26 @@ def evaluate(
     with reporter.progress("evaluate", "passes") as line:
         evaluation = measure(original, converted.plan.blocks, converted.layers, heldout, recipe.batch, line.update)
     evaluation["data"] = data or recipe.eval_data or recipe.data
+    evaluation["edits"] = len(converted.model.config.mxd.get("edits", []))
     evaluation |= _training_record(folder)
     measured_on = recipe if data is None else dataclasses.replace(recipe, eval_data=data)
     write_evaluation(folder, evaluation, converted.plan, measured_on)
     return evaluation
+
+
+def held_out(converted: Converted, saved: Recipe, data: str | None = None, tokens: int | None = None) -> Tensor:
+    """Contexts to measure a converted model on, (S, T): of a text, or else of what its recipe holds out.
+
+    Raises:
+        DataError: the text cannot be read, or more tokens are asked for than were held out.
+    """
+    recipe = dataclasses.replace(saved, eval_tokens=tokens or saved.eval_tokens)
+    tokenizer = converted.tokenizer()
+    if data is not None:
+        packing = Packing(tokenizer, recipe.context, recipe.prepend_bos)
+        return TextStream(data, packing, recipe.text_column).spread(recipe.eval_tokens)
+    _check_held_out(saved, tokens)
+    return open_texts(recipe, tokenizer)[1]
 
 
 def _check_held_out(saved: Recipe, tokens: int | None) -> None:

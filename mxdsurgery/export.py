@@ -27,6 +27,7 @@ from mxdsurgery.checkpoint import (
     RECIPE_FILE,
     converted_config,
     converted_model_class,
+    read_config,
 )
 from mxdsurgery.errors import ExportError, OutputError
 from mxdsurgery.plan import Plan
@@ -34,7 +35,7 @@ from mxdsurgery.recipe import Recipe
 from mxdsurgery.surgery import replaced
 
 # The files of ours that a checkpoint brings along; each imports only from those before it.
-TRAVELLING = ("sparse.py", "layer.py", "baselines.py", "replacement.py")
+TRAVELLING = ("sparse.py", "layer.py", "baselines.py", "interventions.py", "replacement.py")
 
 _LICENSE = "# Written by mxdsurgery (Apache-2.0). It imports torch and transformers only, and only defines classes.\n"
 
@@ -52,7 +53,8 @@ class MxD{config}({config}):
 
 _MODELING = '''"""{causal} whose MLP blocks are Mixtures of Decoders; everything else is the family's own code.
 
-The coefficients of a layer's experts are the output of its ``gate``: an ordinary forward hook there reads and changes them.
+The coefficients of a layer's experts are the output of its ``gate``: an ordinary forward hook there reads and changes them,
+and ``with model.mxd.ablate({{12: [4031]}}):`` changes them without one; interventions.py has all that ``model.mxd`` can do.
 """
 
 from transformers import {base}, {causal}
@@ -177,13 +179,13 @@ def export(
     with written_whole(out) as staging:
         with replaced(model, plan.blocks, layers):
             _save_weights(model, plan, staging)
-            reference = _reference(model, check_ids)
+            reference = reference_outputs(model, check_ids)
         tokenizer.save_pretrained(staging)
         write_code(model, staging)
         (staging / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
         write_json(staging / PLAN_FILE, plan.to_dict())
         write_evaluation(staging, evaluation, plan, recipe)
-        return _check_reload(staging, check_ids, reference, next(model.parameters()).device)
+        return check_reload(staging, check_ids, reference, next(model.parameters()).device)
 
 
 def write_evaluation(folder: Path, evaluation: dict[str, Any], plan: Plan, recipe: Recipe) -> None:
@@ -191,7 +193,8 @@ def write_evaluation(folder: Path, evaluation: dict[str, Any], plan: Plan, recip
     write_json(folder / EVALUATION_FILE, evaluation)
     card = folder / "README.md"
     aside = card.with_suffix(".tmp")
-    aside.write_text(model_card(plan, recipe, evaluation), encoding="utf-8")
+    edits = read_config(folder)["mxd"].get("edits", [])
+    aside.write_text(model_card(plan, recipe, evaluation, edits), encoding="utf-8")
     os.replace(aside, card)
 
 
@@ -220,12 +223,12 @@ def _save_weights(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
 
 
 def write_code(model: PreTrainedModel, folder: Path) -> None:
-    """The Python files that travel with the checkpoint."""
+    """The Python files that travel with the checkpoint of a model, original or converted."""
     names = {
-        "config": type(model.config).__name__,
-        "model_type": model.config.model_type,
-        "base": type(model.base_model).__name__,
-        "causal": type(model).__name__,
+        "config": type(model.config).__name__.removeprefix("MxD"),
+        "model_type": model.config.model_type.removeprefix("mxd-"),
+        "base": type(model.base_model).__name__.removeprefix("MxD"),
+        "causal": type(model).__name__.removeprefix("MxD"),
     }
     for name in TRAVELLING:
         code = Path(__file__).with_name(name).read_text(encoding="utf-8")
@@ -235,7 +238,8 @@ def write_code(model: PreTrainedModel, folder: Path) -> None:
 
 
 @torch.no_grad()
-def _reference(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+def reference_outputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """What a model in memory computes for ids (B, T): ``logits`` and ``hidden`` states, for `check_reload`."""
     ids = ids.to(next(model.parameters()).device)
     return {
         "logits": model(input_ids=ids, use_cache=False).logits.cpu(),
@@ -243,7 +247,7 @@ def _reference(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _check_reload(folder: Path, ids: Tensor, reference: dict[str, Tensor], device: torch.device) -> dict[str, float]:
+def check_reload(folder: Path, ids: Tensor, reference: dict[str, Tensor], device: torch.device) -> dict[str, float]:
     """Loads the folder in a fresh process without mxdsurgery and compares what it computes.
 
     Raises:

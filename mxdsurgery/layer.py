@@ -13,6 +13,7 @@ so that expert n is the linear map ``W_n = diag(c_n) D`` of the hidden units and
 Shapes: x and y (..., D); G and C (N, D); E (H, D); D (D, H); "..." is any number of batch dimensions, usually (B, T).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,8 @@ class Coefficients(NamedTuple):
     """The expert coefficients of some tokens, sparsely: ``a[indices] = values`` and zero elsewhere.
 
     ``values`` (..., K) are non-negative, float32 or wider; ``indices`` (..., K) int64 in [0, N), in no particular order, each
-    at most once per token. A hook may return more or fewer than K of them.
+    at most once per token. A hook or an intervention may give more or fewer than K of them, of any sign, and an expert several
+    times: they add up.
     """
 
     values: Tensor
@@ -48,7 +50,8 @@ class Gate(nn.Module):
     """Chooses the experts: ``a = TopK(relu(G x + b_g))``.
 
     Its output, a `Coefficients`, is the one place where the expert coefficients can be read and changed: an ordinary
-    forward hook on this module sees them, and what it returns is what the experts get.
+    forward hook on this module sees them, and what it returns is what the experts get. ``interventions``, which
+    ``model.mxd`` sets and takes away, changes them before that.
 
     Args:
         d_model: D.
@@ -63,6 +66,7 @@ class Gate(nn.Module):
         super().__init__()
         self.k = k
         self.selection: torch.dtype | None = None  # of the ranking of all N experts; None: the weight's own
+        self.interventions: Callable[[Gate, Tensor], Coefficients] | None = None
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))  # G
         self.bias = nn.Parameter(torch.empty(n_experts))  # b_g
         # The smallest pre-activation that `batchtopk` keeps; None: each token keeps K.
@@ -91,12 +95,16 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Coefficients:
         """(..., D) -> coefficients (..., K), or with ``batchtopk`` (..., `active`), those not kept zero."""
-        flat = x.reshape(-1, x.shape[-1])
-        values, indices = sparse_gate(flat, self.weight, self.bias, self.active, self.selection)
+        return self.choose(x, self.bias) if self.interventions is None else self.interventions(self, x)
+
+    def choose(self, x: Tensor, bias: Tensor, spare: int = 0) -> Coefficients:
+        """What `forward` gives, with another bias (N,), and the ``spare`` experts that come next: (..., `active` + spare)."""
+        active = min(self.active + spare, self.n_experts)
+        values, indices = sparse_gate(x.reshape(-1, x.shape[-1]), self.weight, bias, active, self.selection)
         if self.threshold is not None:
             kept = self._batch_threshold(values) if self.training else self.threshold
             values = values * (values >= kept)
-        shape = (*x.shape[:-1], self.active)
+        shape = (*x.shape[:-1], active)
         return Coefficients(values.view(shape), indices.view(shape))
 
     @torch.no_grad()
@@ -109,17 +117,26 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts' output scales: row n of C, ``c_n`` (D,), says how expert n scales the decoder's output."""
+    """The experts' output scales: row n of C, ``c_n`` (D,), says how expert n scales the decoder's output.
 
-    def __init__(self, d_model: int, n_experts: int) -> None:
+    Args:
+        d_model: D.
+        n_experts: N.
+        bias: whether there is a constant (D,) beside what the chosen experts say: where a model was steered for good.
+    """
+
+    def __init__(self, d_model: int, n_experts: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))  # C
+        self.bias = nn.Parameter(torch.empty(d_model)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Random rows, uniform in the cube and then of unit length."""
+        """Random rows, uniform in the cube and then of unit length; the constant zero."""
         nn.init.uniform_(self.weight, -1.0, 1.0)
         self.normalize()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     @torch.no_grad()
     def normalize(self) -> None:
@@ -130,7 +147,8 @@ class Experts(nn.Module):
         """``Cᵀ a``: coefficients (..., K) -> (..., D), touching only the K chosen rows of C."""
         active = a.values.shape[-1]
         mixed = mix(a.values.reshape(-1, active), a.indices.reshape(-1, active), self.weight)
-        return mixed.view(*a.values.shape[:-1], -1)
+        mixed = mixed.view(*a.values.shape[:-1], -1)
+        return mixed if self.bias is None else mixed + self.bias
 
 
 class DenseLayer(nn.Module):
@@ -182,13 +200,14 @@ class MxDLayer(DenseLayer):
         n_experts: N.
         k: K, experts active per token, at most N.
         sparsity: ``topk`` or ``batchtopk``; see `Gate`.
+        expert_bias: see `Experts`.
         block: the arguments of `DenseLayer`.
     """
 
-    def __init__(self, *, n_experts: int, k: int, sparsity: str = "topk", **block) -> None:
+    def __init__(self, *, n_experts: int, k: int, sparsity: str = "topk", expert_bias: bool = False, **block) -> None:
         super().__init__(**block)
         self.gate = Gate(block["d_model"], n_experts, k, sparsity)
-        self.experts = Experts(block["d_model"], n_experts)
+        self.experts = Experts(block["d_model"], n_experts, expert_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``y = (Cᵀ a) * (D z) + b``."""

@@ -8,6 +8,7 @@ are the coefficients of N experts, and ``experts``, which add up to s, what they
 from torch import nn
 
 from .baselines import SkipMap, SkipTranscoder, TopKSAE, Transcoder
+from .interventions import Interventions
 from .layer import DenseLayer, Experts, Gate, MxDLayer
 
 LAYER_KINDS: dict[str, type[nn.Module]] = {
@@ -34,6 +35,11 @@ class MxDSurgeryMixin:
                 self.base_model.set_submodule(path, nn.Identity())
             layer = LAYER_KINDS[entry.get("kind", "mxd")](**entry["shape"])
             self.base_model.set_submodule(entry["path"], layer)
+
+    @property
+    def mxd(self) -> Interventions:
+        """Where its experts are changed while it runs: ``with model.mxd.ablate({12: [4031]}): ...``."""
+        return Interventions(self)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Fresh weights for a model made from a config. What a checkpoint has loaded, transformers does not touch."""

@@ -14,7 +14,7 @@ import queue
 import random
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +37,11 @@ _TXT_DOCUMENT_END = "<|endoftext|>"
 _SPREAD = 32
 
 
+def text_name(spec: str) -> str:
+    """How a text is named where others read it: a local file without its path."""
+    return Path(spec).name if os.path.exists(spec) else spec
+
+
 def documents(spec: str, text_column: str = "text") -> Iterator[str]:
     """Yields the documents of a text, in their order; empty ones are left out.
 
@@ -48,27 +53,34 @@ def documents(spec: str, text_column: str = "text") -> Iterator[str]:
         DataError: no such file or data set, no such column, or a line that cannot be read. Raised at the first document,
             not at the call.
     """
+    return (document for document, _ in documents_with_fields(spec, text_column))
+
+
+def documents_with_fields(
+    spec: str, text_column: str = "text", fields: Sequence[str] = ()
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """As `documents`, each with other fields of its row, those of ``fields`` among them that it has."""
     if spec in ("stdlib", "stdlib:train", "stdlib:heldout"):
-        found = stdlib_documents(spec.partition(":")[2] or "train")
+        found = ((document, {}) for document in stdlib_documents(spec.partition(":")[2] or "train"))
     elif spec.startswith("stdlib:"):
         raise DataError(f"no text {spec!r}", expected="stdlib, stdlib:train or stdlib:heldout")
     elif os.path.isfile(spec) or spec.endswith(_SUFFIXES) or spec.startswith((".", "/", "~")):
-        found = _file_documents(Path(spec), text_column)
+        found = _file_documents(Path(spec), text_column, fields)
     else:
         found = _hub_documents(spec, text_column)
-    return (document for document in found if document)
+    return ((document, row) for document, row in found if document)
 
 
-def _file_documents(path: Path, text_column: str) -> Iterator[str]:
+def _file_documents(path: Path, text_column: str, fields: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not os.path.isfile(path):  # where Path.is_file() raises, for a name too long to be a file's, this is False
         raise DataError(f"no text file {str(path)!r}", expected=_FORMS)
     try:
         if path.name.endswith((".jsonl", ".jsonl.gz")):
             yield from _jsonl_documents(path, text_column)
         elif path.suffix == ".parquet":
-            yield from _parquet_documents(path, text_column)
+            yield from _parquet_documents(path, text_column, fields)
         elif path.suffix == ".txt":
-            yield from _txt_documents(path)
+            yield from ((document, {}) for document in _txt_documents(path))
         else:
             raise DataError(f"{str(path)!r} is of an unknown form", expected=_FORMS)
     except OSError as error:
@@ -87,7 +99,7 @@ def _txt_documents(path: Path) -> Iterator[str]:
     yield "".join(lines)
 
 
-def _jsonl_documents(path: Path, text_column: str) -> Iterator[str]:
+def _jsonl_documents(path: Path, text_column: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8", errors="replace") as file:
@@ -98,7 +110,7 @@ def _jsonl_documents(path: Path, text_column: str) -> Iterator[str]:
         raise DataError(f"{str(path)!r} is not a whole gzip file: {error}") from None
 
 
-def _json_text(line: str, where: str, text_column: str) -> str:
+def _json_text(line: str, where: str, text_column: str) -> tuple[str, Mapping[str, Any]]:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -110,20 +122,21 @@ def _json_text(line: str, where: str, text_column: str) -> str:
             expected="a field that holds a string",
             fix="name the field with --text-column",
         )
-    return row[text_column]
+    return row[text_column], row
 
 
-def _parquet_documents(path: Path, text_column: str) -> Iterator[str]:
+def _parquet_documents(path: Path, text_column: str, fields: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
         _check_column(text_column, file.schema_arrow.names, str(path))
-        for batch in file.iter_batches(columns=[text_column]):
-            for value in batch.column(0).to_pylist():
-                if value is not None:
-                    yield _column_text(value, text_column, str(path))
+        wanted = [text_column, *(name for name in fields if name in file.schema_arrow.names)]
+        for batch in file.iter_batches(columns=wanted):
+            for row in batch.to_pylist():
+                if row[text_column] is not None:
+                    yield _column_text(row[text_column], text_column, str(path)), row
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{str(path)!r} is not a whole Parquet file: {error}") from None
 
@@ -163,13 +176,13 @@ def _open_stream(spec: str) -> Iterable[dict]:
         return load_dataset(name, config or None, revision="refs/convert/parquet", **options)
 
 
-def _hub_documents(spec: str, text_column: str) -> Iterator[str]:
+def _hub_documents(spec: str, text_column: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     where = f"the data set {spec!r}"
     for number, row in enumerate(hub_rows(spec)):
         if number == 0:
             _check_column(text_column, list(row), where)
         if row[text_column] is not None:
-            yield _column_text(row[text_column], text_column, where)
+            yield _column_text(row[text_column], text_column, where), row
 
 
 def hub_rows(spec: str, limit: int | None = None) -> Iterator[dict[str, Any]]:
@@ -220,17 +233,28 @@ class Packing:
 
     def pack(self, texts: Iterator[str]) -> Iterator[Tensor]:
         """Tokenises documents and packs them: yields int64 (T,)."""
+        return (context for context, _ in self.pack_labelled((text, 0) for text in texts))
+
+    def pack_labelled(self, texts: Iterator[tuple[str, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `pack`, of documents with a number each: yields ids and the number of each token's document, int64 (T,) both.
+
+        The beginning-of-text token has the number -1, an end-of-text token that of the document that it ends.
+        """
         first = self.first_tokens()
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         room = self.context - len(first)
         pending: list[int] = []
+        numbers: list[int] = []
         while batch := list(itertools.islice(texts, 16)):
-            for ids in self.tokenizer(batch, add_special_tokens=False, return_attention_mask=False)["input_ids"]:
+            pieces = self.tokenizer([text for text, _ in batch], add_special_tokens=False, return_attention_mask=False)
+            for ids, (_, number) in zip(pieces["input_ids"], batch, strict=True):
                 pending += ids + end
+                numbers += [number] * (len(ids) + len(end))
             whole = len(pending) // room * room
             for start in range(0, whole, room):
-                yield torch.tensor(first + pending[start : start + room])
-            del pending[:whole]
+                part = slice(start, start + room)
+                yield torch.tensor(first + pending[part]), torch.tensor([-1] * len(first) + numbers[part])
+            del pending[:whole], numbers[:whole]
 
 
 @dataclass

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from mxdsurgery.blocks import find_blocks
 from mxdsurgery.checkpoint import load
 from mxdsurgery.errors import ExportError, NotConvertedError, OutputError, WeightsError
-from mxdsurgery.export import _check_reload, check_output, export, written_whole
+from mxdsurgery.export import check_output, check_reload, export, written_whole
 from mxdsurgery.initialize import initial_layer, measure_statistics
 from mxdsurgery.measure import measure
 from mxdsurgery.model import load_tokenizer
@@ -54,7 +54,7 @@ def test_a_fresh_process_without_mxdsurgery_computes_the_same_logits(family, tmp
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_auto_classes_load_it_as_a_subclass_of_the_familys_own(family, tmp_path, monkeypatch):
-    monkeypatch.setattr("mxdsurgery.export._check_reload", lambda *_: {})  # this test does it in this process
+    monkeypatch.setattr("mxdsurgery.export.check_reload", lambda *_: {})  # this test does it in this process
     model, blocks, layers, _ = export_tiny(family, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert isinstance(loaded, type(model)) and type(loaded).__name__ == f"MxD{type(model).__name__}"
@@ -148,7 +148,8 @@ def test_a_model_from_the_config_alone_gets_fresh_weights(folder):
 
 def test_the_code_that_travels_imports_torch_and_transformers_only_and_only_defines(folder):
     files = sorted(path.name for path in folder.glob("*.py"))
-    assert files == ["baselines.py", "configuration_mxd.py", "layer.py", "modeling_mxd.py", "replacement.py", "sparse.py"]
+    ours = ["baselines", "configuration_mxd", "interventions", "layer", "modeling_mxd", "replacement", "sparse"]
+    assert files == [f"{name}.py" for name in ours]
     allowed_statements = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef, ast.Assign, ast.AnnAssign)
     for name in files:
         tree = ast.parse((folder / name).read_text())
@@ -159,10 +160,10 @@ def test_the_code_that_travels_imports_torch_and_transformers_only_and_only_defi
                 assert not any(isinstance(part, ast.Call) for part in ast.walk(node))
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
-                assert all(alias.name.split(".")[0] in {"torch", "transformers", "warnings"} for alias in node.names)
+                assert all(alias.name.split(".")[0] in {"math", "torch", "transformers", "warnings"} for alias in node.names)
             if isinstance(node, ast.ImportFrom):
-                siblings = {"baselines", "configuration_mxd", "layer", "replacement", "sparse"}
-                libraries = {"torch", "transformers", "types", "typing", "warnings"}
+                siblings = {"baselines", "configuration_mxd", "interventions", "layer", "replacement", "sparse"}
+                libraries = {"torch", "transformers", "collections", "dataclasses", "types", "typing", "warnings"}
                 assert node.module.split(".")[0] in (siblings if node.level else libraries)
 
 
@@ -227,7 +228,7 @@ def test_a_newer_format_and_missing_weights_are_refused_by_name(folder, tmp_path
 def test_the_reload_check_notices_other_weights_and_broken_code(folder):
     reference = {"logits": torch.zeros(2, 16, 64), "hidden": torch.zeros(2, 16, 32)}
     with pytest.raises(ExportError, match="gives other logits"):
-        _check_reload(folder, IDS, reference, torch.device("cpu"))
+        check_reload(folder, IDS, reference, torch.device("cpu"))
 
 
 def test_broken_code_is_an_export_error_and_leaves_no_folder(tmp_path, monkeypatch):

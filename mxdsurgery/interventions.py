@@ -1,0 +1,427 @@
+"""``model.mxd``: changes single experts of a converted model while it runs. Travels with every exported checkpoint.
+
+    with model.mxd.ablate({12: [4031]}).steer({9: {77: 8.0}}):
+        model.generate(...)
+
+Layers and experts are numbered as in the model's config. Every method returns a new object with one more change, and changes
+nothing yet; the object is a context manager, and while it is open the changes are in force. Contexts nest, what comes first
+(or further out) works first, and on leaving, also by an exception, the gates are as they were. Changes are part of each
+layer's ``gate``: they work in batches, in ``generate`` with a KV cache and under ``torch.compile``, which compiles anew for
+them.
+
+Shapes: B batch, T tokens, D model width, N experts; a gate gives (..., K) coefficients of K chosen experts.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import cached_file
+
+from .layer import Coefficients, Gate
+
+# By layer, each expert's largest coefficient: `mxdsurgery experts` writes it beside the model.
+MAXIMUM_FILE = "experts/maximum.safetensors"
+
+WHEN = ("always", "firing", "silent")
+UNITS = ("coefficient", "maximum")
+
+Positions = Iterable[int] | slice | Tensor
+
+
+class InterventionError(ValueError):
+    """A layer, an expert or a number that cannot be: what was found and what is possible."""
+
+
+@dataclass(eq=False)
+class Columns:
+    """Where in its text the tokens of the running forward pass stand; a hook on the model sets it.
+
+    Attributes:
+        batch: B.
+        tokens: T.
+        start: the first token's place, with what a KV cache holds before it; None outside of a forward pass.
+    """
+
+    batch: int = 0
+    tokens: int = 0
+    start: int | None = None
+
+    def enter(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A forward pre-hook of the model."""
+        given = next(v for v in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None)
+        cache = kwargs.get("past_key_values")
+        self.batch, self.tokens = given.shape[:2]
+        self.start = 0 if cache is None else int(cache.get_seq_length())
+
+    def leave(self, *_) -> None:
+        """A forward hook of the model."""
+        self.start = None
+
+    def chosen(self, positions: Positions, like: Tensor) -> Tensor:
+        """Which tokens are at the positions: bool, like (..., K) without its last dimension."""
+        if self.start is None:
+            raise InterventionError(
+                "positions are known inside the model's own forward pass only, and not where torch.compile skips its hooks: "
+                "open the context before the model is compiled, or leave positions out"
+            )
+        places = torch.arange(self.start, self.start + self.tokens, device=like.device)
+        if isinstance(positions, Tensor) and positions.dtype == torch.bool:
+            if len(positions) != self.batch:
+                raise InterventionError(f"a mask of {len(positions)} rows for a batch of {self.batch}")
+            inside = places < positions.shape[1]
+            mask = positions.to(like.device)[:, places.clamp_max(positions.shape[1] - 1)] & inside
+        elif isinstance(positions, slice):
+            step = positions.step or 1
+            mask = (places >= (positions.start or 0)) & ((places - (positions.start or 0)) % step == 0)
+            mask = mask if positions.stop is None else mask & (places < positions.stop)
+        else:
+            mask = torch.isin(places, torch.as_tensor(positions, device=like.device))
+        return mask.expand(self.batch, self.tokens).reshape(like.shape[:-1])
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """One kind of change to some experts of a layer.
+
+    Attributes:
+        kind: ``drop``, ``ablate``, ``scale``, ``steer``, ``clamp``, ``copy`` or ``merge``.
+        experts: (M,) int64.
+        amounts: (M,) float32, what ``scale``, ``steer`` and ``clamp`` do; int64 sources of ``copy``; group sizes of ``merge``,
+            whose groups follow each other in ``experts``.
+        when: for ``steer`` and ``clamp``: ``always``, or where the gate chose the expert (``firing``) or not (``silent``).
+        positions: where in the text; None: everywhere.
+        columns: where the tokens of the running pass stand, if ``positions`` needs to know.
+    """
+
+    kind: str
+    experts: Tensor
+    amounts: Tensor | None = None
+    when: str = "always"
+    positions: Positions | None = None
+    columns: Columns | None = None
+
+    def here(self, like: Tensor) -> Tensor | None:
+        """The tokens that it is about: bool, like (..., K) without its last dimension; None: all of them."""
+        return None if self.positions is None else self.columns.chosen(self.positions, like)
+
+    def apply(self, a: Coefficients, chosen: Coefficients) -> Coefficients:
+        """The changed coefficients; ``chosen`` are those that the gate gave."""
+        here = self.here(a.values)
+        if self.kind == "copy":
+            table = _lookup(self.experts, self.amounts, a.indices)
+            return Coefficients(a.values, torch.where(_every(here), table, a.indices))
+        if self.kind == "merge":
+            return self._merged(a, here)
+        if self.kind in ("ablate", "scale"):
+            factors = torch.zeros_like(self.experts, dtype=a.values.dtype) if self.kind == "ablate" else self.amounts
+            return Coefficients(a.values * torch.where(_every(here), _factors(self.experts, factors, a), 1), a.indices)
+        fires = ((chosen.indices[..., None] == self.experts) & (chosen.values > 0)[..., None]).any(-2)  # (..., M)
+        told = {"always": torch.ones_like(fires), "firing": fires, "silent": ~fires}[self.when]
+        told = told if here is None else told & here[..., None]
+        values = a.values
+        if self.kind == "clamp":
+            values = values.masked_fill(((a.indices[..., None] == self.experts) & told[..., None, :]).any(-1), 0)
+        added = self.amounts.to(values.dtype) * told
+        indices = self.experts.expand_as(added)
+        return Coefficients(torch.cat([values, added], -1), torch.cat([a.indices, indices], -1))
+
+    def _merged(self, a: Coefficients, here: Tensor | None) -> Coefficients:
+        """Each coefficient of a group's expert in equal parts on all of the group."""
+        values, indices = [a.values], [a.indices]
+        for group in self.experts.split(self.amounts.tolist()):
+            member = torch.isin(a.indices, group) & _every(here)
+            summed = (a.values * member).sum(-1, keepdim=True) / len(group)  # (..., 1)
+            values[0] = values[0].masked_fill(member, 0)
+            values.append(summed.expand(*summed.shape[:-1], len(group)))
+            indices.append(group.expand_as(values[-1]))
+        return Coefficients(torch.cat(values, -1), torch.cat(indices, -1))
+
+
+class GateChanges:
+    """What a gate does while changes are in force: ``gate.interventions``. Never altered: a new one takes its place."""
+
+    def __init__(self, changes: Sequence[Change]) -> None:
+        self.changes = tuple(changes)
+
+    def __call__(self, gate: Gate, x: Tensor) -> Coefficients:
+        """Chooses without the experts that are dropped, and changes the coefficients of the chosen ones."""
+        drops = [change for change in self.changes if change.kind == "drop"]
+        everywhere = [change.experts for change in drops if change.positions is None]
+        somewhere = [change for change in drops if change.positions is not None]
+        bias = gate.bias.index_fill(0, torch.cat(everywhere), -math.inf) if everywhere else gate.bias
+        chosen = gate.choose(x, bias, spare=sum(len(change.experts) for change in somewhere))
+        if somewhere:
+            values = chosen.values
+            for change in somewhere:
+                out = torch.isin(chosen.indices, change.experts) & change.here(values)[..., None]
+                values = values.masked_fill(out, 0)
+            values, best = values.topk(min(gate.active, values.shape[-1]), dim=-1)
+            chosen = Coefficients(values, chosen.indices.gather(-1, best))
+        a = chosen
+        for change in self.changes:
+            a = a if change.kind == "drop" else change.apply(a, chosen)
+        return a
+
+
+def _every(here: Tensor | None) -> Tensor | bool:
+    return torch.tensor(True) if here is None else here[..., None]
+
+
+def _lookup(experts: Tensor, targets: Tensor, indices: Tensor) -> Tensor:
+    """``indices`` with each of ``experts`` in it exchanged for its target."""
+    found = indices[..., None] == experts  # (..., K, M)
+    return torch.where(found.any(-1), targets[found.int().argmax(-1)], indices)
+
+
+def _factors(experts: Tensor, factors: Tensor, a: Coefficients) -> Tensor:
+    """(..., K): the factor of each coefficient, 1 where it is not of ``experts``."""
+    order = experts.sort()
+    place = torch.searchsorted(order.values, a.indices).clamp_max(len(experts) - 1)
+    return torch.where(order.values[place] == a.indices, factors.to(a.values)[order.indices[place]], 1)
+
+
+class Interventions:
+    """Changes to single experts; see the module. ``model.mxd`` is one without any.
+
+    Args:
+        model: a converted model, of any family.
+        changes: by layer, in the order in which they work.
+        rows: rows of C that are exchanged: (layer, expert, (D,) tensor).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        changes: Sequence[tuple[int, Change]] = (),
+        rows: Sequence[tuple[int, int, Tensor]] = (),
+    ) -> None:
+        self.model = model
+        self.layers: dict[int, nn.Module] = {  # by index, those that have experts
+            entry["layer"]: model.base_model.get_submodule(entry["path"])
+            for entry in model.config.mxd["layers"]
+            if "n_experts" in entry["shape"]
+        }
+        self._changes = tuple(changes)
+        self._rows = tuple(rows)
+        self._open: list[tuple[list[tuple[Gate, Change]], list[tuple[Tensor, int, Tensor]], list]] = []
+
+    def ablate(self, experts: Mapping[int, Iterable[int]], *, positions: Positions | None = None) -> "Interventions":
+        """Sets coefficients to 0 after the choice: nothing takes their place. What zeroing ``c_n`` does.
+
+        Args:
+            experts: by layer.
+            positions: places in the text, the first token's being 0: numbers, a slice without negative numbers, or a bool mask
+                (B, T) over the prompt; default: all. Padding counts.
+
+        Raises:
+            InterventionError: there is no such layer or expert.
+        """
+        return self._with("ablate", self._listed(experts), positions=positions)
+
+    def drop(self, experts: Mapping[int, Iterable[int]], *, positions: Positions | None = None) -> "Interventions":
+        """Takes experts out before the choice: the next ones take their places. Arguments as `ablate`'s.
+
+        Drops work before all other changes.
+        """
+        return self._with("drop", self._listed(experts), positions=positions)
+
+    def scale(self, factors: Mapping[int, Mapping[int, float]], *, positions: Positions | None = None) -> "Interventions":
+        """Multiplies coefficients; ``factors`` by layer and expert, else as `ablate`."""
+        return self._with("scale", self._numbers(factors), positions=positions)
+
+    def steer(
+        self,
+        amounts: Mapping[int, Mapping[int, float]],
+        *,
+        when: str = "always",
+        positions: Positions | None = None,
+        unit: str = "coefficient",
+    ) -> "Interventions":
+        """Adds to coefficients, whether the expert was chosen or not.
+
+        Args:
+            amounts: by layer and expert.
+            when: ``always``, or only where the gate itself chose the expert (``firing``) or did not (``silent``).
+            positions: as for `ablate`.
+            unit: of the amounts: ``coefficient``, or ``maximum``, the largest coefficient of the expert that
+                `mxdsurgery experts` observed.
+
+        Raises:
+            InterventionError: no such layer or expert, a number that is not finite, or no maximum is known.
+        """
+        return self._with("steer", self._numbers(amounts, unit), when, positions)
+
+    def clamp(
+        self,
+        values: Mapping[int, Mapping[int, float]],
+        *,
+        when: str = "always",
+        positions: Positions | None = None,
+        unit: str = "coefficient",
+    ) -> "Interventions":
+        """Sets coefficients to a value. Arguments and errors as `steer`'s."""
+        return self._with("clamp", self._numbers(values, unit), when, positions)
+
+    def copy(self, sources: Mapping[int, Mapping[int, int]], *, positions: Positions | None = None) -> "Interventions":
+        """Lets an expert do what another does where it fires: ``{layer: {expert: source}}``; ``c_expert = c_source``."""
+        found = [
+            (layer, self._experts(layer, given), torch.tensor(self._experts(layer, given.values())))
+            for layer, given in self._by_layer(sources).items()
+        ]
+        return self._with("copy", found, positions=positions)
+
+    def merge(self, groups: Mapping[int, Iterable[Iterable[int]]]) -> "Interventions":
+        """Lets each expert of a group do the mean of what they do: it no longer matters which of them fires.
+
+        Args:
+            groups: by layer, of two experts or more, none in two groups.
+        """
+        found = []
+        for layer, given in self._by_layer(groups).items():
+            lists = [self._experts(layer, group) for group in given]
+            together = [expert for group in lists for expert in group]
+            if not lists or min(map(len, lists)) < 2 or len(set(together)) < len(together):
+                raise InterventionError(
+                    f"layer {layer}: merge takes groups of two experts or more, none of them in two groups"
+                )
+            found.append((layer, together, torch.tensor([len(group) for group in lists])))
+        return self._with("merge", found)
+
+    def replace(self, rows: Mapping[int, Mapping[int, Tensor | Sequence[float]]]) -> "Interventions":
+        """Puts other vectors (D,) in the place of ``c_n``: by layer and expert."""
+        found = []
+        for layer, given in self._by_layer(rows).items():
+            weight = self.layers[layer].experts.weight
+            for expert, row in zip(self._experts(layer, given), given.values(), strict=True):
+                row = torch.as_tensor(row, dtype=torch.float32)
+                if row.shape != weight.shape[1:] or not row.isfinite().all():
+                    raise InterventionError(
+                        f"layer {layer}, expert {expert}: {tuple(row.shape)} numbers to replace c_n with; "
+                        f"expected {weight.shape[1]} finite ones"
+                    )
+                found.append((layer, expert, row.to(weight)))
+        return Interventions(self.model, self._changes, (*self._rows, *found))
+
+    def __enter__(self) -> "Interventions":
+        record: tuple = ([], [], [])
+        self._open.append(record)
+        placed, rows, handles = record
+        columns = Columns()
+        if any(change.positions is not None for _, change in self._changes):
+            for module in {self.model, self.model.base_model}:  # either may be called, and the first may pass the second by
+                handles.append(module.register_forward_pre_hook(columns.enter, with_kwargs=True))
+                handles.append(module.register_forward_hook(columns.leave, always_call=True))
+        for layer, expert, row in self._rows:
+            weight = self.layers[layer].experts.weight
+            rows.append((weight, expert, weight[expert].detach().clone()))
+            with torch.no_grad():
+                weight[expert] = row
+        for layer, change in self._changes:
+            gate = self.layers[layer].gate
+            device = gate.weight.device
+            amounts = None if change.amounts is None else change.amounts.to(device)
+            mine = replace(change, experts=change.experts.to(device), amounts=amounts, columns=columns)
+            placed.append((gate, mine))
+            gate.interventions = GateChanges((*_changes_of(gate), mine))
+        return self
+
+    def __exit__(self, *_) -> None:
+        placed, rows, handles = self._open.pop()
+        for gate, mine in placed:
+            left = [change for change in _changes_of(gate) if change is not mine]
+            gate.interventions = GateChanges(left) if left else None
+        for weight, expert, row in reversed(rows):
+            with torch.no_grad():
+                weight[expert] = row
+        for handle in handles:
+            handle.remove()
+
+    def maximum(self, layer: int) -> Tensor:
+        """Each expert's largest coefficient, (N,), as `mxdsurgery experts` observed it.
+
+        Raises:
+            InterventionError: there is no such record beside the model.
+        """
+        path = cached_file(
+            self.model.name_or_path,
+            MAXIMUM_FILE,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if path is None:
+            raise InterventionError(
+                f"{self.model.name_or_path!r} holds no {MAXIMUM_FILE}: run mxdsurgery experts on it, or give coefficients"
+            )
+        return load_state_dict(path)[f"layer{layer}"]
+
+    def _with(
+        self,
+        kind: str,
+        found: Sequence[tuple[int, list[int], Tensor | None]],
+        when: str = "always",
+        positions: Positions | None = None,
+    ) -> "Interventions":
+        if when not in WHEN:
+            raise InterventionError(f"when is {when!r}; expected one of {', '.join(WHEN)}")
+        if isinstance(positions, slice):
+            bad = min(positions.start or 0, positions.stop or 0) < 0 or (positions.step or 1) < 1
+        elif isinstance(positions, Tensor) and positions.dtype == torch.bool:
+            bad = positions.ndim != 2
+        elif positions is not None:
+            positions = [int(position) for position in positions]
+            bad = min(positions, default=0) < 0
+        else:
+            bad = False
+        if bad:
+            raise InterventionError("positions count from the first token: numbers or a slice from 0 on, or a mask (B, T)")
+        changes = [(layer, Change(kind, torch.tensor(experts), amounts, when, positions)) for layer, experts, amounts in found]
+        return Interventions(self.model, (*self._changes, *changes), self._rows)
+
+    def _by_layer(self, given: Mapping[int, Iterable]) -> Mapping[int, Iterable]:
+        if not isinstance(given, Mapping):
+            raise InterventionError(f"{type(given).__name__} given; expected a mapping by layer, for example {{12: ...}}")
+        for layer in given:
+            if layer not in self.layers:
+                there = ", ".join(map(str, self.layers)) or "none"
+                raise InterventionError(f"layer {layer!r} has no experts; layers that have: {there}")
+        return given
+
+    def _experts(self, layer: int, given: Iterable[int]) -> list[int]:
+        n_experts = self.layers[layer].gate.n_experts
+        experts = list(given)
+        for expert in experts:
+            if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < n_experts:
+                raise InterventionError(f"layer {layer} has no expert {expert!r}; expected 0 to {n_experts - 1}")
+        return experts
+
+    def _listed(self, given: Mapping[int, Iterable[int]]) -> list[tuple[int, list[int], None]]:
+        return [(layer, self._experts(layer, experts), None) for layer, experts in self._by_layer(given).items()]
+
+    def _numbers(
+        self, given: Mapping[int, Mapping[int, float]], unit: str = "coefficient"
+    ) -> list[tuple[int, list[int], Tensor]]:
+        if unit not in UNITS:
+            raise InterventionError(f"unit is {unit!r}; expected one of {', '.join(UNITS)}")
+        found = []
+        for layer, numbers in self._by_layer(given).items():
+            experts = self._experts(layer, numbers)
+            for expert, number in numbers.items():
+                if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+                    raise InterventionError(f"layer {layer}, expert {expert}: {number!r} is not a finite number")
+            amounts = torch.tensor(list(numbers.values()), dtype=torch.float32)
+            if unit == "maximum":
+                maximum = self.maximum(layer)[experts]
+                if not maximum.all():
+                    never = [expert for expert, most in zip(experts, maximum.tolist(), strict=True) if most == 0]
+                    raise InterventionError(f"layer {layer}: experts {never} never fired: no maximum to measure in")
+                amounts = amounts * maximum
+            found.append((layer, experts, amounts))
+        return found
+
+
+def _changes_of(gate: Gate) -> tuple[Change, ...]:
+    return () if gate.interventions is None else gate.interventions.changes
