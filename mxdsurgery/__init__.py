@@ -18,6 +18,7 @@ from mxdsurgery.convert import Conversion, convert
 from mxdsurgery.dissect import dissect
 from mxdsurgery.edit import edit
 from mxdsurgery.edits import Edits, edits_from_flags, read_edits
+from mxdsurgery.effect import effect
 from mxdsurgery.errors import MxDError
 from mxdsurgery.evaluate import evaluate
 from mxdsurgery.experts import experts
@@ -29,6 +30,8 @@ from mxdsurgery.probe import probe
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.report import report
 from mxdsurgery.search import search
+from mxdsurgery.steering import steering
+from mxdsurgery.sweep import sweep
 
 __version__ = "0.1.0"
 
@@ -49,6 +52,7 @@ __all__ = [
     "dissect",
     "edit",
     "edits_from_flags",
+    "effect",
     "evaluate",
     "experts",
     "frontier",
@@ -59,4 +63,6 @@ __all__ = [
     "read_edits",
     "report",
     "search",
+    "steering",
+    "sweep",
 ]

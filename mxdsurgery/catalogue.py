@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mxdsurgery.checkpoint import Converted, fingerprint
 from mxdsurgery.errors import CatalogueError
 
 CATALOGUE_FILE, CONTEXTS_FILE = "experts.json", "contexts.parquet"
@@ -141,12 +142,11 @@ def layer_path(folder: Path, layer: int) -> Path:
     return folder / f"layer{layer}.parquet"
 
 
-def open_catalogue(folder: str | Path, model: str | Path | None = None) -> Catalogue:
+def open_catalogue(folder: str | Path) -> Catalogue:
     """Reads experts.json; the tables are read when they are asked for.
 
     Args:
         folder: what `experts` wrote, or the converted model's folder with it inside.
-        model: the converted model's folder, to name in an error.
 
     Raises:
         CatalogueError: there is none, or it cannot be read.
@@ -163,12 +163,28 @@ def open_catalogue(folder: str | Path, model: str | Path | None = None) -> Catal
         raise CatalogueError(
             f"there is no {str(path)!r}",
             expected="what mxdsurgery experts writes",
-            fix=f"run mxdsurgery experts {model or folder.parent} --data TEXT first",
+            fix=f"run mxdsurgery experts {folder.parent} --data TEXT first",
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CatalogueError(f"{str(path)!r} cannot be read: {error}", expected="the file as experts wrote it") from None
     if version != CATALOGUE_VERSION:
         raise CatalogueError(f"{str(path)!r} has format version {version}", expected=str(CATALOGUE_VERSION))
+    return made
+
+
+def catalogue_of(converted: Converted) -> Catalogue:
+    """The catalogue in a converted model's folder, after making sure that it is of this model.
+
+    Raises:
+        CatalogueError: there is none, it cannot be read, or it is of another model.
+    """
+    made = open_catalogue(converted.folder)
+    if made.fingerprint != fingerprint(converted):
+        raise CatalogueError(
+            f"the catalogue in {str(made.folder)!r} is of another model",
+            expected=f"of the one in {str(converted.folder)!r}",
+            fix=f"run mxdsurgery experts {converted.folder} --overwrite",
+        )
     return made
 
 

@@ -118,12 +118,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return values
 
 
-def load_with_recipe(folder: str | Path, device: str | None = None) -> tuple[Converted, Recipe]:
+def load_with_recipe(folder: str | Path, device: str | None = None, dtype: str = "auto") -> tuple[Converted, Recipe]:
     """A converted model on the device that it is asked for on, and the recipe it was made by, with that device.
 
     Args:
         folder: what ``convert`` or ``edit`` wrote.
         device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        dtype: as `load`'s.
 
     Raises:
         NotConvertedError, WeightsError: as `load`.
@@ -132,7 +133,7 @@ def load_with_recipe(folder: str | Path, device: str | None = None) -> tuple[Con
     read_config(folder)
     saved = Recipe(**load_recipe(Path(folder) / RECIPE_FILE))
     recipe = dataclasses.replace(saved, device=device or saved.device, tracker="none")
-    return load(folder, device=compute_device(recipe)), recipe
+    return load(folder, device=compute_device(recipe), dtype=dtype), recipe
 
 
 def fingerprint(converted: Converted) -> str:

@@ -1,13 +1,10 @@
 """The command line: each command reads its flags, calls the public function of its name and prints what it returns."""
 
-import dataclasses
-import functools
 import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -20,117 +17,33 @@ from mxdsurgery.coefficients import FORMS
 from mxdsurgery.console import ConsoleReporter
 from mxdsurgery.dissect import dissection_table
 from mxdsurgery.edit import edit_table
-from mxdsurgery.edits import edits_from_flags
-from mxdsurgery.errors import MemoryBudgetError, MxDError, MxDWarning
+from mxdsurgery.effect import effect_tables
+from mxdsurgery.errors import EditError, MemoryBudgetError, MxDError, MxDWarning
 from mxdsurgery.experts import experts_table
 from mxdsurgery.frontier import DEFAULT_K, DEFAULT_KINDS
+from mxdsurgery.generate import side_by_side
+from mxdsurgery.interventions import UNITS
+from mxdsurgery.judge import judge_from_flags
+from mxdsurgery.options import (
+    AS_JSON,
+    DTYPES,
+    KINDS_HELP,
+    Count,
+    Numbers,
+    RecipeValue,
+    RecipeValues,
+    edit_options,
+    labelled_options,
+    recipe_options,
+    text_options,
+)
 from mxdsurgery.probe import probe_tables
-from mxdsurgery.recipe import RECIPE_KEYS, Recipe, parse_count
+from mxdsurgery.recipe import RECIPE_KEYS
 from mxdsurgery.search import BY, search_table
+from mxdsurgery.steering import steering_table
+from mxdsurgery.sweep import sweep_table
 
 _INTERRUPTED = 130  # what a shell expects of a process that Ctrl-C ended
-
-
-class _RecipeValue(click.ParamType):
-    """A flag's value, checked by the recipe key of its name."""
-
-    def __init__(self, name: str) -> None:
-        self.recipe_key = name
-        self.name = RECIPE_KEYS[name].kind
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return RECIPE_KEYS[self.recipe_key].parse(self.recipe_key, value)
-
-
-class _Count(click.ParamType):
-    name = "count"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        count = parse_count(value)
-        if count is None or count < 1:
-            self.fail(f"{value!r} is no whole number of at least 1 (k, M and B suffixes allowed)", param, ctx)
-        return count
-
-
-class _List(click.ParamType):
-    """Values between commas, each checked by the recipe key of the name."""
-
-    def __init__(self, name: str) -> None:
-        self.recipe_key, self.name = name, f"{name},{name},..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        key = RECIPE_KEYS[self.recipe_key]
-        return value if isinstance(value, tuple) else tuple(key.parse(self.recipe_key, v.strip()) for v in value.split(","))
-
-
-def _recipe_options(*without: str) -> Callable[[Callable], Callable]:
-    """A flag for every recipe key but the model, which is the argument, and some others; in the recipe's order."""
-
-    def add(command: Callable) -> Callable:
-        for field in reversed(dataclasses.fields(Recipe)):
-            key = RECIPE_KEYS[field.name]
-            flag = "--" + field.name.replace("_", "-")
-            if field.name in ("model", *without):
-                continue
-            if key.kind == "flag":
-                option = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=key.doc)
-            else:
-                shown = key.doc + (f" [{', '.join(key.choices)}]" if key.choices else "")
-                option = click.option(flag, field.name, type=_RecipeValue(field.name), default=None, help=shown)
-            command = option(command)
-        return command
-
-    return add
-
-
-def _labelled_options(required: bool) -> Callable[[Callable], Callable]:
-    """The flags of what looks at experts through labelled text."""
-    options = (
-        click.option("--data", required=required, help="Labelled text: .jsonl, .csv, .parquet or a data set on the hub."),
-        click.option("--layer", type=int, help="Default: the first in DIR."),
-        click.option("--text-column", default="text", show_default=True, help="The column or field that holds the text."),
-        click.option("--label-column", default="label", show_default=True, help="The column or field that holds the class."),
-        click.option("--samples", type=_Count(), help="Texts, drawn at random; default: all."),
-        click.option("--context", type=_Count(), help="Tokens that each text is cut after; default: the recipe's."),
-        click.option("--base", help="The original model, if it is not where the recipe says."),
-        click.option("--device", type=_RecipeValue("device"), help=RECIPE_KEYS["device"].doc),
-        click.option("--seed", type=int, default=0, show_default=True),
-    )
-    return lambda command: functools.reduce(lambda made, option: option(made), reversed(options), command)
-
-
-def _edit_options(command: Callable) -> Callable:
-    """The flags that say what is done to which experts; they become one argument, ``edits``."""
-    listed, numbered = "LAYER:EXPERT,...", "LAYER:EXPERT=NUMBER,..."
-    options = (
-        click.option("--edits", "edit_file", metavar="FILE", help="An edit file (YAML)."),
-        click.option("--ablate", multiple=True, metavar=listed, help="Set coefficients to 0 after the choice."),
-        click.option("--drop", multiple=True, metavar=listed, help="Take experts out before the choice."),
-        click.option("--scale", multiple=True, metavar=numbered, help="Multiply coefficients."),
-        click.option("--steer", multiple=True, metavar=numbered, help="Add to coefficients, on every token."),
-        click.option("--clamp", multiple=True, metavar=numbered, help="Set coefficients, on every token."),
-    )
-
-    @functools.wraps(command)
-    def with_edits(*args: Any, edit_file: str | None, **given: Any) -> Any:
-        flags = {kind: given.pop(kind) for kind in ("ablate", "drop", "scale", "steer", "clamp")}
-        return command(*args, edits=edits_from_flags(edit_file, **flags), **given)
-
-    return functools.reduce(lambda made, option: option(made), reversed(options), with_edits)
-
-
-def _text_options(command: Callable) -> Callable:
-    """The flags of what measures on held-out text."""
-    options = (
-        click.option("--data", help="Text; default: the recipe's held-out text."),
-        click.option("--tokens", type=_Count(), help="How many of its tokens; default: the recipe's eval_tokens."),
-        click.option("--device", type=_RecipeValue("device"), help=RECIPE_KEYS["device"].doc),
-    )
-    return functools.reduce(lambda made, option: option(made), reversed(options), command)
-
-
-_AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_KINDS_HELP = f"Of {', '.join(RECIPE_KEYS['kind'].choices)}. [default: {','.join(DEFAULT_KINDS)}]"
 
 
 class _NamedErrors(click.Group):
@@ -181,7 +94,7 @@ def main() -> None:
 @main.command()
 @click.argument("model")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
-@_AS_JSON
+@AS_JSON
 def analyze(model: str, revision: str | None, as_json: bool) -> None:
     """Show which MLP blocks MODEL has, from its config alone."""
     analysis = mxdsurgery.analyze(model, revision=revision)
@@ -192,8 +105,8 @@ def analyze(model: str, revision: str | None, as_json: bool) -> None:
 @click.argument("model")
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
 @click.option("--measure/--no-measure", default=True, help="Measure this machine for some seconds, for the time it takes.")
-@_AS_JSON
-@_recipe_options()
+@AS_JSON
+@recipe_options()
 def plan(model: str, recipe: str | None, measure: bool, as_json: bool, **overrides: Any) -> None:
     """Show what a conversion of MODEL would make and take, without weights.
 
@@ -210,7 +123,7 @@ def plan(model: str, recipe: str | None, measure: bool, as_json: bool, **overrid
 @main.command()
 @click.argument("model")
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
-@_recipe_options()
+@recipe_options()
 def convert(model: str, recipe: str | None, **overrides: Any) -> None:
     """Convert MODEL: distil, evaluate and export.
 
@@ -223,10 +136,10 @@ def convert(model: str, recipe: str | None, **overrides: Any) -> None:
 @main.command()
 @click.argument("model")
 @click.option("--layer", type=int, required=True, help="The layer whose block is replaced; negative: from the end.")
-@click.option("--k", type=_List("k"), default=DEFAULT_K, help="Values of K. [default: 16,32,64,128,256]")
-@click.option("--kinds", type=_List("kind"), default=DEFAULT_KINDS, help=_KINDS_HELP)
+@click.option("--k", type=RecipeValues("k"), default=DEFAULT_K, help="Values of K. [default: 16,32,64,128,256]")
+@click.option("--kinds", type=RecipeValues("kind"), default=DEFAULT_KINDS, help=KINDS_HELP)
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
-@_recipe_options("layers", "k", "kind")
+@recipe_options("layers", "k", "kind")
 def frontier(model: str, **options: Any) -> None:
     """Compare kinds of layers at several K in place of one block of MODEL.
 
@@ -241,10 +154,10 @@ def frontier(model: str, **options: Any) -> None:
 @main.command()
 @click.argument("folder", metavar="DIR")
 @click.option("--data", help="Held-out text; default: the recipe's.")
-@click.option("--tokens", type=_Count(), help="How many of its tokens; default: the recipe's eval_tokens.")
+@click.option("--tokens", type=Count(), help="How many of its tokens; default: the recipe's eval_tokens.")
 @click.option("--base", help="The original model, if it is not where the recipe says.")
-@click.option("--device", type=_RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
-@_AS_JSON
+@click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
+@AS_JSON
 def evaluate(folder: str, as_json: bool, **options: Any) -> None:
     """Measure the converted model in DIR against its original."""
     figures = mxdsurgery.evaluate(folder, reporter=ConsoleReporter(), **options)
@@ -253,8 +166,8 @@ def evaluate(folder: str, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("folder", metavar="DIR")
-@_labelled_options(required=True)
-@_AS_JSON
+@labelled_options(required=True)
+@AS_JSON
 def probe(folder: str, as_json: bool, **options: Any) -> None:
     """Find the expert in DIR that stands for each class of labelled texts.
 
@@ -266,8 +179,8 @@ def probe(folder: str, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("folder", metavar="DIR")
-@_labelled_options(required=False)
-@_AS_JSON
+@labelled_options(required=False)
+@AS_JSON
 def dissect(folder: str, as_json: bool, **options: Any) -> None:
     """Show the experts' rank, how alike they are, how they are used and what for.
 
@@ -280,18 +193,18 @@ def dissect(folder: str, as_json: bool, **options: Any) -> None:
 @main.command()
 @click.argument("folder", metavar="DIR")
 @click.option("--data", help="The text; default: the recipe's held-out text, or its training text.")
-@click.option("--tokens", type=_Count(), default=1_000_000, help="How many of its tokens. [default: 1M]")
+@click.option("--tokens", type=Count(), default=1_000_000, help="How many of its tokens. [default: 1M]")
 @click.option("--out", help="Where to; default: DIR/experts.")
 @click.option("--layers", default="all", show_default=True, help="Which; as convert's.")
 @click.option("--text-column", help=RECIPE_KEYS["text_column"].doc)
 @click.option("--label-column", help="Field with each document's class; default: label or kind, where there is one.")
-@click.option("--top", type=_Count(), default=10, show_default=True, help="Strongest places kept of each expert.")
-@click.option("--sample", type=_Count(), default=10, show_default=True, help="Random places kept of each expert.")
-@click.option("--spread", type=_Count(), default=8, show_default=True, help="Draw from so many times as much text.")
+@click.option("--top", type=Count(), default=10, show_default=True, help="Strongest places kept of each expert.")
+@click.option("--sample", type=Count(), default=10, show_default=True, help="Random places kept of each expert.")
+@click.option("--spread", type=Count(), default=8, show_default=True, help="Draw from so many times as much text.")
 @click.option("--overwrite", is_flag=True, help="Take the place of an earlier catalogue.")
-@click.option("--device", type=_RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
+@click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
 @click.option("--seed", type=int, default=0, show_default=True)
-@_AS_JSON
+@AS_JSON
 def experts(folder: str, as_json: bool, **options: Any) -> None:
     """Write down of every expert in DIR when it fires and what it does: for search, report and steering.
 
@@ -306,8 +219,8 @@ def experts(folder: str, as_json: bool, **options: Any) -> None:
 @click.argument("query")
 @click.option("--by", type=click.Choice(BY), default="auto", show_default=True, help="What QUERY is.")
 @click.option("--layer", type=int, help="Look in one layer only.")
-@click.option("--top", type=_Count(), default=20, show_default=True, help="How many experts to show.")
-@_AS_JSON
+@click.option("--top", type=Count(), default=20, show_default=True, help="How many experts to show.")
+@AS_JSON
 def search(folder: str, query: str, as_json: bool, **options: Any) -> None:
     """Show which experts in DIR fire most specifically on QUERY, a token or an example text."""
     result = mxdsurgery.search(folder, query, **options)
@@ -317,7 +230,7 @@ def search(folder: str, query: str, as_json: bool, **options: Any) -> None:
 @main.command()
 @click.argument("folder", metavar="DIR")
 @click.option("--out", help="The page; default: report.html in DIR.")
-@click.option("--limit-mib", type=_Count(), default=64, show_default=True, help="Larger data go into files beside the page.")
+@click.option("--limit-mib", type=Count(), default=64, show_default=True, help="Larger data go into files beside the page.")
 def report(folder: str, **options: Any) -> None:
     """Write a page that shows every expert of DIR, for a browser; `experts` must have run."""
     made = mxdsurgery.report(folder, reporter=ConsoleReporter(), **options)
@@ -330,7 +243,7 @@ def report(folder: str, **options: Any) -> None:
 @click.option("--out", required=True, help="A new folder.")
 @click.option("--form", type=click.Choice(FORMS), default=FORMS[0], show_default=True)
 @click.option("--layers", default="all", show_default=True, help="Which; as convert's.")
-@_text_options
+@text_options
 def coefficients(folder: str, **options: Any) -> None:
     """Write every expert coefficient of DIR on a text to files that other tools read."""
     made = mxdsurgery.coefficients(folder, reporter=ConsoleReporter(), **options)
@@ -342,9 +255,9 @@ def coefficients(folder: str, **options: Any) -> None:
 @click.option("--out", required=True, help="The folder to write.")
 @click.option("--undo", is_flag=True, help="Take the last edit back, bit for bit.")
 @click.option("--overwrite", is_flag=True, help="Take the place of an earlier folder of ours.")
-@_edit_options
-@_text_options
-@_AS_JSON
+@edit_options
+@text_options
+@AS_JSON
 def edit(folder: str, as_json: bool, **options: Any) -> None:
     """Edit experts of DIR for good, in a new folder, and say what that changed."""
     result = mxdsurgery.edit(folder, reporter=ConsoleReporter(), **options)
@@ -353,13 +266,69 @@ def edit(folder: str, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("folder", metavar="DIR")
-@click.option("--prompt", required=True, help="How the text begins.")
-@click.option("--max-new-tokens", type=_Count(), default=100, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True)
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
-@click.option("--samples", type=_Count(), default=1, show_default=True)
+@edit_options
+@click.option(
+    "--sweep", type=int, metavar="LAYER", help="Instead of edits: rank all experts of a layer by what ablating does."
+)
+@text_options
+@click.option("--text-column", help=RECIPE_KEYS["text_column"].doc)
+@click.option("--controls", type=click.IntRange(min=0), default=5, show_default=True, help="Draws of other experts; 0: none.")
+@click.option(
+    "--contexts-per-expert", type=Count(), default=4, show_default=True, help="With --sweep: where each is measured."
+)
+@click.option("--top", type=Count(), default=20, show_default=True, help="Rows to show.")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="To compute in; auto: as saved."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
-def generate(folder: str, prompt: str, **options: Any) -> None:
-    """Continue a prompt with the converted model in DIR."""
-    for text in mxdsurgery.generate(folder, prompt=prompt, **options):
+@AS_JSON
+def effect(folder: str, edits: Any, sweep: int | None, as_json: bool, **options: Any) -> None:
+    """Measure what edits of experts in DIR do to its predictions, and what the same edits of others do."""
+    per_expert = options.pop("contexts_per_expert")
+    if sweep is None:
+        result = mxdsurgery.effect(folder, edits=edits, reporter=ConsoleReporter(), **options)
+        _print_json(result) if as_json else _print_table(*effect_tables(result))
+        return
+    if edits:
+        raise EditError("--sweep was given together with edits", expected="one of them: it ablates each expert alone")
+    top, _ = options.pop("top"), options.pop("controls")
+    ranked = mxdsurgery.sweep(folder, layer=sweep, contexts_per_expert=per_expert, reporter=ConsoleReporter(), **options)
+    _print_json(ranked) if as_json else _print_table(sweep_table(ranked, top))
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--prompt", help='How the text begins; needed, but with --score, where it is "Let\'s talk about ".')
+@edit_options
+@click.option("--unit", type=click.Choice(UNITS), help="Of --steer and --clamp; maximum: the largest that `experts` saw.")
+@click.option("--max-new-tokens", type=Count(), help="Default: 100; with --score, 32.")
+@click.option("--temperature", type=click.FloatRange(min=0), help="Default: 0.7.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Default: 0.95.")
+@click.option("--samples", type=Count(), help="Default: 1; with --score, 10.")
+@click.option("--seed", type=int, help="Default: 0.")
+@click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
+@click.option("--score", is_flag=True, help="Measure how good the steering of one expert is, beside that of others.")
+@click.option("--factors", type=Numbers(), help="With --score: try these multiples of the strength.")
+@click.option("--controls", type=click.IntRange(min=0), help="With --score: so many others. Default: 4.")
+@click.option("--base", help="With --score: the original model, if it is not where the recipe says.")
+@click.option("--judge", "judge_url", metavar="URL", help="With --score: an OpenAI-compatible judge; key in OPENAI_API_KEY.")
+@click.option("--judge-model", metavar="NAME", help="Which model judges.")
+@AS_JSON
+def generate(folder: str, score: bool, judge_url: str | None, judge_model: str | None, as_json: bool, **options: Any) -> None:
+    """Continue a prompt with the converted model in DIR; with edits, beside the unedited model."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if score:
+        judge = judge_from_flags(judge_url, judge_model)
+        result = mxdsurgery.steering(folder, judge=judge, reporter=ConsoleReporter(), **given)
+        _print_json(result) if as_json else _print_table(steering_table(result))
+        return
+    if given.keys() & {"factors", "controls", "base"} or judge_url or judge_model:
+        raise click.UsageError("--factors, --controls, --base and --judge go with --score")
+    if "prompt" not in given:
+        raise click.UsageError("--prompt is needed")
+    result = mxdsurgery.generate(folder, **given)
+    if as_json or isinstance(result, dict):
+        _print_json(result) if as_json else _print_table(side_by_side(result))
+        return
+    for text in result:
         click.echo(text)

@@ -84,6 +84,10 @@ class CatalogueError(MxDError):
     """What `experts` should have written is missing, of another model, or cannot be read."""
 
 
+class JudgeError(MxDError):
+    """The judge of texts cannot be reached, refused, or gave an answer that is no rating."""
+
+
 class DivergedError(MxDError):
     """A layer's loss became NaN or grew without bound."""
 

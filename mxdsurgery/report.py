@@ -30,7 +30,6 @@ from typing import IO, Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mxdsurgery.card import FIGURES, LEGEND, figure_rows
@@ -39,6 +38,7 @@ from mxdsurgery.checkpoint import EVALUATION_FILE, converted_config_class, read_
 from mxdsurgery.console import Reporter
 from mxdsurgery.errors import CatalogueError, NotConvertedError, OutputError, first_line
 from mxdsurgery.export import written_whole
+from mxdsurgery.text import token_strings
 
 REPORT_FILE = "report.html"
 _TEMPLATE = Path(__file__).with_name(REPORT_FILE)
@@ -83,7 +83,7 @@ def report(
     reporter = reporter or Reporter()
     folder = Path(folder)
     config = read_config(folder)
-    catalogue = open_catalogue(folder, folder)
+    catalogue = open_catalogue(folder)
     _check_layers(catalogue, config)
     header = _header(folder, config, catalogue)
     tokenizer = _tokenizer(folder, config)
@@ -155,29 +155,6 @@ class _Text:
             chunks.add(f"text-{first // _CONTEXTS}", contexts)
         ids = sorted(self.tokens)
         chunks.add("vocabulary", {"ids": ids, "strings": token_strings(tokenizer, ids)})
-
-
-def token_strings(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    r"""Each token as it stands in a text, with the space before it if it has one.
-
-    What is no text by itself, a part of a character in bytes, is given as ``\xe2\x80``; what the tokenizer does not know, as
-    its id between angle brackets.
-    """
-    # Decoded after another token: alone, many tokenizers drop the space before it.
-    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    before = tokenizer.decode(anchor, **options)
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    strings = []
-    for token in ids:
-        text = tokenizer.decode([*anchor, token], **options)
-        text = text[len(before) :] if text.startswith(before) else tokenizer.decode([token], **options)
-        if "�" in text:
-            piece = str(tokenizer.convert_ids_to_tokens(token))
-            bytes_ = [byte_of.get(character) for character in piece]
-            text = piece if None in bytes_ else "".join(f"\\x{byte:02x}" if byte > 126 else chr(byte) for byte in bytes_)
-        strings.append(text or f"<{token}>")
-    return strings
 
 
 def _write_layer(chunks: _Chunks, text: _Text, catalogue: Catalogue, layer: int) -> Iterator[int]:

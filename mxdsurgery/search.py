@@ -12,9 +12,9 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mxdsurgery.catalogue import Catalogue, open_catalogue
-from mxdsurgery.checkpoint import fingerprint, load
-from mxdsurgery.errors import CatalogueError, DataError
+from mxdsurgery.catalogue import Catalogue, catalogue_of
+from mxdsurgery.checkpoint import load
+from mxdsurgery.errors import DataError
 from mxdsurgery.experts import recorded_coefficients
 
 BY = ("auto", "token", "text")
@@ -57,13 +57,7 @@ def search(
         DataError: the query has no token, or by token more than one.
     """
     converted = load(folder)
-    catalogue = open_catalogue(folder, folder)
-    if catalogue.fingerprint != fingerprint(converted):
-        raise CatalogueError(
-            f"the catalogue in {str(catalogue.folder)!r} is of another model",
-            expected=f"of the one in {str(folder)!r}",
-            fix=f"run mxdsurgery experts {folder} --overwrite",
-        )
+    catalogue = catalogue_of(converted)
     layers = [layer] if layer is not None else list(catalogue.layers)
     tokenizer = converted.tokenizer()
     single = _single_tokens(query, tokenizer)

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mxdsurgery.demo import stdlib_documents
 from mxdsurgery.errors import DataError, first_line
@@ -40,6 +41,29 @@ _SPREAD = 32
 def text_name(spec: str) -> str:
     """How a text is named where others read it: a local file without its path."""
     return Path(spec).name if os.path.exists(spec) else spec
+
+
+def token_strings(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    r"""Each token as it stands in a text, with the space before it if it has one.
+
+    What is no text by itself, a part of a character in bytes, is given as ``\xe2\x80``; what the tokenizer does not know, as
+    its id between angle brackets.
+    """
+    # Decoded after another token: alone, many tokenizers drop the space before it.
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    before = tokenizer.decode(anchor, **options)
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    strings = []
+    for token in ids:
+        text = tokenizer.decode([*anchor, token], **options)
+        text = text[len(before) :] if text.startswith(before) else tokenizer.decode([token], **options)
+        if "�" in text:
+            piece = str(tokenizer.convert_ids_to_tokens(token))
+            bytes_ = [byte_of.get(character) for character in piece]
+            text = piece if None in bytes_ else "".join(f"\\x{byte:02x}" if byte > 126 else chr(byte) for byte in bytes_)
+        strings.append(text or f"<{token}>")
+    return strings
 
 
 def documents(spec: str, text_column: str = "text") -> Iterator[str]:

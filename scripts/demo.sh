@@ -9,5 +9,13 @@ echo; echo "== mxdsurgery convert demo-glu --layers all --out $out --overwrite"
 mxdsurgery convert demo-glu --layers all --out "$out" --overwrite
 echo; echo "== mxdsurgery generate $out --prompt 'class Error(Exception):'"
 mxdsurgery generate "$out" --prompt $'class Error(Exception):\n' --max-new-tokens 60
+echo; echo "== mxdsurgery experts $out --tokens 100k --overwrite"
+mxdsurgery experts "$out" --tokens 100k --overwrite
+echo; echo "== mxdsurgery search $out 'raise ValueError(' --top 5"
+mxdsurgery search "$out" 'raise ValueError(' --top 5
+echo; echo "== mxdsurgery report $out"
+mxdsurgery report "$out"
 echo; echo "== python examples/ablate_expert.py $out --layer 1   (torch and transformers only)"
 python examples/ablate_expert.py "$out" --layer 1
+echo; echo "== mxdsurgery edit $out --ablate 0:7 --out $out-edited --overwrite"
+mxdsurgery edit "$out" --ablate 0:7 --out "$out-edited" --overwrite

@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -18,7 +19,8 @@ from transformers import AutoTokenizer, LlamaConfig
 import mxdsurgery
 from mxdsurgery.catalogue import CATALOGUE_FILE, CONTEXTS_FILE, SCHEMA, layer_path, open_catalogue
 from mxdsurgery.errors import CatalogueError, NotConvertedError, OutputError
-from mxdsurgery.report import _preferred_class, report, token_strings
+from mxdsurgery.report import _preferred_class, report
+from mxdsurgery.text import token_strings
 
 CHROMIUM, CHROMEDRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 HOSTILE = ["</script><script>window.owned = 1</script>", '<img src=x onerror="window.owned = 1">', "‮{{chunks}}-->"]
@@ -189,7 +191,7 @@ def test_mistakes_are_named_and_nothing_is_left(model, converted, tmp_path, monk
         (tmp_path / name).unlink()
     report(model, out=tmp_path / "page.html")
     before = (tmp_path / "page.html").read_bytes()
-    monkeypatch.setattr("mxdsurgery.report._element", Mock(side_effect=OSError(28, "No space left on device")))
+    monkeypatch.setattr(sys.modules["mxdsurgery.report"], "_element", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OutputError, match="No space left"):
         report(model, out=tmp_path / "page.html")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"] and (tmp_path / "page.html").read_bytes() == before

@@ -13,7 +13,7 @@ ORDER = [
     "distill", "calibrate", "plan", "train", "card", "surgery", "metrics", "measure", "checkpoint", "export", "convert",
     "chart", "comparison", "frontier", "evaluate", "labelled", "subjects", "probe", "dissect", "catalogue", "corpus", "tally",
     "unembedding", "tables", "experts", "search", "coefficients", "edits", "edit", "report", "predictions", "effect", "sweep",
-    "generate", "judge", "steering", "__init__", "cli", "__main__",
+    "generate", "judge", "steering", "__init__", "options", "cli", "__main__",
 ]  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def test_no_module_is_named_after_nothing():
 def test_a_command_is_a_thin_layer():
     tree = dict(modules())["cli"]
     commands = {"analyze", "plan", "convert", "frontier", "probe", "dissect", "evaluate", "generate"}
-    commands |= {"experts", "search", "report", "coefficients", "edit"}
+    commands |= {"experts", "search", "report", "coefficients", "edit", "effect"}
     found = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in commands}
     assert found.keys() == commands
     for name, node in found.items():

@@ -1,0 +1,134 @@
+"""The flags that several commands share, and what their values may be."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from mxdsurgery.edits import edits_from_flags
+from mxdsurgery.frontier import DEFAULT_KINDS
+from mxdsurgery.recipe import RECIPE_KEYS, Recipe, parse_count
+
+
+class RecipeValue(click.ParamType):
+    """A flag's value, checked by the recipe key of its name."""
+
+    def __init__(self, name: str) -> None:
+        self.recipe_key = name
+        self.name = RECIPE_KEYS[name].kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: D102
+        return RECIPE_KEYS[self.recipe_key].parse(self.recipe_key, value)
+
+
+class Count(click.ParamType):
+    """A whole number of at least 1, with k, M and B suffixes."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: D102
+        count = parse_count(value)
+        if count is None or count < 1:
+            self.fail(f"{value!r} is no whole number of at least 1 (k, M and B suffixes allowed)", param, ctx)
+        return count
+
+
+class RecipeValues(click.ParamType):
+    """Values between commas, each checked by the recipe key of the name."""
+
+    def __init__(self, name: str) -> None:
+        self.recipe_key, self.name = name, f"{name},{name},..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: D102
+        key = RECIPE_KEYS[self.recipe_key]
+        return value if isinstance(value, tuple) else tuple(key.parse(self.recipe_key, v.strip()) for v in value.split(","))
+
+
+class Numbers(click.ParamType):
+    """Positive numbers between commas."""
+
+    name = "number,number,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: D102
+        try:
+            numbers = tuple(float(part) for part in value.split(",")) if isinstance(value, str) else value
+        except ValueError:
+            self.fail(f"{value!r} is no list of numbers", param, ctx)
+        if not all(0 < number < float("inf") for number in numbers):
+            self.fail(f"{value!r}: numbers above 0 are expected", param, ctx)
+        return numbers
+
+
+def recipe_options(*without: str) -> Callable[[Callable], Callable]:
+    """A flag for every recipe key but the model, which is the argument, and some others; in the recipe's order."""
+
+    def add(command: Callable) -> Callable:
+        for field in reversed(dataclasses.fields(Recipe)):
+            key = RECIPE_KEYS[field.name]
+            flag = "--" + field.name.replace("_", "-")
+            if field.name in ("model", *without):
+                continue
+            if key.kind == "flag":
+                option = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=key.doc)
+            else:
+                shown = key.doc + (f" [{', '.join(key.choices)}]" if key.choices else "")
+                option = click.option(flag, field.name, type=RecipeValue(field.name), default=None, help=shown)
+            command = option(command)
+        return command
+
+    return add
+
+
+def labelled_options(required: bool) -> Callable[[Callable], Callable]:
+    """The flags of what looks at experts through labelled text."""
+    options = (
+        click.option("--data", required=required, help="Labelled text: .jsonl, .csv, .parquet or a data set on the hub."),
+        click.option("--layer", type=int, help="Default: the first in DIR."),
+        click.option("--text-column", default="text", show_default=True, help="The column or field that holds the text."),
+        click.option("--label-column", default="label", show_default=True, help="The column or field that holds the class."),
+        click.option("--samples", type=Count(), help="Texts, drawn at random; default: all."),
+        click.option("--context", type=Count(), help="Tokens that each text is cut after; default: the recipe's."),
+        click.option("--base", help="The original model, if it is not where the recipe says."),
+        click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc),
+        click.option("--seed", type=int, default=0, show_default=True),
+    )
+    return lambda command: functools.reduce(lambda made, option: option(made), reversed(options), command)
+
+
+def edit_options(command: Callable) -> Callable:
+    """The flags that say what is done to which experts; they become one argument, ``edits``."""
+    listed, numbered = "LAYER:EXPERT,...", "LAYER:EXPERT=NUMBER,..."
+    options = (
+        click.option("--edits", "edit_file", metavar="FILE", help="An edit file (YAML)."),
+        click.option("--ablate", multiple=True, metavar=listed, help="Set coefficients to 0 after the choice."),
+        click.option("--drop", multiple=True, metavar=listed, help="Take experts out before the choice."),
+        click.option("--scale", multiple=True, metavar=numbered, help="Multiply coefficients."),
+        click.option("--steer", multiple=True, metavar=numbered, help="Add to coefficients, on every token."),
+        click.option("--clamp", multiple=True, metavar=numbered, help="Set coefficients, on every token."),
+    )
+
+    @functools.wraps(command)
+    def with_edits(*args: Any, edit_file: str | None, **given: Any) -> Any:
+        flags = {kind: given.pop(kind) for kind in ("ablate", "drop", "scale", "steer", "clamp")}
+        return command(*args, edits=edits_from_flags(edit_file, **flags), **given)
+
+    return functools.reduce(lambda made, option: option(made), reversed(options), with_edits)
+
+
+def text_options(command: Callable) -> Callable:
+    """The flags of what measures on held-out text."""
+    options = (
+        click.option("--data", help="Text; default: the recipe's held-out text."),
+        click.option("--tokens", type=Count(), help="How many of its tokens; default: the recipe's eval_tokens."),
+        click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc),
+    )
+    return functools.reduce(lambda made, option: option(made), reversed(options), command)
+
+
+DTYPES = ("auto", "float32", "bfloat16")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+KINDS_HELP = f"Of {', '.join(RECIPE_KEYS['kind'].choices)}. [default: {','.join(DEFAULT_KINDS)}]"
