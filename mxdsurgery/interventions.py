@@ -108,6 +108,13 @@ class Change:
         """The tokens that it is about: bool, like (..., K) without its last dimension; None: all of them."""
         return None if self.positions is None else self.columns.chosen(self.positions, like)
 
+    def on(self, device: torch.device) -> "Change":
+        """The same with its tensors on a device."""
+        if self.experts.device == device:
+            return self
+        amounts = None if self.amounts is None else self.amounts.to(device)
+        return replace(self, experts=self.experts.to(device), amounts=amounts)
+
     def apply(self, a: Coefficients, chosen: Coefficients) -> Coefficients:
         """The changed coefficients; ``chosen`` are those that the gate gave."""
         here = self.here(a.values)
@@ -149,7 +156,8 @@ class GateChanges:
 
     def __call__(self, gate: Gate, x: Tensor) -> Coefficients:
         """Chooses without the experts that are dropped, and changes the coefficients of the chosen ones."""
-        drops = [change for change in self.changes if change.kind == "drop"]
+        changes = [change.on(x.device) for change in self.changes]  # an offloaded gate is somewhere only while it runs
+        drops = [change for change in changes if change.kind == "drop"]
         everywhere = [change.experts for change in drops if change.positions is None]
         somewhere = [change for change in drops if change.positions is not None]
         bias = gate.bias.index_fill(0, torch.cat(everywhere), -math.inf) if everywhere else gate.bias
@@ -162,7 +170,7 @@ class GateChanges:
             values, best = values.topk(min(gate.active, values.shape[-1]), dim=-1)
             chosen = Coefficients(values, chosen.indices.gather(-1, best))
         a = chosen
-        for change in self.changes:
+        for change in changes:
             a = a if change.kind == "drop" else change.apply(a, chosen)
         return a
 
@@ -296,6 +304,8 @@ class Interventions:
         found = []
         for layer, given in self._by_layer(rows).items():
             weight = self.layers[layer].experts.weight
+            if weight.is_meta:
+                raise InterventionError(f"layer {layer} is offloaded: its rows of C cannot be exchanged while the model runs")
             for expert, row in zip(self._experts(layer, given), given.values(), strict=True):
                 row = torch.as_tensor(row, dtype=torch.float32)
                 if row.shape != weight.shape[1:] or not row.isfinite().all():
@@ -322,9 +332,8 @@ class Interventions:
                 weight[expert] = row
         for layer, change in self._changes:
             gate = self.layers[layer].gate
-            device = gate.weight.device
-            amounts = None if change.amounts is None else change.amounts.to(device)
-            mine = replace(change, experts=change.experts.to(device), amounts=amounts, columns=columns)
+            mine = replace(change, columns=columns)
+            mine = mine if gate.weight.is_meta else mine.on(gate.weight.device)
             placed.append((gate, mine))
             gate.interventions = GateChanges((*_changes_of(gate), mine))
         return self

@@ -11,13 +11,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 import mxdsurgery
-from mxdsurgery.catalogue import CONTEXTS_FILE
-from mxdsurgery.console import size
+from mxdsurgery.checkpoint import load_with_recipe
+from mxdsurgery.console import ProgressLine, size
+from mxdsurgery.corpus import Source, draw_corpus
+from mxdsurgery.text import Packing
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("folder", help="what `mxdsurgery convert` wrote")
@@ -36,16 +36,18 @@ def bare(model: torch.nn.Module, ids: torch.Tensor) -> float:
     return time.monotonic() - start
 
 
+converted, recipe = load_with_recipe(args.folder)
+data = args.data or recipe.eval_data or recipe.data
+source = Source(data, args.tokens, recipe.text_column, label_column=None, spread=8, seed=0)  # as experts draws them
+packing = Packing(converted.tokenizer(), recipe.context, recipe.prepend_bos)
+ids = draw_corpus(source, packing, ProgressLine()).ids
+bare(converted.model, ids[:128])  # warms up
+before = bare(converted.model, ids)
 with tempfile.TemporaryDirectory() as scratch:
-    out = Path(scratch) / "experts"
-    model = mxdsurgery.load(args.folder).model
-    mxdsurgery.experts(args.folder, data=args.data, tokens=20_000, out=Path(scratch) / "warm")
     start = time.monotonic()
-    result = mxdsurgery.experts(args.folder, data=args.data, tokens=args.tokens, out=out)
+    result = mxdsurgery.experts(args.folder, data=data, tokens=args.tokens, out=Path(scratch) / "experts")
     whole = time.monotonic() - start
-    ids = torch.from_numpy(np.stack(pq.read_table(out / CONTEXTS_FILE)["input_ids"].to_numpy()))
-    half = len(ids) // 2
-    before, after = bare(model, ids), bare(model, ids)
+after = bare(converted.model, ids)
 
 plain = (before + after) / 2
 print(f"tokens            {result['tokens']:,} in {len(ids):,} contexts, {len(result['layers'])} layers")

@@ -17,5 +17,7 @@ echo; echo "== mxdsurgery report $out"
 mxdsurgery report "$out"
 echo; echo "== python examples/ablate_expert.py $out --layer 1   (torch and transformers only)"
 python examples/ablate_expert.py "$out" --layer 1
-echo; echo "== mxdsurgery edit $out --ablate 0:7 --out $out-edited --overwrite"
-mxdsurgery edit "$out" --ablate 0:7 --out "$out-edited" --overwrite
+best=$(mxdsurgery search "$out" 'raise ValueError(' --top 1 --json |
+    python -c 'import json, sys; found = json.load(sys.stdin)["experts"][0]; print(found["layer"], found["expert"], sep=":")')
+echo; echo "== mxdsurgery edit $out --ablate $best --out $out-edited --overwrite"
+mxdsurgery edit "$out" --ablate "$best" --out "$out-edited" --overwrite

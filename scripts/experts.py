@@ -149,7 +149,7 @@ STEPS = (
     Step(
         "stories-score",
         "",
-        "mxdsurgery generate tinystories-mxd --prompt 'Once upon a time' --steer 7:1374=3 --unit maximum --samples 10 --score",
+        "mxdsurgery generate tinystories-mxd --prompt 'Once upon a time' --steer 7:1374=4 --unit maximum --samples 40 --score",
     ),
     Step("stories-edit", "", "mxdsurgery edit tinystories-mxd --drop 3:1374 --steer 7:12=0.5 --out edited --overwrite"),
 )

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import save_file
 from test_export import IDS, export_tiny
 from transformers import AutoModelForCausalLM
@@ -253,6 +254,22 @@ def test_amounts_can_be_in_units_of_the_experts_own_maximum(folder, tmp_path):
         torch.testing.assert_close(Run(model).a[:, 3], before.a[:, 3] + 1.5)
     with pytest.raises(ValueError, match="never fired"):
         model.mxd.clamp({LAYER: {0: 1.0}}, unit="maximum")
+
+
+def test_an_offloaded_model_is_changed_as_well(model):
+    before = Run(model)
+    first, second, _ = some_experts(before)
+
+    def changes():
+        return model.mxd.steer({LAYER: {first: 2.0}}).drop({LAYER: [second]}).ablate({0: [1]})
+
+    with changes():
+        wanted = model(IDS).logits
+    cpu_offload(model)
+    with changes():
+        assert torch.equal(model(IDS).logits, wanted)
+    with pytest.raises(ValueError, match="is offloaded"):
+        model.mxd.replace({LAYER: {first: [0.0] * 32}})
 
 
 def test_mistakes_are_named_and_change_nothing(model):
