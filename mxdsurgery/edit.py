@@ -26,7 +26,7 @@ from mxdsurgery.checkpoint import (
 )
 from mxdsurgery.console import Reporter
 from mxdsurgery.edits import Edits, baked, check_for
-from mxdsurgery.errors import EditError
+from mxdsurgery.errors import EditError, OutputError
 from mxdsurgery.evaluate import held_out
 from mxdsurgery.export import (
     check_output,
@@ -92,6 +92,8 @@ def edit(
     """
     reporter = reporter or Reporter()
     folder = Path(folder)
+    if Path(out).resolve() == folder.resolve():
+        raise OutputError(f"{str(out)!r} is the folder to edit", expected="another one: it is left as it is")
     if undo:
         return _undo(folder, out, overwrite)
     if not edits:

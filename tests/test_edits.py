@@ -18,6 +18,7 @@ from mxdsurgery.cli import main
 from mxdsurgery.edit import edit, edit_table
 from mxdsurgery.edits import KINDS, Edits, baked, check_for, edits_from, edits_from_flags, read_edits
 from mxdsurgery.errors import EditError, NotConvertedError, OutputError
+from mxdsurgery.evaluate import evaluate
 
 ROW = [0.25, -0.5] * 96  # D of the demo model
 ONE_OF_EACH = {
@@ -99,6 +100,14 @@ def test_every_kind_of_edit_in_a_folder_is_what_it_is_live(folder, tmp_path):
     assert f"went from {result['ce_before']:.4f} to {result['ce_after']:.4f}" in card
     assert repr(result["samples"][0]["after"]) in card
     assert edit_table(result)
+
+
+def test_measured_anew_the_card_speaks_of_the_edited_model(folder, tmp_path):
+    edit(folder, out=tmp_path / "edited", edits=edits_from_flags(ablate="1:3"), tokens=500)
+    assert "Before the last edit above" in (tmp_path / "edited" / "README.md").read_text()
+    assert evaluate(tmp_path / "edited", tokens=500)["edits"] == 1
+    card = (tmp_path / "edited" / "README.md").read_text()
+    assert "Before the last edit above" not in card and "layer 1: ablate 3" in card
 
 
 def test_ablating_for_good_gives_bit_for_bit_the_live_logits(folder, tmp_path):
@@ -261,7 +270,10 @@ def test_a_file_and_flags_join(tmp_path):
 
 
 def test_the_folder_that_is_edited_is_never_written_to(folder, tmp_path):
+    with pytest.raises(OutputError, match="is the folder to edit"):
+        edit(folder, out=folder, edits=edits_from_flags(ablate="1:3"), overwrite=True)
+    (tmp_path / "there").mkdir()
     with pytest.raises(OutputError, match="exists already"):
-        edit(folder, out=folder, edits=edits_from_flags(ablate="1:3"))
+        edit(folder, out=tmp_path / "there", edits=edits_from_flags(ablate="1:3"))
     with pytest.raises(NotConvertedError):
         edit(tmp_path, out=tmp_path / "out", edits=edits_from_flags(ablate="1:3"))

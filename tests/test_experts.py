@@ -1,8 +1,11 @@
 """The catalogue of experts: what it says is what the model does, at any batch size, also after an interruption."""
 
 import json
+import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -224,6 +227,31 @@ def test_the_command_prints_a_table_and_json(folder, labelled, tmp_path):
     again = CliRunner().invoke(main, [*arguments, "--overwrite", "--json"])
     made = json.loads(again.stdout)
     assert made["layers"][0]["n_experts"] == 256 and made["classes"] == ["code", "words"] and experts_table(made)
+
+
+def test_the_example_erases_a_kind_of_text(folder, labelled):
+    script = Path(__file__).parents[1] / "examples" / "erase_capability.py"
+    flags = [
+        "--kind",
+        "code",
+        "--data",
+        labelled,
+        "--experts",
+        "4,20",
+        "--tokens",
+        "3000",
+        "--random",
+        "2",
+        "--baseline",
+        folder,
+    ]
+    ran = subprocess.run([sys.executable, script, folder, *flags], capture_output=True, text=True, check=True)
+    rows = [line for line in ran.stdout.splitlines() if " of code" in line]
+    assert len(rows) == 4 and rows[:2] == rows[2:]  # the baseline is the same model here
+    code, words = (float(re.sub(r"[^-+.0-9]", "", cell)) for cell in rows[1].split("│")[3:5])
+    assert code > abs(words)
+    wrong = subprocess.run([sys.executable, script, folder, "--kind", "verse", *flags[2:]], capture_output=True, text=True)
+    assert wrong.returncode == 1 and "knows no 'verse', only code, words" in wrong.stderr
 
 
 def test_search_by_text_ranks_by_what_a_firing_tells(folder, dense):
