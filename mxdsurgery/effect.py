@@ -38,7 +38,7 @@ _LISTED = 8
 # Which predictions: all of them, those made at tokens where an edited expert fires, and those where none does.
 PARTS = ("all", "firing", "silent")
 
-_FORMS = {"delta_ce": "+.5f", "kl": ".5f"}
+_FORMS = {"delta_ce": "+.3g", "kl": ".3g"}
 _LEGEND = (
     "ΔCE: nats per token that next-token prediction got worse by (below 0: better). KL: how much predictions changed, in\n"
     "nats per token. Same top-1: how often the likeliest next token stayed the same. In brackets: 95 % intervals over\n"

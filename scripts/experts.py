@@ -91,7 +91,7 @@ STEPS = (
     Step(
         "effect",
         "## What does an expert do?\n\nAblated, beside five experts that fire as often:",
-        "mxdsurgery effect books-mxd --ablate 5:5666 --tokens 16k --top 6",
+        "mxdsurgery effect books-mxd --ablate 5:1835 --tokens 16k --top 6",
     ),
     Step(
         "sweep",
@@ -113,7 +113,7 @@ STEPS = (
     Step(
         "edit",
         "## Edit for good\n\nInto the weights, and what that changed:",
-        "mxdsurgery edit books-mxd --ablate 5:5666 --scale 5:5009=2 --out edited --overwrite",
+        "mxdsurgery edit books-mxd --ablate 5:1835 --scale 5:5009=2 --out edited --overwrite",
     ),
     Step("undo", "And back, bit for bit:", "mxdsurgery edit edited --undo --out restored --overwrite"),
     Step("same", "", "diff -r --exclude=experts --exclude=report.html --exclude=effects books-mxd restored && echo identical"),
