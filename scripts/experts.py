@@ -43,7 +43,7 @@ class Step:
     first: int = 0
 
 
-# What is looked at was found with `search` and in the report: an expert for modal verbs, and in the small model one for names.
+# What is looked at was found with `search`, `effect --sweep` and in the report.
 STEPS = (
     Step(
         "convert-books",
