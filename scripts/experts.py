@@ -107,7 +107,7 @@ STEPS = (
     Step(
         "score",
         "How far do samples move towards what the expert stands for, beside steering other experts as strongly, and are they "
-        "still fluent?",
+        "still fluent? Not far, and at a price: a single expert of this model says little by itself.",
         "mxdsurgery generate books-mxd --steer 4:2411=8 --unit maximum --factors 0.25,1,2 --samples 40 --score",
     ),
     Step(
@@ -125,7 +125,8 @@ STEPS = (
     Step(
         "erase",
         "## Erase a capability\n\n`examples/erase_capability.py` removes the experts of Python code. `experts` has run on "
-        "books-transcoder, too.",
+        "books-transcoder, too. What comes out is selective: Python is lost, other text hardly notices, and random experts do not "
+        "do that. Transcoder features are as selective; they start from a model that is further from the original.",
         "python examples/erase_capability.py books-mxd --kind python --data heldout.jsonl.gz --baseline books-transcoder",
     ),
     Step(
