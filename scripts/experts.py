@@ -125,8 +125,8 @@ STEPS = (
     Step(
         "erase",
         "## Erase a capability\n\n`examples/erase_capability.py` removes the experts of Python code. `experts` has run on "
-        "books-transcoder, too. What comes out is selective: Python is lost, other text hardly notices, and random experts do not "
-        "do that. Transcoder features are as selective; they start from a model that is further from the original.",
+        "books-transcoder, too. What comes out is selective: Python is lost, other text hardly notices, and random experts do "
+        "not do that. Transcoder features are as selective; they start from a model that is further from the original.",
         "python examples/erase_capability.py books-mxd --kind python --data heldout.jsonl.gz --baseline books-transcoder",
     ),
     Step(
