@@ -153,8 +153,8 @@ def _edit_lines(edits: Sequence[dict[str, Any]]) -> list[str]:
         lines += [f"Step {number}:", "", *(f"- {line}" for line in step["edits"]), ""]
         lines += [
             f"On {step['tokens']:,} tokens of {step['data']}, cross-entropy went from {step['ce_before']:.4f} to "
-            f"{step['ce_after']:.4f} nats per token (difference {step['delta_ce']:+.5f}, 95 % interval "
-            f"[{step['delta_ce_ci'][0]:+.5f}, {step['delta_ce_ci'][1]:+.5f}]); KL(before ‖ after) {step['kl']:.5f}.",
+            f"{step['ce_after']:.4f} nats per token (difference {step['delta_ce']:+.3g}, 95 % interval "
+            f"[{step['delta_ce_ci'][0]:+.3g}, {step['delta_ce_ci'][1]:+.3g}]); KL(before ‖ after) {step['kl']:.3g}.",
             "",
         ]
         for sample in step["samples"]:  # as Python writes them: one line each, whatever they hold

@@ -310,14 +310,14 @@ def edit_table(result: dict[str, Any]) -> list[Any]:
     table = RichTable(title=f"On {result['tokens']:,} held-out tokens")
     for heading in ("", "value", "95 % interval"):
         table.add_column(heading, justify="right" if heading else "left")
-    for label, name in (
-        ("cross-entropy before", "ce_before"),
-        ("cross-entropy after", "ce_after"),
-        ("ΔCE", "delta_ce"),
-        ("KL(before ‖ after)", "kl"),
+    for label, name, form in (
+        ("cross-entropy before", "ce_before", ".4f"),
+        ("cross-entropy after", "ce_after", ".4f"),
+        ("ΔCE", "delta_ce", "+.3g"),
+        ("KL(before ‖ after)", "kl", ".3g"),
     ):
         low, high = result[f"{name}_ci"]
-        table.add_row(label, f"{result[name]:.5f}", f"{low:.5f} to {high:.5f}")
+        table.add_row(label, f"{result[name]:{form}}", f"{low:{form}} to {high:{form}}")
     samples = []
     for sample in result["samples"]:
         samples += ["", f"prompt: {sample['prompt']!r}", f"before: {sample['before']!r}", f"after:  {sample['after']!r}"]
