@@ -47,7 +47,7 @@ _KEPT_FILES = ("config.json", "README.md", EVALUATION_FILE)
 _ROWS_FILE, _DIGESTS_FILE = "before.safetensors", "digests.json"
 _INDEX_FILE = "model.safetensors.index.json"
 # What other commands found out about the model as it was: not copied.
-_ABOUT = ("experts", "experts.partial", "probing", "dissection", "effects", "report.html", "report-data")
+_ABOUT = ("experts", "experts.partial", "experts.old", "probing", "dissection", "effects", "report.html", "report-data")
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 3, 24, 32
 
 

@@ -91,7 +91,7 @@ def experts(
 
     Raises:
         NotConvertedError: the folder is not one of ours.
-        OutputError: there is a catalogue already, or an unfinished one with other settings.
+        OutputError: there is a catalogue already, or an unfinished one with other settings, or it cannot be written.
         DataError: the text cannot be read, or lacks the label.
         MemoryBudgetError: what is kept does not fit.
         Interrupted: Ctrl-C; the same command goes on where it stopped.
@@ -108,18 +108,22 @@ def experts(
     )
     out = Path(out) if out is not None else Path(folder) / Path(MAXIMUM_FILE).parent
     partial = _begin(out, settings, overwrite)
-    corpus = read_corpus(
-        partial, settings.source, Packing(converted.tokenizer(), recipe.context, recipe.prepend_bos), reporter
-    )
-    tallies = _tallies(converted, settings, len(corpus.names))
-    memory, start = PeakMemory(converted.model.device.type), time.monotonic()
-    with reporter.progress("experts", "tokens") as line:
-        _run(converted, tallies, corpus, settings, partial, line)
-    seconds = time.monotonic() - start
-    with reporter.progress("write", "experts") as line:
-        write_tables(partial, converted, tallies, corpus.tokens, line)
-    write_json(partial / CATALOGUE_FILE, _catalogue(converted, settings, corpus))
-    _finish(partial, out)
+    packing = Packing(converted.tokenizer(), recipe.context, recipe.prepend_bos)
+    try:
+        corpus = read_corpus(partial, settings.source, packing, reporter)
+        tallies = _tallies(converted, settings, len(corpus.names))
+        memory, start = PeakMemory(converted.model.device.type), time.monotonic()
+        with reporter.progress("experts", "tokens") as line:
+            _run(converted, tallies, corpus, settings, partial, line)
+        seconds = time.monotonic() - start
+        with reporter.progress("write", "experts") as line:
+            write_tables(partial, converted, tallies, corpus.tokens, line)
+        write_json(partial / CATALOGUE_FILE, _catalogue(converted, settings, corpus))
+        _finish(partial, out)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{str(partial)!r} cannot be written: {error}", fix="free some space; the same command then goes on"
+        ) from None
     return _summary(corpus, tallies) | {"seconds": seconds, "peak_bytes": memory.bytes(), "out": str(out)}
 
 
@@ -156,14 +160,14 @@ def _catalogue(converted: Converted, settings: _Settings, corpus: Corpus) -> dic
 
 def _finish(partial: Path, out: Path) -> None:
     """The work in progress, without what only served to go on with it, takes its place."""
-    try:
-        for name in (_SETTINGS_FILE, _STATE_FILE, CLASSES_FILE):
-            (partial / name).unlink(missing_ok=True)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(partial, out)
-    except OSError as error:
-        raise OutputError(f"{str(out)!r} cannot be written: {error}", fix=f"it is all in {str(partial)!r}") from None
+    old = out.with_name(f"{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    for name in (_STATE_FILE, CLASSES_FILE, _SETTINGS_FILE):
+        (partial / name).unlink(missing_ok=True)
+    os.replace(partial, out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def experts_table(result: dict[str, Any]) -> Table:

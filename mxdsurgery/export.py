@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,6 +81,7 @@ _RELOAD = """
 import json, sys
 sys.modules["mxdsurgery"] = None
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 folder, given, result, device = sys.argv[1:]
@@ -143,7 +145,7 @@ def written_whole(out: Path) -> Iterator[Path]:
                 os.replace(staging, out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space or give another --out") from None
 
 
@@ -199,10 +201,18 @@ def write_evaluation(folder: Path, evaluation: dict[str, Any], plan: Plan, recip
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON as people like to read it, written aside and renamed."""
+    """JSON as people like to read it, written aside and renamed; the folder is made if it is not there.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        raise OutputError(f"{str(path)!r} cannot be written: {error.strerror or error}") from None
 
 
 def _save_weights(model: PreTrainedModel, plan: Plan, folder: Path) -> None:

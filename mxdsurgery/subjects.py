@@ -104,9 +104,7 @@ def keep_beside(folder: str | Path, what: str, data: str | None, layer: int, res
     if data is not None:
         text = Path(data).name.split(".")[0] if Path(data).is_file() else data
         name = re.sub(r"[^\w.-]", "_", text) + "-" + name
-    target = Path(folder) / what / name
-    target.parent.mkdir(exist_ok=True)
-    write_json(target, result)
+    write_json(Path(folder) / what / name, result)
 
 
 def _of_converted(folder: Path, layer: int | None, base: str | None, device: str | None) -> Subjects:

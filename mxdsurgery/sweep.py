@@ -81,6 +81,7 @@ def sweep(
         NotConvertedError: the folder is not one of ours.
         LayerSelectionError: it has no experts in that layer.
         DataError: the text cannot be read or is too short.
+        OutputError: the result cannot be kept in the folder.
         UnsupportedBlockError: the model's passes cannot be taken up at a layer.
     """
     reporter = reporter or Reporter()
@@ -99,9 +100,7 @@ def sweep(
     for row in rows:
         row["token"] = text.get(row["token"])
     result = rests_on | {"never_fired": len(survey.fired) - len(rows), "pairs": int(sums.measured.sum()), "experts": rows}
-    target = Path(folder) / "effects" / f"sweep-layer{index}.json"
-    target.parent.mkdir(exist_ok=True)
-    write_json(target, result)
+    write_json(Path(folder) / "effects" / f"sweep-layer{index}.json", result)
     return result
 
 

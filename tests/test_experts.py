@@ -207,6 +207,21 @@ def test_a_spoilt_state_is_named(converted, labelled, tmp_path, monkeypatch):
         experts(converted.recipe.out, out=tmp_path / "out", data=labelled, tokens=4_000)
 
 
+def test_a_full_disk_is_named_and_the_same_command_goes_on(converted, labelled, tmp_path, monkeypatch):
+    options = {"data": labelled, "tokens": 2_000, "out": tmp_path / "out"}
+    with monkeypatch.context() as patch:
+        full = OSError(28, "No space left on device")
+        patch.setattr(MODULE, "write_tables", lambda *_: (_ for _ in ()).throw(full))
+        with pytest.raises(OutputError, match="No space left on device(.|\n)*the same command then goes on"):
+            experts(converted.recipe.out, **options)
+    assert not (tmp_path / "out").exists()
+    experts(converted.recipe.out, **options)
+    before = open_catalogue(tmp_path / "out").tokens
+    experts(converted.recipe.out, **options | {"tokens": 3_000}, overwrite=True)
+    assert open_catalogue(tmp_path / "out").tokens > before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_what_it_cannot_do_is_named(converted, folder, labelled, tmp_path, monkeypatch):
     out = converted.recipe.out
     with pytest.raises(OutputError, match="exists already"):
