@@ -1,5 +1,6 @@
 """``edit``: puts edits of experts into the weights of a converted model, in a new folder, and takes them back."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -138,7 +139,8 @@ def _bake(before: Converted, edits: Edits, staging: Path, step: int) -> None:
     for path in _small_files(staging):
         shutil.copy2(path, kept / path.name)
     write_json(kept / _DIGESTS_FILE, _digests(staging))
-    (kept / EDITS_FILE).write_text(edits.to_yaml(), encoding="utf-8")
+    named = dataclasses.replace(edits, model=fingerprint(before))
+    (kept / EDITS_FILE).write_text(named.to_yaml(), encoding="utf-8")
     config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
     entries = {entry["layer"]: entry for entry in config["mxd"]["layers"]}
     tensors: dict[str, Tensor | None] = {}

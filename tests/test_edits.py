@@ -91,6 +91,7 @@ def test_every_kind_of_edit_in_a_folder_is_what_it_is_live(folder, tmp_path):
         # What is scaled and merged stands in bf16 in the folder.
         torch.testing.assert_close(logits(changed, ids), live, rtol=0.02, atol=0.05)
         assert (logits(changed, ids) - logits(model, ids)).abs().max() > 1
+    assert read_edits(out / "edits" / "1" / "edits.yaml") == dataclasses.replace(edits, model=fingerprint(load(folder)))
     assert result["ce_after"] != result["ce_before"] and result["kl"] > 0 and result["tokens"] > 3000
     config = json.loads((out / "config.json").read_text())["mxd"]
     assert config["edits"][0]["edits"] == result["edits"] == edits.words()
