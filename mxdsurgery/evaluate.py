@@ -63,7 +63,8 @@ def evaluate(
     with reporter.progress("evaluate", "passes") as line:
         evaluation = measure(original, converted.plan.blocks, converted.layers, heldout, recipe.batch, line.update)
     evaluation["data"] = data or recipe.eval_data or recipe.data
-    evaluation["edits"] = len(converted.model.config.mxd.get("edits", []))
+    edits = converted.model.config.mxd.get("edits", [])
+    evaluation |= {"edits": len(edits)} if edits else {}
     evaluation |= _training_record(folder)
     measured_on = recipe if data is None else dataclasses.replace(recipe, eval_data=data)
     write_evaluation(folder, evaluation, converted.plan, measured_on)
