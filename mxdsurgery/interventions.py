@@ -15,6 +15,7 @@ Shapes: B batch, T tokens, D model width, N experts; a gate gives (..., K) coeff
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -387,7 +388,11 @@ class Interventions:
             bad = False
         if bad:
             raise InterventionError("positions count from the first token: numbers or a slice from 0 on, or a mask (B, T)")
-        changes = [(layer, Change(kind, torch.tensor(experts), amounts, when, positions)) for layer, experts, amounts in found]
+        changes = [
+            (layer, Change(kind, torch.tensor(experts), amounts, when, positions))
+            for layer, experts, amounts in found
+            if experts
+        ]
         return Interventions(self.model, (*self._changes, *changes), self._rows)
 
     def _by_layer(self, given: Mapping[int, Iterable]) -> Mapping[int, Iterable]:
@@ -403,9 +408,9 @@ class Interventions:
         n_experts = self.layers[layer].gate.n_experts
         experts = list(given)
         for expert in experts:
-            if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < n_experts:
+            if isinstance(expert, bool) or not isinstance(expert, Integral) or not 0 <= expert < n_experts:
                 raise InterventionError(f"layer {layer} has no expert {expert!r}; expected 0 to {n_experts - 1}")
-        return experts
+        return [int(expert) for expert in experts]
 
     def _listed(self, given: Mapping[int, Iterable[int]]) -> list[tuple[int, list[int], None]]:
         return [(layer, self._experts(layer, experts), None) for layer, experts in self._by_layer(given).items()]
@@ -419,7 +424,7 @@ class Interventions:
         for layer, numbers in self._by_layer(given).items():
             experts = self._experts(layer, numbers)
             for expert, number in numbers.items():
-                if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+                if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
                     raise InterventionError(f"layer {layer}, expert {expert}: {number!r} is not a finite number")
             amounts = torch.tensor(list(numbers.values()), dtype=torch.float32)
             if unit == "maximum":

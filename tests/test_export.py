@@ -163,7 +163,7 @@ def test_the_code_that_travels_imports_torch_and_transformers_only_and_only_defi
                 assert all(alias.name.split(".")[0] in {"math", "torch", "transformers", "warnings"} for alias in node.names)
             if isinstance(node, ast.ImportFrom):
                 siblings = {"baselines", "configuration_mxd", "interventions", "layer", "replacement", "sparse"}
-                libraries = {"torch", "transformers", "collections", "dataclasses", "types", "typing", "warnings"}
+                libraries = {"torch", "transformers", "collections", "dataclasses", "numbers", "types", "typing", "warnings"}
                 assert node.module.split(".")[0] in (siblings if node.level else libraries)
 
 

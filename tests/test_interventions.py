@@ -3,6 +3,7 @@
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -270,6 +271,14 @@ def test_an_offloaded_model_is_changed_as_well(model):
         assert torch.equal(model(IDS).logits, wanted)
     with pytest.raises(ValueError, match="is offloaded"):
         model.mxd.replace({LAYER: {first: [0.0] * 32}})
+
+
+def test_numbers_of_numpy_are_numbers_and_no_experts_are_no_change(model):
+    before = Run(model)
+    first, second, _ = some_experts(before)
+    with model.mxd.ablate({LAYER: np.array([first])}).scale({LAYER: {np.int64(second): np.float32(2)}}).drop({LAYER: []}):
+        after = Run(model)
+    assert not after.a[:, first].any() and torch.equal(after.a[:, second], 2 * before.a[:, second])
 
 
 def test_mistakes_are_named_and_change_nothing(model):
