@@ -138,8 +138,13 @@ def _training_lines(record: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def before_last_edit(evaluation: dict[str, Any], edits: Sequence[dict[str, Any]]) -> bool:
+    """Whether the figures are of the model as it was before the last of its edits."""
+    return evaluation.get("edits", 0) < len(edits)
+
+
 def _unedited(edits: Sequence[dict[str, Any]], evaluation: dict[str, Any]) -> list[str]:
-    if len(edits) == evaluation.get("edits", 0):
+    if not before_last_edit(evaluation, edits):
         return []
     return ["Before the last edit above; `mxdsurgery evaluate` measures the model as it is now.", ""]
 

@@ -13,13 +13,16 @@ so any program that reads Parquet can use it. Large lists are only read where th
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import Tensor
 
 from mxdsurgery.checkpoint import Converted, fingerprint
 from mxdsurgery.errors import CatalogueError
@@ -102,26 +105,36 @@ class Catalogue:
         Raises:
             CatalogueError: the layer is not there, or cannot be read.
         """
+        self.check_layer(layer)
+        return _read(layer_path(self.folder, layer), columns)
+
+    def check_layer(self, layer: int) -> None:
+        """Raises CatalogueError where the catalogue has no such layer."""
         if layer not in self.layers:
             raise CatalogueError(
                 f"{str(self.folder)!r} holds no experts of layer {layer}",
                 expected="one of " + ", ".join(map(str, self.layers)),
             )
-        return _read(layer_path(self.folder, layer), columns)
 
     def slices(self, layer: int, size: int) -> Iterator[list[dict[str, Any]]]:
         """A layer's experts in lists of ``size`` rows, every row a dict by column; never all of them in memory."""
-        self.table(layer, ["expert"])  # names what is wrong
-        file = pq.ParquetFile(layer_path(self.folder, layer))
-        for batch in file.iter_batches(batch_size=size):
-            yield batch.to_pylist()
+        self.check_layer(layer)
+        with _named(layer_path(self.folder, layer)) as path:
+            for batch in pq.ParquetFile(path).iter_batches(batch_size=size):
+                yield batch.to_pylist()
 
-    def row(self, layer: int, expert: int) -> dict[str, Any]:
-        """Everything about one expert, by column."""
-        n_experts = len(self.table(layer, ["expert"]))
-        if not 0 <= expert < n_experts:
-            raise CatalogueError(f"layer {layer} has no expert {expert}", expected=f"0 to {n_experts - 1}")
-        return self.table(layer).slice(expert, 1).to_pylist()[0]
+    def row(self, layer: int, expert: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
+        """One expert, by column; all columns, or those named. Reads only the rows that are stored together with it."""
+        self.check_layer(layer)
+        if not 0 <= expert < self.layers[layer]:
+            raise CatalogueError(f"layer {layer} has no expert {expert}", expected=f"0 to {self.layers[layer] - 1}")
+        with _named(layer_path(self.folder, layer)) as path, pq.ParquetFile(path) as file:
+            group, first = 0, 0
+            while first + file.metadata.row_group(group).num_rows <= expert:
+                first += file.metadata.row_group(group).num_rows
+                group += 1
+            rows = file.read_row_group(group, columns=None if columns is None else list(columns))
+            return rows.slice(expert - first, 1).to_pylist()[0]
 
     @cached_property
     def input_ids(self) -> pa.ChunkedArray:
@@ -188,8 +201,21 @@ def catalogue_of(converted: Converted) -> Catalogue:
     return made
 
 
+def list_array(rows: Tensor) -> pa.ListArray:
+    """A list for each row of a tensor (n, M)."""
+    offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
+    return pa.ListArray.from_arrays(offsets, rows.contiguous().flatten().numpy())
+
+
 def _read(path: Path, columns: Sequence[str] | None) -> pa.Table:
-    try:
+    with _named(path):
         return pq.read_table(path, columns=None if columns is None else list(columns))
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[Path]:
+    """Names the file in what goes wrong with it."""
+    try:
+        yield path
     except (pa.ArrowException, OSError) as error:
         raise CatalogueError(f"{str(path)!r} cannot be read: {error}", expected="the file as experts wrote it") from None

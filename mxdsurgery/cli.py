@@ -153,10 +153,8 @@ def frontier(model: str, **options: Any) -> None:
 
 @main.command()
 @click.argument("folder", metavar="DIR")
-@click.option("--data", help="Held-out text; default: the recipe's.")
-@click.option("--tokens", type=Count(), help="How many of its tokens; default: the recipe's eval_tokens.")
+@text_options
 @click.option("--base", help="The original model, if it is not where the recipe says.")
-@click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
 @AS_JSON
 def evaluate(folder: str, as_json: bool, **options: Any) -> None:
     """Measure the converted model in DIR against its original."""

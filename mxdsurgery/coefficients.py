@@ -16,13 +16,13 @@ as Parquet (``experts`` and ``coefficients`` are lists of K) or safetensors (ten
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mxdsurgery.catalogue import list_array
 from mxdsurgery.checkpoint import Converted, fingerprint, load_with_recipe
 from mxdsurgery.console import Reporter
 from mxdsurgery.errors import OutputError
@@ -148,7 +148,4 @@ class _Writer:
 
 
 def _column(tensor: Tensor) -> pa.Array:
-    flat = pa.array(tensor.flatten().numpy())
-    if tensor.ndim == 1:
-        return flat
-    return pa.ListArray.from_arrays(np.arange(0, tensor.numel() + 1, tensor.shape[1], dtype=np.int32), flat)
+    return pa.array(tensor.numpy()) if tensor.ndim == 1 else list_array(tensor)

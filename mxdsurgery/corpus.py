@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from mxdsurgery.catalogue import CONTEXTS_FILE
+from mxdsurgery.catalogue import CONTEXTS_FILE, list_array
 from mxdsurgery.console import ProgressLine, Reporter
 from mxdsurgery.errors import DataError
 from mxdsurgery.export import write_json
@@ -79,17 +79,12 @@ def read_corpus(folder: Path, source: Source, packing: Packing, reporter: Report
         write_json(folder / CLASSES_FILE, drawn.names)
         columns = {"input_ids": drawn.ids} | ({"classes": drawn.classes} if drawn.names else {})
         aside = path.with_suffix(".tmp")
-        pq.write_table(pa.table({name: _lists(rows) for name, rows in columns.items()}), aside, compression="zstd")
+        pq.write_table(pa.table({name: list_array(rows) for name, rows in columns.items()}), aside, compression="zstd")
         os.replace(aside, path)
     table, names = pq.read_table(path), json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8"))
     ids = torch.from_numpy(np.stack(table["input_ids"].to_numpy()))
     classes = torch.from_numpy(np.stack(table["classes"].to_numpy())) if names else torch.full_like(ids, -1)
     return Corpus(ids, classes, names)
-
-
-def _lists(rows: Tensor) -> pa.ListArray:
-    offsets = np.arange(0, rows.numel() + 1, rows.shape[1], dtype=np.int32)
-    return pa.ListArray.from_arrays(offsets, rows.flatten().numpy())
 
 
 def draw_corpus(source: Source, packing: Packing, line: ProgressLine) -> Corpus:

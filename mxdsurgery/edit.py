@@ -38,6 +38,7 @@ from mxdsurgery.export import (
     write_json,
     written_whole,
 )
+from mxdsurgery.generate import sample
 from mxdsurgery.metrics import Table, next_token_sums, scored_predictions, with_interval
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.text import text_name
@@ -110,9 +111,10 @@ def edit(
     target = check_output(out, overwrite)
     ids = held_out(before, recipe, data, tokens)
     steps = before.model.config.mxd.get("edits", [])
+    named = dataclasses.replace(edits, model=fingerprint(before))
     with written_whole(target) as staging:
         _copy(folder, staging)
-        _bake(before, edits, staging, len(steps) + 1)
+        _bake(before, named, staging, len(steps) + 1)
         after = load(staging, device=before.model.device)
         with reporter.progress("compare", "contexts") as line:
             result = _compare(before.model, after.model, ids, recipe.batch, line.update)
@@ -121,7 +123,7 @@ def edit(
         _note(staging, [*steps, result], after, recipe)
         check = ids[: max(1, min(4, len(ids)))]
         check_reload(staging, check, reference_outputs(after.model, check), after.model.device)
-    return result | {"out": str(target), "fingerprint": fingerprint(before)}
+    return result | {"out": str(target), "fingerprint": named.model}
 
 
 def _copy(folder: Path, staging: Path) -> None:
@@ -139,8 +141,7 @@ def _bake(before: Converted, edits: Edits, staging: Path, step: int) -> None:
     for path in _small_files(staging):
         shutil.copy2(path, kept / path.name)
     write_json(kept / _DIGESTS_FILE, _digests(staging))
-    named = dataclasses.replace(edits, model=fingerprint(before))
-    (kept / EDITS_FILE).write_text(named.to_yaml(), encoding="utf-8")
+    (kept / EDITS_FILE).write_text(edits.to_yaml(), encoding="utf-8")
     config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
     entries = {entry["layer"]: entry for entry in config["mxd"]["layers"]}
     tensors: dict[str, Tensor | None] = {}
@@ -281,13 +282,7 @@ def _samples(before: Converted, after: Converted, ids: Tensor) -> list[dict[str,
     prompts = ids[: _PROMPTS * 7 : 7, :_PROMPT_TOKENS].to(before.model.device)
     texts = []
     for converted in (before, after):
-        made = converted.model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=_NEW_TOKENS,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
+        made = sample(converted.model, tokenizer, prompts, max_new_tokens=_NEW_TOKENS, temperature=0)
         texts.append(tokenizer.batch_decode(made[:, prompts.shape[1] :], skip_special_tokens=True))
     shown = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     return [{"prompt": p, "before": b, "after": a} for p, b, a in zip(shown, *texts, strict=True)]
@@ -321,6 +316,6 @@ def edit_table(result: dict[str, Any]) -> list[Any]:
         low, high = result[f"{name}_ci"]
         table.add_row(label, f"{result[name]:{form}}", f"{low:{form}} to {high:{form}}")
     samples = []
-    for sample in result["samples"]:
-        samples += ["", f"prompt: {sample['prompt']!r}", f"before: {sample['before']!r}", f"after:  {sample['after']!r}"]
+    for one in result["samples"]:
+        samples += ["", f"prompt: {one['prompt']!r}", f"before: {one['before']!r}", f"after:  {one['after']!r}"]
     return [*(Text(line) for line in result["edits"]), table, Text("\n".join(samples))]

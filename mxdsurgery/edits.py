@@ -129,10 +129,10 @@ class Edits:
 
 def check_for(edits: Edits, converted: Converted) -> None:
     """Raises EditError if the edits are for another model, or name what this one does not have."""
-    if edits.model is not None and edits.model != fingerprint(converted):
+    own = fingerprint(converted) if edits.model is not None else None
+    if edits.model != own:
         raise EditError(
-            f"the edits are for the model with the fingerprint {edits.model}; {str(converted.folder)!r} has "
-            f"{fingerprint(converted)}",
+            f"the edits are for the model with the fingerprint {edits.model}; {str(converted.folder)!r} has {own}",
             expected="edits of this model: experts of another one have nothing in common with its own",
             fix="take the line 'model' out of the edit file if you do mean it",
         )

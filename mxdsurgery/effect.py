@@ -23,6 +23,7 @@ from mxdsurgery.edits import Edits, check_for
 from mxdsurgery.errors import EditError
 from mxdsurgery.experts import recorded_coefficients
 from mxdsurgery.layer import Coefficients
+from mxdsurgery.measure import firings
 from mxdsurgery.metrics import Table, with_interval
 from mxdsurgery.predictions import Opened, open_on_text, prediction_shifts, widened
 from mxdsurgery.surgery import resumed_at
@@ -129,8 +130,7 @@ def _firings(opened: Opened, layers: list[int], step: Callable[[], None]) -> dic
     fired = {layer: torch.zeros(converted.layers[layer].gate.n_experts, dtype=torch.int64) for layer in layers}
     for ids in opened.batches():
         for layer, (x, _) in record_activations(opened.model, blocks, ids).items():
-            a = converted.layers[layer].coefficients(x[:, 1:])
-            fired[layer] += torch.bincount(a.indices[a.values > 0], minlength=len(fired[layer])).cpu()
+            fired[layer] += firings(converted.layers[layer], x[:, 1:]).cpu()
         step()
     return fired
 

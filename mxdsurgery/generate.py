@@ -83,11 +83,11 @@ def sample(
     tokenizer: PreTrainedTokenizerBase,
     inputs: Tensor,
     *,
-    samples: int,
     max_new_tokens: int,
     temperature: float,
-    top_p: float,
-    seed: int,
+    samples: int = 1,
+    top_p: float = 1.0,
+    seed: int = 0,
     to_the_end: bool = False,
 ) -> Tensor:
     """Samples continuations as tokens. The same seed gives sample i the same random numbers, whatever the model computes.
@@ -95,16 +95,16 @@ def sample(
     Args:
         model: any language model, as it is.
         tokenizer: its own.
-        inputs: the prompt, (1, P).
-        samples: S, how many.
+        inputs: B prompts, (B, P).
         max_new_tokens: M.
         temperature: as in `generate`.
+        samples: S, how many of each prompt.
         top_p: as in `generate`.
         seed: of the sampling.
         to_the_end: whether every text has M new tokens: the end-of-text token is then never drawn.
 
     Returns:
-        (S, P + M) or shorter, int64, prompt included, padded where a text ended.
+        (B S, P + M) or shorter, int64, prompt included, padded where a text ended.
 
     Raises:
         RecipeError: the text would be longer than the model can read, or there are several samples at temperature 0.

@@ -116,17 +116,24 @@ class Change:
         amounts = None if self.amounts is None else self.amounts.to(device)
         return replace(self, experts=self.experts.to(device), amounts=amounts)
 
+    def find(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of ``experts`` each of the indices (..., K) is, and whether it is one at all: (..., K) both."""
+        order = self.experts.sort()
+        place = torch.searchsorted(order.values, indices).clamp_max(len(self.experts) - 1)
+        return order.indices[place], order.values[place] == indices
+
     def apply(self, a: Coefficients, chosen: Coefficients) -> Coefficients:
         """The changed coefficients; ``chosen`` are those that the gate gave."""
         here = self.here(a.values)
         if self.kind == "copy":
-            table = _lookup(self.experts, self.amounts, a.indices)
-            return Coefficients(a.values, torch.where(_every(here), table, a.indices))
+            which, mine = self.find(a.indices)
+            return Coefficients(a.values, torch.where(mine & _every(here), self.amounts[which], a.indices))
         if self.kind == "merge":
             return self._merged(a, here)
         if self.kind in ("ablate", "scale"):
-            factors = torch.zeros_like(self.experts, dtype=a.values.dtype) if self.kind == "ablate" else self.amounts
-            return Coefficients(a.values * torch.where(_every(here), _factors(self.experts, factors, a), 1), a.indices)
+            which, mine = self.find(a.indices)
+            factors = 0 if self.kind == "ablate" else self.amounts.to(a.values)[which]
+            return Coefficients(a.values * torch.where(mine & _every(here), factors, 1), a.indices)
         fires = ((chosen.indices[..., None] == self.experts) & (chosen.values > 0)[..., None]).any(-2)  # (..., M)
         told = {"always": torch.ones_like(fires), "firing": fires, "silent": ~fires}[self.when]
         told = told if here is None else told & here[..., None]
@@ -178,19 +185,6 @@ class GateChanges:
 
 def _every(here: Tensor | None) -> Tensor | bool:
     return torch.tensor(True) if here is None else here[..., None]
-
-
-def _lookup(experts: Tensor, targets: Tensor, indices: Tensor) -> Tensor:
-    """``indices`` with each of ``experts`` in it exchanged for its target."""
-    found = indices[..., None] == experts  # (..., K, M)
-    return torch.where(found.any(-1), targets[found.int().argmax(-1)], indices)
-
-
-def _factors(experts: Tensor, factors: Tensor, a: Coefficients) -> Tensor:
-    """(..., K): the factor of each coefficient, 1 where it is not of ``experts``."""
-    order = experts.sort()
-    place = torch.searchsorted(order.values, a.indices).clamp_max(len(experts) - 1)
-    return torch.where(order.values[place] == a.indices, factors.to(a.values)[order.indices[place]], 1)
 
 
 class Interventions:

@@ -124,7 +124,7 @@ def _statistics(
                 for name, value in (
                     ("my", (m * (y - r)).sum(0)),
                     ("mm", m.square().sum(0)),
-                    ("fired", _firings(layers[index], x)),
+                    ("fired", firings(layers[index], x)),
                 ):
                     sums[index, number, name] = sums[index, number, name] + value
     outputs = {block.layer: sums[block.layer, "y"] / tokens for block in blocks}
@@ -138,7 +138,7 @@ def _statistics(
     return outputs, used
 
 
-def _firings(layer: nn.Module, x: Tensor) -> Tensor:
+def firings(layer: nn.Module, x: Tensor) -> Tensor:
     """On how many of the tokens x (n, D) each expert fires: (N,); empty without experts."""
     if not hasattr(layer, "gate"):
         return torch.zeros(0, dtype=torch.int64, device=x.device)

@@ -32,7 +32,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mxdsurgery.card import FIGURES, LEGEND, figure_rows
+from mxdsurgery.card import FIGURES, LEGEND, before_last_edit, figure_rows
 from mxdsurgery.catalogue import Catalogue, open_catalogue
 from mxdsurgery.checkpoint import EVALUATION_FILE, converted_config_class, read_config
 from mxdsurgery.console import Reporter
@@ -237,19 +237,19 @@ def _header(folder: Path, config: dict[str, Any], catalogue: Catalogue) -> dict[
         "layers": [[layer, n_experts] for layer, n_experts in catalogue.layers.items()],
         "experts_in_chunk": _EXPERTS,
         "contexts_in_chunk": _CONTEXTS,
-        "figures": _figures(folder, len(mxd.get("edits") or [])),
+        "figures": _figures(folder, mxd.get("edits") or []),
         "edits": [_step(step) for step in mxd.get("edits") or []],
         "code": _CODE,
         "folder": shlex.quote(str(folder)),
     }
 
 
-def _figures(folder: Path, edits: int) -> dict[str, Any]:
-    """evaluation.json as a table of strings; ``edits`` is how many steps of them the model has seen."""
+def _figures(folder: Path, edits: list[dict[str, Any]]) -> dict[str, Any]:
+    """evaluation.json as a table of strings; ``edits`` are the steps that the model has seen."""
     path = folder / EVALUATION_FILE
     try:
         evaluation = json.loads(path.read_text(encoding="utf-8"))
-        older = "; before the last edit" if evaluation.get("edits", 0) < edits else ""
+        older = "; before the last edit" if before_last_edit(evaluation, edits) else ""
         return {
             "headings": ["layer", *(heading for _, heading, _ in FIGURES)],
             "rows": figure_rows(evaluation),

@@ -58,7 +58,9 @@ def search(
     """
     converted = load(folder)
     catalogue = catalogue_of(converted)
-    layers = [layer] if layer is not None else list(catalogue.layers)
+    if layer is not None:
+        catalogue.check_layer(layer)
+    layers = list(catalogue.layers) if layer is None else [layer]
     tokenizer = converted.tokenizer()
     single = _single_tokens(query, tokenizer)
     by = ("token" if single else "text") if by == "auto" else by
@@ -81,7 +83,7 @@ def search(
             found += _by_text(catalogue, index, fires.index_add_(0, mine, torch.ones_like(mine)), len(tokens))
     found = sorted(found, key=lambda row: -row["score"])[:top]
     for row in found:
-        row["example"] = _example(catalogue, catalogue.row(row["layer"], row["expert"])["top"], tokenizer)
+        row["example"] = _example(catalogue, catalogue.row(row["layer"], row["expert"], ["top"])["top"], tokenizer)
     return {"by": by, "query": query, "tokens": [tokenizer.decode([token]) for token in tokens], "experts": found}
 
 

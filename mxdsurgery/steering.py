@@ -167,7 +167,7 @@ class _Concept:
     """
 
     def __init__(self, converted: Converted, catalogue: Catalogue, layer: int, expert: int) -> None:
-        self.windows = [catalogue.window(place) for place in catalogue.row(layer, expert)["top"]]
+        self.windows = [catalogue.window(place) for place in catalogue.row(layer, expert, ["top"])["top"]]
         self.vocabulary = converted.model.get_input_embeddings().num_embeddings
         count = len(catalogue.input_ids)
         chosen = np.linspace(0, count - 1, min(count, _MOST_CONTEXTS)).astype(int)

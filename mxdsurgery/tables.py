@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mxdsurgery.catalogue import SCHEMA, layer_path
+from mxdsurgery.catalogue import SCHEMA, layer_path, list_array
 from mxdsurgery.checkpoint import Converted
 from mxdsurgery.console import ProgressLine
 from mxdsurgery.interventions import MAXIMUM_FILE
@@ -59,22 +59,17 @@ def _table(rows: Tensor, c: Tensor, tally: Tally, tokens: int, unembedding: Unem
         "frequency": pa.array((fired.double() / tokens).numpy()),
         "mean": pa.array((tally.total[rows] / fired.clamp_min(1)).float().numpy()),
         "maximum": pa.array(tally.maximum[rows].numpy()),
-        "histogram": _lists(tally.histogram[rows].long()),
+        "histogram": list_array(tally.histogram[rows].long()),
         "top": _places(tally.top, rows),
         "sample": _places(tally.sample, rows),
         "scales_up": _entries("dimension", mine, torch.ones_like(used), largest=True),
         "scales_down": _entries("dimension", mine, torch.ones_like(used), largest=False),
         "promotes": _entries("token", logits, used, largest=True),
         "demotes": _entries("token", logits, used, largest=False),
-        "class_fired": _lists(tally.class_fired[rows]),
+        "class_fired": list_array(tally.class_fired[rows]),
         "similar": _similar(rows, c, tally.fired > 0),
     }
     return pa.table([columns[name].cast(SCHEMA.field(name).type) for name in SCHEMA.names], schema=SCHEMA)
-
-
-def _lists(rows: Tensor) -> pa.ListArray:
-    offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
-    return pa.ListArray.from_arrays(offsets, rows.contiguous().flatten().numpy())
 
 
 def _ragged(kept: Tensor, **fields: pa.Array) -> pa.ListArray:
@@ -92,7 +87,7 @@ def _places(places: Places, rows: Tensor) -> pa.ListArray:
         context=pa.array(places.context[rows].gather(1, order)[kept].numpy()),
         position=pa.array(places.position[rows].gather(1, order)[kept].numpy()),
         coefficient=pa.array(coefficient[kept].numpy()),
-        window=_lists(window.float()),
+        window=list_array(window.float()),
     )
 
 

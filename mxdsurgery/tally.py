@@ -173,11 +173,11 @@ class Tally:
             sample=Places.none(n_experts, sample),
         )
 
-    @staticmethod
-    def bytes(n_experts: int, d_model: int, classes: int, top: int, sample: int) -> int:
-        """What `none` takes."""
-        place = 16 + 2 * (BEFORE + 1 + AFTER)
-        return n_experts * (20 + 4 * len(BINS) + 8 * classes + 4 * d_model + (top + sample) * place)
+    @classmethod
+    def bytes(cls, n_experts: int, d_model: int, classes: int, top: int, sample: int) -> int:
+        """What `none` takes, without taking it."""
+        with torch.device("meta"):
+            return sum(part.nbytes for part in cls.none(n_experts, d_model, classes, top, sample).state().values())
 
     def add(self, a: Coefficients, m: Tensor | None, classes: Tensor, first_context: int, random: torch.Generator) -> None:
         """Takes in a batch.

@@ -297,6 +297,9 @@ def test_search_by_token_finds_experts_whose_firings_stand_on_it(folder):
         search(folder, "def function(self):", by="token")
     with pytest.raises(DataError, match="the query is empty"):
         search(folder, "", by="text")
+    for by in ("text", "token"):
+        with pytest.raises(CatalogueError, match="holds no experts of layer 9"):
+            search(folder, "self", by=by, layer=9)
 
 
 def test_search_wants_the_models_own_catalogue(converted, folder, tmp_path):

@@ -12,8 +12,8 @@ ORDER = [
     "baselines", "interventions", "replacement", "kernels", "accelerator", "activations", "memory", "cost", "initialize",
     "distill", "calibrate", "plan", "train", "card", "surgery", "metrics", "measure", "checkpoint", "export", "convert",
     "chart", "comparison", "frontier", "evaluate", "labelled", "subjects", "probe", "dissect", "catalogue", "corpus", "tally",
-    "unembedding", "tables", "experts", "search", "coefficients", "edits", "edit", "report", "predictions", "effect", "sweep",
-    "generate", "judge", "steering", "__init__", "options", "cli", "__main__",
+    "unembedding", "tables", "experts", "search", "coefficients", "edits", "generate", "edit", "report", "predictions",
+    "effect", "sweep", "judge", "steering", "__init__", "options", "cli", "__main__",
 ]  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def test_no_module_is_named_after_nothing():
 
 def test_a_command_is_a_thin_layer():
     tree = dict(modules())["cli"]
-    commands = {"analyze", "plan", "convert", "frontier", "probe", "dissect", "evaluate", "generate"}
+    commands = {"analyze", "plan", "convert", "frontier", "probe", "dissect", "evaluate"}
     commands |= {"experts", "search", "report", "coefficients", "edit", "effect"}
     found = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in commands}
     assert found.keys() == commands
