@@ -1,6 +1,6 @@
 """mxdsurgery: language models with Mixture-of-Decoders layers in place of their MLP blocks.
 
-The public functions are named as the commands: `analyze`, `plan`, `convert`, `evaluate`, `generate`; `load` reads a converted
+The public functions are named as the commands: `analyze`, `plan`, `convert`, `heal`, `evaluate`, ...; `load` reads a converted
 folder, `MxDLayer` is the layer, `MxDError` the base of all named errors.
 """
 
@@ -11,6 +11,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # The order matters: a function takes the place of the module that it is named after.
 from mxdsurgery.analyze import Analysis, analyze
+from mxdsurgery.apply import apply, make_adapter
 from mxdsurgery.checkpoint import Converted, load
 from mxdsurgery.coefficients import coefficients
 from mxdsurgery.comparison import Frontier
@@ -24,9 +25,12 @@ from mxdsurgery.evaluate import evaluate
 from mxdsurgery.experts import experts
 from mxdsurgery.frontier import frontier
 from mxdsurgery.generate import generate
+from mxdsurgery.growth import growth
+from mxdsurgery.heal import heal
 from mxdsurgery.layer import Coefficients, MxDLayer
 from mxdsurgery.plan import Plan, plan
 from mxdsurgery.probe import probe
+from mxdsurgery.push import push
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.report import report
 from mxdsurgery.search import search
@@ -47,6 +51,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "analyze",
+    "apply",
     "coefficients",
     "convert",
     "dissect",
@@ -57,9 +62,13 @@ __all__ = [
     "experts",
     "frontier",
     "generate",
+    "growth",
+    "heal",
     "load",
+    "make_adapter",
     "plan",
     "probe",
+    "push",
     "read_edits",
     "report",
     "search",

@@ -98,30 +98,57 @@ def record_activations(model: PreTrainedModel, blocks: Sequence[Block], input_id
         blocks: the blocks to look at.
         input_ids: (B, T) int64, on the model's device.
     """
-    with recording(model, blocks, stop=True) as recorded, torch.no_grad():
+    return _record(model, blocks, lambda: model(input_ids=input_ids, use_cache=False))
+
+
+def record_layer(model: PreTrainedModel, block: Block, shape: Sequence[int], run: Callable[[], object]) -> Activations:
+    """As `record_activations`, of the one block in a decoder layer that is run alone, on hidden states of shape (B, T)."""
+    return _record(model, [block], run, shape)[block.layer]
+
+
+@torch.no_grad()
+def _record(
+    model: PreTrainedModel, blocks: Sequence[Block], run: Callable[[], object], shape: Sequence[int] = ()
+) -> dict[int, Activations]:
+    with recording(model, blocks, stop=True, shape=shape) as recorded:
         try:
-            model(input_ids=input_ids, use_cache=False)
+            run()
         except _LastBlockReached:
             pass
         return {block.layer: recorded[block.layer] for block in blocks}
 
 
+def stream_activations(
+    model: PreTrainedModel, blocks: Sequence[Block], batches: Iterator[Tensor], device: torch.device
+) -> Iterator[dict[int, Activations]]:
+    """The blocks' activations on each batch of input ids (B, T), by layer: x and y (B T, D) on the device."""
+    for input_ids in batches:
+        input_ids = input_ids.to(device, non_blocking=True)
+        yield {
+            layer: Activations(x.flatten(0, 1), y.flatten(0, 1))
+            for layer, (x, y) in record_activations(model, blocks, input_ids).items()
+        }
+
+
 @contextmanager
-def recording(model: PreTrainedModel, blocks: Sequence[Block], stop: bool = False) -> Iterator[dict[int, Activations]]:
+def recording(
+    model: PreTrainedModel, blocks: Sequence[Block], stop: bool = False, shape: Sequence[int] = ()
+) -> Iterator[dict[int, Activations]]:
     """While open, every forward pass leaves the blocks' activations in the mapping that is yielded.
 
     Args:
         model: the model, as it is.
         blocks: the blocks to look at.
         stop: whether to end a pass (by an exception) after the last block.
+        shape: (B, T) where decoder layers are run alone; default: each pass's own.
     """
     inputs: dict[int, Tensor] = {}
     recorded: dict[int, Activations] = {}
-    shape: list[torch.Size] = []
+    shape = list(shape)
     last = max(block.layer for block in blocks)
 
     def note_shape(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        shape[:] = [kwargs["input_ids"].shape if "input_ids" in kwargs else args[0].shape]
+        shape[:] = kwargs["input_ids"].shape if "input_ids" in kwargs else args[0].shape
 
     def note_input(layer: int) -> Callable:
         def hook(_module: nn.Module, args: tuple) -> None:
@@ -133,7 +160,7 @@ def recording(model: PreTrainedModel, blocks: Sequence[Block], stop: bool = Fals
         def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
             x = inputs.pop(layer)
             # Some families flatten (B, T) before the block.
-            recorded[layer] = Activations(x.view(*shape[0], -1), output.view(*shape[0], -1))
+            recorded[layer] = Activations(x.view(*shape, -1), output.view(*shape, -1))
             if stop and layer == last:
                 raise _LastBlockReached
 

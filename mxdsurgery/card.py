@@ -1,5 +1,6 @@
 """The model card, and the short table of figures that ends a conversion and an evaluation."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
 def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Sequence[dict[str, Any]] = ()) -> str:
     """README.md of an exported folder; ``edits`` are the steps of `edit`, as config.json has them."""
     base = Path(plan.model).name if Path(plan.model).is_dir() else plan.model
-    on_hub = "/" in plan.model and not Path(plan.model).is_dir()
+    on_hub = "/" in plan.model and not os.path.isabs(plan.model)
     header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     header += [f"base_model: {plan.model}"] if on_hub else []
     header += ["tags: [mixture-of-decoders, mxdsurgery, interpretability]", "---"]
@@ -102,6 +103,7 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
             "",
             *_gate_lines(plan),
             *_edit_lines(edits),
+            *_healed_lines(evaluation.get("healed", [])),
             "## What it cost",
             "",
             *_unedited(edits, evaluation),
@@ -164,6 +166,31 @@ def _edit_lines(edits: Sequence[dict[str, Any]]) -> list[str]:
         ]
         for sample in step["samples"]:  # as Python writes them: one line each, whatever they hold
             lines += ["    " + f"{name:<7}{sample[name]!r}" for name in ("prompt", "before", "after")] + [""]
+    return lines
+
+
+def _healed_lines(steps: Sequence[dict[str, Any]]) -> list[str]:
+    """What was trained end to end after the conversion, and what that changed."""
+    if not steps:
+        return []
+    lines = ["## Healed", ""]
+    for number, step in enumerate(steps, start=1):
+        what = {"mxd": "the new layers", "lora": "LoRA", "both": "the new layers and LoRA"}[step["mode"]]
+        lora = {"merged": ", merged into the weights", "adapter": ", kept as a PEFT adapter in `lora`"}.get(step["lora"], "")
+        if step["lora"]:
+            what += f" of rank {step['lora_rank']} on {len(step['maps'])} linear maps of the attention{lora}"
+        lines += [
+            f"Step {number}: {what}, trained end to end toward the original's predictions on {step['tokens']:,} tokens of "
+            f"{step['data']} in {duration(step['seconds'])}. KL(original ‖ converted) on {step['validation_tokens']:,} "
+            f"tokens beside them went from {step['kl_before']:.4f} to {step['kl_after']:.4f} nats per token.",
+            "",
+        ]
+    if any(step["lora"] == "adapter" for step in steps):
+        lines += [
+            'The figures below are with the adapter: `PeftModel.from_pretrained(model, "this folder/lora")`. Without it the '
+            "attention is the original's.",
+            "",
+        ]
     return lines
 
 

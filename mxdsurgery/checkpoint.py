@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mxdsurgery.accelerator import compute_device
+from mxdsurgery.adapter import Adapter, is_adapter, merged, read_adapter, right_base
 from mxdsurgery.errors import NotConvertedError, WeightsError
 from mxdsurgery.initialize import layer_shape
 from mxdsurgery.model import check_complete
@@ -88,12 +89,24 @@ class Converted:
         return AutoTokenizer.from_pretrained(self.folder, config=self.model.config, trust_remote_code=False)
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
+def read_config(folder: str | Path, *, of_adapter: bool = False) -> dict[str, Any]:
     """The config.json of a converted model, checked.
 
+    Args:
+        folder: the model's.
+        of_adapter: whether an adapter's is good, too.
+
     Raises:
-        NotConvertedError: the folder is not there, is not one of ours, or was written by a newer version.
+        NotConvertedError: the folder is not there, is not one of ours, is an adapter, or was written by a newer version.
     """
+    if is_adapter(folder) and not of_adapter:
+        adapter = read_adapter(folder)
+        raise NotConvertedError(
+            f"{str(folder)!r} is an adapter: it holds only what differs from {adapter.origin()}",
+            expected=_CONVERTED,
+            fix=f"write that folder with 'mxdsurgery apply {folder} --base \"{adapter.base_flag()}\" --out DIR'; "
+            f"in Python, load(..., base=...) has the model in memory",
+        )
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise NotConvertedError(f"{str(folder)!r} is not a folder with a config.json", expected=_CONVERTED)
@@ -145,31 +158,37 @@ def fingerprint(converted: Converted) -> str:
     return digest.hexdigest()[:16]
 
 
-def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: str = "auto") -> Converted:
+def load(folder: str | Path, *, base: str | None = None, device: str | torch.device = "cpu", dtype: str = "auto") -> Converted:
     """Loads a converted model. Only its weights and data are read: the Python files in the folder are not run.
 
     Args:
-        folder: what ``convert`` wrote.
+        folder: what ``convert`` wrote; with ``base``, an adapter.
+        base: the base model of an adapter: hub id, local folder or demo model. Nothing is written.
         device: where the weights go.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
-        NotConvertedError: the folder is not there or not one of ours.
+        NotConvertedError: the folder is not there or not one of ours, or it is an adapter and there is no ``base``, or it is
+            none and there is one.
+        BaseModelError: ``base`` is not there, or not the model that the adapter was made from.
         WeightsError: weights are missing or cannot be read.
     """
     folder = Path(folder)
-    values = read_config(folder)
+    adapter = None if base is None else read_adapter(folder)
+    values = read_config(folder, of_adapter=adapter is not None)
     base_config = CONFIG_MAPPING[values["mxd"]["family"]]
     config_class = converted_config_class(base_config)
     model_class = converted_model_class(MODEL_FOR_CAUSAL_LM_MAPPING[base_config], config_class)
+    source, weights = (folder, {}) if adapter is None else (None, _adapter_weights(folder, adapter, base))
     try:
         config = config_class.from_pretrained(folder)
         model, info = model_class.from_pretrained(
-            folder,
+            source,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
             output_loading_info=True,
+            **weights,
         )
         plan = read_plan(folder / PLAN_FILE)
     except Exception as error:  # transformers, safetensors and json raise a dozen kinds here
@@ -178,3 +197,12 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: str =
     model.to(device).eval().requires_grad_(False)
     layers = {block.layer: model.base_model.get_submodule(block.path) for block in plan.blocks}
     return Converted(folder, model, plan, layers)
+
+
+def _adapter_weights(folder: Path, adapter: Adapter, base: str) -> dict[str, Any]:
+    """What ``from_pretrained`` is given in place of a folder: an adapter's weights, with its base model's."""
+    with right_base(folder, adapter, base) as weights_of_base:
+        weights: dict[str, Any] = {"state_dict": merged(folder, adapter, weights_of_base)}
+    if (folder / "generation_config.json").is_file():
+        weights["generation_config"] = GenerationConfig.from_pretrained(folder)
+    return weights

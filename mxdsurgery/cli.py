@@ -14,18 +14,21 @@ from rich.console import Console
 import mxdsurgery
 from mxdsurgery.card import LEGEND, evaluation_table
 from mxdsurgery.coefficients import FORMS
-from mxdsurgery.console import ConsoleReporter
+from mxdsurgery.console import ConsoleReporter, size
 from mxdsurgery.dissect import dissection_table
 from mxdsurgery.edit import edit_table
 from mxdsurgery.effect import effect_tables
 from mxdsurgery.errors import EditError, MemoryBudgetError, MxDError, MxDWarning
 from mxdsurgery.experts import experts_table
-from mxdsurgery.frontier import DEFAULT_K, DEFAULT_KINDS
+from mxdsurgery.frontier import DEFAULT_K, DEFAULT_KINDS, ONE_LAYER
 from mxdsurgery.generate import side_by_side
+from mxdsurgery.growth import growth_table
+from mxdsurgery.heal import heal_table
 from mxdsurgery.interventions import UNITS
 from mxdsurgery.judge import judge_from_flags
 from mxdsurgery.options import (
     AS_JSON,
+    BASE,
     DTYPES,
     KINDS_HELP,
     Count,
@@ -33,11 +36,13 @@ from mxdsurgery.options import (
     RecipeValue,
     RecipeValues,
     edit_options,
+    heal_options,
     labelled_options,
     recipe_options,
     text_options,
 )
 from mxdsurgery.probe import probe_tables
+from mxdsurgery.push import push_table
 from mxdsurgery.recipe import RECIPE_KEYS
 from mxdsurgery.search import BY, search_table
 from mxdsurgery.steering import steering_table
@@ -139,7 +144,7 @@ def convert(model: str, recipe: str | None, **overrides: Any) -> None:
 @click.option("--k", type=RecipeValues("k"), default=DEFAULT_K, help="Values of K. [default: 16,32,64,128,256]")
 @click.option("--kinds", type=RecipeValues("kind"), default=DEFAULT_KINDS, help=KINDS_HELP)
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
-@recipe_options("layers", "k", "kind")
+@recipe_options("layers", "k", "kind", *ONE_LAYER)
 def frontier(model: str, **options: Any) -> None:
     """Compare kinds of layers at several K in place of one block of MODEL.
 
@@ -154,12 +159,65 @@ def frontier(model: str, **options: Any) -> None:
 @main.command()
 @click.argument("folder", metavar="DIR")
 @text_options
-@click.option("--base", help="The original model, if it is not where the recipe says.")
+@BASE
+@click.option("--growth", is_flag=True, help="Show instead how the error grows from layer to layer; DIR is left as it is.")
 @AS_JSON
-def evaluate(folder: str, as_json: bool, **options: Any) -> None:
+def evaluate(folder: str, growth: bool, as_json: bool, **options: Any) -> None:
     """Measure the converted model in DIR against its original."""
+    if growth:
+        result = mxdsurgery.growth(folder, reporter=ConsoleReporter(), **options)
+        _print_json(result) if as_json else _print_table(*growth_table(result))
+        return
     figures = mxdsurgery.evaluate(folder, reporter=ConsoleReporter(), **options)
     _print_json(figures) if as_json else _print_table(evaluation_table(figures), LEGEND)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--out", required=True, help="The folder to write.")
+@heal_options
+@BASE
+@click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
+@click.option("--overwrite", is_flag=True, help="Take the place of an earlier folder of ours.")
+@AS_JSON
+def heal(folder: str, as_json: bool, **options: Any) -> None:
+    """Train the converted model in DIR end to end, toward its original's predictions.
+
+    What learns keeps its form and K. The best weights on text that is not trained on are written.
+    """
+    result = mxdsurgery.heal(folder, reporter=ConsoleReporter(), **options)
+    if as_json:
+        _print_json(result)
+        return
+    _print_table(heal_table(result), evaluation_table(result["evaluation"]), LEGEND, f"\nThe model is in {result['out']}")
+
+
+@main.command(name="apply")
+@click.argument("adapter")
+@click.option("--base", help="The base model; default: the one that the adapter names.")
+@click.option("--out", required=True, help="The folder to write.")
+@click.option("--overwrite", is_flag=True, help="Take the place of an earlier folder of ours.")
+@AS_JSON
+def apply_(adapter: str, as_json: bool, **options: Any) -> None:
+    """Write the whole checkpoint of ADAPTER, bit for bit, from the base model's weights and what differs from them."""
+    result = mxdsurgery.apply(adapter, reporter=ConsoleReporter(), **options)
+    made = f"{size(result['bytes'])} from an adapter of {size(result['adapter_bytes'])} and {result['base_model']}"
+    _print_json(result) if as_json else _print_table(f"The model is in {result['out']}: {made}")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@click.argument("repo", metavar="USER/NAME")
+@click.option("--private", is_flag=True, help="Only you may see it.")
+@click.option("--revision", help="Branch to write to, made if it is not there; default: main.")
+@click.option("--message", help="Of the commit.")
+@click.option("--redact", is_flag=True, help="Send copies in which local paths are cut down to their last component.")
+@click.option("--include-experts", is_flag=True, help="Send the catalogue of `experts` too, with the text in it.")
+@AS_JSON
+def push(folder: str, repo: str, as_json: bool, **options: Any) -> None:
+    """Upload the model or adapter in DIR to the hub, with its card, if nothing in it has to stay private."""
+    result = mxdsurgery.push(folder, repo, reporter=ConsoleReporter(), **options)
+    _print_json(result) if as_json else _print_table(push_table(result), f"\nIt is at {result['url']}")
 
 
 @main.command()
@@ -253,6 +311,7 @@ def coefficients(folder: str, **options: Any) -> None:
 @click.option("--out", required=True, help="The folder to write.")
 @click.option("--undo", is_flag=True, help="Take the last edit back, bit for bit.")
 @click.option("--overwrite", is_flag=True, help="Take the place of an earlier folder of ours.")
+@click.option("--format", type=RecipeValue("format"), default="checkpoint", help=RECIPE_KEYS["format"].doc)
 @edit_options
 @text_options
 @AS_JSON

@@ -1,6 +1,7 @@
 """``convert``: the whole job, from a model's name to a folder that transformers loads."""
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from mxdsurgery.accelerator import make_accelerator
-from mxdsurgery.blocks import prove_block
+from mxdsurgery.blocks import Block, prove_block
 from mxdsurgery.checkpoint import PLAN_FILE, RECIPE_FILE
 from mxdsurgery.console import Reporter, compact, duration, size
-from mxdsurgery.errors import ExportError, Interrupted, OutputError
+from mxdsurgery.errors import BaseModelError, ExportError, Interrupted, OutputError
 from mxdsurgery.export import check_output, export, write_json
 from mxdsurgery.measure import measure
 from mxdsurgery.memory import PeakMemory
-from mxdsurgery.model import load_model, load_tokenizer
+from mxdsurgery.model import decoder_layers, load_model, load_tokenizer
+from mxdsurgery.offload import move, resident
 from mxdsurgery.plan import WORTH_PREDICTING, Plan, plan, with_time
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.text import open_texts
@@ -74,16 +77,19 @@ def convert(model: str, *, recipe: str | Path | None = None, reporter: Reporter 
     train, heldout = open_texts(resolved, tokenizer)
 
     memory = PeakMemory(accelerator.device.type)
-    base = load_model(model, revision=resolved.revision, dtype=made.dtype, device=accelerator.device)
-    worst = max(prove_block(base, block) for block in made.blocks)
-    reporter.say(f"proof      {len(made.blocks)} blocks recomputed from their weights, largest relative error {worst:.1e}")
     training = Training(len(made.groups))
-    with _kept(out, made, resolved, training):
-        train_groups(base, made, train, resolved, accelerator, training, reporter)
+    with _scratch(out, made) as scratch, _kept(out, made, resolved, training):
+        offload = scratch if made.offloaded else None
+        base = load_model(model, revision=resolved.revision, dtype=made.dtype, device=accelerator.device, offload=offload)
+        worst = max(_proof(base, block) for block in made.blocks)
+        reporter.say(f"proof      {len(made.blocks)} blocks recomputed from their weights, largest relative error {worst:.1e}")
+        train_groups(base, made, train, resolved, accelerator, training, reporter, scratch)
         record = _training_record(made, training, memory.bytes())
         for line in _comparison(record):
             reporter.say(line)
-        layers = {planned.block.layer: layer.to(accelerator.device) for planned, layer in training.layers.items()}
+        layers = {planned.block.layer: layer for planned, layer in training.layers.items()}
+        for layer in layers.values():
+            move(layer, accelerator.device)
         with reporter.progress("evaluate", "passes") as line:
             evaluation = measure(base, made.blocks, layers, heldout, resolved.batch, line.update)
         evaluation |= {"data": resolved.eval_data or resolved.data, "training": record}
@@ -92,6 +98,24 @@ def convert(model: str, *, recipe: str | Path | None = None, reporter: Reporter 
         f"exported   {resolved.out}; reloaded without mxdsurgery, logits differ by at most {differences['logits']:.1g}"
     )
     return Conversion(out, made, resolved, evaluation, training.seconds)
+
+
+@contextmanager
+def _scratch(out: Path, made: Plan) -> Iterator[Path | None]:
+    """A folder beside ``out`` for what the plan keeps on disk while it works; None where it keeps nothing there."""
+    if not (made.offloaded or made.states_on_disk):
+        yield None
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.work.") as folder:
+        yield Path(folder)
+
+
+def _proof(base: PreTrainedModel, block: Block) -> float:
+    """The relative error of a block recomputed from its weights, which may lie on disk."""
+    _, decoder = decoder_layers(base)
+    with resident(decoder[block.layer]):
+        return prove_block(base, block)
 
 
 def _training_record(made: Plan, training: Training, peak_bytes: int | None) -> dict[str, Any]:
@@ -126,7 +150,7 @@ def _kept(out: Path, made: Plan, recipe: Recipe, training: Training) -> Iterator
 
     Raises:
         Interrupted: Ctrl-C.
-        OutputError, ExportError: as inside, telling what was kept.
+        OutputError, ExportError, BaseModelError: as inside, telling what was kept.
     """
     try:
         yield
@@ -134,7 +158,7 @@ def _kept(out: Path, made: Plan, recipe: Recipe, training: Training) -> Iterator
         if not training.passes:
             raise
         raise Interrupted(f"Interrupted. {_keep_layers(out, made, recipe, training)}") from None
-    except (OutputError, ExportError) as error:
+    except (OutputError, ExportError, BaseModelError) as error:
         try:
             kept = _keep_layers(out, made, recipe, training)
         except OSError:  # the same disk is full

@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mxdsurgery.blocks import Block
-from mxdsurgery.console import size
-from mxdsurgery.errors import MemoryBudgetError
 from mxdsurgery.layer import BATCH_TOP_K_LIMIT
+from mxdsurgery.offload import SHARD_BYTES
 from mxdsurgery.recipe import Recipe
-from mxdsurgery.selection import write_layers
 from mxdsurgery.sparse import CHUNK_BYTES, EXTRA_CANDIDATES, TOP_K_GROUP
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -23,7 +21,7 @@ GIB = 2**30
 # New layers are trained in fp32: 4 bytes for a parameter, 4 for its gradient, 8 for Adam's two moments.
 _WEIGHT, _GRADIENT, _ADAM = 4, 4, 8
 # A token in the buffer that shuffles the text: an int64, and its share of what Python adds for a context.
-_TEXT_BYTES = 13
+TEXT_BYTES = 13
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,8 @@ class BaseModel:
         d_model: D.
         vocabulary: entries of its output.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
+        offloaded: whether its weights, and those of finished layers, lie on disk but for the decoder layer at work.
+        states_on_disk: whether the hidden states that are kept from layer to layer do.
     """
 
     parameters: int
@@ -90,6 +90,8 @@ class BaseModel:
     d_model: int
     vocabulary: int
     dtype: str
+    offloaded: bool = False
+    states_on_disk: bool = False
 
     @property
     def element_bytes(self) -> int:
@@ -100,6 +102,13 @@ class BaseModel:
     def weight_bytes(self) -> int:
         """Of its weights."""
         return self.element_bytes * self.parameters
+
+    @property
+    def held_bytes(self) -> int:
+        """Of its weights that are in memory at a time: all; or the largest of a decoder layer and the embeddings."""
+        if not self.offloaded:
+            return self.weight_bytes
+        return self.element_bytes * max(*self.layer_parameters, self.vocabulary * self.d_model)
 
 
 @dataclass(frozen=True)
@@ -128,8 +137,9 @@ class Group:
     Attributes:
         layers: their indices.
         parameters: of the new layers.
-        base_bytes: weights of the base model.
-        finished_bytes: new layers of earlier groups, in the base model's dtype. 0 on a GPU: there they lie in host memory.
+        base_bytes: weights of the base model that are in memory.
+        finished_bytes: new layers of earlier groups, in the base model's dtype. 0 on a GPU: there they lie in host memory; and
+            where they lie on disk.
         new_bytes: weights of the new layers, fp32.
         gradient_bytes: of the largest layer; a layer's gradients are freed after its own step.
         adam_bytes: both moments of all new layers.
@@ -138,6 +148,7 @@ class Group:
         text_bytes: the buffer that shuffles the text. 0 on a GPU: there it lies in host memory.
         flops: per token of the text: ``base_forward``, ``gate``, ``encoder_decoder``, ``experts``.
         seconds: of training; None where it was not measured.
+        state_bytes: the hidden states that are kept from layer to layer. 0 where they lie in a GPU's host memory or on disk.
     """
 
     layers: list[int]
@@ -151,6 +162,7 @@ class Group:
     text_bytes: int
     flops: dict[str, int]
     seconds: float | None = None
+    state_bytes: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -160,7 +172,8 @@ class Group:
     @property
     def peak_bytes(self) -> int:
         """All of it together."""
-        return self.weight_bytes + self.gradient_bytes + self.adam_bytes + self.activation_bytes + self.text_bytes
+        held = self.weight_bytes + self.gradient_bytes + self.adam_bytes + self.activation_bytes
+        return held + self.text_bytes + self.state_bytes
 
     @property
     def step_flops(self) -> int:
@@ -210,9 +223,34 @@ def layer_flops(layer: LayerPlan) -> dict[str, int]:
     }
 
 
-def base_forward_flops(base: BaseModel, last: int, context: int) -> int:
-    """Per token: the base model's pass up to layer ``last``; products with weights, and attention over the context."""
-    return 2 * sum(base.layer_parameters[: last + 1]) + 4 * context * base.d_model * (last + 1)
+def base_forward_flops(base: BaseModel, last: int, context: int, first: int = 0) -> int:
+    """Per token: the base model's pass from layer ``first`` up to ``last``; products with weights, and attention."""
+    layers = base.layer_parameters[first : last + 1]
+    return 2 * sum(layers) + 4 * context * base.d_model * len(layers)
+
+
+def kept_batches(recipe: Recipe) -> int:
+    """Batches of the text whose hidden states are kept from layer to layer."""
+    return max(1, min(recipe.kept_tokens or recipe.tokens, recipe.tokens) // tokens_per_step(recipe))
+
+
+def states_bytes(base: BaseModel, recipe: Recipe) -> int:
+    """The hidden states that are kept from layer to layer, of one model or two; 0 where none are."""
+    if recipe.inputs != "converted":
+        return 0
+    models = 1 if recipe.target == "own" else 2
+    return models * kept_batches(recipe) * tokens_per_step(recipe) * base.d_model * base.element_bytes
+
+
+def fed_flops(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe) -> int:
+    """Per token: what the base model computes so that layers are fed."""
+    last = max(layer.block.layer for layer in layers)
+    if recipe.inputs == "converted":  # each kept token also goes through the layer again, on to the next one
+        models = 1 if recipe.target == "own" else 2
+        return 2 * models * base_forward_flops(base, last, recipe.context, first=last)
+    if recipe.inputs == "joint":  # the original, and the converted model forward and backward
+        return 4 * base_forward_flops(base, len(base.layer_parameters) - 1, recipe.context)
+    return base_forward_flops(base, last, recipe.context)
 
 
 def step_bytes(d: int, h: int, n: int, k: int, kind: str, batch: int, bf16: bool, selection: bool, device: str) -> int:
@@ -291,23 +329,34 @@ def make_group(
     parameters = sum(layer.parameters for layer in layers)
     by_kind = [layer_flops(layer) for layer in layers]
     flops = {name: sum(row[name] for row in by_kind) for name in by_kind[0]}
-    last = max(layer.block.layer for layer in layers)
+    on_host = machine.device == "cuda"  # what does not compute lies beside the GPU
+    whole = recipe.inputs == "joint"  # one backward pass through all layers, with both models' logits
+    logits = batch * base.vocabulary * 3 * base.element_bytes
+    working = sum(steps) + logits if whole else max(*steps, forward_bytes(base, widest, batch), drawn)
     return Group(
         layers=[layer.block.layer for layer in layers],
         parameters=parameters,
-        base_bytes=base.weight_bytes,
-        finished_bytes=base.element_bytes * sum(layer.all_parameters for layer in finished) if machine.device == "cpu" else 0,
+        base_bytes=base.held_bytes,
+        finished_bytes=0 if on_host or base.offloaded else base.element_bytes * sum(old.all_parameters for old in finished),
         new_bytes=_WEIGHT * parameters,
-        gradient_bytes=_GRADIENT * max(layer.parameters for layer in layers),
+        gradient_bytes=_GRADIENT * (parameters if whole else max(layer.parameters for layer in layers)),
         adam_bytes=_ADAM * parameters,
-        activation_bytes=recorded * (1 + room) + max(*steps, forward_bytes(base, widest, batch), drawn),
-        text_bytes=recipe.shuffle * _TEXT_BYTES if machine.device == "cpu" else 0,
-        flops={"base_forward": base_forward_flops(base, last, recipe.context)} | flops,
+        activation_bytes=recorded * (1 + room) + working,
+        text_bytes=0 if on_host else recipe.shuffle * TEXT_BYTES,
+        flops={"base_forward": fed_flops(layers, base, recipe)} | flops,
+        state_bytes=0 if on_host or base.states_on_disk else states_bytes(base, recipe),
     )
 
 
 def make_groups(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> list[Group]:
-    """Consecutive layers together, as many as fit the budget; a layer that does not fit stands alone."""
+    """Consecutive layers together, as many as fit the budget; a layer that does not fit stands alone.
+
+    Those that learn on converted inputs stand alone anyway, those that learn jointly all together.
+    """
+    if recipe.inputs == "joint":
+        return [make_group(layers, [], base, recipe, machine)]
+    if recipe.inputs == "converted":
+        return [make_group([layer], layers[:index], base, recipe, machine) for index, layer in enumerate(layers)]
     groups: list[Group] = []
     start = 0
     while start < len(layers):
@@ -332,110 +381,15 @@ def evaluation_bytes(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recip
     """Peak of evaluation and export: the base model and all new layers in its dtype, and the larger of two things.
 
     Evaluation needs two batches of logits, one sequence's log-probabilities in fp32, and what the decoder layers and blocks
-    gave; export reloads the checkpoint in another process.
+    gave; export reloads the checkpoint in another process. With weights on disk, what computes is in memory, and a shard
+    of the checkpoint while it is written.
     """
     batch, widest = tokens_per_step(recipe), max(layer.block.d_hidden for layer in layers)
     logits = base.vocabulary * (2 * batch * base.element_bytes + 6 * recipe.context * 4)
     kept = batch * base.d_model * base.element_bytes * (len(base.layer_parameters) + len(layers))
     figures = logits + kept + forward_bytes(base, widest, batch)
+    if base.offloaded:
+        largest = base.element_bytes * max(layer.all_parameters for layer in layers)
+        return max(base.held_bytes, largest) + max(figures, SHARD_BYTES)
     new = base.element_bytes * sum(layer.all_parameters for layer in layers)
     return base.weight_bytes + new + max(figures, checkpoint_bytes(layers, base))
-
-
-def needed_bytes(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> int:
-    """The smallest budget that does: each layer trained in a group of its own, and evaluation."""
-    alone = [make_group([layer], layers[:index], base, recipe, machine).peak_bytes for index, layer in enumerate(layers)]
-    return max(*alone, evaluation_bytes(layers, base, recipe))
-
-
-def refusal(
-    layers: Sequence[LayerPlan], groups: Sequence[Group], base: BaseModel, recipe: Recipe, machine: Machine
-) -> MemoryBudgetError | None:
-    """The error where not even one layer at a time fits the budget, or evaluation does not; None where all is well."""
-    if machine.memory is None:
-        return None
-    worst = max(groups, key=lambda group: group.peak_bytes)
-    evaluation = evaluation_bytes(layers, base, recipe)
-    if max(worst.peak_bytes, evaluation) <= machine.memory:
-        return None
-    evaluating = "evaluating and exporting the converted model"
-    if worst.peak_bytes > machine.memory:
-        what, needed = f"training layer {worst.layers[0]} alone", worst.peak_bytes
-        expected = "room for the base model and one layer in training"
-        also = f"; {evaluating} takes {size(evaluation)}" if evaluation > machine.memory else ""
-    else:
-        what, needed, also = evaluating, evaluation, ""
-        expected = "room for the base model, all new layers and the reloaded checkpoint, in the base model's dtype"
-    return MemoryBudgetError(
-        f"{what} takes {size(needed)}: {size(needed - machine.memory)} more than the memory budget of "
-        f"{size(machine.memory)} ({machine.memory_source}){also}",
-        expected=expected,
-        fix=", or ".join(_remedies(layers, base, recipe, machine)),
-    )
-
-
-def _remedies(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> list[str]:
-    """The changes that each make it fit, as flags with values that do."""
-    found = []
-    n_experts = largest_n_experts(layers, base, recipe, machine)
-    if n_experts is not None:
-        found.append(f"fewer experts: --n-experts {_rounded_down(n_experts, recipe.k)}")
-    smaller = [dataclasses.replace(recipe, batch=batch) for batch in _halves(recipe.batch, recipe.context)]
-    fitting = [changed for changed in smaller if _fits(layers, base, changed, machine)]
-    if fitting:
-        found.append(f"a smaller batch: --batch {fitting[0].batch}")
-    in_order = dataclasses.replace(recipe, shuffle=0)
-    if machine.device == "cpu" and _fits(layers, base, in_order, machine):
-        room = machine.memory - needed_bytes(layers, base, in_order, machine)
-        found.append(f"a smaller buffer of text: --shuffle {_rounded_down(min(room // _TEXT_BYTES, recipe.shuffle), 0)}")
-    if base.element_bytes == 4 and _fits(layers, dataclasses.replace(base, dtype="bfloat16"), recipe, machine):
-        found.append("the base model in half the bytes: --dtype bfloat16")
-    several = len({layer.block.layer for layer in layers}) == len(layers)  # not kinds for the same block
-    fewer = [count for count in range(1, len(layers)) if several and _fits(layers[:count], base, recipe, machine)]
-    if fewer:
-        chosen = write_layers([layer.block.layer for layer in layers[: fewer[-1]]])
-        found.append(f"fewer layers: --layers {chosen}")
-    both = ((changed.batch, largest_n_experts(layers, base, changed, machine)) for changed in smaller if not found)
-    batch, n_experts = next((pair for pair in both if pair[1] is not None), (0, None))
-    if n_experts is not None:
-        found.append(f"together: --batch {batch} --n-experts {_rounded_down(n_experts, recipe.k)}")
-    more = -(-needed_bytes(layers, base, recipe, machine) * 100 // GIB) / 100
-    return [*found, f"--memory {more:g} (GiB) where there is as much"]
-
-
-def _halves(number: int, least: int) -> list[int]:
-    """Half of it, a quarter and so on."""
-    halves = []
-    while number // 2 >= least:
-        number //= 2
-        halves.append(number)
-    return halves
-
-
-def _fits(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> bool:
-    return needed_bytes(layers, base, recipe, machine) <= machine.memory
-
-
-def largest_n_experts(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> int | None:
-    """The largest N, the same for all layers, that fits the budget; None where not even K experts do."""
-
-    def fits(n: int) -> bool:
-        changed = [
-            dataclasses.replace(layer, n_experts=n, parameters=layer_parameters(layer.block, n, layer.kind))
-            for layer in layers
-        ]
-        return _fits(changed, base, recipe, machine)
-
-    low, high = recipe.k, max(layer.n_experts for layer in layers)
-    if not fits(low):
-        return None
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
-
-
-def _rounded_down(number: int, least: int) -> int:
-    """To two digits, so that it still fits when a little less memory is free the next time."""
-    unit = 10 ** max(0, len(str(number)) - 2)
-    return max(least, number // unit * unit)

@@ -1,24 +1,21 @@
-"""Distillation: each new layer learns its block's output from its block's input, all layers from one pass of the model.
+"""Distillation: each new layer learns its block's output from its block's input. Where they come from is inputs.py's matter.
 
-Source of loss and schedule: arXiv 2505.21364. Inputs and targets come from the unmodified model (teacher forcing), so the
-layers are independent and errors do not propagate from one to another while training.
+Source of loss and schedule: arXiv 2505.21364.
 """
 
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from mxdsurgery.accelerator import selects_in_bf16
-from mxdsurgery.activations import Activations, record_activations, shuffle_positions
+from mxdsurgery.activations import Activations, shuffle_positions
 from mxdsurgery.baselines import TopKSAE
-from mxdsurgery.blocks import Block
 from mxdsurgery.cost import LayerPlan, first_k
 from mxdsurgery.errors import DivergedError
 from mxdsurgery.layer import Experts, MxDLayer
@@ -215,33 +212,19 @@ def _remove_radial_gradient(weight: Tensor) -> None:
         weight.grad.addcmul_(weight, radial[:, None], value=-1)
 
 
-def _recorded(
-    model: PreTrainedModel, blocks: Sequence[Block], batches: Iterator[Tensor], device: torch.device
-) -> Iterator[dict[int, Activations]]:
-    """The blocks' activations on each batch of input ids (B, T), by layer: x and y (B T, D) on the device."""
-    for input_ids in batches:
-        input_ids = input_ids.to(device, non_blocking=True)
-        yield {
-            layer: Activations(x.flatten(0, 1), y.flatten(0, 1))
-            for layer, (x, y) in record_activations(model, blocks, input_ids).items()
-        }
-
-
 def distill(
-    model: PreTrainedModel,
     layers: Mapping[LayerPlan, nn.Module],
-    batches: Iterator[Tensor],
+    batches: Iterator[dict[int, Activations]],
     recipe: Recipe,
     accelerator: Accelerator,
     progress: Progress,
     report: Callable[[Progress], None],
 ) -> None:
-    """Trains all layers in place, each on the unmodified model's activations, from one pass over the text.
+    """Trains all layers in place, each on the activations of the block that it stands for.
 
     Args:
-        model: the unmodified model.
-        layers: what stands for which block; several may stand for the same one. fp32, on the model's device.
-        batches: endless batches of input ids, (B, T) int64.
+        layers: what stands for which block; several may stand for the same one. fp32, on the device of the activations.
+        batches: endless, by layer: inputs and targets (B T, D); what is taken from them is gone.
         recipe: lr, warmup, decay, k_start, unit_norm, specialise, auxk, selection, activation_buffer.
         accelerator: device, precision and trackers.
         progress: says how many steps; updated on the way.
@@ -255,8 +238,8 @@ def distill(
     blocks = list({plan.block.layer: plan.block for plan in layers}.values())
     start = time.perf_counter()
     looked_at = 0
-    recorded = _recorded(model, blocks, itertools.islice(batches, progress.steps), accelerator.device)
-    for step, activations in enumerate(shuffle_positions(recorded, recipe.activation_buffer, recipe.seed)):
+    batches = itertools.islice(batches, progress.steps)
+    for step, activations in enumerate(shuffle_positions(batches, recipe.activation_buffer, recipe.seed)):
         lr = learning_rate(step, progress.steps, recipe)
         tokens_seen = (step + 1) * progress.tokens_per_step
         for block in blocks:

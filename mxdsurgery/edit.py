@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mxdsurgery.adapter import ABOUT
 from mxdsurgery.checkpoint import (
     EVALUATION_FILE,
     FORMAT_VERSION,
@@ -36,6 +37,7 @@ from mxdsurgery.export import (
     write_code,
     write_evaluation,
     write_json,
+    written_as,
     written_whole,
 )
 from mxdsurgery.generate import sample
@@ -48,8 +50,6 @@ EDITS_FOLDER, EDITS_FILE = "edits", "edits.yaml"
 _KEPT_FILES = ("config.json", "README.md", EVALUATION_FILE)
 _ROWS_FILE, _DIGESTS_FILE = "before.safetensors", "digests.json"
 _INDEX_FILE = "model.safetensors.index.json"
-# What other commands found out about the model as it was: not copied.
-_ABOUT = ("experts", "experts.partial", "experts.old", "probing", "dissection", "effects", "report.html", "report-data")
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 3, 24, 32
 
 
@@ -63,6 +63,7 @@ def edit(
     tokens: int | None = None,
     overwrite: bool = False,
     device: str | None = None,
+    format: str = "checkpoint",
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Writes a converted model with edited experts; or, with ``undo``, as it was before the last edit, bit for bit.
@@ -79,6 +80,7 @@ def edit(
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
         overwrite: take the place of an earlier folder of ours.
         device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        format: ``checkpoint``, or ``adapter``: only what differs from the base model.
         reporter: what to tell while working; default: nothing.
 
     Returns:
@@ -112,7 +114,7 @@ def edit(
     ids = held_out(before, recipe, data, tokens)
     steps = before.model.config.mxd.get("edits", [])
     named = dataclasses.replace(edits, model=fingerprint(before))
-    with written_whole(target) as staging:
+    with written_as(target, format, before.plan.model, before.plan.revision) as staging:
         _copy(folder, staging)
         _bake(before, named, staging, len(steps) + 1)
         after = load(staging, device=before.model.device)
@@ -129,7 +131,7 @@ def edit(
 def _copy(folder: Path, staging: Path) -> None:
     """All that belongs to the model; not what other commands found out about it as it is."""
     for path in folder.iterdir():
-        if path.name not in _ABOUT:
+        if path.name not in ABOUT:
             copy = shutil.copytree if path.is_dir() else shutil.copy2
             copy(path, staging / path.name)
 

@@ -100,6 +100,22 @@ class MemoryBudgetError(MxDError):
     """A conversion that does not fit the memory budget, even one layer at a time."""
 
 
+class HealError(MxDError):
+    """A folder that cannot be healed, or a way of healing that there is not."""
+
+
+class LoRAError(MxDError):
+    """LoRA that cannot be: peft is missing, or there is nothing to adapt."""
+
+
+class HubError(MxDError):
+    """The hub cannot be reached, or refused what was sent to it."""
+
+
+class PushError(MxDError):
+    """What cannot be pushed as it is: a token or local path in it, files missing from it, a place held by something else."""
+
+
 class DeviceError(MxDError):
     """A device or a way of launching that is not there or not supported."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxdsurgery.accelerator import make_accelerator
@@ -15,6 +15,7 @@ from mxdsurgery.console import Reporter
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import BaseModelError, DataError, MxDError
 from mxdsurgery.export import write_evaluation
+from mxdsurgery.lora import healed_maps, with_adapter
 from mxdsurgery.measure import measure
 from mxdsurgery.model import load_model
 from mxdsurgery.recipe import Recipe, load_recipe
@@ -60,15 +61,27 @@ def evaluate(
     original.to(accelerator.device)
     for layer in converted.layers.values():
         layer.to(accelerator.device)
+    maps = {path: module.to(accelerator.device) for path, module in _changed_maps(converted).items()}
     with reporter.progress("evaluate", "passes") as line:
-        evaluation = measure(original, converted.plan.blocks, converted.layers, heldout, recipe.batch, line.update)
+        evaluation = measure(original, converted.plan.blocks, converted.layers, heldout, recipe.batch, line.update, maps)
     evaluation["data"] = data or recipe.eval_data or recipe.data
     edits = converted.model.config.mxd.get("edits", [])
     evaluation |= {"edits": len(edits)} if edits else {}
+    healed = converted.model.config.mxd.get("healed", [])
+    evaluation |= {"healed": healed} if healed else {}
     evaluation |= _training_record(folder)
     measured_on = recipe if data is None else dataclasses.replace(recipe, eval_data=data)
     write_evaluation(folder, evaluation, converted.plan, measured_on)
     return evaluation
+
+
+def _changed_maps(converted: Converted) -> dict[str, nn.Module]:
+    """What healing changed beside the layers, by path from the base model; an adapter in the folder is put in force."""
+    mxd = converted.model.config.mxd
+    merged, beside = (healed_maps(mxd, kept) for kept in ("merged", "adapter"))
+    if beside:
+        with_adapter(converted.model, converted.folder)
+    return {path: converted.model.base_model.get_submodule(path) for path in {*merged, *beside}}
 
 
 def held_out(converted: Converted, saved: Recipe, data: str | None = None, tokens: int | None = None) -> Tensor:
@@ -109,7 +122,7 @@ def load_original(converted: Converted, name: str, recipe: Recipe) -> PreTrained
     """The model that a converted one was made from, after making sure that it is that one.
 
     Raises:
-        BaseModelError: it is not there, or its weights outside the converted blocks differ.
+        BaseModelError: it is not there, or its weights outside the converted blocks, and what was healed, differ.
     """
     revision = None if Path(name).is_dir() or name in DEMO_MODELS else converted.plan.revision or recipe.revision
     try:
@@ -134,7 +147,9 @@ def _difference(converted: Converted, original: PreTrainedModel) -> str | None:
     """The first thing that tells an original from the model that was converted, in words; None if nothing does."""
     if original.config.model_type != converted.plan.model_type:
         return f"it is a {original.config.model_type} model, not {converted.plan.model_type}"
-    mine = converted.model.state_dict()
+    merged = healed_maps(converted.model.config.mxd, "merged")
+    changed = tuple(f"{converted.model.base_model_prefix}.{path}." for path in merged)
+    mine = {key: tensor for key, tensor in converted.model.state_dict().items() if not key.startswith(changed)}
     try:
         with replaced(original, converted.plan.blocks, converted.layers):
             theirs = original.state_dict()

@@ -4,6 +4,7 @@ The folder appears whole or not at all: it is written beside its place, reloaded
 mxdsurgery, compared with the model in memory, and only then renamed.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mxdsurgery.adapter import write_adapter
 from mxdsurgery.card import model_card
 from mxdsurgery.checkpoint import (
     EVALUATION_FILE,
@@ -31,6 +33,7 @@ from mxdsurgery.checkpoint import (
     read_config,
 )
 from mxdsurgery.errors import ExportError, OutputError
+from mxdsurgery.offload import SHARD_BYTES, adopt_hooks, execution_device, is_offloaded
 from mxdsurgery.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.surgery import replaced
@@ -84,13 +87,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
-folder, given, result, device = sys.argv[1:]
-ids = load_file(given)["input_ids"].to(device)
+folder, given, result, device, *offloaded = sys.argv[1:]
+place = {"device_map": {"": "disk"}, "offload_folder": result + ".offload"} if offloaded else {"device_map": device}
+ids = load_file(given)["input_ids"].to("cpu" if offloaded else device)
 with torch.no_grad():
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **place).eval()
     logits = model(input_ids=ids, use_cache=False).logits
     del model  # never two of them at a time
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True).to(device).eval()
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, **place).eval()
     hidden = model(input_ids=ids, use_cache=False).last_hidden_state
 save_file({"logits": logits.cpu().contiguous(), "hidden": hidden.cpu().contiguous()}, result)
 """
@@ -178,16 +182,17 @@ def export(
         OutputError: it cannot be written.
         ExportError: it was written, but does not load or computes something else. ``out`` is not there then.
     """
-    with written_whole(out) as staging:
+    with written_as(out, recipe.format, plan.model, plan.revision) as staging:
         with replaced(model, plan.blocks, layers):
             _save_weights(model, plan, staging)
             reference = reference_outputs(model, check_ids)
         tokenizer.save_pretrained(staging)
         write_code(model, staging)
-        (staging / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        whole = dataclasses.replace(recipe, format="checkpoint")  # which an adapter gives back
+        (staging / RECIPE_FILE).write_text(whole.to_yaml(), encoding="utf-8")
         write_json(staging / PLAN_FILE, plan.to_dict())
-        write_evaluation(staging, evaluation, plan, recipe)
-        return check_reload(staging, check_ids, reference, next(model.parameters()).device)
+        write_evaluation(staging, evaluation, plan, whole)
+        return check_reload(staging, check_ids, reference, execution_device(model), is_offloaded(model))
 
 
 def write_evaluation(folder: Path, evaluation: dict[str, Any], plan: Plan, recipe: Recipe) -> None:
@@ -222,6 +227,8 @@ def _save_weights(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
         converted = converted_model_class(type(model), type(config))(config)
     converted.load_state_dict(model.state_dict(), assign=True)
     converted.tie_weights()
+    if is_offloaded(model):
+        adopt_hooks(converted, model)
     converted.generation_config = model.generation_config
     config.dtype = model.dtype
     config.auto_map = {
@@ -229,7 +236,7 @@ def _save_weights(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
         "AutoModel": f"modeling_mxd.MxD{type(model.base_model).__name__}",
         "AutoModelForCausalLM": f"modeling_mxd.MxD{type(model).__name__}",
     }
-    converted.save_pretrained(folder, max_shard_size="5GB")
+    converted.save_pretrained(folder, max_shard_size=SHARD_BYTES if is_offloaded(model) else "5GB")
 
 
 def write_code(model: PreTrainedModel, folder: Path) -> None:
@@ -250,15 +257,19 @@ def write_code(model: PreTrainedModel, folder: Path) -> None:
 @torch.no_grad()
 def reference_outputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     """What a model in memory computes for ids (B, T): ``logits`` and ``hidden`` states, for `check_reload`."""
-    ids = ids.to(next(model.parameters()).device)
+    ids = ids.to(execution_device(model))
     return {
         "logits": model(input_ids=ids, use_cache=False).logits.cpu(),
         "hidden": model.base_model(input_ids=ids, use_cache=False).last_hidden_state.cpu(),
     }
 
 
-def check_reload(folder: Path, ids: Tensor, reference: dict[str, Tensor], device: torch.device) -> dict[str, float]:
+def check_reload(
+    folder: Path, ids: Tensor, reference: dict[str, Tensor], device: torch.device, offloaded: bool = False
+) -> dict[str, float]:
     """Loads the folder in a fresh process without mxdsurgery and compares what it computes.
+
+    Where the model is too large for the memory (``offloaded``), it reads its weights as it needs them there, too.
 
     Raises:
         ExportError: it does not load, or differs by more than the dtype's rounding.
@@ -276,6 +287,7 @@ def check_reload(folder: Path, ids: Tensor, reference: dict[str, Tensor], device
             str(given),
             str(result),
             str(device),
+            *(["offloaded"] if offloaded else []),
         )
         process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch, check=False)
         if process.returncode != 0:
@@ -297,3 +309,28 @@ def check_reload(folder: Path, ids: Tensor, reference: dict[str, Tensor], device
                 fix="this is a fault of mxdsurgery: please report it with the model's name",
             )
     return differences
+
+
+@contextmanager
+def written_as(out: Path, form: str, model: str, revision: str | None) -> Iterator[Path]:
+    """`written_whole` for a recipe's ``format``: a folder to write a checkpoint into; an adapter may be all that stays.
+
+    Args:
+        out: where to.
+        form: ``checkpoint``, or ``adapter``: on leaving well, only what differs from the base model becomes ``out``.
+        model: the base model, as the plan names it.
+        revision: its commit on the hub.
+
+    Raises:
+        OutputError: as `written_whole`.
+        BaseModelError: the base model is not there any more.
+    """
+    with written_whole(out) as staging:
+        if form == "checkpoint":
+            yield staging
+        else:
+            checkpoint = staging / "checkpoint"
+            checkpoint.mkdir()
+            yield checkpoint
+            write_adapter(checkpoint, staging, model, revision)
+            shutil.rmtree(checkpoint)

@@ -27,8 +27,10 @@ from mxdsurgery.train import Training, train_groups
 DEFAULT_K = (16, 32, 64, 128, 256)
 DEFAULT_KINDS = ("mxd", "transcoder", "skip-transcoder")
 
+# One layer at a time is looked at, so there are no others to feed it.
+ONE_LAYER = {"inputs": "original", "target": "stream", "kept_tokens": None, "offload": "none", "format": "checkpoint"}
 # What rows of one folder may differ in; every other recipe key is the same for all of them.
-_FREE_KEYS = {"layers", "k", "kind", "out", "overwrite", "device", "memory", "tracker"}
+_FREE_KEYS = {"layers", "k", "kind", "out", "overwrite", "device", "memory", "tracker", *ONE_LAYER}
 
 
 def frontier(
@@ -66,7 +68,7 @@ def frontier(
     """
     reporter = reporter or Reporter()
     kinds, k = _checked(kinds, k)
-    made, resolved = plan(model, recipe=recipe, layers=str(layer), k=min(k), **overrides)
+    made, resolved = plan(model, recipe=recipe, layers=str(layer), k=min(k), **overrides | ONE_LAYER)
     if "out" not in overrides or overrides["out"] is None:
         resolved = dataclasses.replace(resolved, out=resolved.out.removesuffix("-mxd") + "-frontier")
     out = Path(resolved.out)

@@ -1,14 +1,14 @@
 """How a layer starts: the three values of the recipe key ``init``, and the statistics of the text that they rest on."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mxdsurgery.activations import record_activations
+from mxdsurgery.activations import Activations, record_activations
 from mxdsurgery.baselines import Transcoder
 from mxdsurgery.blocks import Block, Part
 from mxdsurgery.cost import LayerPlan
@@ -30,13 +30,18 @@ class Statistics(NamedTuple):
 
 def measure_statistics(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> dict[int, Statistics]:
     """The statistics of each block over some batches of input ids (B, T), position 0 left out."""
-    sums: dict[int, list[Tensor]] = {block.layer: [0.0, 0.0] for block in blocks}
+    return statistics_of(record_activations(model, blocks, batch) for batch in batches)
+
+
+def statistics_of(recorded: Iterable[Mapping[int, Activations]]) -> dict[int, Statistics]:
+    """The statistics of blocks over some batches of their activations (B, T, D), by layer, position 0 left out."""
+    sums: dict[int, list[Tensor | float]] = {}
     count = 0
-    for batch in batches:
-        count += batch[:, 1:].numel()
-        for layer, (x, y) in record_activations(model, blocks, batch).items():
-            sums[layer][0] += x[:, 1:].float().sum((0, 1))
-            sums[layer][1] += y[:, 1:].float().sum((0, 1))
+    for activations in recorded:
+        for layer, (x, y) in activations.items():
+            mean_x, mean_y = sums.setdefault(layer, [0.0, 0.0])
+            sums[layer] = [mean_x + x[:, 1:].float().sum((0, 1)), mean_y + y[:, 1:].float().sum((0, 1))]
+        count += x[..., 1:, 0].numel()
     return {layer: Statistics(x / count, y / count) for layer, (x, y) in sums.items()}
 
 
@@ -57,11 +62,9 @@ def layer_shape(layer: LayerPlan) -> dict[str, object]:
 
 
 def initial_layers(
-    model: PreTrainedModel, layers: Sequence[LayerPlan], sample: Sequence[Tensor], recipe: Recipe
+    model: PreTrainedModel, layers: Sequence[LayerPlan], statistics: Mapping[int, Statistics], recipe: Recipe
 ) -> dict[LayerPlan, nn.Module]:
-    """New layers, started as the recipe says from the model and the statistics of some batches of input ids (B, T)."""
-    blocks = {layer.block.layer: layer.block for layer in layers}
-    statistics = measure_statistics(model, list(blocks.values()), sample)
+    """New layers, started as the recipe says from the model and the statistics of its blocks, by layer."""
     return {layer: initial_layer(model, layer, recipe, statistics[layer.block.layer]) for layer in layers}
 
 

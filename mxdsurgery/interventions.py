@@ -326,11 +326,11 @@ class Interventions:
             with torch.no_grad():
                 weight[expert] = row
         for layer, change in self._changes:
-            gate = self.layers[layer].gate
-            mine = replace(change, columns=columns)
-            mine = mine if gate.weight.is_meta else mine.on(gate.weight.device)
-            placed.append((gate, mine))
-            gate.interventions = GateChanges((*_changes_of(gate), mine))
+            for gate in _gates(self.layers[layer]):
+                mine = replace(change, columns=columns)
+                mine = mine if gate.weight.is_meta else mine.on(gate.weight.device)
+                placed.append((gate, mine))
+                gate.interventions = GateChanges((*_changes_of(gate), mine))
         return self
 
     def __exit__(self, *_) -> None:
@@ -399,7 +399,7 @@ class Interventions:
         return given
 
     def _experts(self, layer: int, given: Iterable[int]) -> list[int]:
-        n_experts = self.layers[layer].gate.n_experts
+        n_experts = _gates(self.layers[layer])[0].n_experts
         experts = list(given)
         for expert in experts:
             if isinstance(expert, bool) or not isinstance(expert, Integral) or not 0 <= expert < n_experts:
@@ -429,6 +429,11 @@ class Interventions:
                 amounts = amounts * maximum
             found.append((layer, experts, amounts))
         return found
+
+
+def _gates(layer: nn.Module) -> list[Gate]:
+    """Its gate; where PEFT has wrapped that to train it, the original and the copies, of which any may run."""
+    return [module for module in layer.gate.modules() if isinstance(module, Gate)]
 
 
 def _changes_of(gate: Gate) -> tuple[Change, ...]:

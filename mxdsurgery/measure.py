@@ -6,7 +6,7 @@ say frozen at its best constant. All of them share one model, whose blocks are p
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.activations import hooked, record_activations, recording
 from mxdsurgery.blocks import Block
+from mxdsurgery.lora import maps_replaced
 from mxdsurgery.metrics import Sums, Table, error_sums, frequency_decades, next_token_sums, scored_predictions, with_interval
 from mxdsurgery.model import decoder_layers
+from mxdsurgery.offload import execution_device
 from mxdsurgery.surgery import ConstantOutput, FrozenExperts, replaced, resumed_at
 
 
@@ -37,6 +39,7 @@ def measure(
     input_ids: Tensor,
     batch: int,
     report: Callable[[int, int], None] = lambda _done, _total: None,
+    maps: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, Any]:
     """All figures, as one JSON object (the README lists its entries).
 
@@ -47,8 +50,10 @@ def measure(
         input_ids: held-out contexts, (S, T) int64.
         batch: tokens per forward pass.
         report: called with the forward passes done and to do.
+        maps: other modules that were changed, by path from the base model. They stand in with all layers together, not with
+            single ones, and not where the blocks are ablated.
     """
-    return measure_candidates(model, blocks, [layers], input_ids, batch, report)[0]
+    return measure_candidates(model, blocks, [layers], input_ids, batch, report, maps)[0]
 
 
 def measure_candidates(
@@ -58,12 +63,13 @@ def measure_candidates(
     input_ids: Tensor,
     batch: int,
     report: Callable[[int, int], None] = lambda _done, _total: None,
+    maps: Mapping[str, nn.Module] | None = None,
 ) -> list[dict[str, Any]]:
     """As `measure`, for several sets of layers that stand for the same blocks; what they are compared with runs once."""
-    device = next(model.parameters()).device
+    device = execution_device(model)
     batches = input_ids.to(device).split(max(1, batch // input_ids.shape[1]))
     outputs, used = _statistics(model, blocks, candidates, batches)
-    subsets = {block.layer: [block] for block in blocks} | ({"all": list(blocks)} if len(blocks) > 1 else {})
+    subsets = {block.layer: [block] for block in blocks} | ({"all": list(blocks)} if len(blocks) > 1 or maps else {})
     variants = {key: _variants(subset, candidates, outputs, used) for key, subset in subsets.items()}
     tables = {key: Table() for key in subsets}
     total, done = len(batches) * sum(len(v) for v in variants.values()), 0
@@ -73,8 +79,10 @@ def measure_candidates(
         for key, subset in subsets.items():
             tables[key].add("original", original_sums)
             for name, modules in variants[key].items():
-                sums, errors = _run_variant(model, subset, modules, ids, original, outputs)
-                tables[key].add(name, sums | (errors if name not in ("zero", "mean") else {}))
+                ablated = name in ("zero", "mean")
+                beside = maps if maps and key == "all" and not ablated else {}
+                sums, errors = _run_variant(model, subset, modules, beside, ids, original, outputs)
+                tables[key].add(name, sums | (errors if not ablated else {}))
                 done += 1
                 report(done, total)
     scored = scored_predictions(input_ids)
@@ -189,15 +197,17 @@ def _run_variant(
     model: PreTrainedModel,
     subset: Sequence[Block],
     modules: dict[int, nn.Module],
+    maps: Mapping[str, nn.Module],
     ids: Tensor,
     original: _Original,
     outputs: dict[int, Tensor],
 ) -> tuple[Sums, Sums]:
     """Next-token sums and the summed errors of the subset's outputs with other modules in place of its blocks."""
     _, decoder = decoder_layers(model)
-    first = min(block.layer for block in subset)
+    first = 0 if maps else min(block.layer for block in subset)
     with (
         replaced(model, subset, modules),
+        maps_replaced(model, maps),
         resumed_at(decoder, first, original.layer_outputs),
         recording(model, subset) as recorded,
     ):

@@ -10,15 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,16 +23,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import (
-    GatedModelError,
     ModelNotFoundError,
-    MxDError,
     NotCausalLMError,
     UnknownFamilyError,
     WeightsError,
     first_line,
 )
-
-_MODEL_KINDS = "a hub id (org/name), a local folder with a config.json, or " + " or ".join(DEMO_MODELS)
+from mxdsurgery.hub import MODEL_KINDS, reading_error
+from mxdsurgery.offload import compute_on
 
 
 def model_source(model: str) -> str:
@@ -65,9 +54,9 @@ def load_config(model: str, revision: str | None = None) -> PreTrainedConfig:
     source = model_source(model)
     there = os.path.exists(source)  # where Path.exists() raises, for a name too long to be a file's, this is False
     if there and not (Path(source) / "config.json").is_file():
-        raise ModelNotFoundError(f"{model!r} is there, but holds no config.json", expected=_MODEL_KINDS)
+        raise ModelNotFoundError(f"{model!r} is there, but holds no config.json", expected=MODEL_KINDS)
     if not there and _looks_like_path(model):
-        raise ModelNotFoundError(f"no folder {model!r}", expected=_MODEL_KINDS)
+        raise ModelNotFoundError(f"no folder {model!r}", expected=MODEL_KINDS)
     model_type = _config_dict(model, revision)["model_type"]
     if model_type not in CONFIG_MAPPING_NAMES:
         if model_type.startswith("mxd-"):
@@ -102,7 +91,7 @@ def _config_dict(model: str, revision: str | None) -> dict[str, Any]:
             f"the config.json of {model!r} is not JSON: {error}", expected="a config.json as transformers wrote it"
         ) from None
     except Exception as error:
-        raise _hub_error(model, error) from None
+        raise reading_error(model, error) from None
     if not isinstance(declared, dict) or not isinstance(declared.get("model_type"), str):
         raise UnknownFamilyError(
             f"{model!r} has no config.json that names a model_type", expected="a config.json as transformers wrote it"
@@ -112,49 +101,6 @@ def _config_dict(model: str, revision: str | None) -> dict[str, Any]:
 
 def _looks_like_path(model: str) -> bool:
     return model.startswith((".", "/", "~", "\\")) or model.count("/") > 1 or model.endswith("/")
-
-
-def _hub_error(model: str, error: Exception) -> MxDError:
-    """The named error for what huggingface_hub or transformers raised, by the whole chain of causes."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-
-    def raised(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(link, kinds) for link in chain)
-
-    if raised(GatedRepoError):
-        return GatedModelError(
-            f"{model!r} is gated: the hub did not let us read it",
-            expected="a token of an account that was granted access",
-            fix=f"ask for access at https://huggingface.co/{model}, then run 'hf auth login' or set HF_TOKEN",
-        )
-    if raised(RevisionNotFoundError):
-        return ModelNotFoundError(f"{model!r} has no such revision", expected="a branch, tag or commit of it")
-    if raised(RepositoryNotFoundError):
-        return ModelNotFoundError(
-            f"the hub knows no model {model!r} (or it is private)",
-            expected=_MODEL_KINDS,
-            fix="check the spelling; for a private model run 'hf auth login' or set HF_TOKEN",
-        )
-    if raised(HFValidationError):
-        return ModelNotFoundError(f"{model!r} is neither a folder nor a hub id", expected=_MODEL_KINDS)
-    refusal = next((link for link in chain if isinstance(link, HfHubHTTPError)), None)
-    if refusal is not None:
-        return ModelNotFoundError(
-            f"the hub would not give {model!r}: {first_line(refusal)}",
-            expected=_MODEL_KINDS,
-            fix="try again later; if it says 401 or 403, renew the token with 'hf auth login' or HF_TOKEN",
-        )
-    if raised(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) or "connect" in str(error).lower():
-        return ModelNotFoundError(
-            f"{model!r} is no local folder, and the hub cannot be reached (or we are offline)",
-            expected=_MODEL_KINDS,
-            fix="check the spelling and the connection, or give the folder of a model that is on this machine",
-        )
-    return ModelNotFoundError(f"{model!r} cannot be read: {first_line(error)}", expected=_MODEL_KINDS)
 
 
 def _check_causal(model: str, config: PreTrainedConfig) -> None:
@@ -186,7 +132,12 @@ def model_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def load_model(
-    model: str, *, revision: str | None = None, dtype: str = "auto", device: str | torch.device = "cpu"
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+    offload: Path | None = None,
 ) -> PreTrainedModel:
     """The base model with its weights, in evaluation mode, its parameters frozen.
 
@@ -195,6 +146,8 @@ def load_model(
         revision: branch, tag or commit on the hub.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
         device: where the weights go.
+        offload: a folder, where the weights are to stay on disk until each is needed. They are read from the checkpoint's own
+            files; the few that transformers stores otherwise than it computes with them are written to the folder.
 
     Raises:
         WeightsError: no safetensors, or weights that the config asks for are missing.
@@ -218,11 +171,16 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **({} if offload is None else {"device_map": {"": "disk"}, "offload_folder": str(offload)}),
         )
     except Exception as error:  # transformers and safetensors raise a dozen kinds here
         raise WeightsError(f"the weights of {model!r} cannot be loaded: {first_line(error)}") from None
     check_complete(model, info)
-    return loaded.to(device).eval().requires_grad_(False)
+    if offload is None:
+        loaded.to(device)
+    else:
+        compute_on(loaded, torch.device(device))
+    return loaded.eval().requires_grad_(False)
 
 
 def check_complete(model: str, info: dict[str, Any]) -> None:

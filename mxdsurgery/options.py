@@ -9,6 +9,8 @@ import click
 
 from mxdsurgery.edits import edits_from_flags
 from mxdsurgery.frontier import DEFAULT_KINDS
+from mxdsurgery.heal import CHOICES as HEAL_CHOICES
+from mxdsurgery.heal import LOCAL, LR_FACTOR, SPECIALISE_FACTOR
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe, parse_count
 
 
@@ -117,6 +119,43 @@ def edit_options(command: Callable) -> Callable:
     return functools.reduce(lambda made, option: option(made), reversed(options), with_edits)
 
 
+def heal_options(command: Callable) -> Callable:
+    """The flags of how to heal; a flag that is not given is the default of `Healing`."""
+    number, count = click.FloatRange(min=0), click.IntRange(min=1)
+    penalty = f"Weight of the penalty on what frozen experts could do; default: {SPECIALISE_FACTOR:g} times the recipe's."
+    options = (
+        _choice("mode", "What learns: the new layers, LoRA on the attention projections, or both."),
+        click.option("--tokens", type=Count(), help="Of training; default: the recipe's."),
+        click.option("--data", help="The text; default: the recipe's."),
+        click.option("--lr", type=RecipeValue("lr"), help=f"Peak learning rate; default: {LR_FACTOR} times the recipe's."),
+        click.option("--batch", type=RecipeValue("batch"), help="Tokens per optimiser step; default: the recipe's."),
+        click.option("--accumulate", type=count, help="Forward and backward passes that a step is split into. [default: 1]"),
+        click.option("--checkpointing", is_flag=True, help="Compute each decoder layer twice, and keep less in memory."),
+        click.option("--specialise", type=RecipeValue("specialise"), help=penalty),
+        click.option(
+            "--local", type=number, help=f"Weight of each layer's distance from its block's output. [default: {LOCAL}]"
+        ),
+        click.option("--patience", type=count, help="Stop after so many looks, of 10, without anything better. [default: 4]"),
+        click.option("--lora-rank", type=count, help="Of the adapters. [default: 8]"),
+        _choice("lora", "LoRA merged into the weights, or kept as a PEFT adapter in OUT/lora."),
+        _choice("teacher", "The original runs beside the model, or once before it, its likeliest tokens kept on disk."),
+        click.option("--top-n", type=count, help="How many are kept of each position. [default: 64]"),
+        click.option("--seed", type=int, help="Of the text's order and the adapters; default: one more than the recipe's."),
+        _choice("format", RECIPE_KEYS["format"].doc),
+    )
+
+    @functools.wraps(command)
+    def with_given(*args: Any, **options: Any) -> Any:
+        return command(*args, **{name: value for name, value in options.items() if value is not None})
+
+    return functools.reduce(lambda made, option: option(made), reversed(options), with_given)
+
+
+def _choice(name: str, text: str) -> Callable[[Callable], Callable]:
+    """A flag of `heal` with few values; the first is the default."""
+    return click.option(f"--{name}", type=click.Choice(HEAL_CHOICES[name]), help=f"{text} [default: {HEAL_CHOICES[name][0]}]")
+
+
 def text_options(command: Callable) -> Callable:
     """The flags of what measures on held-out text."""
     options = (
@@ -128,6 +167,7 @@ def text_options(command: Callable) -> Callable:
 
 
 DTYPES = ("auto", "float32", "bfloat16")
+BASE = click.option("--base", help="The original model, if it is not where the recipe says.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from mxdsurgery.accelerator import computes_in_bf16, selects_in_bf16
 from mxdsurgery.analyze import Analysis, analyze
 from mxdsurgery.blocks import Block, Part
+from mxdsurgery.budget import BUDGET_SHARE, needed_bytes, refusal, stored
 from mxdsurgery.calibrate import Calibration, calibrate, matmul_rate
 from mxdsurgery.console import compact, duration, size
 from mxdsurgery.cost import (
@@ -28,8 +29,7 @@ from mxdsurgery.cost import (
     layer_parameters,
     make_groups,
     matched_n_experts,
-    needed_bytes,
-    refusal,
+    states_bytes,
     tokens_per_step,
     transcoder_parameters,
 )
@@ -40,8 +40,6 @@ from mxdsurgery.model import decoder_layers, load_config, model_skeleton
 from mxdsurgery.recipe import Recipe, check_names, find_recipe, load_recipe
 from mxdsurgery.selection import select_layers, write_layers
 
-# Of what a device has free; the rest is for fragmentation, kernels' workspaces and other processes.
-_BUDGET_SHARE = 0.9
 # A run that takes fewer seconds, at the rate of a matrix product, starts at once: its time is not predicted.
 WORTH_PREDICTING = 60.0
 
@@ -68,6 +66,9 @@ class Plan:
         calibration: what the times rest on.
         unmeasured: why there is no time.
         refusal: what was found, expected and to be mended, where it does not fit the memory budget.
+        offloaded: whether the base model's weights stay on disk but for the decoder layer at work.
+        states_bytes: hidden states of the text that are kept from layer to layer.
+        states_on_disk: whether they lie on disk, for as long as the conversion lasts.
     """
 
     model: str
@@ -86,6 +87,9 @@ class Plan:
     calibration: Calibration | None = None
     unmeasured: str | None = None
     refusal: dict[str, str] | None = None
+    offloaded: bool = False
+    states_bytes: int = 0
+    states_on_disk: bool = False
 
     @property
     def blocks(self) -> list[Block]:
@@ -150,7 +154,7 @@ class Plan:
         read = {name: value for name, value in values.items() if name != "totals"}
         read["layers"] = [_layer_plan(row) for row in values["layers"]]
         names = [f.name for f in dataclasses.fields(Group)]
-        read["groups"] = [Group(**{name: row[name] for name in names}) for row in values.get("groups", ())]
+        read["groups"] = [Group(**{name: row[name] for name in names if name in row}) for row in values.get("groups", ())]
         for name, kind in (("machine", Machine), ("calibration", Calibration)):
             read[name] = kind(**values[name]) if values.get(name) is not None else None
         return cls(**read)
@@ -173,32 +177,58 @@ class Plan:
 
     def group_table(self) -> Table:
         """For a terminal: the groups, and what each takes."""
-        table = Table(title="Layers trained together, one pass over the text for each row")
+        sequential = self.states_bytes > 0
+        title = (
+            "Layers trained one after the other"
+            if sequential
+            else "Layers trained together, one pass over the text for each row"
+        )
+        columns = {
+            "weights": "weight_bytes",
+            "gradients": "gradient_bytes",
+            "Adam": "adam_bytes",
+            "activations": "activation_bytes",
+            "text": "text_bytes",
+            **({"states": "state_bytes"} if sequential else {}),
+            "peak": "peak_bytes",
+        }
+        table = Table(title=title)
         table.add_column("layers")
-        for column in ("parameters", "weights", "gradients", "Adam", "activations", "text", "peak", "time"):
+        for column in ("parameters", *columns, "time"):
             table.add_column(column, justify="right")
         for group in self.groups:
-            held = (group.weight_bytes, group.gradient_bytes, group.adam_bytes, group.activation_bytes, group.text_bytes)
+            held = (size(getattr(group, name)) for name in columns.values())
             time = "-" if group.seconds is None else duration(group.seconds)
-            table.add_row(write_layers(group.layers), compact(group.parameters), *map(size, (*held, group.peak_bytes)), time)
+            table.add_row(write_layers(group.layers), compact(group.parameters), *held, time)
         return table
 
     def summary(self, recipe: Recipe) -> list[str]:
         """For a terminal: what it takes, in a few lines."""
         passes = "1 pass" if len(self.groups) == 1 else f"{len(self.groups)} passes"
+        over = f"{passes} over the text" if recipe.inputs != "converted" else "layer after layer"
         flops, total = self.flops, sum(self.flops.values())
         shares = ", ".join(f"{flops[name] / total:.0%} {name.replace('_', ' ')}" for name in flops)
         budget = "no budget" if self.machine.memory is None else f"budget {size(self.machine.memory)}"
         return [
             f"model      {compact(self.original_parameters)} parameters become {compact(self.parameters)}, {self.dtype}",
-            f"training   {compact(recipe.tokens)} tokens of {recipe.data}: {self.steps} steps of {recipe.batch}, "
-            f"{passes} over the text",
+            f"training   {compact(recipe.tokens)} tokens of {recipe.data}: {self.steps} steps of {recipe.batch}, {over}",
             f"compute    {compact(total)} FLOPs per token: {shares}",
             f"time       {self._time()}",
             f"memory     {size(self.peak_bytes)} to train, {size(self.evaluation_bytes)} to evaluate and export; {budget}, "
             f"{self.machine.memory_source}",
+            *self._kept_lines(),
             f"checkpoint {size(self.checkpoint_bytes)}; {size(self.disk_bytes)} of disk while it is written",
         ]
+
+    def _kept_lines(self) -> list[str]:
+        """Where the base model and the hidden states are, where that is not just memory."""
+        lines = []
+        if self.states_bytes:
+            where = "on disk" if self.states_on_disk else "in memory"
+            lines.append(f"states     {size(self.states_bytes)} of hidden states are kept {where} from layer to layer")
+        if self.offloaded:
+            lines.append("offload    the base model's weights stay on disk; one decoder layer at a time is in memory")
+        return lines
 
     def _time(self) -> str:
         if self.seconds is None:
@@ -272,15 +302,23 @@ def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe) -> Plan:
 
 
 def _with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base: BaseModel) -> Plan:
+    base = stored(layers, base, recipe, made.machine)
     groups = make_groups(layers, base, recipe, made.machine)
     refused = refusal(layers, groups, base, recipe, made.machine)
+    states = states_bytes(base, recipe)
+    finished = base.element_bytes * sum(layer.all_parameters for layer in layers) if base.offloaded else 0
     return dataclasses.replace(
         made,
         layers=layers,
         groups=groups,
         evaluation_bytes=evaluation_bytes(layers, base, recipe),
-        disk_bytes=checkpoint_bytes(layers, base) * (2 if recipe.overwrite else 1),
+        disk_bytes=checkpoint_bytes(layers, base) * (2 if recipe.overwrite else 1)
+        + (states if base.states_on_disk else 0)
+        + finished,
         refusal=refused and {"found": refused.found, "expected": refused.expected, "fix": refused.fix},
+        offloaded=base.offloaded,
+        states_bytes=states,
+        states_on_disk=base.states_on_disk,
     )
 
 
@@ -294,6 +332,7 @@ def with_time(made: Plan, recipe: Recipe, worth_it: float = 0.0) -> Plan:
     """
     config, machine = load_config(made.model, recipe.revision), made.machine
     base = _base_model(config, made.dtype)
+    base = dataclasses.replace(base, offloaded=made.offloaded, states_on_disk=made.states_on_disk)
     if made.refusal is not None:
         return dataclasses.replace(made, unmeasured="it does not fit the memory budget")
     if machine.device == "cuda" and not torch.cuda.is_available():
@@ -328,7 +367,7 @@ def _machine(recipe: Recipe) -> Machine:
     if recipe.memory is not None:
         memory, source = int(recipe.memory * GIB), "recipe key 'memory'"
     elif device == "cpu" or torch.cuda.is_available():
-        memory, source = int(_BUDGET_SHARE * free_memory(device)), f"{_BUDGET_SHARE:.0%} of what is free on {device}"
+        memory, source = int(BUDGET_SHARE * free_memory(device)), f"{BUDGET_SHARE:.0%} of what is free on {device}"
     else:
         memory, source = None, "there is no GPU here: name one with --memory"
     return Machine(device, computes_in_bf16(recipe), selects_in_bf16(recipe), memory, source)

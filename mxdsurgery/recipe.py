@@ -160,6 +160,34 @@ class Recipe:
         high=10.0,
     )
     auxk: float = _key(0.0, "number", "weight of the loss that revives dead experts", low=0.0, high=10.0)
+    # From what
+    inputs: str = _key(
+        "original",
+        "text",
+        "what a layer learns on: the original model's inputs, each layer for itself; those that the converted layers below it "
+        "give, block after block; or joint: all layers together, end to end, toward the original's predictions",
+        choices=("original", "converted", "joint"),
+    )
+    target: str = _key(
+        "stream",
+        "text",
+        "what a layer learns with inputs: converted: what brings the decoder layer's output to the original model's; the "
+        "block's output in the original model; or that on its own input",
+        choices=("stream", "original", "own"),
+    )
+    kept_tokens: int | None = _key(
+        None,
+        "count",
+        "with inputs: converted, tokens whose hidden states are kept from block to block and trained on again and again; "
+        "default: tokens",
+        low=8,
+    )
+    offload: str = _key(
+        "auto",
+        "text",
+        "with inputs: converted, where the base model's weights are but for the block at work; auto: on disk if it has to be",
+        choices=("auto", "none", "disk"),
+    )
     # On which text
     data: str | None = _key(None, "text", "training text: hub dataset, .txt, .jsonl(.gz), .parquet, or stdlib")
     eval_data: str | None = _key(None, "text", "held-out text; default: the first eval_tokens of data, not trained on")
@@ -208,6 +236,12 @@ class Recipe:
     tracker: str = _key("none", "text", "where to log the training", choices=("none", "tensorboard", "wandb"))
     # Where to
     out: str | None = _key(None, "text", "folder to write; default: ./<model's name>-mxd")
+    format: str = _key(
+        "checkpoint",
+        "text",
+        "what is written: a whole checkpoint, or an adapter: only what differs from the base model",
+        choices=("checkpoint", "adapter"),
+    )
     overwrite: bool = _key(False, "flag", "replace the folder if it exists")
 
     def __post_init__(self) -> None:

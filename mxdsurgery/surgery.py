@@ -50,13 +50,16 @@ def resumed_at(layers: nn.ModuleList, index: int, outputs: Sequence[object]) -> 
         index: the first layer that computes.
         outputs: what each layer returned for the same batch.
     """
+    own = [layer.__dict__.get("forward") for layer in layers[:index]]  # Accelerate's, where it dispatched the model
     try:
         for layer, output in zip(layers[:index], outputs, strict=False):
             layer.forward = lambda *_, _output=output, **__: _output
         yield
     finally:
-        for layer in layers[:index]:
+        for layer, forward in zip(layers[:index], own, strict=True):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 class ConstantOutput(nn.Module):

@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import mxdsurgery
 from mxdsurgery.accelerator import choose_kernels, make_accelerator
+from mxdsurgery.activations import stream_activations
 from mxdsurgery.cost import tokens_per_step
 from mxdsurgery.distill import Progress, distill
-from mxdsurgery.initialize import initial_layers
+from mxdsurgery.initialize import initial_layers, measure_statistics
 from mxdsurgery.memory import PeakMemory
 from mxdsurgery.plan import Plan
 from mxdsurgery.recipe import Recipe
@@ -48,7 +49,8 @@ def train_first_group(config: PreTrainedConfig, plan: Plan, recipe: Recipe, step
     chosen = [layer for layer in plan.layers if layer.block.layer in plan.groups[0].layers]
     batches = random_batches(recipe, config.vocab_size)
     sample = [next(batches).to(accelerator.device)]
-    layers = initial_layers(model, chosen, sample, recipe)
+    blocks = [layer.block for layer in chosen]
+    layers = initial_layers(model, chosen, measure_statistics(model, blocks, sample), recipe)
     first = chosen[0]
     shape = {"d_model": first.block.d_model, "n_experts": first.n_experts, "k": first.k}
     kernels = choose_kernels(accelerator, **shape, tokens=recipe.batch)
@@ -62,7 +64,8 @@ def train_first_group(config: PreTrainedConfig, plan: Plan, recipe: Recipe, step
             yield batch
 
     progress = Progress(steps, tokens_per_step(recipe))
-    distill(model, layers, timed(batches), recipe, accelerator, progress, lambda _: None)
+    feed = stream_activations(model, blocks, timed(batches), accelerator.device)
+    distill(layers, feed, recipe, accelerator, progress, lambda _: None)
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - times[warm_up]) / (steps - warm_up)

@@ -186,10 +186,10 @@ def test_the_plan_stands_beside_what_was_measured(converted):
 
 
 def test_an_interrupted_run_keeps_the_groups_that_are_finished(tmp_path, monkeypatch):
-    def interrupted(base, layers, *rest):
+    def interrupted(layers, *rest):
         if any(planned.block.layer == 2 for planned in layers):
             raise KeyboardInterrupt
-        distill(base, layers, *rest)
+        distill(layers, *rest)
 
     monkeypatch.setattr("mxdsurgery.train.distill", interrupted)
     options = IN_GROUPS | {"memory": memory_for_groups(**IN_GROUPS), "out": str(tmp_path / "out"), "device": "cpu"}
@@ -259,3 +259,27 @@ def test_the_tensorboard_tracker_gets_the_losses(tmp_path):
     mxdsurgery.convert("demo-glu", out=str(tmp_path / "out"), **options)
     events = next((tmp_path / "out.runs").rglob("events.out.tfevents.*"))
     assert b"nmse/layer_0" in events.read_bytes()
+
+
+QUICK = {"layers": "1-2", "n_experts": 64, "k": 4, "tokens": 20_000, "eval_tokens": 2_000, "device": "cpu", "shuffle": 100_000}
+
+
+def test_layers_can_be_trained_together_from_their_start(tmp_path):
+    made = mxdsurgery.convert("demo-glu", **QUICK, inputs="joint", out=str(tmp_path / "joint"))
+    (group,) = made.plan.groups
+    assert group.layers == [1, 2]
+    every = made.evaluation["all"]
+    assert every["delta_ce"] < 0.8 * every["mean_delta_ce"] and made.evaluation["training"]["tokens"] == 18_432
+    layers = mxdsurgery.load(made.out).layers
+    assert all(layer.gate.k == 4 and layer.decoder.weight.any() for layer in layers.values())
+
+
+def test_what_is_written_may_be_an_adapter_that_gives_the_checkpoint_back(tmp_path):
+    options = QUICK | {"layers": "2", "tokens": 6_000}
+    whole = mxdsurgery.convert("demo-glu", **options, out=str(tmp_path / "whole"))
+    small = mxdsurgery.convert("demo-glu", **options, format="adapter", out=str(tmp_path / "small"))
+    assert not (small.out / "model.safetensors").exists()
+    mxdsurgery.apply(small.out, out=tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (whole.out / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "config.json").read_bytes() == (whole.out / "config.json").read_bytes()
+    assert "format: checkpoint" in (tmp_path / "again" / "recipe.yaml").read_text()

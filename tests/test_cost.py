@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_model
 
-from mxdsurgery import cost
+from mxdsurgery import budget, cost
 from mxdsurgery.blocks import find_blocks
 from mxdsurgery.cost import BaseModel, LayerPlan, Machine
 from mxdsurgery.distill import LayerInTraining, train_step
@@ -82,7 +82,7 @@ def test_groups_are_as_large_as_the_budget_allows_and_no_larger():
     (like, _) = tiny_layers()
     layers = [dataclasses.replace(like, block=dataclasses.replace(like.block, layer=index)) for index in range(6)]
     base = dataclasses.replace(tiny_base(), layer_parameters=(10_000,) * 6)
-    alone = cost.needed_bytes(layers, base, RECIPE, machine())
+    alone = budget.needed_bytes(layers, base, RECIPE, machine())
     for memory in (None, alone + 10**5, alone + 3 * 10**5, alone + 6 * 10**5):
         groups = cost.make_groups(layers, base, RECIPE, machine(memory))
         assert [index for group in groups for index in group.layers] == list(range(6))
@@ -97,32 +97,32 @@ def test_groups_are_as_large_as_the_budget_allows_and_no_larger():
 
 def test_a_layer_that_fits_nowhere_stands_alone_and_is_refused():
     layers, base = tiny_layers(), tiny_base()
-    needed = cost.needed_bytes(layers, base, RECIPE, machine())
+    needed = budget.needed_bytes(layers, base, RECIPE, machine())
     for memory, fits in ((needed, True), (needed - 1, False)):
         small = machine(memory)
         groups = cost.make_groups(layers, base, RECIPE, small)
-        assert (cost.refusal(layers, groups, base, RECIPE, small) is None) is fits
+        assert (budget.refusal(layers, groups, base, RECIPE, small) is None) is fits
     assert [group.layers for group in cost.make_groups(layers, base, RECIPE, machine(1))] == [[0], [1]]
-    assert cost.refusal(layers, groups, base, RECIPE, machine(None)) is None
+    assert budget.refusal(layers, groups, base, RECIPE, machine(None)) is None
 
 
 def test_the_largest_n_experts_fits_and_one_more_does_not():
     layers, base = tiny_layers(n_experts=5000), tiny_base()
-    small = machine(cost.needed_bytes(layers, base, RECIPE, machine()) // 2)
-    n = cost.largest_n_experts(layers, base, RECIPE, small)
+    small = machine(budget.needed_bytes(layers, base, RECIPE, machine()) // 2)
+    n = budget.largest_n_experts(layers, base, RECIPE, small)
     assert 4 <= n < 5000
-    assert cost.needed_bytes(tiny_layers(n_experts=n), base, RECIPE, small) <= small.memory
-    assert cost.needed_bytes(tiny_layers(n_experts=n + 1), base, RECIPE, small) > small.memory
-    assert cost.largest_n_experts(layers, base, RECIPE, machine(1)) is None
+    assert budget.needed_bytes(tiny_layers(n_experts=n), base, RECIPE, small) <= small.memory
+    assert budget.needed_bytes(tiny_layers(n_experts=n + 1), base, RECIPE, small) > small.memory
+    assert budget.largest_n_experts(layers, base, RECIPE, machine(1)) is None
 
 
 def test_where_the_text_buffer_is_what_does_not_fit_a_smaller_one_is_named():
     layers, base, recipe = tiny_layers(), tiny_base(), dataclasses.replace(RECIPE, shuffle=10**6)
-    small = machine(cost.needed_bytes(layers, base, recipe, machine()) - 5_000_000)
-    refused = cost.refusal(layers, cost.make_groups(layers, base, recipe, small), base, recipe, small)
+    small = machine(budget.needed_bytes(layers, base, recipe, machine()) - 5_000_000)
+    refused = budget.refusal(layers, cost.make_groups(layers, base, recipe, small), base, recipe, small)
     shuffle = int(refused.fix.partition("--shuffle ")[2].split(",")[0])
     assert 0 < shuffle < 10**6
-    assert cost.needed_bytes(layers, base, dataclasses.replace(recipe, shuffle=shuffle), small) <= small.memory
+    assert budget.needed_bytes(layers, base, dataclasses.replace(recipe, shuffle=shuffle), small) <= small.memory
 
 
 def test_a_step_takes_no_tokens_by_n_matrix_and_grows_with_the_batch():

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_model
 
-from mxdsurgery.activations import record_activations
+from mxdsurgery.activations import record_activations, stream_activations
 from mxdsurgery.blocks import find_blocks
 from mxdsurgery.cost import first_k
 from mxdsurgery.distill import Progress, active_experts, distill, distillation_loss, frozen_gain, learning_rate
@@ -27,6 +27,10 @@ def batches(seed=0):
         yield torch.randint(1, 64, (32, 16), generator=generator)
 
 
+def fed(model, blocks, stream=None):
+    return stream_activations(model, blocks, stream or batches(), torch.device("cpu"))
+
+
 def train(model, recipe=RECIPE, steps=60, layers=(0, 1), stream=None, reports=None):
     blocks = [find_blocks(model)[layer].block for layer in layers]
     statistics = measure_statistics(model, blocks, list(itertools.islice(batches(), 2)))
@@ -36,7 +40,7 @@ def train(model, recipe=RECIPE, steps=60, layers=(0, 1), stream=None, reports=No
     }
     progress = Progress(steps, 512)
     report = (lambda p: reports.append(list(p.nmse.values()))) if reports is not None else (lambda p: None)
-    distill(model, made, stream or batches(), recipe, Accelerator(cpu=True), progress, report)
+    distill(made, fed(model, blocks, stream), recipe, Accelerator(cpu=True), progress, report)
     return {plan.block.layer: layer for plan, layer in made.items()}, progress, blocks
 
 
@@ -138,7 +142,14 @@ def test_experts_that_never_fire_are_counted_dead():
     with torch.no_grad():
         layer.gate.bias[:16] = -1e6
     progress = Progress(40, 512)
-    distill(model, {plan: layer}, batches(), RECIPE, Accelerator(cpu=True), progress, lambda p: None)
+    distill(
+        {plan: layer},
+        fed(model, [block]),
+        RECIPE,
+        Accelerator(cpu=True),
+        progress,
+        lambda p: None,
+    )
     assert 16 / 64 <= progress.dead_share[plan] < 0.5
 
 
@@ -164,7 +175,14 @@ def test_bf16_autocast_keeps_parameters_in_fp32_and_learns():
     plan = plan_layer(block, RECIPE)
     layer = initial_layer(model, plan, RECIPE, statistics)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    distill(model, {plan: layer}, batches(), RECIPE, accelerator, Progress(100, 512), lambda p: None)
+    distill(
+        {plan: layer},
+        fed(model, [block]),
+        RECIPE,
+        accelerator,
+        Progress(100, 512),
+        lambda p: None,
+    )
     AcceleratorState._reset_state()
     assert all(parameter.dtype == torch.float32 for parameter in layer.parameters())
     assert nmse(model, [block], {0: layer})[0] < 0.6

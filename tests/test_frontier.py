@@ -68,7 +68,7 @@ def test_the_base_model_runs_once_for_all_of_them(tmp_path, monkeypatch):
         passes[tuple(block.layer for block in blocks)] += 1
         return record_activations(model, blocks, input_ids)
 
-    monkeypatch.setattr("mxdsurgery.distill.record_activations", counted)
+    monkeypatch.setattr("mxdsurgery.activations.record_activations", counted)
     mxdsurgery.frontier("demo-glu", layer=1, k=(4, 8), kinds=("mxd", "transcoder"), out=str(tmp_path / "out"), **SMALL)
     assert passes == {(1,): 11}
 

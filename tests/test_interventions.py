@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from test_export import IDS, export_tiny
 from transformers import AutoModelForCausalLM
@@ -271,6 +272,21 @@ def test_an_offloaded_model_is_changed_as_well(model):
         assert torch.equal(model(IDS).logits, wanted)
     with pytest.raises(ValueError, match="is offloaded"):
         model.mxd.replace({LAYER: {first: [0.0] * 32}})
+
+
+@pytest.mark.parametrize("how", ["modules_to_save", "target_parameters"])
+def test_gates_that_peft_has_wrapped_are_changed_as_well(model, how):
+    every = {LAYER: range(model.mxd.layers[LAYER].gate.n_experts)}
+    before = model(IDS).logits
+    with model.mxd.ablate(every):
+        wanted = model(IDS).logits
+    path = model.config.mxd["layers"][LAYER]["path"]
+    gate = {"modules_to_save": [f"{path}.gate"], "target_parameters": [f"{path}.gate.weight"]}[how]
+    wrapped = get_peft_model(model, LoraConfig(target_modules=[f"{path}.encoder"], **{how: gate})).eval()
+    assert type(model.mxd.layers[LAYER].gate).__module__.startswith("peft.")
+    with wrapped.mxd.ablate(every):
+        assert torch.equal(wrapped(IDS).logits, wanted)
+    assert torch.equal(wrapped(IDS).logits, before) and not torch.equal(before, wanted)
 
 
 def test_numbers_of_numpy_are_numbers_and_no_experts_are_no_change(model):

@@ -122,7 +122,8 @@ def test_a_micro_step_and_a_pass_give_the_time():
     plan, recipe = mxdsurgery.plan("demo-mlp", layers="1-2", n_experts=256, measure=True, device="cpu", tokens=1_000_000)
     measured = plan.calibration
     assert measured.step_seconds > 0 and measured.base_seconds > 0
-    assert measured.base_from == "forward pass" and measured.step_tokens == 2048
+    assert measured.base_from == "forward pass"
+    assert 256 <= measured.step_tokens <= 2048  # as many as this machine makes in time
     # Two layers like the measured one, and the pass up to the last of them.
     each = 2 * measured.step_seconds + measured.base_seconds
     assert plan.seconds == pytest.approx(plan.steps * each) and plan.steps == 1_000_000 // 2048
@@ -159,3 +160,40 @@ def test_convert_predicts_only_what_is_worth_it():
     module = sys.modules["mxdsurgery.plan"]
     plan, recipe = mxdsurgery.plan("demo-glu", tokens=5_000, device="cpu")
     assert module.with_time(plan, recipe, worth_it=60.0).unmeasured == "too short a run to measure first"
+
+
+def sequential(tmp_path, **overrides):
+    options = {"layers": "all", "inputs": "converted", "n_experts": 256, "tokens": 4096 * 100, "shuffle": 0}
+    options |= {"dtype": "float32"}
+    return plan_real(tmp_path, "openai-community/gpt2", **options | overrides)
+
+
+def test_layers_that_learn_on_converted_inputs_stand_alone_and_their_states_are_counted(tmp_path):
+    plan = sequential(tmp_path, memory=100)
+    assert [group.layers for group in plan.groups] == [[layer] for layer in range(12)]
+    assert plan.states_bytes == 2 * 4096 * 100 * 768 * 4 and not plan.states_on_disk and not plan.offloaded
+    assert all(group.state_bytes == plan.states_bytes for group in plan.groups)
+    one_model = sequential(tmp_path, memory=100, target="own", kept_tokens=4096 * 10)
+    assert one_model.states_bytes == 4096 * 10 * 768 * 4
+
+
+def test_what_does_not_fit_goes_to_disk_before_it_is_refused(tmp_path):
+    roomy = sequential(tmp_path, memory=100)
+    states = sequential(tmp_path, memory=(roomy.peak_bytes - 2**20) / 2**30)
+    assert states.states_on_disk and not states.offloaded and states.refusal is None
+    assert states.peak_bytes == roomy.peak_bytes - roomy.states_bytes
+    assert states.disk_bytes == roomy.disk_bytes + roomy.states_bytes
+    least = sequential(tmp_path, memory=100, offload="disk")
+    assert least.offloaded and least.peak_bytes < roomy.peak_bytes
+    assert {group.finished_bytes for group in least.groups} == {0}
+    refused = sequential(tmp_path, memory=0.1)
+    assert refused.offloaded and refused.states_on_disk and refused.refusal is not None
+
+
+def test_layers_that_learn_jointly_are_one_group_or_are_refused(tmp_path):
+    plan = sequential(tmp_path, inputs="joint", memory=100)
+    (group,) = plan.groups
+    assert group.gradient_bytes == 4 * group.parameters == 4 * plan.trained_parameters
+    refused = sequential(tmp_path, inputs="joint", memory=plan.peak_bytes / 2 / 2**30)
+    assert "training layers 0-11 jointly" in refused.refusal["found"]
+    assert "--inputs converted" in refused.refusal["fix"]
