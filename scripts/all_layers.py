@@ -1,0 +1,473 @@
+"""Converts all layers of three models in several ways, heals them, measures what is left, and prints docs/all-layers.md.
+
+    python scripts/all_layers.py measure --shared ../shared --runs DIR              # some hours on one thread
+    python scripts/all_layers.py measure --shared ../shared --runs DIR --only books # a part; two of them can run side by side
+    python scripts/all_layers.py page > docs/all-layers.md
+
+A run is a folder DIR/<model>-<kind>-k<K>-<way>; what is in DIR is not made again, so an interrupted measurement goes on. What
+the page needs is kept in docs/all-layers/; `collect --runs DIR` writes it anew. Peak memory is measured by
+scripts/bench_memory.py, whose lines are docs/all-layers/memory.jsonl.
+"""
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import mxdsurgery
+from mxdsurgery.console import ConsoleReporter, compact, size
+from mxdsurgery.export import write_json
+from mxdsurgery.generate import prompt_ids, sample
+from mxdsurgery.growth import LEGEND, PARTS, growth
+from mxdsurgery.model import load_model
+from mxdsurgery.recipe import parse_count
+from mxdsurgery.selection import write_layers
+
+KEPT = Path(__file__).parents[1] / "docs" / "all-layers"
+
+BOOK_PROMPTS = (
+    "It was a dark and stormy night, and the",
+    "The old man looked at the sea and",
+    "In the year of our Lord",
+    '"I do not believe you," said the',
+    "The history of the city begins with",
+    "She opened the letter with trembling hands, and",
+    "The film tells the story of a young man who",
+    "The President of the United States",
+    "When the army reached the river, the general",
+    "def __init__(self, name):\n",
+)
+STORY_PROMPTS = (
+    "Once upon a time there was a little girl named",
+    "One day, a boy found a big red ball in the",
+    "The cat wanted to play with the",
+    "Lily and Tom went to the park with their mom. They",
+    "The little bird was sad because",
+    '"Can I have a cookie?" asked',
+    "It was a sunny day and the dog",
+    "The bear was very hungry. He",
+    'Mom said, "It is time to go to bed." But',
+    "They saw a big tree and",
+)
+NEW_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its texts, and how the texts begin that it continues."""
+
+    model: str
+    data: str
+    eval_data: str
+    eval_tokens: int
+    prompts: tuple[str, ...]
+
+
+STORIES = ("tinystories-train.txt", "tinystories-heldout.txt", 20_000, STORY_PROMPTS)
+SUBJECTS = (
+    Subject("stories260K", *STORIES),
+    Subject("tinystories-chat-gpt2-3M", *STORIES),
+    Subject("books-llama-6m", "train.jsonl.gz", "heldout.jsonl.gz", 40_000, BOOK_PROMPTS),
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to get a model all of whose layers are converted.
+
+    Attributes:
+        name: the end of its runs' names.
+        words: for the page.
+        kind: of the layers.
+        k: K at which it is measured.
+        recipe: keys for `convert`; the rest is as the recipe for small models has it.
+        heals: it is `heal` after the conversion of this name.
+        heal: keywords for `heal`.
+    """
+
+    name: str
+    words: str
+    kind: str = "mxd"
+    k: tuple[int, ...] = (16, 64)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    heals: str | None = None
+    heal: dict[str, Any] = field(default_factory=dict)
+
+    def command(self) -> str:
+        """As a user types it."""
+        if self.heals is None:
+            kind = "" if self.kind == "mxd" else f" --kind {self.kind}"
+            return f"mxdsurgery convert MODEL --layers all{kind}" + _flags(self.recipe)
+        return f"mxdsurgery heal {self.heals} --out {self.name}" + _flags(self.heal)
+
+
+def _flags(options: dict[str, Any]) -> str:
+    return "".join(f" --{name} {compact(value) if isinstance(value, int) else value}" for name, value in options.items())
+
+
+BEST = "converted-heal"  # the way whose curve against tokens, and whose text, is shown; at K = SHOWN_K
+SHOWN_K = 16
+CURVE = (250_000, 500_000, 2_000_000, 4_000_000)  # tokens of healing, besides those of all ways
+GROWN = ("original", "converted", BEST)
+CONVERTED = {"inputs": "converted"}
+WAYS = (
+    Way("original", "independent: original inputs"),
+    Way("original-2M", "the same, twice the tokens", k=(16,), recipe={"tokens": 2_000_000}),
+    Way("converted", "sequential, toward the decoder layer's output in the original", recipe=CONVERTED),
+    Way(
+        "converted-block",
+        "sequential, toward the block's output in the original",
+        k=(16,),
+        recipe=CONVERTED | {"target": "original"},
+    ),
+    Way(
+        "converted-own",
+        "sequential, toward the block's output on its own input",
+        k=(16,),
+        recipe=CONVERTED | {"target": "own"},
+    ),
+    Way("joint", "all layers together, end to end", k=(16,), recipe={"inputs": "joint"}),
+    Way("original-heal", "independent, healed", heals="original"),
+    Way("converted-heal", "sequential, healed", heals="converted"),
+    Way("converted-heal-lora", "sequential, healed with LoRA", k=(16,), heals="converted", heal={"mode": "both"}),
+    Way("original", "transcoders, independent", "transcoder"),
+    Way("original-heal", "transcoders, independent, healed", "transcoder", heals="original"),
+)
+CURVE_WAYS = tuple(
+    Way(f"{BEST}-{compact(tokens)}", f"{compact(tokens)} tokens", k=(SHOWN_K,), heals="converted", heal={"tokens": tokens})
+    for tokens in CURVE
+)
+
+
+def run_name(subject: Subject, way: Way, k: int, other: str | None = None) -> str:
+    """A run's folder; with ``other`` that of another way at the same place."""
+    return f"{subject.model}-{way.kind}-k{k}-{other or way.name}"
+
+
+def all_runs() -> Iterator[tuple[Subject, Way, int, str]]:
+    """Every run, a conversion before what heals it."""
+    for way in (*WAYS, *CURVE_WAYS):
+        for subject in SUBJECTS:
+            for k in way.k:
+                yield subject, way, k, run_name(subject, way, k)
+
+
+def make(subject: Subject, way: Way, k: int, tokens: int, shared: Path, runs: Path) -> None:
+    """Converts, or heals what is converted, into the run's folder."""
+    out, say = str(runs / run_name(subject, way, k)), ConsoleReporter()
+    if way.heals is not None:
+        before = runs / run_name(subject, way, k, way.heals)
+        if not before.is_dir():
+            raise mxdsurgery.MxDError(f"{before.name} is not there yet", fix="measure it first, then this")
+        mxdsurgery.heal(before, out=out, reporter=say, **({"tokens": tokens} | way.heal))
+        return
+    texts = {"data": str(shared / "text" / subject.data), "eval_data": str(shared / "text" / subject.eval_data)}
+    keys = {"kind": way.kind, "layers": "all", "k": k, "tokens": tokens, "eval_tokens": subject.eval_tokens, "out": out}
+    mxdsurgery.convert(str(shared / "models" / subject.model), reporter=say, **(texts | keys | way.recipe))
+
+
+def continuations(subject: Subject, folder: Path, original: Path) -> dict[str, Any]:
+    """How fixed prompts go on in the original and in the converted model, the likeliest token each time."""
+    converted, rows = mxdsurgery.load(folder), []
+    tokenizer = converted.tokenizer()
+    models = (load_model(str(original), dtype=converted.plan.dtype), converted.model)
+    for prompt in subject.prompts:
+        ids = prompt_ids(tokenizer, prompt)
+        made = [sample(model, tokenizer, ids, max_new_tokens=NEW_TOKENS, temperature=0)[0, ids.shape[1] :] for model in models]
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*(new.tolist() for new in made), strict=False)))
+        texts = tokenizer.batch_decode(made, skip_special_tokens=True)
+        longest = max(map(len, made))
+        row = {"prompt": prompt, "original": texts[0], "converted": texts[1], "same": same, "of": longest}
+        rows.append(row | {"chosen": agreeing_choices(converted.model, ids, made[0]), "choices": len(made[0])})
+    return {"model": subject.model, "run": folder.name, "rows": rows}
+
+
+@torch.no_grad()
+def agreeing_choices(model: torch.nn.Module, ids: torch.Tensor, continuation: torch.Tensor) -> int:
+    """How many tokens of a continuation (M,) of ids (1, P) are the model's likeliest, given all that stands before them."""
+    logits = model(input_ids=torch.cat([ids, continuation[None]], 1), use_cache=False).logits[0, ids.shape[1] - 1 : -1]
+    return int((logits.argmax(-1) == continuation).sum())
+
+
+def pieces(tokens: int, shared: Path, runs: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """All there is to measure: what will be there then, and what makes it."""
+    for subject, way, k, name in all_runs():
+        yield runs / name, lambda s=subject, w=way, n=k: make(s, w, n, tokens, shared, runs)
+    for subject in SUBJECTS:
+        for way in WAYS:
+            if way.name in GROWN and way.kind == "mxd":
+                folder = runs / run_name(subject, way, SHOWN_K)
+                path = runs / f"{folder.name}.growth.json"
+                yield path, lambda f=folder, p=path: write_json(p, growth(f, reporter=ConsoleReporter()))
+    for subject in SUBJECTS:
+        folder, path = runs / f"{subject.model}-mxd-k{SHOWN_K}-{BEST}", runs / f"{subject.model}.continuations.json"
+        original = shared / "models" / subject.model
+        yield path, lambda s=subject, f=folder, p=path, o=original: write_json(p, continuations(s, f, o))
+
+
+def row_of(subject: Subject, way: Way, k: int, runs: Path) -> dict[str, Any]:
+    """A run's figures, and what it took: the conversion, and the healing where it was healed."""
+    evaluation = json.loads((runs / run_name(subject, way, k) / "evaluation.json").read_text())
+    training, healed = evaluation["training"], evaluation.get("healed", [])
+    tokens, seconds = (sum(took[name] for took in (training, *healed)) for name in ("tokens", "seconds"))
+    figures = {name: value for name, value in evaluation["all"].items() if name != "firing_frequency"}
+    row = {"model": subject.model, "kind": way.kind, "k": k, "way": way.name, "tokens": tokens, "seconds": seconds}
+    row |= {
+        "healing_tokens": sum(step["tokens"] for step in healed),
+        "eval_data": Path(evaluation["data"]).name,
+        "eval_tokens": evaluation["tokens"],
+    }
+    return row | {"original_ce": evaluation["original"]["ce"]} | figures
+
+
+def collected(runs: Path) -> None:
+    """Writes what the page needs into docs/all-layers."""
+    rows = [row_of(s, w, k, runs) for s, w, k, name in all_runs() if (runs / name / "evaluation.json").is_file()]
+    threads = torch.get_num_threads()
+    machine = f"torch {torch.__version__.split('+')[0]}, {platform.machine()}, CPU threads: {threads}"
+    write_json(KEPT / "runs.json", {"machine": machine, "rows": rows})
+    for what in ("growth", "continuations"):
+        found = {path.name.removesuffix(f".{what}.json"): path for path in sorted(runs.glob(f"*.{what}.json"))}
+        write_json(KEPT / f"{what}.json", {name: json.loads(path.read_text()) for name, path in found.items()})
+
+
+def kept(name: str, nothing: Any) -> Any:
+    """What was measured; ``nothing`` before it is."""
+    path = KEPT / name
+    return json.loads(path.read_text()) if path.is_file() else nothing
+
+
+def heading(*names: str) -> Iterator[str]:
+    """Of a Markdown table."""
+    yield "| " + " | ".join(names) + " |"
+    yield "|---" * len(names) + "|"
+
+
+def interval(row: dict[str, Any], name: str, form: str = "+.4f") -> str:
+    low, high = row[f"{name}_ci"]
+    return f"{row[name]:{form}} ({low:{form}} to {high:{form}})"
+
+
+def runs_section(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """All ways, a table per model."""
+    yield "## All ways\n"
+    yield from heading("way", "how", "command, before `--k K` and the texts")
+    for way in WAYS:
+        yield f"| {_label(way.kind, way.name)} | {way.words} | `{way.command()}` |"
+    order = {(way.kind, way.name): number for number, way in enumerate(WAYS)}
+    for subject in SUBJECTS:
+        mine = [row for row in rows if row["model"] == subject.model and (row["kind"], row["way"]) in order]
+        if not mine:
+            continue
+        first = mine[0]
+        yield (
+            f"\n### {subject.model}\n\nOn {first['eval_tokens']:,} held-out tokens of {first['eval_data']}; original "
+            f"cross-entropy {first['original_ce']:.4f} nats per token.\n"
+        )
+        yield from heading("K", "way", "ΔCE", "KL", "same top-1", "expert share", "unused", "tokens", "minutes")
+        for row in sorted(mine, key=lambda row: (row["k"], order[row["kind"], row["way"]])):
+            unused = "-" if row["dead_share"] is None else f"{row['dead_share']:.0%}"
+            yield (
+                f"| {row['k']} | {_label(row['kind'], row['way'])} | {interval(row, 'delta_ce')} | {row['kl']:.4f} "
+                f"| {row['top1_agreement']:.1%} | {row['expert_share']:.2f} | {unused} | {compact(row['tokens'])} "
+                f"| {row['seconds'] / 60:.1f} |"
+            )
+    yield ""
+
+
+def _label(kind: str, way: str) -> str:
+    return f"`{way}`" if kind == "mxd" else f"{kind}s `{way}`"
+
+
+def aims(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each healed model beside what was aimed at; ``ratios`` and ``tenth`` are to healed transcoders, then to unhealed."""
+    found = {(row["model"], row["kind"], row["k"], row["way"]): row for row in rows}
+    for subject in SUBJECTS:
+        for k in (16, 64):
+            for way in WAYS:
+                row = found.get((subject.model, "mxd", k, way.name))
+                alone = found.get((subject.model, "mxd", k, "original"))
+                if way.kind != "mxd" or way.heals is None or row is None or alone is None:
+                    continue
+                others = [found.get((subject.model, "transcoder", k, name)) for name in ("original-heal", "original")]
+                yield {
+                    "row": row,
+                    "ratios": [other and row["delta_ce"] / other["delta_ce"] for other in others],
+                    "independent_share": alone["expert_share"],
+                    "faithful": row["delta_ce"] <= 0.02,
+                    "tenth": [other and row["delta_ce"] <= 0.1 * other["delta_ce"] for other in others],
+                    "share": row["expert_share"] >= alone["expert_share"],
+                }
+
+
+def _answer(reached: bool | None) -> str:
+    return "-" if reached is None else "**yes**" if reached else "no"
+
+
+def aims_section(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Was what was aimed at reached?"""
+    yield "## Were the aims reached?\n"
+    yield (
+        "Aims for all layers converted and healed: ΔCE at most 0.02 nats; at most 1/10 of the same with transcoders of as\n"
+        "many parameters, healed as long, and, a weaker aim, of transcoders that were not healed; an expert share not below\n"
+        "that of the independent conversion at the same K.\n"
+    )
+    names = ("over healed transcoders'", "at most 1/10", "over unhealed ones'", "at most 1/10")
+    yield from heading("model", "K", "way", "ΔCE", "at most 0.02", *names, "expert share", "independent", "not below")
+    for aim in aims(rows):
+        row = aim["row"]
+        healed, unhealed = ("-" if ratio is None else f"{ratio:.2f}" for ratio in aim["ratios"])
+        yield (
+            f"| {row['model']} | {row['k']} | `{row['way']}` | {row['delta_ce']:+.4f} | {_answer(aim['faithful'])} "
+            f"| {healed} | {_answer(aim['tenth'][0])} | {unhealed} | {_answer(aim['tenth'][1])} "
+            f"| {row['expert_share']:.2f} | {aim['independent_share']:.2f} | {_answer(aim['share'])} |"
+        )
+    yield ""
+
+
+def curve_section(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """ΔCE against tokens of healing."""
+    yield "## Against tokens\n"
+    yield f"`{BEST}` at K = {SHOWN_K}, by tokens of healing: `mxdsurgery heal DIR --tokens TOKENS --out DIR2`.\n"
+    figures = ("ΔCE", "at most 0.02", "KL", "same top-1", "expert share", "minutes, all")
+    yield from heading("model", "tokens of healing", *figures)
+    for subject in SUBJECTS:
+        mine = [row for row in rows if row["model"] == subject.model and row["k"] == SHOWN_K and row["kind"] == "mxd"]
+        shown = [row for row in mine if row["way"] in {"converted", BEST, *(way.name for way in CURVE_WAYS)}]
+        for row in sorted(shown, key=lambda row: row["healing_tokens"]):
+            yield (
+                f"| {subject.model} | {compact(row['healing_tokens'])} | {interval(row, 'delta_ce')} "
+                f"| {_answer(row['delta_ce'] <= 0.02)} | {row['kl']:.4f} | {row['top1_agreement']:.1%} "
+                f"| {row['expert_share']:.2f} | {row['seconds'] / 60:.1f} |"
+            )
+    yield ""
+
+
+def growth_section(found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """How errors grow with the number of layers."""
+    yield "## How the error grows\n\nEach table by `mxdsurgery evaluate DIR --growth`.\n\n" + LEGEND + "\n"
+    for name, result in found.items():
+        yield f"### {name}\n\n{result['verdict']} ({result['tokens']:,} held-out tokens)\n"
+        yield from heading("", "layers in place", "ΔCE", "KL", "same top-1", "sum", "difference")
+        for part, words in PARTS:
+            for row in result[part]:
+                sums = f"{row['singles_delta_ce']:+.4f} | {interval(row, 'excess_delta_ce')}" if part != "alone" else " | "
+                yield (
+                    f"| {words} | {write_layers(row['layers'])} | {interval(row, 'delta_ce')} | {row['kl']:.4f} "
+                    f"| {row['top1_agreement']:.1%} | {sums} |"
+                )
+        yield ""
+        yield from heading("decoder layer", "stream error, all in place", "FVU", "own")
+        for row in result["stream"]:
+            own = "-" if row["own_error"] is None else f"{row['own_error']:.5f}"
+            yield f"| {row['layer']} | {interval(row, 'error', '.5f')} | {row['fvu']:.5f} | {own} |"
+        yield ""
+
+
+def continuations_section(found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Text of both models, side by side."""
+    yield "## Does it still say the same?\n"
+    yield (
+        f"Fixed prompts, {NEW_TOKENS} new tokens, the likeliest one each time. Same: those before the texts part; what\n"
+        "follows a token that differs differs, too, so this is severe. Same choice: how many tokens of the original's text\n"
+        "are the converted model's likeliest where it reads that text. `mxdsurgery generate DIR --prompt PROMPT\n"
+        f"--temperature 0 --max-new-tokens {NEW_TOKENS}` prints the converted model's text.\n"
+    )
+    for result in found.values():
+        rows = result["rows"]
+        whole = sum(row["same"] == row["of"] for row in rows)
+        mean = sum(row["same"] for row in rows) / len(rows)
+        chosen = sum(row["chosen"] for row in rows) / sum(row["choices"] for row in rows)
+        yield f"### {result['run']}\n"
+        yield f"{whole} of {len(rows)} the same to the end, {mean:.1f} tokens on average; {chosen:.0%} the same choice.\n"
+        yield from heading("prompt", "original", "converted", "same", "same choice")
+        for row in rows:
+            cells = (_cell(row[name]) for name in ("prompt", "original", "converted"))
+            yield "| " + " | ".join(cells) + f" | {row['same']} of {row['of']} | {row['chosen']} of {row['choices']} |"
+        yield ""
+
+
+def _cell(text: str) -> str:
+    for sign, safe in (("\\", "\\\\"), ("|", "\\|"), ("\n", "⏎ "), ("<", "&lt;"), ("*", "\\*"), ("_", "\\_"), ("`", "\\`")):
+        text = text.replace(sign, safe)
+    return text.strip()
+
+
+def memory_section(lines: list[dict[str, Any]]) -> Iterator[str]:
+    """Peak memory of ways to convert a model far larger than these."""
+    yield "## Peak memory\n\nBy `python scripts/bench_memory.py`, each line in a process of its own, random weights.\n"
+    yield from heading("way", "shape", "peak memory", "of the largest", "minutes")
+    largest = max((line["peak_bytes"] for line in lines), default=1)
+    for line in lines:
+        shape = line["shape"]
+        words = ", ".join(f"{key} {value}" for key, value in shape.items()) if isinstance(shape, dict) else shape
+        share, minutes = line["peak_bytes"] / largest, line["seconds"] / 60
+        yield f"| {line['way']} | {words} | {size(line['peak_bytes'])} | {share:.0%} | {minutes:.1f} |"
+    yield ""
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command()
+@click.option("--shared", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs/all-layers"), show_default=True)
+@click.option("--only", help="Only what has this in its name, for example stories260K-mxd-k16, or growth.")
+@click.option("--tokens", default="1M", show_default=True, help="Of a conversion, and of healing.")
+def measure(shared: Path, runs: Path, only: str | None, tokens: str) -> None:
+    """Measure what is not in RUNS yet; what fails is said, and the rest goes on."""
+    runs.mkdir(parents=True, exist_ok=True)
+    count, failed = parse_count(tokens), []
+    if count is None:
+        raise click.BadParameter(f"{tokens!r} is not a count such as 1M")
+    for path, work in pieces(count, shared.resolve(), runs.resolve()):
+        if path.exists() or (only is not None and only not in path.name):
+            continue
+        click.echo(f"== {path.name}", err=True)
+        try:
+            work()
+        except mxdsurgery.MxDError as error:
+            click.echo(f"{path.name}: {error}", err=True)
+            failed.append(path.name)
+        collected(runs)
+    if failed:
+        sys.exit(f"not measured: {', '.join(failed)}")
+
+
+@main.command()
+@click.option("--runs", type=click.Path(path_type=Path, exists=True), required=True)
+def collect(runs: Path) -> None:
+    """Write what RUNS holds into docs/all-layers."""
+    collected(runs)
+
+
+@main.command()
+def page() -> None:
+    """Print docs/all-layers.md."""
+    found = kept("runs.json", {"machine": "not measured", "rows": []})
+    memory = KEPT / "memory.jsonl"
+    lines = [json.loads(line) for line in memory.read_text().splitlines()] if memory.is_file() else []
+    click.echo((KEPT / "introduction.md").read_text())
+    click.echo(f"Measured with {found['machine']}.\n")
+    for section, content in (
+        (aims_section, found["rows"]),
+        (runs_section, found["rows"]),
+        (curve_section, found["rows"]),
+        (growth_section, kept("growth.json", {})),
+        (continuations_section, kept("continuations.json", {})),
+        (memory_section, lines),
+    ):
+        click.echo("\n".join(section(content)))
+
+
+if __name__ == "__main__":
+    main()
