@@ -58,7 +58,8 @@ class Settings:
         checkpointing: keep only what goes into each decoder layer, and compute the rest again in the backward pass.
         anneal: K falls from the recipe's ``k_start``, as where layers start fresh; else it is k throughout.
         validations: how many times the validation text is looked at, beside once at the start.
-        patience: stop after so many of them without a new best; None: never.
+        patience: stop after so many of them without a new best, in the second half of the steps: what begins well gets worse
+            at first. None: never.
     """
 
     local: float = 0.0
@@ -228,7 +229,7 @@ def train_end_to_end(
                 report(state)
             if state.step % every == 0 or state.step == state.steps:
                 trainer.validate(validation)
-                since = sum(at > state.best_step for at, _ in state.validation)
+                since = sum(at > max(state.best_step, state.steps // 2) for at, _ in state.validation)
                 if settings.patience is not None and since >= settings.patience and state.step < state.steps:
                     state.stopped = True
                     break

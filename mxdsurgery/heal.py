@@ -40,11 +40,13 @@ CHOICES = {
     "teacher": ("model", "cached"),
     "format": RECIPE_KEYS["format"].choices,
 }
-# The peak learning rate, of the recipe's, at which the layers learned one by one: docs/all-layers.md has what was tried.
-LR_FACTOR = 0.3
+# The peak learning rate, as a share of that of the conversion: more spoils a good start before it heals.
+LR_FACTOR = 0.05
+# Share of the steps until that rate is reached; from there it falls. Adam's first steps move every weight alike, good or not.
+WARMUP = 0.2
 # The weight of the penalty on frozen experts, of the recipe's: with less, their share falls while the KL does.
 SPECIALISE_FACTOR = 10.0
-# The weight of each layer's own distance from its block's output, beside the KL's 1; tried there, too.
+# The weight of each layer's own distance from its block's output, beside the KL's 1.
 LOCAL = 0.3
 # Contexts on which the reloaded checkpoint is compared with the model in memory.
 _CHECK_CONTEXTS = 2
@@ -64,7 +66,7 @@ class Healing:
         checkpointing: compute the inside of each decoder layer twice, and keep less in memory.
         specialise: weight of the penalty on what frozen experts could do; default: ``SPECIALISE_FACTOR`` times the recipe's.
         local: weight of each layer's own distance from its block's output; default: ``LOCAL``, with a cached teacher 0.
-        patience: stop when so many looks in a row at the validation text, of 10, found nothing better.
+        patience: stop when so many looks in a row at the validation text, of 10, found nothing better in the second half.
         lora_rank: of the adapters.
         lora: ``merged`` into the weights, or kept as an ``adapter`` for PEFT in the folder ``lora``.
         teacher: ``model``: the original runs beside the one in training. ``cached``: it runs once, its ``top_n`` likeliest
@@ -119,6 +121,7 @@ class Healing:
         """
         given = {name: getattr(self, name) for name in ("tokens", "lr", "batch", "specialise", "seed")}
         defaults = {"lr": LR_FACTOR * saved.lr, "seed": (saved.seed + 1) % 2**32}
+        defaults |= {"warmup": WARMUP, "decay": 1.0 - WARMUP}
         defaults |= {"specialise": min(10.0, SPECIALISE_FACTOR * saved.specialise)}
         return dataclasses.replace(saved, **defaults | {name: value for name, value in given.items() if value is not None})
 

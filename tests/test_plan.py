@@ -21,7 +21,8 @@ LLAMA = "meta-llama/Llama-3.2-3B"
 
 def plan_real(tmp_path, model, **overrides):
     REAL_CONFIGS[model].save_pretrained(tmp_path)
-    return mxdsurgery.plan(str(tmp_path), device="cpu", precision="fp32", selection="fp32", data="stdlib", **overrides)[0]
+    options = {"device": "cpu", "precision": "fp32", "selection": "fp32", "data": "stdlib", "inputs": "original"}
+    return mxdsurgery.plan(str(tmp_path), **options | overrides)[0]
 
 
 def test_gpt2_by_hand(tmp_path):
