@@ -20,7 +20,7 @@ from mxdsurgery.export import check_output, export, write_json
 from mxdsurgery.measure import measure
 from mxdsurgery.memory import PeakMemory
 from mxdsurgery.model import decoder_layers, load_model, load_tokenizer
-from mxdsurgery.offload import move, resident
+from mxdsurgery.offload import move, resident, weights_of
 from mxdsurgery.plan import WORTH_PREDICTING, Plan, plan, with_time
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.text import open_texts
@@ -171,7 +171,7 @@ def _keep_layers(out: Path, made: Plan, recipe: Recipe, training: Training) -> s
     folder = out.with_name(out.name + ".interrupted")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    states = {planned.block.layer: layer.state_dict() for planned, layer in training.layers.items()}
+    states = {planned.block.layer: weights_of(layer) for planned, layer in training.layers.items()}
     tensors = {f"{index}.{name}": tensor.contiguous() for index, state in states.items() for name, tensor in state.items()}
     save_file(tensors, folder / "layers.safetensors")
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")

@@ -155,4 +155,8 @@ def _difference(converted: Converted, original: PreTrainedModel) -> str | None:
             theirs = original.state_dict()
     except AttributeError:
         return "it has fewer layers"
-    return next((f"{key} differs" for key in mine if key not in theirs or not torch.equal(mine[key], theirs[key])), None)
+
+    def differs(key: str) -> bool:  # one of the models may be on a GPU already
+        return key not in theirs or not torch.equal(mine[key], theirs[key].to(mine[key].device))
+
+    return next((f"{key} differs" for key in mine if differs(key)), None)

@@ -23,7 +23,7 @@ from mxdsurgery.console import Reporter
 from mxdsurgery.errors import BaseModelError
 from mxdsurgery.evaluate import held_out, load_original
 from mxdsurgery.lora import healed_maps
-from mxdsurgery.measure import _Original, _run_original
+from mxdsurgery.measure import Original, run_original
 from mxdsurgery.metrics import Sums, Table, error_sums, next_token_sums, scored_predictions, with_interval
 from mxdsurgery.model import decoder_layers
 from mxdsurgery.recipe import Recipe, load_recipe
@@ -140,7 +140,7 @@ def _measure(
     table, done, total = Table(), 0, len(batches) * len(sets)
     means = _stream_means(model, blocks, batches)
     for ids in batches:
-        original = _run_original(model, blocks, ids)
+        original = run_original(model, blocks, ids)
         stream = _stream(original)
         table.add("original", next_token_sums(original.logits, original.logits, ids))
         for which in sets:
@@ -156,14 +156,14 @@ def _measure(
 
 
 def _run_set(
-    model: PreTrainedModel, blocks: Sequence[Block], modules: dict[int, nn.Module], ids: Tensor, original: _Original
-) -> _Original:
+    model: PreTrainedModel, blocks: Sequence[Block], modules: dict[int, nn.Module], ids: Tensor, original: Original
+) -> Original:
     """One batch (B, T) with some layers in place; what lies below them is not computed again."""
     with replaced(model, blocks, modules), resumed_at(decoder_layers(model)[1], min(modules), original.layer_outputs):
-        return _run_original(model, [block for block in blocks if block.layer in modules], ids)
+        return run_original(model, [block for block in blocks if block.layer in modules], ids)
 
 
-def _stream(run: _Original) -> list[Tensor]:
+def _stream(run: Original) -> list[Tensor]:
     """The residual stream after every decoder layer, (B, T, D) each."""
     return [output[0] if isinstance(output, tuple) else output for output in run.layer_outputs]
 
@@ -172,7 +172,7 @@ def _stream_means(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequ
     """Of the original model, by decoder layer, (D,) float64; position 0 left out."""
     sums: list[Tensor] = []
     for ids in batches:
-        found = [h[:, 1:].double().sum((0, 1)) for h in _stream(_run_original(model, blocks, ids))]
+        found = [h[:, 1:].double().sum((0, 1)) for h in _stream(run_original(model, blocks, ids))]
         sums = [total + part for total, part in zip(sums, found, strict=True)] if sums else found
     return [total / sum(ids[:, 1:].numel() for ids in batches) for total in sums]
 

@@ -74,7 +74,7 @@ def measure_candidates(
     tables = {key: Table() for key in subsets}
     total, done = len(batches) * sum(len(v) for v in variants.values()), 0
     for ids in batches:
-        original = _run_original(model, blocks, ids)
+        original = run_original(model, blocks, ids)
         original_sums = next_token_sums(original.logits, original.logits, ids)
         for key, subset in subsets.items():
             tables[key].add("original", original_sums)
@@ -174,7 +174,7 @@ def _variants(
 
 
 @dataclass
-class _Original:
+class Original:
     """One batch through the original model."""
 
     logits: Tensor
@@ -183,13 +183,14 @@ class _Original:
 
 
 @torch.no_grad()
-def _run_original(model: PreTrainedModel, blocks: Sequence[Block], ids: Tensor) -> _Original:
+def run_original(model: PreTrainedModel, blocks: Sequence[Block], ids: Tensor) -> Original:
+    """One pass of the model as it is on ids (B, T): what others are compared with, and may go on from."""
     _, decoder = decoder_layers(model)
     outputs: list[object] = []
     hooks = [layer.register_forward_hook(lambda _m, _a, output: outputs.append(output)) for layer in decoder]
     with hooked(*hooks), recording(model, blocks) as recorded:
         logits = model(input_ids=ids, use_cache=False).logits
-    return _Original(logits, {layer: a.y for layer, a in recorded.items()}, outputs)
+    return Original(logits, {layer: a.y for layer, a in recorded.items()}, outputs)
 
 
 @torch.no_grad()
@@ -199,7 +200,7 @@ def _run_variant(
     modules: dict[int, nn.Module],
     maps: Mapping[str, nn.Module],
     ids: Tensor,
-    original: _Original,
+    original: Original,
     outputs: dict[int, Tensor],
 ) -> tuple[Sums, Sums]:
     """Next-token sums and the summed errors of the subset's outputs with other modules in place of its blocks."""

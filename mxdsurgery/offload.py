@@ -13,7 +13,7 @@ from accelerate import dispatch_model
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from accelerate.utils import has_offloaded_params
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 # A shard of a checkpoint that is written from offloaded weights: so much of it is in memory at a time.
@@ -80,6 +80,12 @@ def on_disk(layer: nn.Module, path: Path, device: torch.device) -> nn.Module:
             hook.pre_forward(part)
             remove_hook_from_module(part)
     return layer
+
+
+def weights_of(layer: nn.Module) -> dict[str, Tensor]:
+    """A layer's state dict, in memory, wherever the weights lie."""
+    with resident(layer):
+        return {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
 
 
 def move(layer: nn.Module, device: torch.device | str) -> None:

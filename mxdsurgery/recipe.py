@@ -265,6 +265,18 @@ class Recipe:
                 expected=f"0, or at least {2 * self.batch}: from less, nothing can be mixed across batches",
                 fix="raise --activation-buffer or lower --batch",
             )
+        if self.offload == "disk" and self.inputs != "converted":
+            raise RecipeError(
+                f"recipe keys 'offload' and 'inputs' are 'disk' and {self.inputs!r}",
+                expected="inputs: converted, where one decoder layer at a time is enough",
+                fix="--inputs converted, or --offload auto",
+            )
+        if self.auxk > 0 and self.inputs == "joint":
+            raise RecipeError(
+                f"recipe keys 'auxk' and 'inputs' are {self.auxk:g} and 'joint'",
+                expected="auxk: 0, as nothing revives dead experts end to end",
+                fix="leave --auxk out, or train with --inputs original or converted",
+            )
         if self.warmup + self.decay > 1.0:
             raise RecipeError(
                 f"recipe keys 'warmup' and 'decay' are {self.warmup} and {self.decay}, together more than 1",

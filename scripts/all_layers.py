@@ -402,14 +402,23 @@ def _cell(text: str) -> str:
 
 def memory_section(lines: list[dict[str, Any]]) -> Iterator[str]:
     """Peak memory of ways to convert a model far larger than these."""
-    yield "## Peak memory\n\nBy `python scripts/bench_memory.py`, each line in a process of its own, random weights.\n"
-    yield from heading("way", "shape", "peak memory", "of the largest", "minutes")
-    largest = max((line["peak_bytes"] for line in lines), default=1)
+    yield "## Peak memory\n"
+    if not lines:
+        return
+    shape = lines[0]["shape"]
+    weights = shape["parameters"] * {"bfloat16": 2, "float32": 4}[shape["dtype"]]
+    yield (
+        f"Converting {shape['layers']} blocks of a model with {compact(shape['parameters'])} parameters and random weights "
+        f"({shape['dtype']}: {size(weights)}; D {shape['D']:,}, H {shape['H']:,}, N {shape['N']:,}), each line in a process\n"
+        "of its own, above what that had before. Reload: the fresh process that loads the result and runs it, libraries and\n"
+        "all. By `python scripts/bench_memory.py --layers 0,12,23 --batch 256 --tokens 1024 --eval-tokens 256`.\n"
+    )
+    yield from heading("way", "peak", "of the largest", "training alone", "planned for it", "reload", "minutes")
+    largest = max(line["peak_bytes"] for line in lines)
     for line in lines:
-        shape = line["shape"]
-        words = ", ".join(f"{key} {value}" for key, value in shape.items()) if isinstance(shape, dict) else shape
-        share, minutes = line["peak_bytes"] / largest, line["seconds"] / 60
-        yield f"| {line['way']} | {words} | {size(line['peak_bytes'])} | {share:.0%} | {minutes:.1f} |"
+        cells = [size(line[name]) for name in ("training_bytes", "planned_bytes", "reload_bytes")]
+        cells = [size(line["peak_bytes"]), f"{line['peak_bytes'] / largest:.0%}", *cells, f"{line['seconds'] / 60:.1f}"]
+        yield f"| {line['way']} | {' | '.join(cells)} |"
     yield ""
 
 

@@ -99,7 +99,14 @@ def test_runs_are_made_once_measured_and_printed(shared, tmp_path, monkeypatch):
     assert str(shared.parent) not in "".join(path.read_text() for path in (tmp_path / "kept").iterdir())
 
     shutil.copy(ROOT / "docs" / "all-layers" / "introduction.md", tmp_path / "kept")
-    line = {"way": "sequential", "peak_bytes": 2**30, "seconds": 90.0, "shape": "1.1B"}
+    shape = {"D": 64, "H": 160, "N": 64, "layers": 4, "parameters": 2**29, "dtype": "bfloat16"}
+    bytes_ = {"peak_bytes": 2**30, "training_bytes": 2**29, "planned_bytes": 2**28, "reload_bytes": 2**31}
+    line = {"way": "sequential", "seconds": 90.0, "shape": shape} | bytes_
     (tmp_path / "kept" / "memory.jsonl").write_text(json.dumps(line) + "\n")
     page = CliRunner().invoke(all_layers.main, ["page"]).output
-    assert f"{plain['delta_ce']:+.4f}" in page and grown["verdict"] in page and "| 1 GiB | 100% | 1.5 |" in page
+    assert (
+        f"{plain['delta_ce']:+.4f}" in page
+        and grown["verdict"] in page
+        and "| 1 GiB | 100% | 512 MiB | 256 MiB | 2 GiB | 1.5 |" in page
+    )
+    assert "(bfloat16: 1 GiB; D 64, H 160, N 64)" in page

@@ -11,7 +11,7 @@ from test_distill import batches, train
 
 from mxdsurgery.activations import record_activations
 from mxdsurgery.blocks import find_blocks
-from mxdsurgery.measure import _run_original, measure
+from mxdsurgery.measure import measure, run_original
 from mxdsurgery.metrics import with_interval
 from mxdsurgery.model import decoder_layers
 from mxdsurgery.surgery import replaced, resumed_at
@@ -124,7 +124,7 @@ def test_a_run_resumed_above_the_unchanged_layers_is_the_whole_run():
     model = tiny_model("gpt2")
     layers, _, blocks = train(model, steps=3)
     _, decoder = decoder_layers(model)
-    outputs = _run_original(model, blocks, IDS).layer_outputs
+    outputs = run_original(model, blocks, IDS).layer_outputs
     with torch.no_grad(), replaced(model, blocks[1:], layers):
         whole = model(input_ids=IDS, use_cache=False).logits
         with resumed_at(decoder, 1, outputs):
