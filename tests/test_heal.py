@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def entry(folder):
 
 
 def test_a_healed_folder_is_a_converted_one_with_other_layers_and_says_so(source, layers_only, tmp_path):
-    out = tmp_path.__class__(layers_only["out"])
+    out = Path(layers_only["out"])
     assert layers_only["kl_after"] < layers_only["kl_before"] and layers_only["tokens"] == 4096
     names = changed(out, source)
     assert names and all(".mlp." in name and name.split(".")[2] in "12" for name in names)
@@ -97,7 +98,8 @@ def test_a_healed_folder_is_a_converted_one_with_other_layers_and_says_so(source
     assert "## Healed" in card and "the new layers, trained end to end" in card and "4,096 tokens of some.txt" in card
     evaluation = json.loads((out / "evaluation.json").read_text())
     assert evaluation == layers_only["evaluation"] and evaluation["healed"] == [step] and "training" in evaluation
-    assert {path.name for path in out.iterdir()} == {path.name for path in tmp_path.__class__(source).iterdir()}
+    files = ({path.name for path in folder.iterdir() if path.is_file()} for folder in (out, Path(source)))
+    assert next(files) == next(files)
     assert load_recipe(out / "recipe.yaml") == load_recipe(f"{source}/recipe.yaml")
     assert [row for row in heal_table(layers_only).columns[0].cells][0] == "0"
 
