@@ -41,7 +41,7 @@ CHOICES = {
     "format": RECIPE_KEYS["format"].choices,
 }
 # The peak learning rate, as a share of that of the conversion: more spoils a good start before it heals.
-LR_FACTOR = 0.05
+LR_FACTOR = 0.1
 # Share of the steps until that rate is reached; from there it falls. Adam's first steps move every weight alike, good or not.
 WARMUP = 0.2
 # The weight of the penalty on frozen experts, of the recipe's: with less, their share falls while the KL does.
