@@ -74,6 +74,11 @@ def _put(held: dict[int, Activations], places: Tensor, fresh: dict[int, Activati
             part[places.to(part.device)] = values
 
 
+def hidden_of(output: object) -> Tensor:
+    """The hidden states (B, T, D) among what a decoder layer returns."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
 class _LastBlockReached(Exception):
     """Ends a forward pass once everything that was asked for is recorded."""
 

@@ -26,7 +26,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from mxdsurgery.console import size
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import BaseModelError, MxDError, NotConvertedError, WeightsError, first_line
-from mxdsurgery.model import load_model
+from mxdsurgery.model import load_model, model_name
 
 ADAPTER_FILE = "mxd_adapter.json"
 ADAPTER_VERSION = 1
@@ -176,7 +176,7 @@ def write_adapter(checkpoint: Path, out: Path, model: str, revision: str | None,
     with base_weights(base or model, None if base else revision, config["dtype"], expected=repr(model)) as weights:
         for path in files:
             if _is_weights(names[path]):
-                _write_part(path, out / _part(names[path]), weights, from_base, kept)
+                _write_part(path, out / part_of(names[path]), weights, from_base, kept)
             elif not is_code(names[path]):
                 (out / names[path]).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, out / names[path])
@@ -187,7 +187,7 @@ def write_adapter(checkpoint: Path, out: Path, model: str, revision: str | None,
             fix="name the right one with --base",
         )
     adapter = Adapter(
-        base_model=Path(model).name if model not in DEMO_MODELS and Path(model).is_dir() else model,
+        base_model=model_name(model),
         revision=revision,
         model_type=weights.model_type,
         dtype=config["dtype"],
@@ -218,7 +218,7 @@ def is_code(name: str) -> bool:
     return "/" not in name and name.endswith(".py")
 
 
-def _part(name: str) -> str:
+def part_of(name: str) -> str:
     """The adapter's file for a file of weights: adapter.safetensors for model.safetensors, and so for shards."""
     return "adapter" + name.removeprefix("model")
 
@@ -323,12 +323,12 @@ def _wrong_base(folder: Path, adapter: Adapter, base: str, other: str) -> BaseMo
 def _open_part(folder: Path, file: str) -> tuple[Any, str, dict[str, dict[str, Any]]]:
     """The adapter's part of one of the checkpoint's files of weights, that file's header and its entries, in its order."""
     try:
-        part = safe_open(folder / _part(file), "pt")
+        part = safe_open(folder / part_of(file), "pt")
         header = part.metadata()[_HEADER]
         entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
         return part, header, dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"]))
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise damaged(folder, f"{_part(file)} cannot be read: {first_line(error)}") from None
+        raise damaged(folder, f"{part_of(file)} cannot be read: {first_line(error)}") from None
 
 
 def damaged(folder: Path, what: str) -> WeightsError:

@@ -96,14 +96,10 @@ def _remedies(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, mach
     if machine.device == "cpu" and _fits(layers, base, in_order, machine):
         room = machine.memory - needed_bytes(layers, base, in_order, machine)
         found.append(f"a smaller buffer of text: --shuffle {_rounded_down(min(room // TEXT_BYTES, recipe.shuffle), 0)}")
-    if recipe.inputs == "joint":
+    if recipe.inputs == "joint" or (recipe.inputs == "original" and not found):
         by_block = dataclasses.replace(recipe, inputs="converted")
         if _fits(layers, dataclasses.replace(base, offloaded=True, states_on_disk=True), by_block, machine):
-            found.append("one layer after the other: --inputs converted")
-    elif recipe.inputs == "original" and not found:
-        by_block = dataclasses.replace(recipe, inputs="converted")
-        if _fits(layers, dataclasses.replace(base, offloaded=True, states_on_disk=True), by_block, machine):
-            found.append("one block of the base model in memory at a time: --inputs converted")
+            found.append("one layer after the other, with one block of the base model in memory: --inputs converted")
     if base.element_bytes == 4 and _fits(layers, dataclasses.replace(base, dtype="bfloat16"), recipe, machine):
         found.append("the base model in half the bytes: --dtype bfloat16")
     several = len({layer.block.layer for layer in layers}) == len(layers)  # not kinds for the same block

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mxdsurgery.console import compact, duration, size
 from mxdsurgery.cost import LayerPlan
+from mxdsurgery.model import model_name
 from mxdsurgery.plan import Plan
 from mxdsurgery.recipe import Recipe
 
@@ -72,7 +73,7 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
 
 def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Sequence[dict[str, Any]] = ()) -> str:
     """README.md of an exported folder; ``edits`` are the steps of `edit`, as config.json has them."""
-    base = Path(plan.model).name if Path(plan.model).is_dir() else plan.model
+    base = model_name(plan.model)
     on_hub = "/" in plan.model and not os.path.isabs(plan.model)
     header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     header += [f"base_model: {plan.model}"] if on_hub else []

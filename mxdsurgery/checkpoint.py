@@ -17,7 +17,7 @@ from mxdsurgery.accelerator import compute_device
 from mxdsurgery.adapter import Adapter, is_adapter, merged, read_adapter, right_base
 from mxdsurgery.errors import NotConvertedError, WeightsError
 from mxdsurgery.initialize import layer_shape
-from mxdsurgery.model import check_complete
+from mxdsurgery.model import check_complete, model_name
 from mxdsurgery.plan import Plan, read_plan
 from mxdsurgery.recipe import Recipe, load_recipe
 from mxdsurgery.replacement import MxDSurgeryMixin
@@ -45,11 +45,10 @@ def converted_model_class(base: type[PreTrainedModel], config: type[PreTrainedCo
 
 def converted_config(base: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
     """The config of a converted model: the base model's, and what stands where."""
-    base_model = Path(plan.model).name if Path(plan.model).is_dir() else plan.model
     mxd = {
         "format_version": FORMAT_VERSION,
         "family": base.model_type,
-        "base_model": base_model,
+        "base_model": model_name(plan.model),
         "base_revision": plan.revision,
         "layers": [
             {

@@ -234,20 +234,23 @@ def kept_batches(recipe: Recipe) -> int:
     return max(1, min(recipe.kept_tokens or recipe.tokens, recipe.tokens) // tokens_per_step(recipe))
 
 
+def _models_run(recipe: Recipe) -> int:
+    """With inputs: converted: the converted model, and the original where its outputs are wanted."""
+    return 1 if recipe.target == "own" else 2
+
+
 def states_bytes(base: BaseModel, recipe: Recipe) -> int:
     """The hidden states that are kept from layer to layer, of one model or two; 0 where none are."""
     if recipe.inputs != "converted":
         return 0
-    models = 1 if recipe.target == "own" else 2
-    return models * kept_batches(recipe) * tokens_per_step(recipe) * base.d_model * base.element_bytes
+    return _models_run(recipe) * kept_batches(recipe) * tokens_per_step(recipe) * base.d_model * base.element_bytes
 
 
 def fed_flops(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe) -> int:
     """Per token: what the base model computes so that layers are fed."""
     last = max(layer.block.layer for layer in layers)
     if recipe.inputs == "converted":  # each kept token also goes through the layer again, on to the next one
-        models = 1 if recipe.target == "own" else 2
-        return 2 * models * base_forward_flops(base, last, recipe.context, first=last)
+        return 2 * _models_run(recipe) * base_forward_flops(base, last, recipe.context, first=last)
     if recipe.inputs == "joint":  # the original, and the converted model forward and backward
         return 4 * base_forward_flops(base, len(base.layer_parameters) - 1, recipe.context)
     return base_forward_flops(base, last, recipe.context)

@@ -35,8 +35,8 @@ from mxdsurgery.errors import DivergedError
 from mxdsurgery.lora import Adapters
 from mxdsurgery.model import decoder_layers
 from mxdsurgery.recipe import Recipe
-from mxdsurgery.surgery import replaced
-from mxdsurgery.teacher import Example, answering, hidden_states, parts, predict
+from mxdsurgery.surgery import answering, replaced
+from mxdsurgery.teacher import Example, hidden_states, parts, predict
 
 # Tokens of the training text that are not trained on: the best weights are chosen on them.
 VALIDATION_TOKENS = 8192

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxdsurgery.accelerator import compute_device
+from mxdsurgery.activations import hidden_of
 from mxdsurgery.blocks import Block
 from mxdsurgery.checkpoint import RECIPE_FILE, Converted, load
 from mxdsurgery.console import Reporter
@@ -165,7 +166,7 @@ def _run_set(
 
 def _stream(run: Original) -> list[Tensor]:
     """The residual stream after every decoder layer, (B, T, D) each."""
-    return [output[0] if isinstance(output, tuple) else output for output in run.layer_outputs]
+    return [hidden_of(output) for output in run.layer_outputs]
 
 
 def _stream_means(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> list[Tensor]:

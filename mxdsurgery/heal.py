@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mxdsurgery.accelerator import choose_kernels, make_accelerator
+from mxdsurgery.accelerator import make_accelerator
 from mxdsurgery.adapter import ABOUT
 from mxdsurgery.checkpoint import Converted, load_with_recipe
 from mxdsurgery.console import Reporter, compact, duration
@@ -32,6 +32,7 @@ from mxdsurgery.lora import ADAPTER_FOLDER, Adapters, check_peft, healed_maps, p
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
 from mxdsurgery.teacher import Example, KeptPredictions, original_examples
 from mxdsurgery.text import Packing, TextStream, open_texts, text_name
+from mxdsurgery.train import start_kernels
 
 # What some options may be.
 CHOICES = {
@@ -246,8 +247,7 @@ def _texts(converted: Converted, saved: Recipe, recipe: Recipe, data: str | None
     else:
         packing = Packing(tokenizer, recipe.context, recipe.prepend_bos)
         train = TextStream(data, packing, recipe.text_column, shuffle=recipe.shuffle)
-    validation = train.first(VALIDATION_TOKENS)
-    train = dataclasses.replace(train, skip=train.skip + len(validation), seed=recipe.seed)
+    validation, train = dataclasses.replace(train, seed=recipe.seed).split(VALIDATION_TOKENS)
     next(train.contexts())  # fails now, not after the models are loaded
     return train, validation
 
@@ -309,13 +309,8 @@ def _train(
     state: EndToEnd,
     reporter: Reporter,
 ) -> None:
-    largest = max(patient.converted.plan.layers, key=lambda layer: layer.n_experts)
     tokens = state.tokens_per_step // how.accumulate
-    kernels = choose_kernels(
-        accelerator, d_model=largest.block.d_model, n_experts=largest.n_experts, k=largest.k, tokens=tokens
-    )
-    if kernels is not None:
-        reporter.say(f"kernels    {kernels}")
+    start_kernels(accelerator, patient.converted.plan.layers, tokens, reporter)
     settings = Settings(how.local, how.accumulate, how.checkpointing, patience=how.patience)
     with reporter.progress("heal", "tokens") as line:
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
-from mxdsurgery.activations import Activations, hooked, record_layer, recording, stream_activations
+from mxdsurgery.activations import Activations, hidden_of, hooked, record_layer, recording, stream_activations
 from mxdsurgery.blocks import Block
 from mxdsurgery.console import Reporter
 from mxdsurgery.cost import LayerPlan, kept_batches
@@ -202,7 +202,7 @@ class ConvertedInputs:
     def _run(self, state: Tensor) -> Tensor:
         """What the decoder layer that the states enter makes of one (B, T, D)."""
         args, kwargs = self.calls[self.at]
-        return _hidden_of(self.decoder[self.at](state.to(self.device), *args, **kwargs))
+        return hidden_of(self.decoder[self.at](state.to(self.device), *args, **kwargs))
 
     def _activations(self, block: Block, number: int) -> Activations:
         """A block's inputs in the converted model and its targets, each (B, T, D), on one batch of the text."""
@@ -224,10 +224,10 @@ class ConvertedInputs:
         layer, (args, kwargs) = copy.deepcopy(self.decoder[self.at]).float(), tree_map(single, self.calls[self.at])
         state = self.states[0]["converted"].to(self.device).float()
         outputs: list[Tensor] = []
-        once = _hidden_of(layer(state, *args, **kwargs))
+        once = hidden_of(layer(state, *args, **kwargs))
         module = layer.get_submodule(block.output_path.removeprefix(f"{self.path}.{self.at}."))
         with hooked(module.register_forward_hook(lambda _m, _a, y: outputs.append(y) or 2 * y)):
-            twice = _hidden_of(layer(state, *args, **kwargs))
+            twice = hidden_of(layer(state, *args, **kwargs))
         y = outputs[0].view_as(once)
         if not (twice - once - y).norm() <= _STREAM_TOLERANCE * y.norm():
             raise UnsupportedBlockError(
@@ -285,7 +285,7 @@ def prove_layers(base: PreTrainedModel, decoder: nn.ModuleList, input_ids: Tenso
         calls.append((tuple(args), kwargs))
 
     def leave(_layer: nn.Module, _args: tuple, output: object) -> None:
-        below[:] = [_hidden_of(output)]
+        below[:] = [hidden_of(output)]
 
     handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in decoder]
     handles += [layer.register_forward_hook(leave) for layer in decoder]
@@ -330,8 +330,3 @@ def _entering(base: PreTrainedModel, decoder: nn.ModuleList, input_ids: Tensor) 
         except _Entered as entered:
             return entered.args[0]
     raise _not_one_by_one(base, "the first of them did not run")
-
-
-def _hidden_of(output: object) -> Tensor:
-    """The hidden states among what a decoder layer returns."""
-    return output if isinstance(output, Tensor) else output[0]

@@ -5,7 +5,7 @@ peft comes with ``pip install 'mxdsurgery[lora]'``.
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,19 +130,6 @@ class Adapters:
         path = folder / "adapter_config.json"
         config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": None}
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def maps_replaced(model: PreTrainedModel, maps: Mapping[str, nn.Module]) -> Iterator[None]:
-    """While open, other modules stand at these paths from the base model; afterwards the model's own again."""
-    own = {path: model.base_model.get_submodule(path) for path in maps}
-    try:
-        for path, module in maps.items():
-            model.base_model.set_submodule(path, module)
-        yield
-    finally:
-        for path, module in own.items():
-            model.base_model.set_submodule(path, module)
 
 
 def healed_maps(config: dict[str, Any], kept: str) -> list[str]:

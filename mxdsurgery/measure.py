@@ -16,11 +16,10 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.activations import hooked, record_activations, recording
 from mxdsurgery.blocks import Block
-from mxdsurgery.lora import maps_replaced
 from mxdsurgery.metrics import Sums, Table, error_sums, frequency_decades, next_token_sums, scored_predictions, with_interval
 from mxdsurgery.model import decoder_layers
 from mxdsurgery.offload import execution_device
-from mxdsurgery.surgery import ConstantOutput, FrozenExperts, replaced, resumed_at
+from mxdsurgery.surgery import ConstantOutput, FrozenExperts, modules_replaced, replaced, resumed_at
 
 
 @dataclass
@@ -208,7 +207,7 @@ def _run_variant(
     first = 0 if maps else min(block.layer for block in subset)
     with (
         replaced(model, subset, modules),
-        maps_replaced(model, maps),
+        modules_replaced(model, maps),
         resumed_at(decoder, first, original.layer_outputs),
         recording(model, subset) as recorded,
     ):

@@ -38,6 +38,11 @@ def model_source(model: str) -> str:
     return str(DEMO_MODELS.get(model, model))
 
 
+def model_name(model: str) -> str:
+    """A model as it may be told to others: of a local folder, its name only."""
+    return Path(model).name if Path(model).is_dir() else model
+
+
 def load_config(model: str, revision: str | None = None) -> PreTrainedConfig:
     """The config of a causal language model of a family that transformers knows.
 

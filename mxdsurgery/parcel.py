@@ -15,7 +15,7 @@ import pyarrow.parquet as parquet
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from mxdsurgery.adapter import ADAPTER_FILE, CARD, Adapter, is_adapter, read_adapter
+from mxdsurgery.adapter import ADAPTER_FILE, CARD, Adapter, is_adapter, is_code, part_of, read_adapter
 from mxdsurgery.checkpoint import EVALUATION_FILE, PLAN_FILE, RECIPE_FILE, read_config
 from mxdsurgery.disclosure import Finding, disclosures, redacted
 from mxdsurgery.errors import DataError, PushError, WeightsError, first_line
@@ -170,7 +170,7 @@ def _missing_weights(folder: Path, held: dict[str, list[str]]) -> list[str]:
 
 def _missing_parts(adapter: Adapter, held: dict[str, list[str]]) -> list[str]:
     """The adapter's files for the checkpoint's files of weights, or tensors that differ from the base model's."""
-    parts = ["adapter" + name.removeprefix("model") for name in adapter.weights()]
+    parts = [part_of(name) for name in adapter.weights()]
     tensors = {name for part in parts for name in held.get(part, ())}
     return [part for part in parts if part not in held] or sorted(adapter.kept.keys() - tensors)
 
@@ -187,7 +187,7 @@ def _names(path: Path) -> list[str]:
 def _beside(adapter: Adapter) -> list[str]:
     """The checkpoint's files that an adapter holds as they are: all but weights and code."""
     weights = adapter.weights()
-    return [name for name in adapter.files if name not in weights and ("/" in name or not name.endswith(".py"))]
+    return [name for name in adapter.files if name not in weights and not is_code(name)]
 
 
 def _redact(parcel: Parcel, name: str) -> None:

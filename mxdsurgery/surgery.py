@@ -1,7 +1,7 @@
 """Putting other modules where MLP blocks are, for a while or for good."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -10,35 +10,48 @@ from transformers import PreTrainedModel
 from mxdsurgery.blocks import Block
 
 
-def replace_blocks(
-    model: PreTrainedModel, blocks: Sequence[Block], modules: Mapping[int, nn.Module], removed: dict[str, nn.Module]
-) -> None:
-    """Puts modules (by layer) where blocks are, and identities where their bypassed neighbours are.
+@contextmanager
+def modules_replaced(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """While open, other modules stand at some paths from the base model; afterwards its own again, whatever happened."""
+    removed: dict[str, nn.Module] = {}
+    try:
+        for path, module in modules.items():
+            removed[path] = model.base_model.get_submodule(path)
+            model.base_model.set_submodule(path, module)
+        yield
+    finally:
+        for path, module in removed.items():
+            model.base_model.set_submodule(path, module)
+
+
+@contextmanager
+def replaced(model: PreTrainedModel, blocks: Sequence[Block], modules: Mapping[int, nn.Module]) -> Iterator[None]:
+    """While open, modules (by layer) stand where blocks are, and identities where their bypassed neighbours are.
 
     Args:
         model: the model.
         blocks: where; those without a module are left alone.
         modules: what, by layer.
-        removed: is told what stood there, by path from the base model, as it is taken out.
     """
+    new: dict[str, nn.Module] = {}
     for block in blocks:
         if block.layer in modules:
-            new = {block.path: modules[block.layer], **{path: nn.Identity() for path in block.bypass}}
-            for path, module in new.items():
-                removed[path] = model.base_model.get_submodule(path)
-                model.base_model.set_submodule(path, module)
+            new |= {block.path: modules[block.layer]} | {path: nn.Identity() for path in block.bypass}
+    with modules_replaced(model, new):
+        yield
 
 
 @contextmanager
-def replaced(model: PreTrainedModel, blocks: Sequence[Block], modules: Mapping[int, nn.Module]) -> Iterator[None]:
-    """While open, the model computes with the given modules; afterwards it holds its own again, whatever happened."""
-    removed: dict[str, nn.Module] = {}
+def answering(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """While open, a module computes something else; afterwards it is as it was, also where Accelerate dispatched it."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
     try:
-        replace_blocks(model, blocks, modules, removed)
         yield
     finally:
-        for path, module in removed.items():
-            model.base_model.set_submodule(path, module)
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 @contextmanager
@@ -50,16 +63,10 @@ def resumed_at(layers: nn.ModuleList, index: int, outputs: Sequence[object]) -> 
         index: the first layer that computes.
         outputs: what each layer returned for the same batch.
     """
-    own = [layer.__dict__.get("forward") for layer in layers[:index]]  # Accelerate's, where it dispatched the model
-    try:
+    with ExitStack() as stack:
         for layer, output in zip(layers[:index], outputs, strict=False):
-            layer.forward = lambda *_, _output=output, **__: _output
+            stack.enter_context(answering(layer, lambda *_, _output=output, **__: _output))
         yield
-    finally:
-        for layer, forward in zip(layers[:index], own, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
 
 
 class ConstantOutput(nn.Module):

@@ -5,14 +5,14 @@ language-model head, and some tokens at a time go through it.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -20,6 +20,7 @@ from mxdsurgery.activations import recording
 from mxdsurgery.blocks import Block
 from mxdsurgery.model import decoder_layers
 from mxdsurgery.offload import execution_device
+from mxdsurgery.surgery import answering
 
 # Predictions (tokens, V) are formed for so many bytes' worth of tokens at a time, in fp32.
 _LOGITS_BYTES = 2**26
@@ -44,19 +45,6 @@ class Example(NamedTuple):
 def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """What the language-model head is given: ids (B, T) -> (B, T, D)."""
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-
-
-@contextmanager
-def answering(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """While open, a module computes something else; afterwards it is as it was, also where Accelerate dispatched it."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 def predict(model: PreTrainedModel, hidden: Tensor) -> Tensor:

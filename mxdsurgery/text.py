@@ -363,6 +363,11 @@ class TextStream:
         wanted = max(1, tokens // self.packing.context)
         return torch.stack(list(itertools.islice(self.contexts(), wanted)))
 
+    def split(self, tokens: int) -> tuple[Tensor, "TextStream"]:
+        """`first`, and the text that leaves these contexts out."""
+        first = self.first(tokens)
+        return first, dataclasses.replace(self, skip=self.skip + len(first))
+
     def spread(self, tokens: int) -> Tensor:
         """As `first`, but evenly spread over the first ``_SPREAD`` times as much text: several documents, not one."""
         wanted = max(1, tokens // self.packing.context)
@@ -424,7 +429,6 @@ def open_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Text
     if recipe.eval_data is not None:
         heldout = TextStream(recipe.eval_data, packing, recipe.text_column).spread(recipe.eval_tokens)
     else:
-        heldout = train.first(recipe.eval_tokens)
-        train = dataclasses.replace(train, skip=len(heldout))
+        heldout, train = train.split(recipe.eval_tokens)
     next(train.contexts())  # fails now, not after the model is loaded
     return train, heldout

@@ -1,6 +1,5 @@
 """Training: all new layers of a plan, group after group, each group from one pass over the text."""
 
-import dataclasses
 import functools
 import itertools
 import time
@@ -100,12 +99,7 @@ def train_groups(
     if recipe.tracker != "none":
         settings = {name: value for name, value in recipe.to_dict().items() if value is not None}
         accelerator.init_trackers("mxdsurgery", config=settings)
-    largest = max(made.layers, key=lambda layer: layer.n_experts)
-    kernels = choose_kernels(
-        accelerator, d_model=largest.block.d_model, n_experts=largest.n_experts, k=largest.k, tokens=tokens_per_step(recipe)
-    )
-    if kernels is not None:
-        reporter.say(f"kernels    {kernels}")
+    start_kernels(accelerator, made.layers, tokens_per_step(recipe), reporter)
     start = time.perf_counter()
     folder = scratch if made.states_on_disk else None
     source = _source(base, train, recipe, accelerator.device, reporter, folder)
@@ -124,6 +118,15 @@ def train_groups(
     reporter.say(f"distilled  {tokens} tokens in {duration(training.seconds)}, {dead:.1%} of experts dead")
     if training.times_read > 1:
         reporter.say(f"           the text is short: it was read {training.times_read} times over")
+
+
+def start_kernels(accelerator: Accelerator, layers: Sequence[LayerPlan], tokens: int, reporter: Reporter) -> None:
+    """Puts the Triton kernels to use if they are faster for the largest of some layers on so many tokens, and says so."""
+    largest = max(layers, key=lambda layer: layer.n_experts)
+    shape = {"d_model": largest.block.d_model, "n_experts": largest.n_experts, "k": largest.k}
+    kernels = choose_kernels(accelerator, **shape, tokens=tokens)
+    if kernels is not None:
+        reporter.say(f"kernels    {kernels}")
 
 
 def _source(
@@ -178,8 +181,7 @@ def _train_jointly(
     """All layers at once, end to end, each also toward its block's output: at their start they say nothing."""
     contexts = recipe.batch // recipe.context
     blocks = [layer.block for layer in layers]
-    validation = source.text.first(VALIDATION_TOKENS)
-    text = dataclasses.replace(source.text, skip=source.text.skip + len(validation))
+    validation, text = source.text.split(VALIDATION_TOKENS)
     settings = Settings(local=JOINT_LOCAL, anneal=True)
     with closing(text.batches(contexts)) as batches:
         examples = original_examples(base, blocks, batches)

@@ -84,6 +84,19 @@ def shared() -> Path:
     return path
 
 
+@pytest.fixture
+def interrupted_in_layer_2(monkeypatch):
+    """Ctrl-C comes when layer 2 begins to train."""
+    from mxdsurgery.distill import distill
+
+    def interrupted(layers, *rest):
+        if any(planned.block.layer == 2 for planned in layers):
+            raise KeyboardInterrupt
+        distill(layers, *rest)
+
+    monkeypatch.setattr("mxdsurgery.train.distill", interrupted)
+
+
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory):
     """demo-glu with two layers converted in a few steps; tests read the folder and never change it."""

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 import mxdsurgery
 from mxdsurgery.cli import main
-from mxdsurgery.distill import distill
 from mxdsurgery.errors import BaseModelError, DataError, OutputError
 
 
@@ -185,13 +184,7 @@ def test_the_plan_stands_beside_what_was_measured(converted):
     assert "| training | planned | measured |" in card and "| time | n/a | " in card
 
 
-def test_an_interrupted_run_keeps_the_groups_that_are_finished(tmp_path, monkeypatch):
-    def interrupted(layers, *rest):
-        if any(planned.block.layer == 2 for planned in layers):
-            raise KeyboardInterrupt
-        distill(layers, *rest)
-
-    monkeypatch.setattr("mxdsurgery.train.distill", interrupted)
+def test_an_interrupted_run_keeps_the_groups_that_are_finished(tmp_path, interrupted_in_layer_2):
     options = IN_GROUPS | {"memory": memory_for_groups(**IN_GROUPS), "out": str(tmp_path / "out"), "device": "cpu"}
     with pytest.raises(KeyboardInterrupt, match="after step 0 of 11 of group 2 of 2"):
         mxdsurgery.convert("demo-glu", **options)

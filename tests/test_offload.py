@@ -6,7 +6,6 @@ from conftest import tiny_model
 from safetensors.torch import load_file
 
 import mxdsurgery
-from mxdsurgery.distill import distill
 from mxdsurgery.layer import MxDLayer
 from mxdsurgery.model import decoder_layers, load_model
 from mxdsurgery.offload import execution_device, is_offloaded, on_disk, resident
@@ -76,13 +75,7 @@ def test_a_conversion_gives_the_same_bits_wherever_the_base_models_weights_are(t
     assert {path.name for path in tmp_path.iterdir()} == {"none", "disk"}  # nothing is left behind
 
 
-def test_an_interrupted_conversion_keeps_the_layers_that_lie_on_disk(tmp_path, monkeypatch):
-    def interrupted(layers, *rest):
-        if any(planned.block.layer == 2 for planned in layers):
-            raise KeyboardInterrupt
-        distill(layers, *rest)
-
-    monkeypatch.setattr("mxdsurgery.train.distill", interrupted)
+def test_an_interrupted_conversion_keeps_the_layers_that_lie_on_disk(tmp_path, interrupted_in_layer_2):
     options = {"layers": "1-2", "tokens": 10_000, "eval_tokens": 2_000, "n_experts": 64, "k": 4, "shuffle": 100_000}
     with pytest.raises(KeyboardInterrupt, match="group 2 of 2"):
         mxdsurgery.convert("demo-glu", **options, inputs="converted", offload="disk", device="cpu", out=str(tmp_path / "out"))
