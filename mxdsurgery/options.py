@@ -83,6 +83,9 @@ def recipe_options(*without: str) -> Callable[[Callable], Callable]:
     return add
 
 
+BASE = click.option("--base", help="The original model, if it is not where the recipe says.")
+
+
 def labelled_options(required: bool) -> Callable[[Callable], Callable]:
     """The flags of what looks at experts through labelled text."""
     options = (
@@ -92,7 +95,7 @@ def labelled_options(required: bool) -> Callable[[Callable], Callable]:
         click.option("--label-column", default="label", show_default=True, help="The column or field that holds the class."),
         click.option("--samples", type=Count(), help="Texts, drawn at random; default: all."),
         click.option("--context", type=Count(), help="Tokens that each text is cut after; default: the recipe's."),
-        click.option("--base", help="The original model, if it is not where the recipe says."),
+        BASE,
         click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc),
         click.option("--seed", type=int, default=0, show_default=True),
     )
@@ -167,7 +170,6 @@ def text_options(command: Callable) -> Callable:
 
 
 DTYPES = ("auto", "float32", "bfloat16")
-BASE = click.option("--base", help="The original model, if it is not where the recipe says.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
