@@ -29,6 +29,7 @@ from mxdsurgery.growth import growth
 from mxdsurgery.heal import heal
 from mxdsurgery.layer import Coefficients, MxDLayer
 from mxdsurgery.plan import Plan, plan
+from mxdsurgery.plot import plot
 from mxdsurgery.probe import probe
 from mxdsurgery.push import push
 from mxdsurgery.recipe import Recipe
@@ -67,6 +68,7 @@ __all__ = [
     "load",
     "make_adapter",
     "plan",
+    "plot",
     "probe",
     "push",
     "read_edits",

@@ -1,20 +1,26 @@
 """Where a run computes: Accelerate on the recipe's device, with its precision and tracker."""
 
 import importlib.util
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 
 from mxdsurgery.errors import DeviceError, RecipeError
+from mxdsurgery.parallel import processes
 from mxdsurgery.recipe import Recipe
+
+# Processes wait so long for each other: one may have more to do. The launcher ends them when one dies.
+_PATIENCE = timedelta(days=7)
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate, on the recipe's device, with its precision and tracker.
 
     Raises:
-        DeviceError: the device is not there, or several processes were launched.
+        DeviceError: the device is not there.
         RecipeError: the tracker is not installed.
     """
     _check_tracker(recipe)
@@ -25,13 +31,18 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision="bf16" if computes_in_bf16(recipe) else "no",
         log_with=None if recipe.tracker == "none" else recipe.tracker,
         project_dir=None if recipe.tracker == "none" else f"{recipe.out}.runs",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
-    if accelerator.num_processes > 1:
-        raise DeviceError(
-            f"{accelerator.num_processes} processes were launched", expected="one", fix="run without accelerate launch"
-        )
     torch.manual_seed(recipe.seed)
     return accelerator
+
+
+def alone(what: str) -> None:
+    """Raises DeviceError where several processes were launched for something that one does."""
+    if processes() > 1:
+        raise DeviceError(
+            f"{processes()} processes were launched for {what}", expected="one", fix="run it without accelerate launch"
+        )
 
 
 def compute_device(recipe: Recipe) -> str:

@@ -1,7 +1,6 @@
 """What goes into MLP blocks and comes out of them, recorded from one forward pass of the model."""
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ class Activations(NamedTuple):
     y: Tensor
 
 
-def shuffle_positions(batches: Iterator[dict[int, Activations]], buffer: int, seed: int) -> Iterator[dict[int, Activations]]:
+class ShuffledPositions(Iterator[dict[int, Activations]]):
     """Mixes positions across batches: as many batches, of the same size, each drawn at random from a buffer.
 
     The buffer fills first; then each position drawn makes room for one of the next batch; in the end it empties. All layers
@@ -28,40 +27,77 @@ def shuffle_positions(batches: Iterator[dict[int, Activations]], buffer: int, se
     Args:
         batches: by layer, x and y (n, D), in one dtype and on one device, every batch of the same n.
         buffer: how many positions it holds; with less than two batches' worth nothing is mixed.
+        n: positions in a batch.
         seed: of the drawing.
-
-    Yields:
-        By layer, x and y (n, D).
     """
-    first = next(batches, None)
-    if first is None:
-        return
-    n = len(next(iter(first.values())).x)
-    room = buffer // n
-    held = {
-        layer: Activations(*(part.new_empty(room * n, part.shape[1]) for part in pair))
-        for layer, pair in first.items()
-        if room > 1
-    }
-    batches = itertools.chain((first,), batches)
-    del first  # a batch of all layers is large: nothing here keeps one longer than it is needed
-    if not held:
-        yield from batches
-        return
-    filled = 0
-    for fresh in itertools.islice(batches, room):
-        _put(held, torch.arange(filled, filled + n), fresh)
-        filled += n
-    del fresh
-    generator = torch.Generator().manual_seed(seed)
-    for fresh in batches:
-        places = torch.randperm(filled, generator=generator)[:n]
-        drawn = _take(held, places)
-        _put(held, places, fresh)
-        del fresh
-        yield drawn
-    for places in torch.randperm(filled, generator=generator).split(n):
-        yield _take(held, places)
+
+    def __init__(self, batches: Iterator[dict[int, Activations]], buffer: int, n: int, seed: int) -> None:
+        self.batches, self.n = batches, n
+        self.room = buffer // n if buffer >= 2 * n else 0  # in batches
+        self.held: dict[int, Activations] = {}
+        self.filled = 0
+        self.generator = torch.Generator().manual_seed(seed)
+        self.last: list[Tensor] = []  # the positions that are left, once the text is through
+        self.ended = False
+
+    @staticmethod
+    def ahead(buffer: int, n: int) -> int:
+        """How many batches more than it gave it has taken, before the text is through."""
+        return buffer // n if buffer >= 2 * n else 0
+
+    def __next__(self) -> dict[int, Activations]:
+        if not self.room:
+            return next(self.batches)
+        while not self.ended and self.filled < self.room * self.n:
+            self._fill()
+        if not self.ended:
+            fresh = next(self.batches, None)
+            if fresh is not None:
+                places = torch.randperm(self.filled, generator=self.generator)[: self.n]
+                drawn = _take(self.held, places)
+                _put(self.held, places, fresh)
+                return drawn
+            self._end()
+        if not self.last:
+            raise StopIteration
+        return _take(self.held, self.last.pop(0))
+
+    def _fill(self) -> None:
+        fresh = next(self.batches, None)
+        if fresh is None:
+            self._end()
+            return
+        if not self.held:
+            size = self.room * self.n
+            self.held = {
+                layer: Activations(*(part.new_empty(size, part.shape[1]) for part in pair)) for layer, pair in fresh.items()
+            }
+        _put(self.held, torch.arange(self.filled, self.filled + self.n), fresh)
+        self.filled += self.n
+
+    def _end(self) -> None:
+        self.ended = True
+        order = torch.randperm(self.filled, generator=self.generator)
+        self.last = list(order.split(self.n)) if self.filled else []
+
+    def state(self) -> dict[str, Tensor]:
+        """What it holds and where its drawing stands; nothing where it mixes nothing."""
+        if not self.room:
+            return {}
+        held = {f"{name}.{layer}": part for layer, pair in self.held.items() for name, part in pair._asdict().items()}
+        last = torch.cat(self.last) if self.last else torch.empty(0, dtype=torch.int64)
+        stands = torch.tensor([self.filled, self.ended])
+        return held | {"generator": self.generator.get_state(), "last": last, "stands": stands}
+
+    def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Goes on from a `state`; the batches given have to go on there, too."""
+        if not self.room:
+            return
+        layers = sorted(int(name.partition(".")[2]) for name in state if name.startswith("x."))
+        self.held = {layer: Activations(state[f"x.{layer}"].to(device), state[f"y.{layer}"].to(device)) for layer in layers}
+        self.generator.set_state(state["generator"])
+        self.filled, self.ended = int(state["stands"][0]), bool(state["stands"][1])
+        self.last = list(state["last"].split(self.n)) if len(state["last"]) else []
 
 
 def _take(held: dict[int, Activations], places: Tensor) -> dict[int, Activations]:

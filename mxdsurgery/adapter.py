@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,13 +26,16 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from mxdsurgery.console import size
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import BaseModelError, MxDError, NotConvertedError, WeightsError, first_line
+from mxdsurgery.journal import METRICS_FILE
 from mxdsurgery.model import load_model, model_name
+from mxdsurgery.outside import check_folder, check_types, inside, read_json, shown
 
 ADAPTER_FILE = "mxd_adapter.json"
 ADAPTER_VERSION = 1
 CARD = "README.md"
 # What other commands found out about a model and left in its folder: no part of it.
-ABOUT = ("experts", "experts.partial", "experts.old", "probing", "dissection", "effects", "report.html", "report-data")
+ABOUT = (METRICS_FILE, "experts", "experts.run", "experts.old", "probing", "dissection", "effects", "report.html")
+ABOUT += ("report-data", "metrics.png", "metrics.svg")
 
 # In the metadata of an adapter's safetensors file: the header of the checkpoint's file that it is a part of.
 _HEADER = "header"
@@ -110,7 +113,7 @@ def base_weights(name: str, revision: str | None, dtype: str, expected: str) -> 
     """
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            model = load_model(name, revision=revision, dtype=dtype, offload=Path(scratch))
+            model = load_model(name, revision=revision, dtype=dtype, offload=Path(scratch), check=False)
         except MxDError as error:
             fix = "say where it is now with --base (in Python base=)"
             raise BaseModelError(f"the base model is needed: {error.found}", expected=expected, fix=fix) from None
@@ -133,24 +136,24 @@ def read_adapter(folder: str | Path) -> Adapter:
     if not path.is_file():
         raise NotConvertedError(f"{str(folder)!r} is not a folder with a {ADAPTER_FILE}", expected=expected)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        check_folder(Path(folder), deep=True)
+        values = read_json(path)
         version = values.pop("format_version")
         if version != ADAPTER_VERSION:
             raise NotConvertedError(
-                f"{str(folder)!r} is an adapter of format version {version}",
+                f"{str(folder)!r} is an adapter of format version {shown(version)}",
                 expected=f"version {ADAPTER_VERSION}",
                 fix="upgrade mxdsurgery",
             )
         adapter = Adapter(**values)
-        if not all(isinstance(entry, dict) for entry in (adapter.from_base, adapter.kept, adapter.files)):
-            raise ValueError("from_base, kept or files is no object")
+        check_types(adapter, Adapter)
         if adapter.dtype not in _DTYPES:
-            raise ValueError(f"dtype is {adapter.dtype!r}")
-        outside = [name for name in adapter.files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"dtype is {shown(adapter.dtype)}")
+        outside = [name for name in adapter.files if not inside(Path(folder), name)]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise NotConvertedError(f"{path} cannot be read: {first_line(error)}", expected=expected) from None
     if outside:
-        raise NotConvertedError(f"{path} names a file outside the folder: {outside[0]!r}", expected=expected)
+        raise NotConvertedError(f"{path} names a file outside the folder: {shown(outside[0])}", expected=expected)
     return adapter
 
 
@@ -326,8 +329,10 @@ def _open_part(folder: Path, file: str) -> tuple[Any, str, dict[str, dict[str, A
         part = safe_open(folder / part_of(file), "pt")
         header = part.metadata()[_HEADER]
         entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        for entry in entries.values():
+            check_types([entry["shape"], entry["data_offsets"]], list[list[int]], "its header")
         return part, header, dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"]))
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise damaged(folder, f"{part_of(file)} cannot be read: {first_line(error)}") from None
 
 

@@ -73,17 +73,18 @@ class Analysis:
         return table
 
 
-def analyze(model: str, *, revision: str | None = None) -> Analysis:
+def analyze(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Analysis:
     """Finds the MLP block of each decoder layer, on the meta device: no weights are read, a 70 B model takes seconds.
 
     Args:
         model: hub id, local folder, ``demo-glu`` or ``demo-mlp``.
         revision: branch, tag or commit on the hub.
+        trust_remote_code: see `mxdsurgery.model.load_config`.
 
     Raises:
         ModelNotFoundError, GatedModelError, UnknownFamilyError, NotCausalLMError: see `mxdsurgery.model.load_config`.
     """
-    config = load_config(model, revision)
+    config = load_config(model, revision, trust_remote_code)
     skeleton = model_skeleton(config)
     return Analysis(
         model=model,

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mxdsurgery.errors import UnsupportedBlockError
 from mxdsurgery.model import decoder_layers
+from mxdsurgery.offload import resident
 
 # Largest |difference| / largest |value| that still is fp32 rounding; the activations differ from each other by far more.
 TOLERANCE = 2e-5
@@ -186,7 +187,8 @@ def prove_block(model: PreTrainedModel, block: Block) -> float:
     """
     root = model.base_model
     holder_path = block.path if not block.bypass else block.path.rpartition(".")[0]
-    holder = copy.deepcopy(root.get_submodule(holder_path)).to(torch.float32)
+    with resident(root.get_submodule(holder_path)):
+        holder = _unhooked_copy(root.get_submodule(holder_path)).to(torch.float32)
     local = block.relocate(holder_path, "", block.layer)
     trace = _run(holder, block.d_model, local.parts, whole=not block.bypass)
     error = _error(local, holder, trace)
@@ -304,9 +306,20 @@ def _read_block(layer: nn.Module, name: str, inline: bool, d_model: int, config:
     )
 
 
+def _unhooked_copy(module: nn.Module) -> nn.Module:
+    """A copy that computes by itself: without the hooks by which Accelerate moves weights, which would run the original."""
+    hooks = {id(part._hf_hook): None for part in module.modules() if hasattr(part, "_hf_hook")}
+    copied = copy.deepcopy(module, hooks)
+    for part in copied.modules():
+        if "_hf_hook" in part.__dict__:
+            for name in ("_hf_hook", "_old_forward", "forward"):
+                part.__dict__.pop(name, None)
+    return copied
+
+
 def _with_random_weights(module: nn.Module) -> nn.Module:
     """A float32 copy on the CPU with random weights of unit gain, biases and norms included."""
-    module = copy.deepcopy(module).to_empty(device="cpu").to(torch.float32).eval()
+    module = _unhooked_copy(module).to_empty(device="cpu").to(torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):

@@ -1,24 +1,23 @@
 """The command line: each command reads its flags, calls the public function of its name and prints what it returns."""
 
 import json
-import logging
 import os
 import sys
-import warnings
+import time
 from typing import Any
 
 import click
-import transformers
 from rich.console import Console
 
 import mxdsurgery
 from mxdsurgery.card import LEGEND, evaluation_table
 from mxdsurgery.coefficients import FORMS
-from mxdsurgery.console import ConsoleReporter, size
+from mxdsurgery.console import size
+from mxdsurgery.disclosure import masked, secrets_here
 from mxdsurgery.dissect import dissection_table
 from mxdsurgery.edit import edit_table
 from mxdsurgery.effect import effect_tables
-from mxdsurgery.errors import EditError, MemoryBudgetError, MxDError, MxDWarning
+from mxdsurgery.errors import EditError, MemoryBudgetError, MxDError
 from mxdsurgery.experts import experts_table
 from mxdsurgery.frontier import DEFAULT_K, DEFAULT_KINDS, ONE_LAYER
 from mxdsurgery.generate import side_by_side
@@ -31,6 +30,7 @@ from mxdsurgery.options import (
     BASE,
     DTYPES,
     KINDS_HELP,
+    RESUME,
     Count,
     Numbers,
     RecipeValue,
@@ -41,24 +41,31 @@ from mxdsurgery.options import (
     recipe_options,
     text_options,
 )
+from mxdsurgery.plot import plot_table
 from mxdsurgery.probe import probe_tables
 from mxdsurgery.push import push_table
 from mxdsurgery.recipe import RECIPE_KEYS
 from mxdsurgery.search import BY, search_table
 from mxdsurgery.steering import steering_table
 from mxdsurgery.sweep import sweep_table
+from mxdsurgery.voice import Command, console_reporter, level_options
 
 _INTERRUPTED = 130  # what a shell expects of a process that Ctrl-C ended
+_FIRST_SPEAKS = 5.0  # seconds that the other processes of a run wait before they say what they found
 
 
 class _NamedErrors(click.Group):
     """A user's mistake, in a flag too: its three lines on stderr and exit code 2. Ctrl-C: what is there, and 130."""
 
+    command_class = Command
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except MxDError as error:
-            click.echo(f"{type(error).__name__}: {error}", err=True)
+            one_of_several = int(os.environ.get("RANK", 0))
+            time.sleep(_FIRST_SPEAKS * bool(one_of_several))  # and the launcher ends this one if that says the same
+            click.echo(masked(f"{type(error).__name__}: {error}", secrets_here(None)), err=True)
             sys.exit(2)
         except KeyboardInterrupt as interrupt:
             click.echo(f"\n{str(interrupt) or 'Interrupted. Nothing was written.'}", err=True)
@@ -77,33 +84,20 @@ def _print_table(*parts: Any) -> None:
         console.print(part)
 
 
-def _quiet_libraries() -> None:
-    """The libraries' own progress bars, warnings and advice would interrupt ours."""
-    warnings.simplefilter("ignore")
-    warnings.simplefilter("once", MxDWarning)
-    warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    for library in ("huggingface_hub", "accelerate"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-
-
-@click.group(cls=_NamedErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_NamedErrors, params=level_options(), context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mxdsurgery")
 def main() -> None:
     """Replace the MLP blocks of a language model by Mixtures of Decoders, and see what it costs."""
-    _quiet_libraries()
 
 
 @main.command()
 @click.argument("model")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--trust-remote-code", is_flag=True, help=RECIPE_KEYS["trust_remote_code"].doc)
 @AS_JSON
-def analyze(model: str, revision: str | None, as_json: bool) -> None:
+def analyze(model: str, as_json: bool, **options: Any) -> None:
     """Show which MLP blocks MODEL has, from its config alone."""
-    analysis = mxdsurgery.analyze(model, revision=revision)
+    analysis = mxdsurgery.analyze(model, **options)
     _print_json(analysis.to_dict()) if as_json else _print_table(analysis.table())
 
 
@@ -129,14 +123,16 @@ def plan(model: str, recipe: str | None, measure: bool, as_json: bool, **overrid
 @main.command()
 @click.argument("model")
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
+@RESUME
 @recipe_options()
 def convert(model: str, recipe: str | None, **overrides: Any) -> None:
     """Convert MODEL: distil, evaluate and export.
 
     Every flag is a key of the recipe; what is not given comes from the recipe made for the model, or from --recipe.
     """
-    made = mxdsurgery.convert(model, recipe=recipe, reporter=ConsoleReporter(), **overrides)
-    _print_table(evaluation_table(made.evaluation), LEGEND, f"\nThe converted model is in {made.recipe.out}")
+    made = mxdsurgery.convert(model, recipe=recipe, reporter=console_reporter(), **overrides)
+    if made is not None:  # the first of several processes says it
+        _print_table(evaluation_table(made.evaluation), LEGEND, f"\nThe converted model is in {made.recipe.out}")
 
 
 @main.command()
@@ -145,13 +141,14 @@ def convert(model: str, recipe: str | None, **overrides: Any) -> None:
 @click.option("--k", type=RecipeValues("k"), default=DEFAULT_K, help="Values of K. [default: 16,32,64,128,256]")
 @click.option("--kinds", type=RecipeValues("kind"), default=DEFAULT_KINDS, help=KINDS_HELP)
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
+@RESUME
 @recipe_options("layers", "k", "kind", *ONE_LAYER)
 def frontier(model: str, **options: Any) -> None:
     """Compare kinds of layers at several K in place of one block of MODEL.
 
     All are trained on the same activations and have the same number of parameters. What --out holds already is kept.
     """
-    made = mxdsurgery.frontier(model, reporter=ConsoleReporter(), **options)
+    made = mxdsurgery.frontier(model, reporter=console_reporter(), **options)
     _print_table(
         made.table(), *made.verdicts, f"\nfrontier.json, frontier.csv, frontier.png and frontier.svg are in {made.out}"
     )
@@ -166,16 +163,17 @@ def frontier(model: str, **options: Any) -> None:
 def evaluate(folder: str, growth: bool, as_json: bool, **options: Any) -> None:
     """Measure the converted model in DIR against its original."""
     if growth:
-        result = mxdsurgery.growth(folder, reporter=ConsoleReporter(), **options)
+        result = mxdsurgery.growth(folder, reporter=console_reporter(), **options)
         _print_json(result) if as_json else _print_table(*growth_table(result))
         return
-    figures = mxdsurgery.evaluate(folder, reporter=ConsoleReporter(), **options)
+    figures = mxdsurgery.evaluate(folder, reporter=console_reporter(), **options)
     _print_json(figures) if as_json else _print_table(evaluation_table(figures), LEGEND)
 
 
 @main.command()
 @click.argument("folder", metavar="DIR")
 @click.option("--out", required=True, help="The folder to write.")
+@RESUME
 @heal_options
 @BASE
 @click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
@@ -186,7 +184,9 @@ def heal(folder: str, as_json: bool, **options: Any) -> None:
 
     What learns keeps its form and K. The best weights on text that is not trained on are written.
     """
-    result = mxdsurgery.heal(folder, reporter=ConsoleReporter(), **options)
+    result = mxdsurgery.heal(folder, reporter=console_reporter(), **options)
+    if result is None:
+        return  # the first of several processes says it
     if as_json:
         _print_json(result)
         return
@@ -201,7 +201,7 @@ def heal(folder: str, as_json: bool, **options: Any) -> None:
 @AS_JSON
 def apply_(adapter: str, as_json: bool, **options: Any) -> None:
     """Write the whole checkpoint of ADAPTER, bit for bit, from the base model's weights and what differs from them."""
-    result = mxdsurgery.apply(adapter, reporter=ConsoleReporter(), **options)
+    result = mxdsurgery.apply(adapter, reporter=console_reporter(), **options)
     made = f"{size(result['bytes'])} from an adapter of {size(result['adapter_bytes'])} and {result['base_model']}"
     _print_json(result) if as_json else _print_table(f"The model is in {result['out']}: {made}")
 
@@ -217,7 +217,7 @@ def apply_(adapter: str, as_json: bool, **options: Any) -> None:
 @AS_JSON
 def push(folder: str, repo: str, as_json: bool, **options: Any) -> None:
     """Upload the model or adapter in DIR to the hub, with its card, if nothing in it has to stay private."""
-    result = mxdsurgery.push(folder, repo, reporter=ConsoleReporter(), **options)
+    result = mxdsurgery.push(folder, repo, reporter=console_reporter(), **options)
     _print_json(result) if as_json else _print_table(push_table(result), f"\nIt is at {result['url']}")
 
 
@@ -230,7 +230,7 @@ def probe(folder: str, as_json: bool, **options: Any) -> None:
 
     DIR is what convert or frontier wrote.
     """
-    result = mxdsurgery.probe(folder, reporter=ConsoleReporter(), **options)
+    result = mxdsurgery.probe(folder, reporter=console_reporter(), **options)
     _print_json(result) if as_json else _print_table(*probe_tables(result))
 
 
@@ -243,7 +243,7 @@ def dissect(folder: str, as_json: bool, **options: Any) -> None:
 
     DIR is what convert or frontier wrote. Usage needs labelled text, --data; without it, weights alone are looked at.
     """
-    result = mxdsurgery.dissect(folder, reporter=ConsoleReporter(), **options)
+    result = mxdsurgery.dissect(folder, reporter=console_reporter(), **options)
     _print_json(result) if as_json else _print_table(dissection_table(result))
 
 
@@ -259,16 +259,29 @@ def dissect(folder: str, as_json: bool, **options: Any) -> None:
 @click.option("--sample", type=Count(), default=10, show_default=True, help="Random places kept of each expert.")
 @click.option("--spread", type=Count(), default=8, show_default=True, help="Draw from so many times as much text.")
 @click.option("--overwrite", is_flag=True, help="Take the place of an earlier catalogue.")
+@RESUME
+@click.option("--checkpoint-every", type=Count(), help="Passes between two checkpoints; default: the recipe's.")
 @click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
 @click.option("--seed", type=int, default=0, show_default=True)
 @AS_JSON
 def experts(folder: str, as_json: bool, **options: Any) -> None:
-    """Write down of every expert in DIR when it fires and what it does: for search, report and steering.
-
-    An interrupted run goes on where it stopped when the same command is given again.
-    """
-    result = mxdsurgery.experts(folder, reporter=ConsoleReporter(), **options)
+    """Write down of every expert in DIR when it fires and what it does: for search, report and steering."""
+    result = mxdsurgery.experts(folder, reporter=console_reporter(), **options)
     _print_json(result) if as_json else _print_table(experts_table(result), f"\nThe catalogue is in {result['out']}")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--out", metavar="FILE", help="A .png or .svg; both are written. Default: metrics.png beside metrics.jsonl.")
+@AS_JSON
+def plot(folder: str, as_json: bool, **options: Any) -> None:
+    """Draw how the training of DIR went: loss, NMSE and dead experts of each layer, and the KL where there is one.
+
+    DIR is what convert, heal or frontier wrote, or is writing; a layer that went wrong is named.
+    """
+    result = mxdsurgery.plot(folder, reporter=console_reporter(), **options)
+    drawn = f"\nThe figures are {' and '.join(result['figures'])}"
+    _print_json(result) if as_json else _print_table(*plot_table(result), drawn)
 
 
 @main.command()
@@ -290,7 +303,7 @@ def search(folder: str, query: str, as_json: bool, **options: Any) -> None:
 @click.option("--limit-mib", type=Count(), default=64, show_default=True, help="Larger data go into files beside the page.")
 def report(folder: str, **options: Any) -> None:
     """Write a page that shows every expert of DIR, for a browser; `experts` must have run."""
-    made = mxdsurgery.report(folder, reporter=ConsoleReporter(), **options)
+    made = mxdsurgery.report(folder, reporter=console_reporter(), **options)
     beside = f"\nIts data are in {made['data']}: keep them together" if made["data"] else ""
     _print_table(f"The page is in {made['page']}{beside}")
 
@@ -303,7 +316,7 @@ def report(folder: str, **options: Any) -> None:
 @text_options
 def coefficients(folder: str, **options: Any) -> None:
     """Write every expert coefficient of DIR on a text to files that other tools read."""
-    made = mxdsurgery.coefficients(folder, reporter=ConsoleReporter(), **options)
+    made = mxdsurgery.coefficients(folder, reporter=console_reporter(), **options)
     _print_table(f"Coefficients on {made['tokens']:,} tokens are in {options['out']}")
 
 
@@ -318,7 +331,7 @@ def coefficients(folder: str, **options: Any) -> None:
 @AS_JSON
 def edit(folder: str, as_json: bool, **options: Any) -> None:
     """Edit experts of DIR for good, in a new folder, and say what that changed."""
-    result = mxdsurgery.edit(folder, reporter=ConsoleReporter(), **options)
+    result = mxdsurgery.edit(folder, reporter=console_reporter(), **options)
     _print_json(result) if as_json else _print_table(*edit_table(result), f"\nThe model is in {result['out']}")
 
 
@@ -344,13 +357,13 @@ def effect(folder: str, edits: Any, sweep: int | None, as_json: bool, **options:
     """Measure what edits of experts in DIR do to its predictions, and what the same edits of others do."""
     per_expert = options.pop("contexts_per_expert")
     if sweep is None:
-        result = mxdsurgery.effect(folder, edits=edits, reporter=ConsoleReporter(), **options)
+        result = mxdsurgery.effect(folder, edits=edits, reporter=console_reporter(), **options)
         _print_json(result) if as_json else _print_table(*effect_tables(result))
         return
     if edits:
         raise EditError("--sweep was given together with edits", expected="one of them: it ablates each expert alone")
     top, _ = options.pop("top"), options.pop("controls")
-    ranked = mxdsurgery.sweep(folder, layer=sweep, contexts_per_expert=per_expert, reporter=ConsoleReporter(), **options)
+    ranked = mxdsurgery.sweep(folder, layer=sweep, contexts_per_expert=per_expert, reporter=console_reporter(), **options)
     _print_json(ranked) if as_json else _print_table(sweep_table(ranked, top))
 
 
@@ -377,7 +390,7 @@ def generate(folder: str, score: bool, judge_url: str | None, judge_model: str |
     given = {name: value for name, value in options.items() if value is not None}
     if score:
         judge = judge_from_flags(judge_url, judge_model)
-        result = mxdsurgery.steering(folder, judge=judge, reporter=ConsoleReporter(), **given)
+        result = mxdsurgery.steering(folder, judge=judge, reporter=console_reporter(), **given)
         _print_json(result) if as_json else _print_table(steering_table(result))
         return
     if given.keys() & {"factors", "controls", "base"} or judge_url or judge_model:

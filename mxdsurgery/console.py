@@ -1,12 +1,15 @@
 """What a command says while it works: stages, progress and tables. On a terminal with bars, elsewhere with plain lines."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from mxdsurgery.errors import MxDError
 
 # Without a terminal, a progress line every so many seconds.
 _LINE_EVERY = 15.0
@@ -32,16 +35,34 @@ class ProgressLine:
 
 
 class ConsoleReporter(Reporter):
-    """Speaks to a console (standard error by default, so that standard output holds results only)."""
+    """Speaks to a console (standard error by default, so that standard output holds results only).
 
-    def __init__(self, console: Console | None = None) -> None:
+    Args:
+        console: which.
+        level: the lowest level of what is said, as `logging` names them: ``warning`` is nothing, for all that is said is
+            information; ``info``; ``debug`` is one line per event, with its time, level and stage, and no bars.
+    """
+
+    def __init__(self, console: Console | None = None, level: str = "info") -> None:
         self.console = console or Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+        self.level, self.stage = level, "start"
 
     def say(self, text: str) -> None:  # noqa: D102
-        self.console.print(text, markup=False)
+        if self.level == "debug":
+            self.stage, text = stage_and_text(text, self.stage)
+            self._event("info", self.stage, text)
+        elif self.level == "info":
+            self._print(text)
 
     @contextmanager
     def progress(self, label: str, unit: str) -> Iterator[ProgressLine]:  # noqa: D102
+        if self.level == "debug":
+            with timed(self._event, label):
+                yield _PlainLine(self, label, unit)
+            return
+        if self.level != "info":
+            yield ProgressLine()
+            return
         if not self.console.is_terminal:
             yield _PlainLine(self, label, unit)
             return
@@ -55,6 +76,12 @@ class ConsoleReporter(Reporter):
         )
         with Progress(*columns, console=self.console) as bar:
             yield _BarLine(bar, label)
+
+    def _event(self, level: str, stage: str, text: str) -> None:
+        self._print(event_line(level, stage, text))
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False)
 
 
 class _PlainLine(ProgressLine):
@@ -91,6 +118,38 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(f"{compact(task.speed or 0)} {self.unit}/s")
+
+
+def event_line(level: str, stage: str, text: str) -> str:
+    """One line about an event: UTC time, level, stage and text; line breaks and what else cannot be printed are escaped."""
+    now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return f"{now} {level:<7} {stage:<10} {shown}".rstrip()
+
+
+def stage_and_text(line: str, before: str) -> tuple[str, str]:
+    """A line's stage, its first word, and the rest; a line that begins with blanks goes on with the stage before."""
+    stage, _, text = line.partition(" ") if line[:1].strip() else (before, "", line)
+    return stage, text.strip()
+
+
+@contextmanager
+def timed(event: Callable[[str, str, str], None], stage: str) -> Iterator[None]:
+    """Tells when a piece of work begins, and when it ends: well, or with an error.
+
+    Args:
+        event: is told: level, stage, text.
+        stage: the work.
+    """
+    event("info", stage, "begins")
+    start = time.monotonic()
+    try:
+        yield
+    except BaseException as error:
+        with suppress(MxDError):  # what stopped it says more
+            event("error", stage, f"stopped after {time.monotonic() - start:.1f} s: {type(error).__name__}")
+        raise
+    event("info", stage, f"ended after {time.monotonic() - start:.1f} s")
 
 
 def compact(number: float) -> str:

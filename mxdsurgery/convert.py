@@ -1,30 +1,31 @@
 """``convert``: the whole job, from a model's name to a folder that transformers loads."""
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxdsurgery.accelerator import make_accelerator
 from mxdsurgery.blocks import Block, prove_block
 from mxdsurgery.checkpoint import PLAN_FILE, RECIPE_FILE
-from mxdsurgery.console import Reporter, compact, duration, size
-from mxdsurgery.errors import BaseModelError, ExportError, Interrupted, OutputError
+from mxdsurgery.console import Reporter, duration, size
+from mxdsurgery.cost import LayerPlan
+from mxdsurgery.errors import CheckpointError, RecipeError
 from mxdsurgery.export import check_output, export, write_json
 from mxdsurgery.measure import measure
 from mxdsurgery.memory import PeakMemory
 from mxdsurgery.model import decoder_layers, load_model, load_tokenizer
-from mxdsurgery.offload import move, resident, weights_of
-from mxdsurgery.plan import WORTH_PREDICTING, Plan, plan, with_time
+from mxdsurgery.offload import move, resident
+from mxdsurgery.parallel import check_parallel, layer_shares, processes, rank
+from mxdsurgery.plan import WORTH_PREDICTING, Plan, plan, read_plan, with_layers, with_time
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.resume import weights_digest
+from mxdsurgery.run_folder import RunFolder, depends_on
 from mxdsurgery.text import open_texts
-from mxdsurgery.train import Training, train_groups
+from mxdsurgery.train import Training, collect, train_groups
 
 # Contexts on which the reloaded checkpoint is compared with the model in memory.
 _CHECK_CONTEXTS = 2
@@ -49,66 +50,141 @@ class Conversion:
     seconds: float
 
 
-def convert(model: str, *, recipe: str | Path | None = None, reporter: Reporter | None = None, **overrides: Any) -> Conversion:
+def convert(
+    model: str,
+    *,
+    recipe: str | Path | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **overrides: Any,
+) -> Conversion | None:
     """Replaces MLP blocks by Mixture-of-Decoders layers, distils them, measures the cost and exports the result.
 
     Args:
         model: hub id, local folder, ``demo-glu`` or ``demo-mlp``.
         recipe: a recipe file or the name of one that comes with mxdsurgery; default: the one made for the model.
+        resume: go on with the unfinished run in ``<out>.run``, if there is one, as if it had not been interrupted.
         reporter: what to tell while working; default: nothing.
         **overrides: recipe keys, for example ``layers="2-5"``, ``tokens=2_000_000``, ``k=16``, ``out="folder"``.
 
     Returns:
-        The folder and the figures.
+        The folder and the figures; where several processes were launched, None in all but the first.
 
     Raises:
-        MxDError: one of its named kinds; the output folder is not there then.
-        Interrupted: Ctrl-C while training; the layers so far are kept in ``<out>.interrupted``.
+        MxDError: one of its named kinds; the output folder is as it was then. OutputError, where an unfinished run is neither
+            to be resumed nor overwritten; CheckpointError, where it cannot be resumed.
+        Interrupted: Ctrl-C; while training, a checkpoint is written first.
     """
     reporter = reporter or Reporter()
     made, resolved = plan(model, recipe=recipe, **overrides)
     out = check_output(resolved.out, resolved.overwrite)
-    made.check_budget()
-    made = with_time(made, resolved, WORTH_PREDICTING)
-    for line in (f"recipe     {made.recipe_file}", *made.summary(resolved)):
-        reporter.say(line)
+    if not resume:
+        made.check_budget()
     accelerator = make_accelerator(resolved)
-    tokenizer = load_tokenizer(model, resolved.revision)
-    train, heldout = open_texts(resolved, tokenizer)
-
-    memory = PeakMemory(accelerator.device.type)
-    training = Training(len(made.groups))
-    with _scratch(out, made) as scratch, _kept(out, made, resolved, training):
-        offload = scratch if made.offloaded else None
-        base = load_model(model, revision=resolved.revision, dtype=made.dtype, device=accelerator.device, offload=offload)
-        worst = max(_proof(base, block) for block in made.blocks)
-        reporter.say(f"proof      {len(made.blocks)} blocks recomputed from their weights, largest relative error {worst:.1e}")
-        train_groups(base, made, train, resolved, accelerator, training, reporter, scratch)
+    check_parallel(resolved)
+    reporter = Reporter() if rank() else reporter
+    run = RunFolder(out, resolved)
+    run.open(depends_on(resolved.to_dict()) | {"processes": processes()}, resume, resolved.overwrite)
+    with run.working(reporter) as reporter:
+        made = _settled(made, resolved, run, reporter, resume)
+        mine, shares = _my_share(made, resolved, run)
+        tokenizer = load_tokenizer(model, resolved.revision, resolved.trust_remote_code)
+        train, heldout = open_texts(resolved, tokenizer)
+        memory = PeakMemory(accelerator.device.type)
+        training = Training(len(mine.groups))
+        offload = run.scratch if made.offloaded else None
+        base = load_model(
+            model,
+            revision=resolved.revision,
+            dtype=made.dtype,
+            device=accelerator.device,
+            offload=offload,
+            trust_remote_code=resolved.trust_remote_code,
+        )
+        run.confirm(base=weights_digest(base))
+        worst = max(_proof(base, block) for block in mine.blocks)
+        reporter.say(f"proof      {len(mine.blocks)} blocks recomputed from their weights, largest relative error {worst:.1e}")
+        train_groups(base, mine, train, resolved, accelerator, training, reporter, run)
+        collect(training, shares, base, accelerator.device)
+        if rank():
+            accelerator.end_training()
+            return None
         record = _training_record(made, training, memory.bytes())
         for line in _comparison(record):
             reporter.say(line)
-        layers = {planned.block.layer: layer for planned, layer in training.layers.items()}
-        for layer in layers.values():
-            move(layer, accelerator.device)
-        with reporter.progress("evaluate", "passes") as line:
-            evaluation = measure(base, made.blocks, layers, heldout, resolved.batch, line.update)
+        evaluation = _evaluated(base, made, training, heldout, resolved, accelerator.device, reporter)
         evaluation |= {"data": resolved.eval_data or resolved.data, "training": record}
-        differences = export(base, layers, made, resolved, evaluation, tokenizer, heldout[:_CHECK_CONTEXTS], out)
-    reporter.say(
-        f"exported   {resolved.out}; reloaded without mxdsurgery, logits differ by at most {differences['logits']:.1g}"
-    )
+        layers = {planned.block.layer: layer for planned, layer in training.layers.items()}
+        check = heldout[:_CHECK_CONTEXTS]
+        differences = export(base, layers, made, resolved, evaluation, tokenizer, check, out, run.scratch)
+        reporter.say(
+            f"exported   {resolved.out}; reloaded without mxdsurgery, logits differ by at most {differences['logits']:.1g}"
+        )
+    run.finish(out)
+    accelerator.end_training()
     return Conversion(out, made, resolved, evaluation, training.seconds)
 
 
-@contextmanager
-def _scratch(out: Path, made: Plan) -> Iterator[Path | None]:
-    """A folder beside ``out`` for what the plan keeps on disk while it works; None where it keeps nothing there."""
-    if not (made.offloaded or made.states_on_disk):
-        yield None
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.work.") as folder:
-        yield Path(folder)
+def _settled(made: Plan, recipe: Recipe, run: RunFolder, reporter: Reporter, resume: bool) -> Plan:
+    """The plan that is carried out: that of the run that goes on, or this one, which has to fit. Says what it is."""
+    if (run.path / PLAN_FILE).is_file():
+        made = _read_plan(run.path / PLAN_FILE)
+        step = 0 if run.resumed is None else run.resumed.state["step"]
+        reporter.say(f"resume     from step {step}, in {run.path}")
+    elif rank() == 0:
+        made.check_budget()  # not yet, where there was nothing to resume
+        made = with_time(made, recipe, WORTH_PREDICTING)
+        (run.path / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        write_json(run.path / PLAN_FILE, made.to_dict())
+        if resume:
+            reporter.say(f"resume     no checkpoint in {run.path}: it begins at the start")
+    for line in (f"recipe     {made.recipe_file}", *made.summary(recipe)):
+        reporter.say(line)
+    return made
+
+
+def _read_plan(path: Path) -> Plan:
+    """A plan of the run that goes on."""
+    try:
+        return read_plan(path)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error}", fix="begin anew: --overwrite") from None
+
+
+def _my_share(made: Plan, recipe: Recipe, run: RunFolder) -> tuple[Plan, list[list[LayerPlan]]]:
+    """What this process trains, in the groups that it began with; and the layers of each process."""
+    shares = layer_shares(made.layers, recipe)
+    if not all(shares):
+        raise RecipeError(
+            f"{len(shares)} processes were launched for {len(made.layers)} layers, with parallel: layers",
+            expected="a layer for each process at least",
+            fix="launch fewer, or --parallel data",
+        )
+    if len(shares[0]) == len(made.layers):
+        return made, shares[:1]
+    kept = run.path / f"share.{rank()}.json"
+    if kept.is_file():
+        return _read_plan(kept), shares
+    mine = with_layers(made, shares[rank()], recipe)
+    write_json(kept, mine.to_dict())
+    return mine, shares
+
+
+def _evaluated(
+    base: PreTrainedModel,
+    made: Plan,
+    training: Training,
+    heldout: Tensor,
+    recipe: Recipe,
+    device: torch.device,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """`measure`'s figures of the trained layers, which are on the device from here on."""
+    for layer in training.layers.values():
+        move(layer, device)
+    layers = {planned.block.layer: layer for planned, layer in training.layers.items()}
+    with reporter.progress("evaluate", "passes") as line:
+        return measure(base, made.blocks, layers, heldout, recipe.batch, line.update)
 
 
 def _proof(base: PreTrainedModel, block: Block) -> float:
@@ -142,59 +218,3 @@ def _comparison(record: dict[str, Any]) -> list[str]:
         words.append(f"{form(planned)} planned" if planned is not None else "not predicted")
         lines.append(f"{label:10} {', '.join(words)}")
     return lines
-
-
-@contextmanager
-def _kept(out: Path, made: Plan, recipe: Recipe, training: Training) -> Iterator[None]:
-    """Keeps the layers when the work inside is interrupted, or when its result cannot be written.
-
-    Raises:
-        Interrupted: Ctrl-C.
-        OutputError, ExportError, BaseModelError: as inside, telling what was kept.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not training.passes:
-            raise
-        raise Interrupted(f"Interrupted. {_keep_layers(out, made, recipe, training)}") from None
-    except (OutputError, ExportError, BaseModelError) as error:
-        try:
-            kept = _keep_layers(out, made, recipe, training)
-        except OSError:  # the same disk is full
-            raise error from None
-        raise type(error)(f"{error.found}\n{kept}", expected=error.expected, fix=error.fix) from None
-
-
-def _keep_layers(out: Path, made: Plan, recipe: Recipe, training: Training) -> str:
-    """Writes the layers as far as they are trained, and says so. Replaces what an earlier run left there."""
-    folder = out.with_name(out.name + ".interrupted")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    states = {planned.block.layer: weights_of(layer) for planned, layer in training.layers.items()}
-    tensors = {f"{index}.{name}": tensor.contiguous() for index, state in states.items() for name, tensor in state.items()}
-    save_file(tensors, folder / "layers.safetensors")
-    (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    write_json(folder / PLAN_FILE, made.to_dict())
-    write_json(folder / "state.json", _state(made, training))
-    last = training.passes[-1]
-    group = f" of group {len(training.passes)} of {training.groups}" if training.groups > 1 else ""
-    return (
-        f"No model was written to {out}. The layers after step {last.step} of {last.steps}{group} "
-        f"({compact(last.tokens)} tokens) are in {folder}: layers.safetensors, state.json (where training stood), "
-        "recipe.yaml and plan.json."
-    )
-
-
-def _state(made: Plan, training: Training) -> dict[str, Any]:
-    """For state.json: where the group that was in training stood, and which layers are finished."""
-    last = training.passes[-1]
-    done = [progress.step == progress.steps for progress in training.passes]
-    finished = [i for group, whole in zip(made.groups, done, strict=False) if whole for i in group.layers]
-    by_layer = {
-        name: {planned.block.layer: value for planned, value in figure.items()}
-        for name, figure in (("nmse", training.nmse), ("dead_share", training.dead_share))
-    }
-    place = {"group": len(training.passes), "groups": training.groups, "finished_layers": finished}
-    stands = {"steps": last.steps, "tokens_per_step": last.tokens_per_step, "step": last.step, "tokens": last.tokens}
-    return stands | {"seconds": training.seconds} | by_layer | place | {"finished": training.finished}

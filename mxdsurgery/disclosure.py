@@ -24,7 +24,10 @@ _ASSIGNMENTS = {
         r"[\"']?\s*[:=]\s*[\"']?" + _VALUE
     ),
     "a bearer token": r"(?i)\bbearer\s+" + _VALUE,
-    "a password in a URL": r"://[^/\s:@\"']+:(?P<value>[^/\s@\"']+)@",
+    "a password in a URL": r"://[^/\s:@\"']*:(?P<value>[^/\s@\"']+)@",
+    "a key in a URL": (
+        r"(?i)[?&](?:(?:api|access|auth)?[_-]?(?:key|token)|secret|password|sig(?:nature)?)=(?P<value>[^&#\s\"']+)"
+    ),
 }
 _FORMS = [(what, re.compile(form)) for what, form in _SECRETS.items()]
 _NAMED = [(what, re.compile(form)) for what, form in _ASSIGNMENTS.items()]
@@ -103,6 +106,26 @@ def redacted(text: str) -> str:
         pieces += [text[reached:start], re.split(r"[\\/]+", text[start:end].rstrip("\\/ "))[-1]]
         reached = end
     return "".join([*pieces, text[reached:]])
+
+
+def masked(text: str, known: Iterable[str] = ()) -> str:
+    """The text with what kind of secret it is in place of each secret; local paths stay.
+
+    Args:
+        text: of a log or a message.
+        known: secrets to look for as they are.
+    """
+    pieces, reached = [], 0
+    for start, end, what in sorted(_secrets(text, known, False), key=lambda one: one[0]):
+        if start >= reached:
+            pieces += [text[reached:start], f"[{what}]"]
+        reached = max(reached, end)  # nothing of a longer form's end is left over
+    return "".join([*pieces, text[reached:]])
+
+
+def secret_in(text: str) -> str | None:
+    """What kind of secret is in a text, those of the environment among them; None where there is none."""
+    return next((what for _, _, what in _secrets(text, secrets_here(None), False)), None)
 
 
 def _secrets(text: str, known: Iterable[str], vocabulary: bool) -> Iterator[tuple[int, int, str]]:

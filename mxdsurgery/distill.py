@@ -6,20 +6,24 @@ Source of loss and schedule: arXiv 2505.21364.
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mxdsurgery.accelerator import selects_in_bf16
-from mxdsurgery.activations import Activations, shuffle_positions
+from mxdsurgery.activations import Activations, ShuffledPositions
 from mxdsurgery.baselines import TopKSAE
 from mxdsurgery.cost import LayerPlan, first_k
 from mxdsurgery.errors import DivergedError
 from mxdsurgery.layer import Experts, MxDLayer
+from mxdsurgery.parallel import agree, average_gradients, sum_of_all, text_shares
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.resume import optimizer_state, part, prefixed, restore_optimizer
+from mxdsurgery.run_folder import UNKEPT, Keeper
 from mxdsurgery.sparse import mix, sparse_gate
 
 # Losses are looked at every so many steps: looking waits for the device.
@@ -43,13 +47,41 @@ class Progress:
     steps_before: int = 0  # of other groups of layers, in the same run
     step: int = 0
     seconds: float = 0.0
-    nmse: dict[LayerPlan, float] = field(default_factory=dict)  # ‖ŷ-y‖²/‖y‖² over the last steps looked at
+    lr: float = 0.0
+    loss: dict[LayerPlan, float] = field(default_factory=dict)  # of distillation, over the last steps looked at
+    nmse: dict[LayerPlan, float] = field(default_factory=dict)  # ‖ŷ-y‖²/‖y‖² over the same
     dead_share: dict[LayerPlan, float] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
         """Training tokens seen."""
         return self.step * self.tokens_per_step
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is through."""
+        return self.step == self.steps
+
+    def by_layer(self) -> dict[str, dict[str, float]]:
+        """The figures of each layer, by `layer_key`."""
+        figures = {"loss": self.loss, "nmse": self.nmse, "dead_share": self.dead_share}
+        return {layer_key(plan): {name: of[plan] for name, of in figures.items() if plan in of} for plan in self.nmse}
+
+    def row(self) -> dict[str, Any]:
+        """Where it stands, for a run's metrics."""
+        now = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "lr": self.lr}
+        return now | {"layers": self.by_layer()}
+
+    def state(self) -> dict[str, Any]:
+        """The same, as `restore` wants it."""
+        return self.row()
+
+    def restore(self, state: Mapping[str, Any], layers: Iterable[LayerPlan]) -> None:
+        """Goes on from a `state`, of these layers."""
+        self.step, self.seconds, self.lr = state["step"], state["seconds"], state["lr"]
+        for plan in layers:
+            for name, value in state["layers"].get(layer_key(plan), {}).items():
+                getattr(self, name)[plan] = value
 
 
 class LayerInTraining:
@@ -64,6 +96,7 @@ class LayerInTraining:
 
     def __init__(self, name: str, layer: nn.Module, recipe: Recipe, dead_after: float = math.inf) -> None:
         self.name, self.layer, self.auxk, self.dead_after = name, layer, recipe.auxk, dead_after
+        self.shares = text_shares(recipe)  # processes that each see a part of a batch
         self.experts: Experts | None = getattr(layer, "experts", None)
         self.unit_norm = recipe.unit_norm and self.experts is not None
         self.specialise = recipe.specialise if isinstance(layer, MxDLayer) else 0.0  # elsewhere they multiply nothing
@@ -77,6 +110,27 @@ class LayerInTraining:
         # Since the last look: the loss, the loss of an output of zero, ‖ŷ-y‖² and ‖y‖².
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
         self.first_loss: float | None = None
+        self.last_loss, self.diverged = math.nan, False  # over the steps before the last look
+
+    def agree(self) -> None:
+        """Brings the firing record and the running sums of all processes that share the text together."""
+        agree(self.last_fired, self.shares)
+        agree(self.sums, self.shares, mean=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that training goes on from: weights, Adam's state, the firing record and the running sums."""
+        first = math.nan if self.first_loss is None else self.first_loss
+        record = {"last_fired": self.last_fired, "sums": self.sums, "first_loss": torch.tensor(first, dtype=torch.float64)}
+        return prefixed(self.layer.state_dict(), "weight") | prefixed(optimizer_state(self.optimizer), "adam") | record
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from a `state`."""
+        self.layer.load_state_dict(part(state, "weight"))
+        restore_optimizer(self.optimizer, part(state, "adam"))
+        self.last_fired.copy_(state["last_fired"])
+        self.sums.copy_(state["sums"])
+        first = state["first_loss"].item()
+        self.first_loss = None if math.isnan(first) else first
 
     def set_k(self, k: int) -> None:
         """How many experts are active from here on; nothing without experts."""
@@ -87,24 +141,26 @@ class LayerInTraining:
         """Which experts have not fired for `dead_after` tokens: (N,) bool. None at first: all had a chance."""
         return self.last_fired < tokens_seen - self.dead_after
 
-    def look(self, step: int, steps_since: int) -> float:
-        """The NMSE since the last look.
-
-        Raises:
-            DivergedError: the loss is NaN or far above where it began.
-        """
+    def look(self, steps_since: int) -> float:
+        """The NMSE since the last look; waits for the device."""
+        self.agree()
         loss_sum, zero_sum, error, power = self.sums.tolist()
         self.sums.zero_()
-        loss = loss_sum / steps_since
+        loss = self.last_loss = loss_sum / steps_since
         if self.first_loss is None:
             self.first_loss = loss
-        if not math.isfinite(loss) or loss > _DIVERGED * max(self.first_loss, zero_sum / steps_since):
+        grown = power > 0 and loss > _DIVERGED * max(self.first_loss, zero_sum / steps_since)
+        self.diverged = not math.isfinite(loss) or grown
+        return error / max(power, 1e-30)
+
+    def check(self, step: int) -> None:
+        """Raises DivergedError if the loss was NaN at the last look, or far above where it began."""
+        if self.diverged:
             raise DivergedError(
-                f"{self.name}: the loss is {loss:.3g} at step {step}, after {self.first_loss:.3g} at the start",
+                f"{self.name}: the loss is {self.last_loss:.3g} at step {step}, after {self.first_loss:.3g} at the start",
                 expected="a falling loss",
                 fix="lower --lr (a third of it), raise --warmup, or train with --precision fp32",
             )
-        return error / max(power, 1e-30)
 
 
 def distillation_loss(y_hat: Tensor, y: Tensor, size: Tensor | None = None) -> Tensor:
@@ -119,7 +175,7 @@ def distillation_loss(y_hat: Tensor, y: Tensor, size: Tensor | None = None) -> T
     return (error / (y if size is None else size).norm(dim=-1).clamp_min(1e-6)).mean()
 
 
-def frozen_gain(scale: Tensor, target: Tensor, y: Tensor) -> Tensor:
+def frozen_gain(scale: Tensor, target: Tensor, y: Tensor, shares: int = 1) -> Tensor:
     """How much of the loss the experts would gain if all they ever said were the best constant.
 
     With ``m`` = scale, ``t`` = target and the loss's weights ``w = 1 / ‖y‖``, the best constant of dimension d is
@@ -130,13 +186,15 @@ def frozen_gain(scale: Tensor, target: Tensor, y: Tensor) -> Tensor:
         scale: (tokens, D), what the experts' sum is multiplied with.
         target: (tokens, D), what the product should be.
         y: (tokens, D), the block's output.
+        shares: processes that each have so many tokens of the batch.
 
     Returns:
-        A scalar in the loss's units.
+        A scalar in the loss's units, of the whole batch.
     """
     scale, weight = scale.float(), 1.0 / y.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-    explained = (weight * scale * target).sum(0).square() / (weight * scale.square()).sum(0).clamp_min(1e-9)
-    return explained.sum() / len(y)
+    product = sum_of_all((weight * scale * target).sum(0), shares)
+    power = sum_of_all((weight * scale.square()).sum(0), shares)
+    return (product.square() / power.clamp_min(1e-9)).sum() / (len(y) * shares)
 
 
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
@@ -170,10 +228,12 @@ def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_see
             y_hat = layer.experts(a) * scale + rest
     loss = objective = distillation_loss(y_hat, y)
     if job.specialise > 0:
-        objective = objective + job.specialise * frozen_gain(scale, y - rest, y)
+        objective = objective + job.specialise * frozen_gain(scale, y - rest, y, job.shares)
     if job.auxk > 0 and a is not None:
+        agree(job.last_fired, job.shares)
         objective = objective + job.auxk * _auxk_loss(job, x, scale.detach(), (y - y_hat).detach(), y, tokens_seen)
     accelerator.backward(objective)
+    average_gradients(layer.parameters(), job.shares)
     if job.unit_norm:
         _remove_radial_gradient(layer.experts.weight)
     for group in job.optimizer.param_groups:
@@ -219,55 +279,88 @@ def distill(
     accelerator: Accelerator,
     progress: Progress,
     report: Callable[[Progress], None],
+    keeper: Keeper = UNKEPT,
 ) -> None:
     """Trains all layers in place, each on the activations of the block that it stands for.
 
     Args:
         layers: what stands for which block; several may stand for the same one. fp32, on the device of the activations.
-        batches: endless, by layer: inputs and targets (B T, D); what is taken from them is gone.
+        batches: endless, by layer: inputs and targets (B T, D); what is taken from them is gone. Where the training goes on
+            from a checkpoint, they begin with the one after those that it had taken.
         recipe: lr, warmup, decay, k_start, unit_norm, specialise, auxk, selection, activation_buffer.
         accelerator: device, precision and trackers.
         progress: says how many steps; updated on the way.
         report: called now and then with the progress.
+        keeper: has what to go on from, and is told of every step.
 
     Raises:
         DivergedError: naming the layer.
+        Interrupted: the run was asked to stop.
     """
     dead_after = _DEAD_AFTER * progress.steps * progress.tokens_per_step
     jobs = {plan: LayerInTraining(plan.name, layer, recipe, dead_after) for plan, layer in layers.items()}
     blocks = list({plan.block.layer: plan.block for plan in layers}.values())
-    start = time.perf_counter()
-    looked_at = 0
-    batches = itertools.islice(batches, progress.steps)
-    for step, activations in enumerate(shuffle_positions(batches, recipe.activation_buffer, recipe.seed)):
-        lr = learning_rate(step, progress.steps, recipe)
+    wanted = itertools.islice(batches, progress.steps - batches_taken(progress, recipe))
+    mixed = ShuffledPositions(wanted, recipe.activation_buffer, progress.tokens_per_step // text_shares(recipe), recipe.seed)
+    if keeper.resumed is not None:
+        for plan, job in jobs.items():
+            job.restore(part(keeper.resumed, layer_key(plan)))
+        mixed.restore(part(keeper.resumed, "mixed"), accelerator.device)
+    begun, before = time.perf_counter(), progress.seconds
+    looked_at = max(progress.step - progress.step % _CHECK_EVERY, min(1, progress.step))
+
+    def state() -> dict[str, Tensor]:
+        tensors = prefixed(mixed.state(), "mixed")
+        for plan, job in jobs.items():
+            job.agree()
+            tensors |= prefixed(job.state(), layer_key(plan))
+        return tensors
+
+    for step in range(progress.step, progress.steps):
+        progress.lr = learning_rate(step, progress.steps, recipe)
         tokens_seen = (step + 1) * progress.tokens_per_step
+        activations = next(mixed)
         for block in blocks:
             x, y = (tensor.float() for tensor in activations.pop(block.layer))
             for plan, job in jobs.items():
                 if plan.block.layer == block.layer:
                     job.set_k(active_experts(step, progress.steps, plan.k, first_k(plan, recipe)))
-                    train_step(job, x, y, lr * _RATE_FACTORS.get(plan.kind, 1.0), tokens_seen, accelerator)
-        progress.step, progress.seconds = step + 1, time.perf_counter() - start
+                    train_step(job, x, y, progress.lr * _RATE_FACTORS.get(plan.kind, 1.0), tokens_seen, accelerator)
+        progress.step, progress.seconds = step + 1, before + time.perf_counter() - begun
         if progress.step % _CHECK_EVERY == 0 or progress.step in (1, progress.steps):
             _look(jobs, progress, progress.step - looked_at)
             looked_at = progress.step
-            figures = {f"nmse/{_tracked(plan)}": value for plan, value in progress.nmse.items()} | {"lr": lr}
-            accelerator.log(figures, step=progress.steps_before + progress.step)
+            figures = {tracked(plan): value for plan, value in progress.nmse.items()}
+            accelerator.log(figures | {"lr": progress.lr}, step=progress.steps_before + progress.step)
             report(progress)
+            for job in jobs.values():
+                job.check(progress.step)
+        keeper.after(state)
     for plan, job in jobs.items():
         job.set_k(plan.k)
         if job.experts is not None:
             job.layer.gate.selection = None  # from here on it computes as it will when it is reloaded
 
 
+def batches_taken(progress: Progress, recipe: Recipe) -> int:
+    """How many batches a training has taken when it stands there."""
+    ahead = ShuffledPositions.ahead(recipe.activation_buffer, progress.tokens_per_step) if progress.step else 0
+    return min(progress.steps, progress.step + ahead)
+
+
 def _look(jobs: Mapping[LayerPlan, LayerInTraining], progress: Progress, steps_since: int) -> None:
-    """Brings the NMSE and the share of dead experts up to date; waits for the device."""
+    """Brings losses, NMSE and the share of dead experts up to date; waits for the device."""
     for plan, job in jobs.items():
-        progress.nmse[plan] = job.look(progress.step, steps_since)
+        progress.nmse[plan] = job.look(steps_since)
+        progress.loss[plan] = job.last_loss
         progress.dead_share[plan] = job.dead(progress.tokens).float().mean().item() if job.experts is not None else 0.0
 
 
-def _tracked(plan: LayerPlan) -> str:
-    """A layer's name among a tracker's figures."""
-    return f"layer_{plan.block.layer}" if plan.kind == "mxd" else f"layer_{plan.block.layer}_{plan.kind}_k{plan.k}"
+def layer_key(plan: LayerPlan) -> str:
+    """A layer's name in a run's files; several may stand for the same block."""
+    return f"{plan.block.layer} {plan.kind} k{plan.k}"
+
+
+def tracked(plan: LayerPlan) -> str:
+    """The name of a layer's NMSE among a tracker's figures."""
+    return "nmse/layer_" + layer_key(plan).replace(" ", "_")

@@ -18,7 +18,7 @@ No expert is named twice in a layer.
 """
 
 import dataclasses
-import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +31,25 @@ from torch import Tensor, nn
 from mxdsurgery.checkpoint import Converted, fingerprint
 from mxdsurgery.errors import EditError, first_line
 from mxdsurgery.interventions import InterventionError, Interventions
+from mxdsurgery.outside import read_yaml, shown
 
 # In this order they work.
 KINDS = ("replace", "drop", "ablate", "scale", "copy", "merge", "clamp", "steer")
 LISTED, NUMBERED = ("ablate", "drop"), ("scale", "steer", "clamp")
 _FILE = "an edit file: see the README's section on editing"
-_MOST_BYTES = 64 * 2**20
+# About 500 experts' rows of 4,096 numbers: more of them are better given in Python.
+_MOST_BYTES = 16 * 2**20
+
+
+# Layers and experts are numbered below this, and no number is larger than fp32's.
+_MOST_INDEX, _MOST_VALUE = 2**31, 3.4e38
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes out what stands in several places, as `read_edits` wants it."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: D102
+        return True
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ class Edits:
 
     def to_yaml(self) -> str:
         """The text of an edit file."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=120)
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
 
     def words(self) -> list[str]:
         """A line for each kind and layer."""
@@ -145,12 +158,9 @@ def read_edits(path: str | Path) -> Edits:
     Raises:
         EditError: it is not there, not YAML, or says something that is no edit.
     """
-    path = Path(path)
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise EditError(f"{str(path)!r} is larger than {_MOST_BYTES} bytes", expected=_FILE)
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        values = read_yaml(path, _MOST_BYTES)
+    except (OSError, ValueError) as error:
         raise EditError(f"{str(path)!r} cannot be read: {first_line(error)}", expected=_FILE) from None
     return edits_from(values, str(path))
 
@@ -164,14 +174,20 @@ def edits_from(values: Any, where: str) -> Edits:
     if not isinstance(values, dict) or not isinstance(values.get("layers"), dict) or set(values) - {"model", "layers"}:
         raise EditError(f"{where} is not a mapping with the keys 'layers' and, if wanted, 'model'", expected=_FILE)
     if not isinstance(values.get("model"), str | None):
-        raise EditError(f"{where}: 'model' is {values['model']!r}", expected="a fingerprint, in quotes if it is all digits")
+        raise EditError(
+            f"{where}: 'model' is {shown(values['model'])}", expected="a fingerprint, in quotes if it is all digits"
+        )
     kinds: dict[str, dict] = {kind: {} for kind in KINDS}
     for layer, given in values["layers"].items():
         if not _is_index(layer) or not isinstance(given, dict) or not given:
-            raise EditError(f"{where}: 'layers' has {layer!r}: {given!r}", expected="a layer's number, and edits by kind")
+            raise EditError(
+                f"{where}: 'layers' has {shown(layer)}: {shown(given)}", expected="a layer's number, and edits by kind"
+            )
         for kind, what in given.items():
             if kind not in KINDS:
-                raise EditError(f"{where}, layer {layer}: no edit is named {kind!r}", expected="one of " + ", ".join(KINDS))
+                raise EditError(
+                    f"{where}, layer {layer}: no edit is named {shown(kind)}", expected="one of " + ", ".join(KINDS)
+                )
             kinds[kind][layer] = _checked(kind, what, f"{where}, layer {layer}, {kind}")
     return Edits(**kinds, model=values.get("model"))
 
@@ -244,12 +260,12 @@ def baked(edits: Edits, layer: int, c: Tensor, gate_bias: Tensor, expert_bias: T
 
 def _check_named_once(edits: Edits) -> None:
     for layer in edits.layers:
-        named = edits.experts(layer)
-        twice = sorted({expert for expert in named if named.count(expert) > 1}, key=str)
-        twice += [source for source in edits.copy.get(layer, {}).values() if source in named]
+        counted = Counter(edits.experts(layer))
+        twice = sorted((expert for expert, count in counted.items() if count > 1), key=str)
+        twice += [source for source in edits.copy.get(layer, {}).values() if source in counted]
         if twice:
             raise EditError(
-                f"layer {layer}: experts {twice} are named twice",
+                f"layer {layer}: experts {shown(twice)} are named twice",
                 expected="every expert in one edit, and no edited one as the source of a copy",
                 fix="apply the edits one after the other",
             )
@@ -262,12 +278,12 @@ def _from_flag(kind: str, text: str) -> tuple[int, int, float | None]:
     try:
         found = int(layer), int(expert), float(number) if sign else None
         good = bool(colon) and bool(sign) == (kind not in LISTED) and min(found[:2]) >= 0
-        good = good and (found[2] is None or math.isfinite(found[2]))
+        good = good and max(found[:2]) < _MOST_INDEX and (found[2] is None or abs(found[2]) <= _MOST_VALUE)
     except ValueError:
         good = False
     if not good:
         example = "12:4031,12:77" if kind in LISTED else "12:4031=8"
-        raise EditError(f"--{kind} {text!r}", expected=f"{wanted}, several between commas; for example {example}")
+        raise EditError(f"--{kind} {shown(text)}", expected=f"{wanted}, several between commas; for example {example}")
     return found
 
 
@@ -286,18 +302,18 @@ def _checked(kind: str, what: Any, where: str) -> Any:
     else:
         good, wanted = _is_mapping(what, _is_number), "experts, and a finite number for each"
     if not good or not what:
-        raise EditError(f"{where}: {str(what)[:80]}", expected=wanted)
+        raise EditError(f"{where}: {shown(what)[:80]}", expected=wanted)
     if kind in NUMBERED:
         return {expert: float(number) for expert, number in what.items()}
     return {expert: [float(n) for n in row] for expert, row in what.items()} if kind == "replace" else what
 
 
 def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_INDEX
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MOST_VALUE
 
 
 def _is_mapping(what: Any, good: Callable[[Any], bool]) -> bool:

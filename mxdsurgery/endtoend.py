@@ -12,9 +12,10 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,12 +30,17 @@ from mxdsurgery.distill import (
     active_experts,
     distillation_loss,
     frozen_gain,
+    layer_key,
     learning_rate,
+    tracked,
 )
 from mxdsurgery.errors import DivergedError
 from mxdsurgery.lora import Adapters
 from mxdsurgery.model import decoder_layers
+from mxdsurgery.parallel import agree, average_gradients, text_shares
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.resume import optimizer_state, part, prefixed, restore_optimizer
+from mxdsurgery.run_folder import UNKEPT, Keeper
 from mxdsurgery.surgery import answering, replaced
 from mxdsurgery.teacher import Example, hidden_states, parts, predict
 
@@ -90,6 +96,18 @@ class EndToEnd(Progress):
     best_adapters: dict[str, Tensor] = field(default_factory=dict, repr=False)
     stopped: bool = False
 
+    def row(self) -> dict[str, Any]:  # noqa: D102
+        looked = bool(self.validation) and self.validation[-1][0] == self.step
+        return super().row() | {"kl": self.kl} | ({"validation_kl": self.validation[-1][1]} if looked else {})
+
+    def state(self) -> dict[str, Any]:  # noqa: D102
+        return self.row() | {"validation": self.validation, "best_step": self.best_step}
+
+    def restore(self, state: Mapping[str, Any], layers: Iterable[LayerPlan]) -> None:  # noqa: D102
+        super().restore(state, layers)
+        self.kl, self.best_step = state["kl"], state["best_step"]
+        self.validation = [(step, kl) for step, kl in state["validation"]]
+
     @property
     def best_tokens(self) -> int:
         """Training tokens seen where it was lowest."""
@@ -131,7 +149,7 @@ class _Standing(nn.Module):
             now = flat.detach().float()
             reached = now - rest.detach().expand_as(y_hat).flatten(0, -2)
             now_size = now.norm(dim=-1).mean().clamp_min(1e-6)
-            self.loss = self.loss + job.specialise * frozen_gain(scale.flatten(0, -2), reached, now) / now_size
+            self.loss = self.loss + job.specialise * frozen_gain(scale.flatten(0, -2), reached, now, job.shares) / now_size
         if self.watched:
             with torch.no_grad():
                 error, power = (flat - y).square().sum(), y.square().sum()
@@ -196,6 +214,7 @@ def train_end_to_end(
     state: EndToEnd,
     report: Callable[[EndToEnd], None],
     adapters: Adapters | None = None,
+    keeper: Keeper = UNKEPT,
 ) -> None:
     """Trains all layers in place, together, and leaves them as they were best on the validation text; the start counts too.
 
@@ -203,7 +222,7 @@ def train_end_to_end(
         model: the model whose blocks they stand for; it is left as it was. It may be the original itself: the layers stand in
             it only while it runs for them.
         layers: fp32, on the model's device, those weights frozen that are not to learn.
-        examples: without end.
+        examples: without end; where the training goes on from a checkpoint, they begin with the one after those that it took.
         validation: of text that is not trained on.
         recipe: lr, warmup, decay, k_start, unit_norm, specialise, selection.
         settings: what else.
@@ -211,28 +230,36 @@ def train_end_to_end(
         state: says how many steps; updated on the way.
         report: called now and then with it.
         adapters: of the model's attention, that learn with the layers or alone.
+        keeper: has what to go on from, and is told of every step.
 
     Raises:
         DivergedError: a loss became NaN or grew without bound.
     """
     trainer = _Trainer(model, layers, recipe, settings, accelerator, state, adapters)
-    start = time.perf_counter()
     every = max(1, state.steps // settings.validations)
     with _checkpointed(model) if settings.checkpointing else contextlib.nullcontext():
-        trainer.validate(validation)
-        report(state)
-        for step in range(state.steps):
+        if keeper.resumed is not None:
+            trainer.resume(keeper.resumed)
+        else:
+            trainer.validate(validation)
+            report(state)
+        start, before = time.perf_counter(), state.seconds
+        for step in range(state.step, state.steps):
             trainer.step(step, examples)
-            state.step, state.seconds = step + 1, time.perf_counter() - start
-            if state.step % _CHECK_EVERY == 0 or state.step in (1, state.steps):
+            state.step, state.seconds = step + 1, before + time.perf_counter() - start
+            looks = state.step % every == 0 or state.step == state.steps
+            if looks:
+                trainer.validate(validation)
+            if looks or state.step % _CHECK_EVERY == 0 or state.step == 1:
                 trainer.look()
                 report(state)
-            if state.step % every == 0 or state.step == state.steps:
-                trainer.validate(validation)
+                trainer.check()
+            if looks:
                 since = sum(at > max(state.best_step, state.steps // 2) for at, _ in state.validation)
                 if settings.patience is not None and since >= settings.patience and state.step < state.steps:
                     state.stopped = True
                     break
+            keeper.after(trainer.kept)
     trainer.restore()
 
 
@@ -250,7 +277,7 @@ class _Trainer:
         adapters: Adapters | None,
     ) -> None:
         self.model, self.recipe, self.settings, self.accelerator = model, recipe, settings, accelerator
-        self.state, self.adapters = state, adapters
+        self.state, self.adapters, self.shares = state, adapters, text_shares(recipe)
         dead_after = _DEAD_AFTER * state.steps * state.tokens_per_step
         self.jobs = {plan: LayerInTraining(plan.name, layer, recipe, dead_after) for plan, layer in layers.items()}
         self.blocks = [plan.block for plan in layers]
@@ -271,8 +298,9 @@ class _Trainer:
         for example in itertools.islice(examples, self.settings.accumulate):
             self._backward(example)
         parameters = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        average_gradients(parameters, self.shares)
         nn.utils.clip_grad_norm_(parameters, _LONGEST_GRADIENT)
-        lr = learning_rate(step, self.state.steps, self.recipe)
+        lr = self.state.lr = learning_rate(step, self.state.steps, self.recipe)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -281,6 +309,31 @@ class _Trainer:
         for job in self.jobs.values():
             if job.unit_norm:
                 job.experts.normalize()
+
+    def kept(self) -> dict[str, Tensor]:
+        """All that training goes on from: of the layers and of the adapters, as they are and as they were best."""
+        agree(self.kl_sum, self.shares, mean=True)
+        tensors = {"kl_sum": self.kl_sum, "looked_at": torch.tensor(self.looked_at)}
+        for plan, job in self.jobs.items():
+            job.agree()
+            tensors |= prefixed(job.state(), f"layer {layer_key(plan)}")
+            tensors |= prefixed(self.state.best[plan], f"best {layer_key(plan)}")
+        if self.adapters is not None:
+            tensors |= prefixed(self.adapters.state(), "adapters") | prefixed(self.state.best_adapters, "best adapters")
+            tensors |= prefixed(optimizer_state(self.optimizers[-1]), "adapters' adam")
+        return tensors
+
+    def resume(self, tensors: Mapping[str, Tensor]) -> None:
+        """Goes on from what `kept` gave."""
+        self.kl_sum.copy_(tensors["kl_sum"])
+        self.looked_at = int(tensors["looked_at"])
+        for plan, job in self.jobs.items():
+            job.restore(part(tensors, f"layer {layer_key(plan)}"))
+            self.state.best[plan] = part(tensors, f"best {layer_key(plan)}")
+        if self.adapters is not None:
+            self.adapters.load(part(tensors, "adapters"))
+            self.state.best_adapters = part(tensors, "best adapters")
+            restore_optimizer(self.optimizers[-1], part(tensors, "adapters' adam"))
 
     def _backward(self, example: Example) -> None:
         """One example's share of the gradient."""
@@ -301,25 +354,28 @@ class _Trainer:
         self.kl_sum += kl.double() * share
 
     def look(self) -> None:
-        """Brings the state's figures of the training text up to date; waits for the device.
-
-        Raises:
-            DivergedError: a loss is NaN, or a layer's output is far from its block's.
-        """
+        """Brings the state's figures of the training text up to date; waits for the device."""
         state, since = self.state, self.state.step - self.looked_at
+        agree(self.kl_sum, self.shares, mean=True)
         state.kl, self.looked_at = self.kl_sum.item() / since, state.step
         self.kl_sum.zero_()
-        if not math.isfinite(state.kl):
+        for plan, job in self.jobs.items():
+            state.nmse[plan] = job.look(since * self.settings.accumulate)
+            state.loss[plan] = job.last_loss
+            state.dead_share[plan] = job.dead(state.tokens).float().mean().item() if job.experts is not None else 0.0
+        figures = {tracked(plan): value for plan, value in state.nmse.items()} | {"kl": state.kl}
+        self.accelerator.log(figures, step=state.steps_before + state.step)
+
+    def check(self) -> None:
+        """Raises DivergedError if at the last look a loss was NaN, or a layer's output far from its block's."""
+        if not math.isfinite(self.state.kl):
             raise DivergedError(
-                f"training end to end: the KL at step {state.step} is {state.kl}",
+                f"training end to end: the KL at step {self.state.step} is {self.state.kl}",
                 expected="a loss that falls",
                 fix="lower --lr (a third of it), raise --warmup, or train with --precision fp32",
             )
-        for plan, job in self.jobs.items():
-            state.nmse[plan] = job.look(state.step, since * self.settings.accumulate)
-            state.dead_share[plan] = job.dead(state.tokens).float().mean().item() if job.experts is not None else 0.0
-        figures = {f"nmse/layer_{plan.block.layer}": value for plan, value in state.nmse.items()} | {"kl": state.kl}
-        self.accelerator.log(figures, step=state.steps_before + state.step)
+        for job in self.jobs.values():
+            job.check(self.state.step)
 
     def validate(self, validation: Sequence[Example]) -> None:
         """Looks at the validation text with the layers as they would be written, and keeps them if they are the best."""

@@ -80,6 +80,10 @@ class EditError(MxDError):
     """An edit that names no expert of the model, has numbers that cannot be, or is meant for another model."""
 
 
+class MetricsError(MxDError):
+    """A run's metrics that are missing or cannot be read."""
+
+
 class CatalogueError(MxDError):
     """What `experts` should have written is missing, of another model, or cannot be read."""
 
@@ -98,6 +102,10 @@ class ExportError(MxDError):
 
 class MemoryBudgetError(MxDError):
     """A conversion that does not fit the memory budget, even one layer at a time."""
+
+
+class CheckpointError(MxDError):
+    """A checkpoint that is damaged, or that a run with other settings wrote."""
 
 
 class HealError(MxDError):

@@ -1,7 +1,8 @@
 """``experts``: runs text through a converted model once and writes down, of every expert, when it fires and what it does."""
 
 import contextlib
-import json
+import dataclasses
+import functools
 import os
 import shutil
 import time
@@ -12,8 +13,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mxdsurgery.activations import hooked
@@ -21,11 +21,13 @@ from mxdsurgery.catalogue import CATALOGUE_FILE, CATALOGUE_VERSION
 from mxdsurgery.checkpoint import Converted, fingerprint, load_with_recipe
 from mxdsurgery.console import ProgressLine, Reporter, size
 from mxdsurgery.corpus import CLASSES_FILE, Corpus, Source, read_corpus
-from mxdsurgery.errors import Interrupted, LayerSelectionError, MemoryBudgetError, OutputError
+from mxdsurgery.errors import LayerSelectionError, MemoryBudgetError, OutputError
 from mxdsurgery.export import write_json
 from mxdsurgery.interventions import MAXIMUM_FILE
 from mxdsurgery.layer import Coefficients, MxDLayer
 from mxdsurgery.memory import PeakMemory, free_memory
+from mxdsurgery.resume import part
+from mxdsurgery.run_folder import RunFolder
 from mxdsurgery.selection import select_layers
 from mxdsurgery.tables import write_tables
 from mxdsurgery.tally import AFTER, BEFORE, BINS, Tally
@@ -33,14 +35,12 @@ from mxdsurgery.text import Packing, text_name
 
 # Tokens per forward pass: enough that what is kept of a batch costs little beside it.
 _BATCH = 8192
-# The state is saved this often, in seconds, and never for more than a twentieth of the time.
-_SAVE_EVERY = 60.0
-_SETTINGS_FILE, _STATE_FILE = "settings.json", "state.safetensors"
+_TALLIES_FILE = "tallies.safetensors"
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a run depends on; one that was interrupted goes on only under the same."""
+    """What a run depends on."""
 
     fingerprint: str
     source: Source
@@ -62,6 +62,8 @@ def experts(
     sample: int = 10,
     spread: int = 8,
     overwrite: bool = False,
+    resume: bool = False,
+    checkpoint_every: int | None = None,
     device: str | None = None,
     seed: int = 0,
     reporter: Reporter | None = None,
@@ -80,6 +82,8 @@ def experts(
         sample: places kept of each, drawn at random from all where it fired.
         spread: contexts are drawn evenly at random from so many times as much text.
         overwrite: take the place of an earlier catalogue.
+        resume: go on with the unfinished run in ``<out>.run``, if there is one.
+        checkpoint_every: passes between two checkpoints; default: the recipe's, or by its checkpoint_minutes alone.
         device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
         seed: of what is drawn.
         reporter: what to tell while working; default: nothing.
@@ -91,10 +95,12 @@ def experts(
 
     Raises:
         NotConvertedError: the folder is not one of ours.
-        OutputError: there is a catalogue already, or an unfinished one with other settings, or it cannot be written.
+        OutputError: there is a catalogue already, or an unfinished one that is neither to be resumed nor overwritten, or it
+            cannot be written.
+        CheckpointError: the unfinished run has other settings, or is damaged.
         DataError: the text cannot be read, or lacks the label.
         MemoryBudgetError: what is kept does not fit.
-        Interrupted: Ctrl-C; the same command goes on where it stopped.
+        Interrupted: Ctrl-C; a checkpoint is written first.
     """
     reporter = reporter or Reporter()
     converted, recipe = load_with_recipe(folder, device)
@@ -107,24 +113,36 @@ def experts(
         sample=sample,
     )
     out = Path(out) if out is not None else Path(folder) / Path(MAXIMUM_FILE).parent
-    partial = _begin(out, settings, overwrite)
+    _check_free(out, overwrite)
+    run = RunFolder(out, dataclasses.replace(recipe, checkpoint_every=checkpoint_every or recipe.checkpoint_every))
+    run.open(asdict(settings), resume, overwrite)
     packing = Packing(converted.tokenizer(), recipe.context, recipe.prepend_bos)
-    try:
-        corpus = read_corpus(partial, settings.source, packing, reporter)
-        tallies = _tallies(converted, settings, len(corpus.names))
-        memory, start = PeakMemory(converted.model.device.type), time.monotonic()
-        with reporter.progress("experts", "tokens") as line:
-            _run(converted, tallies, corpus, settings, partial, line)
-        seconds = time.monotonic() - start
-        with reporter.progress("write", "experts") as line:
-            write_tables(partial, converted, tallies, corpus.tokens, line)
-        write_json(partial / CATALOGUE_FILE, _catalogue(converted, settings, corpus))
-        _finish(partial, out)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"{str(partial)!r} cannot be written: {error}", fix="free some space; the same command then goes on"
-        ) from None
-    return _summary(corpus, tallies) | {"seconds": seconds, "peak_bytes": memory.bytes(), "out": str(out)}
+    with run.working(reporter) as reporter:
+        try:
+            summary = _catalogued(converted, settings, packing, run, out, reporter)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space") from None
+    run.finish(out)
+    return summary | {"out": str(out)}
+
+
+def _catalogued(
+    converted: Converted, settings: _Settings, packing: Packing, run: RunFolder, out: Path, reporter: Reporter
+) -> dict[str, Any]:
+    """Reads the text, runs it through the model and writes the catalogue."""
+    partial = run.path / "catalogue"
+    partial.mkdir(exist_ok=True)
+    corpus = read_corpus(partial, settings.source, packing, reporter)
+    tallies = _tallies(converted, settings, len(corpus.names))
+    memory, start = PeakMemory(converted.model.device.type), time.monotonic()
+    with reporter.progress("experts", "tokens") as line, run.watching(reporter.say):
+        _run(converted, tallies, corpus, settings, run, line)
+    seconds = time.monotonic() - start
+    with reporter.progress("write", "experts") as line:
+        write_tables(partial, converted, tallies, corpus.tokens, line)
+    write_json(partial / CATALOGUE_FILE, _catalogue(converted, settings, corpus))
+    _finish(partial, out)
+    return _summary(corpus, tallies) | {"seconds": seconds, "peak_bytes": memory.bytes()}
 
 
 def _summary(corpus: Corpus, tallies: dict[int, Tally]) -> dict[str, Any]:
@@ -164,8 +182,7 @@ def _finish(partial: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         os.replace(out, old)
-    for name in (_STATE_FILE, CLASSES_FILE, _SETTINGS_FILE):
-        (partial / name).unlink(missing_ok=True)
+    (partial / CLASSES_FILE).unlink(missing_ok=True)
     os.replace(partial, out)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -199,30 +216,12 @@ def layers_with_experts(converted: Converted, layers: str) -> list[int]:
     return found
 
 
-def _begin(out: Path, settings: _Settings, overwrite: bool) -> Path:
-    """The folder beside ``out`` that work in progress is in, with its settings in it."""
+def _check_free(out: Path, overwrite: bool) -> None:
+    """Raises OutputError if there is something that is not to be overwritten."""
     if out.exists() and not overwrite:
         raise OutputError(f"{str(out)!r} exists already", fix="give another --out, or --overwrite")
     if out.exists() and not (out / CATALOGUE_FILE).is_file():
         raise OutputError(f"{str(out)!r} was not written by mxdsurgery experts: --overwrite does not touch it")
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        there = partial / _SETTINGS_FILE
-        if there.is_file():
-            earlier = json.loads(there.read_text(encoding="utf-8"))
-            other = [key for key, value in asdict(settings).items() if earlier.get(key) != value]
-            if other:
-                raise OutputError(
-                    f"{str(partial)!r} holds an unfinished run with another {', '.join(other)}",
-                    expected=", ".join(f"{key} {earlier.get(key)}" for key in other),
-                    fix="repeat the earlier command to finish it, or delete that folder",
-                )
-        else:
-            write_json(there, asdict(settings))
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{str(partial)!r} cannot be used: {error}", fix="give another --out") from None
-    return partial
 
 
 def _tallies(converted: Converted, settings: _Settings, classes: int) -> dict[int, Tally]:
@@ -240,57 +239,40 @@ def _tallies(converted: Converted, settings: _Settings, classes: int) -> dict[in
 
 @torch.no_grad()
 def _run(
-    converted: Converted, tallies: dict[int, Tally], corpus: Corpus, settings: _Settings, partial: Path, line: ProgressLine
+    converted: Converted, tallies: dict[int, Tally], corpus: Corpus, settings: _Settings, run: RunFolder, line: ProgressLine
 ) -> None:
     """The pass over the text, from where an earlier one stopped."""
-    done = saved = _restored(partial, tallies)
-    rows, last, saving = max(1, _BATCH // corpus.ids.shape[1]), time.monotonic(), 0.0
-    model = converted.model
-    try:
-        with recorded_coefficients(converted, settings.layers) as seen:
-            while done < len(corpus.ids):
-                batch = corpus.ids[done : done + rows].long()
-                model.base_model(input_ids=batch.to(model.device), use_cache=False)
-                draw = torch.Generator().manual_seed(settings.source.seed * 2**32 + done)
-                for layer, tally in tallies.items():
-                    a, m = seen.pop(layer)
-                    shape = (*batch.shape, -1)
-                    a = Coefficients(a.values.reshape(shape).cpu(), a.indices.reshape(shape).cpu())
-                    m = None if m is None else m.reshape(shape).cpu()
-                    tally.add(a, m, corpus.classes[done : done + rows].long(), done, draw)
-                done += len(batch)
-                line.update(done * batch.shape[1], corpus.ids.numel())
-                start = time.monotonic()
-                if start - last > max(_SAVE_EVERY, 20 * saving) and done < len(corpus.ids):
-                    _save(partial, tallies, done)
-                    saved, last = done, time.monotonic()
-                    saving = last - start
-    except KeyboardInterrupt:
-        kept = f"{saved} of {len(corpus.ids)} contexts are kept in {partial}"
-        raise Interrupted(f"Interrupted: {kept}; the same command goes on from there.") from None
+    done, passes = _restored(run, tallies)
+    rows, model = max(1, _BATCH // corpus.ids.shape[1]), converted.model
 
+    def kept() -> dict[str, Tensor]:
+        return {f"{layer}.{name}": tensor for layer, tally in tallies.items() for name, tensor in tally.state().items()}
 
-def _save(partial: Path, tallies: dict[int, Tally], done: int) -> None:
-    """Everything that is kept so far, written aside and renamed."""
-    state = {f"{layer}.{name}": tensor for layer, tally in tallies.items() for name, tensor in tally.state().items()}
-    aside = partial / f"{_STATE_FILE}.tmp"
-    save_file(state, aside, metadata={"done": str(done)})
-    os.replace(aside, partial / _STATE_FILE)
-
-
-def _restored(partial: Path, tallies: dict[int, Tally]) -> int:
-    """Takes back what was kept; returns how many contexts it covers."""
-    path = partial / _STATE_FILE
-    if not path.is_file():
-        return 0
-    try:
-        with safe_open(path, "pt") as file:
-            done = int(file.metadata()["done"])
+    with recorded_coefficients(converted, settings.layers) as seen:
+        while done < len(corpus.ids):
+            batch = corpus.ids[done : done + rows].long()
+            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+            draw = torch.Generator().manual_seed(settings.source.seed * 2**32 + done)
             for layer, tally in tallies.items():
-                tally.restore({name: file.get_tensor(f"{layer}.{name}") for name in tally.state()})
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise OutputError(f"{str(path)!r} cannot be read: {error}", fix=f"delete {str(partial)!r} and begin anew") from None
-    return done
+                a, m = seen.pop(layer)
+                shape = (*batch.shape, -1)
+                a = Coefficients(a.values.reshape(shape).cpu(), a.indices.reshape(shape).cpu())
+                m = None if m is None else m.reshape(shape).cpu()
+                tally.add(a, m, corpus.classes[done : done + rows].long(), done, draw)
+            done, passes = done + len(batch), passes + 1
+            line.update(done * batch.shape[1], corpus.ids.numel())
+            run.after(passes, {_TALLIES_FILE: kept}, {}, functools.partial(dict, contexts=done, passes=passes))
+    run.save(passes, {_TALLIES_FILE: kept}, {}, {"contexts": done, "passes": passes})
+
+
+def _restored(run: RunFolder, tallies: dict[int, Tally]) -> tuple[int, int]:
+    """Takes back what was kept; returns how many contexts and passes it covers."""
+    if run.resumed is None:
+        return 0, 0
+    tensors = run.resumed.tensors(_TALLIES_FILE)
+    for layer, tally in tallies.items():
+        tally.restore(part(tensors, str(layer)))
+    return run.resumed.state["contexts"], run.resumed.state["passes"]
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ The folder appears whole or not at all: it is written beside its place, reloaded
 mxdsurgery, compared with the model in memory, and only then renamed.
 """
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from mxdsurgery.adapter import write_adapter
 from mxdsurgery.card import model_card
@@ -36,6 +38,7 @@ from mxdsurgery.errors import ExportError, OutputError
 from mxdsurgery.offload import SHARD_BYTES, adopt_hooks, execution_device, is_offloaded
 from mxdsurgery.plan import Plan
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.resume import sync
 from mxdsurgery.surgery import replaced
 
 # The files of ours that a checkpoint brings along; each imports only from those before it.
@@ -45,7 +48,7 @@ _LICENSE = "# Written by mxdsurgery (Apache-2.0). It imports torch and transform
 
 _CONFIGURATION = '''"""The config of a Mixture-of-Decoders model: {config}, with what stands where the MLP blocks were."""
 
-from transformers import {config}
+from {config_module} import {config}
 
 
 class MxD{config}({config}):
@@ -61,7 +64,7 @@ The coefficients of a layer's experts are the output of its ``gate``: an ordinar
 and ``with model.mxd.ablate({{12: [4031]}}):`` changes them without one; interventions.py has all that ``model.mxd`` can do.
 """
 
-from transformers import {base}, {causal}
+{model_imports}
 
 from .configuration_mxd import MxD{config}
 from .replacement import MxDSurgeryMixin
@@ -126,31 +129,47 @@ def check_output(out: str | Path, overwrite: bool) -> Path:
 
 
 @contextmanager
-def written_whole(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` to write into; on leaving well it becomes ``out``, on an error it is gone. Creates parents.
+def written_whole(out: Path, within: Path | None = None) -> Iterator[Path]:
+    """A folder to write into; on leaving well it becomes ``out``, on an error it is gone. Creates parents.
+
+    Whatever ends the process, ``out`` is the earlier folder or the new one; on systems that cannot swap two names at once, an
+    earlier one may be left under another name beside it.
+
+    Args:
+        out: where to.
+        within: the folder that it is written in, on the same file system; default: the parent of ``out``.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        staging = Path(tempfile.mkdtemp(dir=within or out.parent, prefix=f".{out.name}."))
         try:
             yield staging
             staging.chmod(0o755)
             for file in staging.rglob("*"):
                 file.chmod(0o755 if file.is_dir() else 0o644)
-            if out.exists():
+                sync(file)
+            if not out.exists():
+                os.replace(staging, out)
+            elif not _swapped(staging, out):
                 old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
                 os.replace(out, old)
                 os.replace(staging, out)
                 shutil.rmtree(old)
-            else:
-                os.replace(staging, out)
+            sync(out.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space or give another --out") from None
+
+
+def _swapped(first: Path, second: Path) -> bool:
+    """Swaps the names of two folders at once, by Linux's renameat2; False where that cannot be done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
 
 
 def export(
@@ -162,6 +181,7 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     check_ids: Tensor,
     out: Path,
+    within: Path | None = None,
 ) -> dict[str, float]:
     """Writes the converted model's folder, whole or not at all.
 
@@ -174,6 +194,7 @@ def export(
         tokenizer: the model's.
         check_ids: (B, T) int64 token ids to compare the reloaded model's logits on.
         out: where to; see `check_output`.
+        within: see `written_whole`.
 
     Returns:
         The largest absolute difference of the reloaded model's ``logits`` and ``hidden`` states from the ones in memory.
@@ -182,7 +203,7 @@ def export(
         OutputError: it cannot be written.
         ExportError: it was written, but does not load or computes something else. ``out`` is not there then.
     """
-    with written_as(out, recipe.format, plan.model, plan.revision) as staging:
+    with written_as(out, recipe.format, plan.model, plan.revision, within) as staging:
         with replaced(model, plan.blocks, layers):
             _save_weights(model, plan, staging)
             reference = reference_outputs(model, check_ids)
@@ -240,18 +261,34 @@ def _save_weights(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
 
 
 def write_code(model: PreTrainedModel, folder: Path) -> None:
-    """The Python files that travel with the checkpoint of a model, original or converted."""
-    names = {
-        "config": type(model.config).__name__.removeprefix("MxD"),
-        "model_type": model.config.model_type.removeprefix("mxd-"),
-        "base": type(model.base_model).__name__.removeprefix("MxD"),
-        "causal": type(model).__name__.removeprefix("MxD"),
+    """The Python files that travel with the checkpoint of a model, original or converted; its own code among them."""
+    families = {"config": type(model.config), "base": type(model.base_model), "causal": type(model)}
+    names = {"model_type": model.config.model_type.removeprefix("mxd-")}
+    for role, made in families.items():
+        own = next(base for base in made.__mro__ if base.__module__.startswith(("transformers.", "transformers_modules.")))
+        names |= {role: own.__name__, f"{role}_module": _module_in(folder, own)}
+    where = dict.fromkeys((names["base_module"], names["causal_module"]))
+    named = {
+        module: ", ".join(names[role] for role in ("base", "causal") if names[f"{role}_module"] == module) for module in where
     }
+    names["model_imports"] = "\n".join(f"from {module} import {classes}" for module, classes in named.items())
     for name in TRAVELLING:
         code = Path(__file__).with_name(name).read_text(encoding="utf-8")
         (folder / name).write_text(_LICENSE + code, encoding="utf-8")
     (folder / "configuration_mxd.py").write_text(_LICENSE + _CONFIGURATION.format(**names), encoding="utf-8")
     (folder / "modeling_mxd.py").write_text(_LICENSE + _MODELING.format(**names), encoding="utf-8")
+
+
+def _module_in(folder: Path, made: type) -> str:
+    """Where a checkpoint's code imports a family's class from; code that came with the base model is copied for that."""
+    if made.__module__.startswith("transformers."):
+        return "transformers"
+    file = Path(sys.modules[made.__module__].__file__)
+    for path in (file, *map(Path, get_relative_import_files(file))):
+        if path.name in (*TRAVELLING, "configuration_mxd.py", "modeling_mxd.py"):
+            raise ExportError(f"the base model's code has a file {path.name!r}, as mxdsurgery has", expected="another name")
+        shutil.copyfile(path, folder / path.name)
+    return f".{file.stem}"
 
 
 @torch.no_grad()
@@ -312,7 +349,7 @@ def check_reload(
 
 
 @contextmanager
-def written_as(out: Path, form: str, model: str, revision: str | None) -> Iterator[Path]:
+def written_as(out: Path, form: str, model: str, revision: str | None, within: Path | None = None) -> Iterator[Path]:
     """`written_whole` for a recipe's ``format``: a folder to write a checkpoint into; an adapter may be all that stays.
 
     Args:
@@ -320,12 +357,13 @@ def written_as(out: Path, form: str, model: str, revision: str | None) -> Iterat
         form: ``checkpoint``, or ``adapter``: on leaving well, only what differs from the base model becomes ``out``.
         model: the base model, as the plan names it.
         revision: its commit on the hub.
+        within: see `written_whole`.
 
     Raises:
         OutputError: as `written_whole`.
         BaseModelError: the base model is not there any more.
     """
-    with written_whole(out) as staging:
+    with written_whole(out, within) as staging:
         if form == "checkpoint":
             yield staging
         else:

@@ -11,16 +11,19 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mxdsurgery.accelerator import make_accelerator
+from mxdsurgery.accelerator import alone, make_accelerator
 from mxdsurgery.blocks import Block, prove_block
 from mxdsurgery.comparison import FRONTIER_FILE, Frontier, read_frontier, row_key, save_layer
 from mxdsurgery.console import Reporter
 from mxdsurgery.cost import LayerPlan, layer_parameters, matched_n_experts, transcoder_parameters
+from mxdsurgery.distill import layer_key
 from mxdsurgery.errors import Interrupted, OutputError, RecipeError
 from mxdsurgery.measure import measure_candidates
 from mxdsurgery.model import load_model, load_tokenizer
 from mxdsurgery.plan import WORTH_PREDICTING, Plan, plan, plan_layer, with_layers, with_time
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
+from mxdsurgery.resume import weights_digest
+from mxdsurgery.run_folder import RunFolder, depends_on
 from mxdsurgery.text import TextStream, open_texts
 from mxdsurgery.train import Training, train_groups
 
@@ -40,13 +43,13 @@ def frontier(
     k: Sequence[int] = DEFAULT_K,
     kinds: Sequence[str] = DEFAULT_KINDS,
     recipe: str | Path | None = None,
+    resume: bool = False,
     reporter: Reporter | None = None,
     **overrides: Any,
 ) -> Frontier:
     """Trains kinds of layers at several K in place of one block, all on the same activations, and measures each.
 
-    What is in the folder already is not done again, so an interrupted run goes on where it stood (group by group), and other
-    layers, kinds and K join the table.
+    What is in the folder already is not done again, so that other layers, kinds and K join the table.
 
     Args:
         model: hub id, local folder, ``demo-glu`` or ``demo-mlp``.
@@ -55,6 +58,7 @@ def frontier(
         kinds: of layers; ``dense`` has no K and is trained once. All but ``dense`` get as many parameters as a transcoder with
             ``expansion`` times D features, or, where ``n_experts`` is given, as an MxD layer with that many experts.
         recipe: a recipe file or the name of one that comes with mxdsurgery; default: the one made for the model.
+        resume: go on with the group of layers whose training is unfinished, in ``<out>.run``, if there is one.
         reporter: what to tell while working; default: nothing.
         **overrides: recipe keys; ``out`` is the folder.
 
@@ -63,8 +67,10 @@ def frontier(
 
     Raises:
         RecipeError: an unknown kind, a wrong K, or what `mxdsurgery.plan` raises.
-        OutputError: the folder holds rows of other settings or something else, or cannot be written.
-        Interrupted: Ctrl-C; the rows so far are kept.
+        OutputError: the folder holds rows of other settings or something else, or cannot be written; or there is an unfinished
+            group that is not to be resumed.
+        CheckpointError: the unfinished group cannot be resumed.
+        Interrupted: Ctrl-C; the rows so far are kept, and while training a checkpoint is written.
     """
     reporter = reporter or Reporter()
     kinds, k = _checked(kinds, k)
@@ -84,15 +90,22 @@ def frontier(
     for line in (f"recipe     {made.recipe_file}", *made.summary(resolved)[1:-1]):
         reporter.say(line)
     accelerator = make_accelerator(resolved)
-    train, heldout = open_texts(resolved, load_tokenizer(model, resolved.revision))
-    base = load_model(model, revision=resolved.revision, dtype=made.dtype, device=accelerator.device)
+    alone("a frontier")
+    train, heldout = open_texts(resolved, load_tokenizer(model, resolved.revision, resolved.trust_remote_code))
+    trusted = {"trust_remote_code": resolved.trust_remote_code}
+    base = load_model(model, revision=resolved.revision, dtype=made.dtype, device=accelerator.device, **trusted)
     reporter.say(f"proof      the block recomputed from its weights, relative error {prove_block(base, made.blocks[0]):.1e}")
-    remaining = iter(todo)
+    remaining, digest = iter(todo), weights_digest(base)
     with _kept(out, resolved.overwrite):
         for group in made.groups:
             part = dataclasses.replace(made, layers=[next(remaining) for _ in group.layers], groups=[group])
-            found = _run_group(found, base, part, train, heldout, resolved, accelerator, reporter)
-            found.write()
+            run = RunFolder(out, resolved)
+            group_is = {"group": [layer_key(planned) for planned in part.layers], "base": digest}
+            run.open(depends_on(settings) | group_is, resume, False, f"delete {run.path}")
+            with run.working(reporter) as recording:
+                found = _run_group(found, base, part, train, heldout, resolved, accelerator, recording, run)
+                found.write()
+            run.finish(out)
     return found
 
 
@@ -129,10 +142,11 @@ def _run_group(
     recipe: Recipe,
     accelerator: Accelerator,
     reporter: Reporter,
+    run: RunFolder,
 ) -> Frontier:
     """Trains one group of layers, keeps their weights and measures them: the table with their rows."""
     training = Training(1)
-    train_groups(base, made, train, recipe, accelerator, training, reporter)
+    train_groups(base, made, train, recipe, accelerator, training, reporter, run=run)
     for planned, layer in training.layers.items():
         save_layer(layer.to(accelerator.device), planned, found.out)
     candidates = [{planned.block.layer: layer} for planned, layer in training.layers.items()]
@@ -182,9 +196,9 @@ def _kept(out: Path, overwrite: bool) -> Iterator[None]:
             shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         rows = len(read_frontier(out).rows) if (out / FRONTIER_FILE).is_file() else 0
-        again = "the same command, without --overwrite, goes on from there"
-        raise Interrupted(f"Interrupted. {out} holds {rows} finished rows: {again}.") from None
+        again = "the same command with --resume, and without --overwrite, goes on from there"
+        raise Interrupted(f"{str(interrupt) or 'Interrupted.'}\n{out} holds {rows} finished rows: {again}.") from None
     except OSError as error:
         raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space or give another --out") from None

@@ -5,17 +5,14 @@ import dataclasses
 import itertools
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,11 +22,15 @@ from mxdsurgery.checkpoint import Converted, load_with_recipe
 from mxdsurgery.console import Reporter, compact, duration
 from mxdsurgery.cost import LayerPlan
 from mxdsurgery.endtoend import VALIDATION_TOKENS, EndToEnd, Settings, train_end_to_end
-from mxdsurgery.errors import DataError, HealError, Interrupted, OutputError
+from mxdsurgery.errors import DataError, HealError, OutputError
 from mxdsurgery.evaluate import evaluate, load_original
-from mxdsurgery.export import check_output, check_reload, reference_outputs, write_code, write_json, written_as
+from mxdsurgery.export import check_output, check_reload, reference_outputs, write_code, written_as
+from mxdsurgery.inputs import Read
 from mxdsurgery.lora import ADAPTER_FOLDER, Adapters, check_peft, healed_maps, projections
+from mxdsurgery.parallel import check_parallel, my_contexts, rank
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
+from mxdsurgery.resume import weights_digest
+from mxdsurgery.run_folder import TRAINING_FILE, Keeper, RunFolder, depends_on
 from mxdsurgery.teacher import Example, KeptPredictions, original_examples
 from mxdsurgery.text import Packing, TextStream, open_texts, text_name
 from mxdsurgery.train import start_kernels
@@ -75,6 +76,9 @@ class Healing:
         top_n: see ``teacher``.
         seed: of the text's order and the adapters; default: one more than the recipe's.
         format: ``checkpoint``, or ``adapter``: only what differs from the base model.
+        checkpoint_every: as in a recipe, as the two that follow; default: the recipe's.
+        checkpoint_minutes: see there.
+        keep_checkpoints: see there.
     """
 
     mode: str = "mxd"
@@ -93,6 +97,9 @@ class Healing:
     top_n: int = 64
     seed: int | None = None
     format: str = "checkpoint"
+    checkpoint_every: int | None = None
+    checkpoint_minutes: float | None = None
+    keep_checkpoints: int | None = None
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -120,9 +127,10 @@ class Healing:
         Raises:
             RecipeError: a value out of range.
         """
-        given = {name: getattr(self, name) for name in ("tokens", "lr", "batch", "specialise", "seed")}
+        names = ("tokens", "lr", "batch", "specialise", "seed", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
+        given = {name: getattr(self, name) for name in names}
         defaults = {"lr": LR_FACTOR * saved.lr, "seed": (saved.seed + 1) % 2**32}
-        defaults |= {"warmup": WARMUP, "decay": 1.0 - WARMUP}
+        defaults |= {"warmup": WARMUP, "decay": 1.0 - WARMUP, "parallel": "data"}
         defaults |= {"specialise": min(10.0, SPECIALISE_FACTOR * saved.specialise)}
         return dataclasses.replace(saved, **defaults | {name: value for name, value in given.items() if value is not None})
 
@@ -134,9 +142,10 @@ def heal(
     base: str | None = None,
     device: str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     reporter: Reporter | None = None,
     **options: Any,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Trains a converted model end to end toward its original's predictions, and writes and measures what comes of it.
 
     What is lowered is KL(original ‖ converted) of the next token. The layers keep their form and K. What is best on some text
@@ -148,12 +157,14 @@ def heal(
         base: the original model, where it is not found any more as the recipe names it.
         device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
         overwrite: take the place of an earlier folder of ours.
+        resume: go on with the unfinished run in ``<out>.run``, if there is one, as if it had not been interrupted.
         reporter: what to tell while working; default: nothing.
         **options: the fields of `Healing`, for example ``mode="both"``, ``tokens=1_000_000``, ``lr=3e-4``.
 
     Returns:
         The step as config.json has it (``kl_before`` and ``kl_after`` on the validation text in nats per token, ``tokens``,
-        ``seconds``, the settings), ``evaluation``, the figures on held-out text as `evaluate` gives them, and ``out``.
+        ``seconds``, the settings), ``evaluation``, the figures on held-out text as `evaluate` gives them, and ``out``. None
+        in all processes but the first, where several were launched.
 
     Raises:
         NotConvertedError: the folder is not one of ours.
@@ -162,8 +173,9 @@ def heal(
         BaseModelError: the original model is missing, or is not the one that this was made from.
         DataError: the text cannot be read, is too short, or is the held-out one.
         DivergedError: the learning rate was too high.
-        OutputError: ``out`` cannot be written.
-        Interrupted: Ctrl-C; the best weights so far are kept in ``<out>.interrupted``.
+        OutputError: ``out`` cannot be written, or an unfinished run is neither to be resumed nor overwritten.
+        CheckpointError: the unfinished run cannot be resumed.
+        Interrupted: Ctrl-C; while training, a checkpoint is written first.
     """
     reporter, how = reporter or Reporter(), Healing(**options)
     converted, saved = load_with_recipe(folder, device)
@@ -171,23 +183,37 @@ def heal(
     recipe = how.recipe(saved)
     size = _contexts_per_pass(recipe, how)
     target = check_output(out, overwrite)
-    train, validation = _texts(converted, saved, recipe, how.data)
     accelerator = make_accelerator(recipe)
-    original = load_original(converted, base or recipe.model, recipe).to(accelerator.device)
-    patient = _patient(converted, original, recipe, how, reporter)
-    state = EndToEnd(max(1, recipe.tokens // (size * how.accumulate * recipe.context)), size * how.accumulate * recipe.context)
-    with _kept(target, state):
-        with tempfile.TemporaryDirectory(prefix="mxdsurgery.") as scratch:
-            texts = _examples(original, patient, train, validation, size, Path(scratch), how, recipe, state)
-            if how.teacher == "cached":
-                original = None
-            _train(patient, texts, recipe, how, accelerator, state, reporter)
+    check_parallel(recipe)
+    reporter = Reporter() if rank() else reporter
+    run = RunFolder(target, recipe)
+    identity = depends_on(recipe.to_dict()) | depends_on(asdict(how)) | {"source": weights_digest(converted.model)}
+    run.open(identity, resume, overwrite)
+    with run.working(reporter) as reporter:
+        train, validation = _texts(converted, saved, recipe, how.data)
+        original = load_original(converted, base or recipe.model, recipe).to(accelerator.device)
+        run.confirm(original=weights_digest(original))
+        patient = _patient(converted, original, recipe, how, reporter)
+        tokens = size * how.accumulate * recipe.context
+        state = EndToEnd(max(1, recipe.tokens // tokens), tokens)
+        if run.resumed is not None:
+            state.restore(run.resumed.state, patient.layers)
+            reporter.say(f"resume     from step {state.step}, in {run.path}")
+        texts = _texts_with_answers(original, patient, train, validation, size, run.scratch, how, recipe, state)
+        if how.teacher == "cached":
+            original = None
+        _train(patient, texts, recipe, how, accelerator, state, run, reporter)
+        if rank():
+            accelerator.end_training()
+            return None
         del texts, original  # `evaluate` loads it anew
         step = _record(patient, recipe, how, state, validation)
-        source = (converted.plan.model, converted.plan.revision) if base is None else (base, None)
-        with written_as(target, how.format, *source) as checkpoint:
+        origin = (converted.plan.model, converted.plan.revision) if base is None else (base, None)
+        with written_as(target, how.format, *origin, within=run.scratch) as checkpoint:
             _write(patient, checkpoint, step, how, validation[:_CHECK_CONTEXTS])
             evaluation = evaluate(checkpoint, base=base, device=device, reporter=reporter)
+    run.finish(target)
+    accelerator.end_training()
     return step | {"evaluation": evaluation, "out": str(target)}
 
 
@@ -268,7 +294,15 @@ def _patient(converted: Converted, original: PreTrainedModel, recipe: Recipe, ho
     return _Patient(converted, layers, adapters, maps)
 
 
-def _examples(
+class _Texts(NamedTuple):
+    """What is trained on, endless, and what is looked at, each with what the original says about it."""
+
+    examples: Iterator[Example]
+    validation: list[Example]
+    read: Read
+
+
+def _texts_with_answers(
     original: PreTrainedModel,
     patient: _Patient,
     train: TextStream,
@@ -278,47 +312,57 @@ def _examples(
     how: Healing,
     recipe: Recipe,
     state: EndToEnd,
-) -> tuple[Iterator[Example], list[Example]]:
-    """What is trained on, endless, and what is looked at, each with what the original says about it."""
+) -> _Texts:
+    """The texts from where the training stands."""
+    taken = state.step * how.accumulate
     if how.teacher == "model":
         blocks = patient.converted.plan.blocks if how.local > 0 else ()
-        trained = original_examples(original, blocks, train.batches(size))
-        return trained, list(original_examples(original, (), validation.split(size)))
+        read = Read(train.batches(size))
+        read.skip(taken)
+        looked_at = list(original_examples(original, (), validation.split(size)))
+        mine = (my_contexts(batch, recipe) for batch in read)
+        return _Texts(original_examples(original, blocks, mine), looked_at, read)
     wanted = state.steps * size * how.accumulate
     vocabulary = original.config.get_text_config(decoder=True).vocab_size
+    read = Read(itertools.islice(train.contexts(), wanted))
     made = []
-    for name, contexts, count in (
-        ("train", itertools.islice(train.contexts(), wanted), wanted),
-        ("validation", iter(validation), len(validation)),
-    ):
+    for name, contexts, count in (("train", read, wanted), ("validation", iter(validation), len(validation))):
         folder = scratch / name
         folder.mkdir()
         kept = KeptPredictions(folder, count, recipe.context, how.top_n, vocabulary)
         while batch := list(itertools.islice(contexts, size)):
             kept.add(original, torch.stack(batch))
         made.append(kept)
-    return made[0].examples(size, original.device, recipe.seed), made[1].in_order(size, original.device)
+    examples = itertools.islice(made[0].examples(size, original.device, recipe.seed), taken, None)
+    return _Texts(examples, made[1].in_order(size, original.device), read)
 
 
 def _train(
     patient: _Patient,
-    texts: tuple[Iterator[Example], list[Example]],
+    texts: _Texts,
     recipe: Recipe,
     how: Healing,
     accelerator: Accelerator,
     state: EndToEnd,
+    run: RunFolder,
     reporter: Reporter,
 ) -> None:
     tokens = state.tokens_per_step // how.accumulate
     start_kernels(accelerator, patient.converted.plan.layers, tokens, reporter)
     settings = Settings(how.local, how.accumulate, how.checkpointing, patience=how.patience)
-    with reporter.progress("heal", "tokens") as line:
+    resumed = None
+    if run.resumed is not None:
+        run.check_text(texts.read.digest())
+        resumed = run.resumed.tensors(TRAINING_FILE)
+    keeper = Keeper(run, lambda: state.step, lambda: state.state() | {"text": texts.read.digest()}, resumed=resumed)
+    with reporter.progress("heal", "tokens") as line, run.watching(reporter.say):
 
         def report(now: EndToEnd) -> None:
             line.update(now.tokens, now.steps * now.tokens_per_step, f"KL {now.validation[-1][1]:.4f}")
+            run.journal.metrics("heal", **now.row())
 
-        model, layers = patient.converted.model, patient.layers
-        train_end_to_end(model, layers, *texts, recipe, settings, accelerator, state, report, patient.adapters)
+        model, layers, given = patient.converted.model, patient.layers, (texts.examples, texts.validation)
+        train_end_to_end(model, layers, *given, recipe, settings, accelerator, state, report, patient.adapters, keeper)
     for plan, layer in layers.items():
         patient.converted.layers[plan.block.layer].load_state_dict(layer.state_dict())
     before = state.validation[0][1]
@@ -373,31 +417,6 @@ def _write(patient: _Patient, folder: Path, step: dict[str, Any], how: Healing, 
     model.save_pretrained(folder, max_shard_size="5GB")
     write_code(model, folder)
     check_reload(folder, check, reference_outputs(model, check), model.device)
-
-
-@contextmanager
-def _kept(out: Path, state: EndToEnd) -> Iterator[None]:
-    """Keeps the best weights so far when the work inside is interrupted.
-
-    Raises:
-        Interrupted: Ctrl-C.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not state.best_step:
-            raise Interrupted("Interrupted. Nothing was written: nothing better than the start was found yet.") from None
-        folder = out.with_name(out.name + ".interrupted")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        tensors = {f"{p.block.layer}.{name}": tensor for p, held in state.best.items() for name, tensor in held.items()}
-        save_file(tensors | state.best_adapters, folder / "layers.safetensors")
-        stands = {"step": state.step, "steps": state.steps, "tokens_per_step": state.tokens_per_step}
-        write_json(folder / "state.json", stands | {"best_step": state.best_step, "validation": state.validation})
-        raise Interrupted(
-            f"Interrupted. No model was written to {out}. The best weights so far, after {compact(state.best_tokens)} of "
-            f"{compact(state.tokens)} tokens, are in {folder}: layers.safetensors and state.json."
-        ) from None
 
 
 def heal_table(result: dict[str, Any]) -> Table:

@@ -14,6 +14,8 @@ from mxdsurgery.blocks import Block, Part
 from mxdsurgery.cost import LayerPlan
 from mxdsurgery.errors import MxDWarning
 from mxdsurgery.layer import DenseLayer, MxDLayer
+from mxdsurgery.model import check_fits
+from mxdsurgery.offload import resident
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.replacement import LAYER_KINDS
 
@@ -29,7 +31,13 @@ class Statistics(NamedTuple):
 
 
 def measure_statistics(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> dict[int, Statistics]:
-    """The statistics of each block over some batches of input ids (B, T), position 0 left out."""
+    """The statistics of each block over some batches of input ids (B, T), position 0 left out.
+
+    Raises:
+        DataError, RecipeError: the batches are none that the model can read; see `mxdsurgery.model.check_fits`.
+    """
+    for batch in batches:
+        check_fits(model, batch)
     return statistics_of(record_activations(model, blocks, batch) for batch in batches)
 
 
@@ -128,11 +136,13 @@ def _copy_encoder(layer: DenseLayer, block: Block, root: nn.Module) -> None:
 
 
 def _copy_decoder(layer: DenseLayer, block: Block, root: nn.Module) -> None:
-    layer.decoder.weight.copy_(block.decoder.weight(root))
-    layer.bias.copy_(block.decoder.bias(root) if block.decoder_bias else torch.zeros_like(layer.bias))
+    with resident(root.get_submodule(block.decoder.path)):
+        layer.decoder.weight.copy_(block.decoder.weight(root))
+        layer.bias.copy_(block.decoder.bias(root) if block.decoder_bias else torch.zeros_like(layer.bias))
 
 
 def _copy_part(linear: nn.Linear, part: Part, root: nn.Module) -> None:
-    linear.weight.copy_(part.weight(root))
-    if linear.bias is not None:
-        linear.bias.copy_(part.bias(root))
+    with resident(root.get_submodule(part.path)):
+        linear.weight.copy_(part.weight(root))
+        if linear.bias is not None:
+            linear.bias.copy_(part.bias(root))

@@ -10,6 +10,7 @@ than one decoder layer of the base model has to be in memory at a time.
 
 import copy
 import dataclasses
+import hashlib
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from mxdsurgery.errors import UnsupportedBlockError
 from mxdsurgery.initialize import Statistics, measure_statistics, statistics_of
 from mxdsurgery.model import decoder_layers
 from mxdsurgery.offload import move, resident
+from mxdsurgery.parallel import agree, my_contexts, text_shares
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.surgery import replaced
 from mxdsurgery.text import TextStream
@@ -41,16 +43,39 @@ _STATISTICS_BATCHES = 4
 _STREAM_TOLERANCE = 1e-3
 
 
+class Read(Iterator[Tensor]):
+    """Batches of ids (B, T), with a digest of all that were taken: a run that goes on makes sure that its text is the same."""
+
+    def __init__(self, batches: Iterator[Tensor]) -> None:
+        self.batches, self.sha256 = batches, hashlib.sha256()
+
+    def __next__(self) -> Tensor:
+        batch = next(self.batches)
+        self.sha256.update(batch.contiguous().numpy())
+        return batch
+
+    def skip(self, count: int) -> None:
+        """Takes so many."""
+        for _ in range(count):
+            next(self)
+
+    def digest(self) -> str:
+        """Of what was taken."""
+        return self.sha256.hexdigest()
+
+
 class Feed(NamedTuple):
     """What some layers are trained on.
 
     Attributes:
         statistics: of the blocks that they stand for, by layer.
         batches: endless, by layer: inputs and targets (B T, D).
+        read: the text, as far as it was taken.
     """
 
     statistics: dict[int, Statistics]
     batches: Iterator[dict[int, Activations]]
+    read: Read
 
 
 class OriginalInputs:
@@ -59,24 +84,27 @@ class OriginalInputs:
     Args:
         base: the model, on the device of the training.
         text: what it reads.
-        recipe: batch and context.
+        recipe: batch, context, parallel.
         device: of the training.
     """
 
     def __init__(self, base: PreTrainedModel, text: TextStream, recipe: Recipe, device: torch.device) -> None:
-        self.base, self.text, self.device = base, text, device
+        self.base, self.text, self.recipe, self.device = base, text, recipe, device
         self.contexts = recipe.batch // recipe.context
         self.times_read = 0
+        self.read = Read(iter(()))
 
     @contextmanager
-    def feed(self, blocks: Sequence[Block]) -> Iterator[Feed]:
-        """Opens the text for the layers that stand for some blocks."""
+    def feed(self, blocks: Sequence[Block], skip: int = 0) -> Iterator[Feed]:
+        """Opens the text for the layers that stand for some blocks; so many batches were taken by an earlier process."""
         text = dataclasses.replace(self.text)
         with closing(text.batches(self.contexts)) as batches:
-            sample = [batch.to(self.device) for batch in itertools.islice(batches, _STATISTICS_BATCHES)]
-            every = itertools.chain(sample, batches)
-            statistics = measure_statistics(self.base, blocks, sample)
-            yield Feed(statistics, stream_activations(self.base, blocks, every, self.device))
+            sample = list(itertools.islice(batches, _STATISTICS_BATCHES))
+            self.read = Read(itertools.chain(sample, batches))
+            statistics = measure_statistics(self.base, blocks, [batch.to(self.device) for batch in sample])
+            self.read.skip(skip)
+            mine = (my_contexts(batch, self.recipe) for batch in self.read)
+            yield Feed(statistics, stream_activations(self.base, blocks, mine, self.device), self.read)
         self.times_read = text.passes
 
     def replace(self, layers: Mapping[LayerPlan, nn.Module]) -> None:
@@ -151,8 +179,9 @@ class ConvertedInputs:
             reporter.progress("embed", "batches") as line,
             _embeddings_resident(base, self.decoder),
         ):
-            for number, input_ids in enumerate(itertools.islice(batches, count)):
-                input_ids = input_ids.to(device, non_blocking=True)
+            self.read = Read(batches)
+            for number, input_ids in enumerate(itertools.islice(self.read, count)):
+                input_ids = my_contexts(input_ids, recipe).to(device, non_blocking=True)
                 if number == 0:
                     self.calls = prove_layers(base, self.decoder, input_ids)
                     self.shape = tuple(input_ids.shape)
@@ -163,8 +192,8 @@ class ConvertedInputs:
         self.times_read = text.passes
 
     @contextmanager
-    def feed(self, blocks: Sequence[Block]) -> Iterator[Feed]:
-        """Goes on to the decoder layer of a block, which has to be above all that were fed before."""
+    def feed(self, blocks: Sequence[Block], skip: int = 0) -> Iterator[Feed]:
+        """Goes on to the decoder layer of a block, which has to be above all that were fed before; see `OriginalInputs`."""
         (block,) = blocks
         while self.at < block.layer:
             self._advance()
@@ -172,7 +201,10 @@ class ConvertedInputs:
             if self.recipe.target == "stream":
                 self._prove_stream(block)
             sample = ({block.layer: self._activations(block, number)} for number in range(_STATISTICS_BATCHES))
-            yield Feed(statistics_of(sample), self._batches(block))
+            statistics = statistics_of(sample)
+            for mean in statistics[block.layer]:
+                agree(mean, text_shares(self.recipe), mean=True)
+            yield Feed(statistics, self._batches(block, skip), self.read)
 
     def replace(self, layers: Mapping[LayerPlan, nn.Module]) -> None:
         """From here on the model has these layers, in the base model's dtype, in place of their blocks."""
@@ -244,15 +276,19 @@ class ConvertedInputs:
             x, y = recorded[block.layer]
             return Activations(x, y + (self._run(states["original"]) - own))
 
-    def _batches(self, block: Block) -> Iterator[dict[int, Activations]]:
-        """Over and over, from the second time on in an order of its own."""
-        for times in itertools.count():
+    def _batches(self, block: Block, skip: int) -> Iterator[dict[int, Activations]]:
+        """Over and over, from the second time on in an order of its own; without the first ``skip``."""
+        for number in itertools.islice(self._order(), skip, None):
+            x, y = self._activations(block, number)
+            yield {block.layer: Activations(x.flatten(0, 1), y.flatten(0, 1))}
+
+    def _order(self) -> Iterator[int]:
+        """Which batch comes next, endless."""
+        count = len(self.states)
+        yield from range(count)
+        for times in itertools.count(1):
             generator = torch.Generator().manual_seed(self.recipe.seed + times)
-            count = len(self.states)
-            order = range(count) if times == 0 else torch.randperm(count, generator=generator).tolist()
-            for number in order:
-                x, y = self._activations(block, number)
-                yield {block.layer: Activations(x.flatten(0, 1), y.flatten(0, 1))}
+            yield from torch.randperm(count, generator=generator).tolist()
 
 
 def _embeddings_resident(base: PreTrainedModel, decoder: nn.ModuleList) -> ExitStack:

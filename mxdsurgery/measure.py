@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.activations import hooked, record_activations, recording
 from mxdsurgery.blocks import Block
+from mxdsurgery.errors import DataError
 from mxdsurgery.metrics import Sums, Table, error_sums, frequency_decades, next_token_sums, scored_predictions, with_interval
-from mxdsurgery.model import decoder_layers
+from mxdsurgery.model import check_fits, decoder_layers
 from mxdsurgery.offload import execution_device
 from mxdsurgery.surgery import ConstantOutput, FrozenExperts, modules_replaced, replaced, resumed_at
 
@@ -51,6 +52,10 @@ def measure(
         report: called with the forward passes done and to do.
         maps: other modules that were changed, by path from the base model. They stand in with all layers together, not with
             single ones, and not where the blocks are ablated.
+
+    Raises:
+        DataError: there is no text, or it is not of this model's tokens.
+        RecipeError: the contexts are longer than what the model can read.
     """
     return measure_candidates(model, blocks, [layers], input_ids, batch, report, maps)[0]
 
@@ -65,6 +70,9 @@ def measure_candidates(
     maps: Mapping[str, nn.Module] | None = None,
 ) -> list[dict[str, Any]]:
     """As `measure`, for several sets of layers that stand for the same blocks; what they are compared with runs once."""
+    check_fits(model, input_ids)
+    if scored_predictions(input_ids) < 1:
+        raise DataError(f"contexts of {input_ids.shape[1]} tokens hold no prediction to score", expected="3 tokens or more")
     device = execution_device(model)
     batches = input_ids.to(device).split(max(1, batch // input_ids.shape[1]))
     outputs, used = _statistics(model, blocks, candidates, batches)

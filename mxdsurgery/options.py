@@ -13,6 +13,9 @@ from mxdsurgery.heal import CHOICES as HEAL_CHOICES
 from mxdsurgery.heal import LOCAL, LR_FACTOR, SPECIALISE_FACTOR
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe, parse_count
 
+# The recipe's keys on checkpoints: also flags of what trains without being a conversion.
+CHECKPOINTS = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
+
 
 class RecipeValue(click.ParamType):
     """A flag's value, checked by the recipe key of its name."""
@@ -83,6 +86,7 @@ def recipe_options(*without: str) -> Callable[[Callable], Callable]:
     return add
 
 
+RESUME = click.option("--resume", is_flag=True, help="Go on with the unfinished run in OUT.run, if there is one.")
 BASE = click.option("--base", help="The original model, if it is not where the recipe says.")
 
 
@@ -145,6 +149,10 @@ def heal_options(command: Callable) -> Callable:
         click.option("--top-n", type=count, help="How many are kept of each position. [default: 64]"),
         click.option("--seed", type=int, help="Of the text's order and the adapters; default: one more than the recipe's."),
         _choice("format", RECIPE_KEYS["format"].doc),
+        *(
+            click.option("--" + name.replace("_", "-"), type=RecipeValue(name), help=RECIPE_KEYS[name].doc)
+            for name in CHECKPOINTS
+        ),
     )
 
     @functools.wraps(command)
@@ -152,6 +160,11 @@ def heal_options(command: Callable) -> Callable:
         return command(*args, **{name: value for name, value in options.items() if value is not None})
 
     return functools.reduce(lambda made, option: option(made), reversed(options), with_given)
+
+
+def _key_option(name: str) -> Callable[[Callable], Callable]:
+    """A recipe key's flag on a command that is no conversion."""
+    return click.option("--" + name.replace("_", "-"), type=RecipeValue(name), help=RECIPE_KEYS[name].doc)
 
 
 def _choice(name: str, text: str) -> Callable[[Callable], Callable]:

@@ -266,9 +266,9 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
         UnsupportedBlockError: a chosen layer's block cannot be converted.
         ModelNotFoundError, GatedModelError, UnknownFamilyError, NotCausalLMError: see `mxdsurgery.model.load_config`.
     """
-    config = load_config(model, overrides.get("revision"))
+    config = load_config(model, overrides.get("revision"), overrides.get("trust_remote_code") or False)
     resolved, recipe_file = resolve_recipe(model, config, recipe, overrides)
-    analysis = analyze(model, revision=resolved.revision)
+    analysis = analyze(model, revision=resolved.revision, trust_remote_code=resolved.trust_remote_code)
     chosen = select_layers(resolved.layers, len(analysis.layers))
     layers = [plan_layer(_block_of(analysis, index), resolved) for index in chosen]
     dtype = resolved.dtype if resolved.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
@@ -298,7 +298,9 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
 
 def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe) -> Plan:
     """The plan with other layers, several of which may stand for the same block, and what they take."""
-    return _with_layers(made, layers, recipe, _base_model(load_config(made.model, recipe.revision), made.dtype))
+    return _with_layers(
+        made, layers, recipe, _base_model(load_config(made.model, recipe.revision, recipe.trust_remote_code), made.dtype)
+    )
 
 
 def _with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base: BaseModel) -> Plan:
@@ -330,7 +332,7 @@ def with_time(made: Plan, recipe: Recipe, worth_it: float = 0.0) -> Plan:
         recipe: resolved.
         worth_it: measure only if the run takes more seconds than this at the rate of a matrix product.
     """
-    config, machine = load_config(made.model, recipe.revision), made.machine
+    config, machine = load_config(made.model, recipe.revision, recipe.trust_remote_code), made.machine
     base = _base_model(config, made.dtype)
     base = dataclasses.replace(base, offloaded=made.offloaded, states_on_disk=made.states_on_disk)
     if made.refusal is not None:

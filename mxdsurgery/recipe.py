@@ -5,7 +5,6 @@ functions. Flags override the recipe's file, the file overrides the defaults; th
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,9 @@ from typing import Any
 import yaml
 
 from mxdsurgery.demo import DEMO_MODELS
+from mxdsurgery.disclosure import secret_in
 from mxdsurgery.errors import RecipeError
+from mxdsurgery.outside import read_yaml, shown
 
 _PACKAGE = Path(__file__).parent
 # Inside the package in an installed wheel; at the top of the repository in a checkout.
@@ -27,17 +28,26 @@ _MOST_K_START = 256
 
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _COUNT = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmb]?)", re.IGNORECASE)
+# What counts or measures something is smaller than this.
+_MOST_NUMBER = 10**18
+# Nor do control characters, or halves of characters, stand in a name.
+_MOST_CHARACTERS = 10_000
+_NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def parse_count(value: object) -> int | None:
     """A whole number, also written ``100k``, ``2M`` or ``1.5B``; None where the value is no such thing."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or _too_large(value):
         return None
     match = _COUNT.fullmatch(str(value).strip().replace("_", ""))
     if match is None:
         return None
     number = Fraction(match[1]) * _SUFFIXES[match[2].lower()]  # floats make 4.1M a broken number
-    return int(number) if number.denominator == 1 else None
+    return int(number) if number.denominator == 1 and number < _MOST_NUMBER else None
+
+
+def _too_large(value: object) -> bool:
+    return isinstance(value, int) and abs(value) >= _MOST_NUMBER
 
 
 def _parse_number(value: object) -> float | None:
@@ -47,13 +57,15 @@ def _parse_number(value: object) -> float | None:
         number = float(value)  # YAML reads 1e-3 as a string
     except (ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < _MOST_NUMBER else None
 
 
 def _parse_text(value: object) -> str | None:
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and not _too_large(value):
         return str(value)  # layers: 3
-    return value if isinstance(value, str) and value else None
+    if not isinstance(value, str) or not 0 < len(value) <= _MOST_CHARACTERS or _NO_TEXT.search(value):
+        return None
+    return value
 
 
 def _parse_flag(value: object) -> bool | None:
@@ -107,7 +119,14 @@ class Key:
         if good and self.high is not None:
             good = parsed <= self.high
         if not good:
-            raise RecipeError(f"recipe key {name!r} is {value!r}", expected=self.allowed())
+            raise RecipeError(f"recipe key {name!r} is {shown(value)}", expected=self.allowed())
+        secret = secret_in(parsed) if isinstance(parsed, str) else None
+        if secret is not None:  # it is not quoted
+            raise RecipeError(
+                f"recipe key {name!r} holds {secret}",
+                expected="no secret: recipes are saved with the model, and shown on its card",
+                fix="give the hub's token with 'hf auth login' or HF_TOKEN",
+            )
         return parsed
 
 
@@ -122,6 +141,11 @@ class Recipe:
     # What
     model: str | None = _key(None, "text", "hub id or local folder of the base model, or demo-glu, demo-mlp")
     revision: str | None = _key(None, "text", "the base model's revision on the hub")
+    trust_remote_code: bool = _key(
+        False,
+        "flag",
+        "run the Python code that comes with the base model, where transformers has none of its own; never set by a file",
+    )
     layers: str = _key("all", "text", "layers to convert: all, 3, 2-5, 0,4,7-9, -1")
     # Into what
     kind: str = _key(
@@ -232,7 +256,20 @@ class Recipe:
         "GiB that a conversion may take; layers that do not fit in it together take turns; default: 90% of what is free",
         low=0.001,
     )
+    parallel: str = _key(
+        "data",
+        "text",
+        "what several processes (accelerate launch) share: the text, gradients averaged; or the layers, each process some",
+        choices=("data", "layers"),
+    )
     seed: int = _key(0, "count", "seed of every random choice", low=0, high=2**32 - 1)
+    checkpoint_every: int | None = _key(
+        None, "count", "steps between two checkpoints to --resume from; default: by checkpoint_minutes alone", low=1
+    )
+    checkpoint_minutes: float = _key(
+        10.0, "number", "minutes between two checkpoints; more where writing them would take over 5 % of the time", low=0.0
+    )
+    keep_checkpoints: int = _key(2, "count", "checkpoints that stay until the result is written; 0: none is written", low=0)
     tracker: str = _key("none", "text", "where to log the training", choices=("none", "tensorboard", "wandb"))
     # Where to
     out: str | None = _key(None, "text", "folder to write; default: ./<model's name>-mxd")
@@ -297,35 +334,25 @@ class Recipe:
         return dataclasses.asdict(self)
 
     def to_yaml(self) -> str:
-        """The recipe as a file that `load_recipe` reads back to the same values."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        """The recipe as a file that `load_recipe` reads back to the same values, but trust in code, which is given anew."""
+        return yaml.safe_dump(self.to_dict() | {"trust_remote_code": False}, sort_keys=False, allow_unicode=True)
 
 
 RECIPE_KEYS: dict[str, Key] = {f.name: f.metadata["key"] for f in dataclasses.fields(Recipe)}
 
 # `match` says which base models a recipe file is meant for; it is the one entry of a file that is no key of the recipe.
 _MATCH_KEYS = ("model_type", "d_model", "n_layers")
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, and a key that stands twice is an error."""
-
-    def construct_mapping(self, node, deep=False):
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+_MOST_BYTES = 2**20
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The mapping in a recipe file, its names checked."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        content = read_yaml(path, _MOST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"the recipe {path} cannot be read: {error}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"the recipe {path} is not valid YAML: {error}", expected="lines of the form 'key: value'") from None
+    except ValueError as error:
+        raise RecipeError(f"the recipe {path} {error}", expected="lines of the form 'key: value'") from None
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -338,7 +365,9 @@ def check_names(values: Mapping[str, Any], where: str, extra: tuple[str, ...] = 
     """Raises RecipeError for the first name that is no recipe key."""
     for name in values:
         if name not in RECIPE_KEYS and name not in extra:
-            raise RecipeError(f"unknown recipe key {name!r} {where}", expected="one of " + ", ".join((*RECIPE_KEYS, *extra)))
+            raise RecipeError(
+                f"unknown recipe key {shown(name)} {where}", expected="one of " + ", ".join((*RECIPE_KEYS, *extra))
+            )
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
@@ -359,6 +388,12 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         file = shipped
     content = _read(file)
     content.pop("match", None)
+    if content.get("trust_remote_code"):  # a recipe may come from others, with the model
+        raise RecipeError(
+            f"recipe key 'trust_remote_code' is {shown(content['trust_remote_code'])} in {file}",
+            expected="false: no file decides that code is run",
+            fix="give --trust-remote-code yourself, if you trust the base model's code",
+        )
     return {name: RECIPE_KEYS[name].parse(name, value) for name, value in content.items()}
 
 

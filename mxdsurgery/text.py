@@ -1,4 +1,4 @@
-"""Text: where it comes from, and how it becomes packed contexts of token ids.
+"""Text: where it comes from, and the streams of packed contexts that it becomes.
 
 A text is named by a SPEC: a local ``.txt``, ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file; ``stdlib`` or
 ``stdlib:heldout``, the source of the running Python's standard library; or a data set on the hub as
@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import torch
@@ -26,14 +27,20 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mxdsurgery.demo import stdlib_documents
 from mxdsurgery.errors import DataError, first_line
+from mxdsurgery.packing import Packing
 from mxdsurgery.recipe import Recipe
 
 Item = TypeVar("Item")
 
 _FORMS = "a .txt, .jsonl, .jsonl.gz or .parquet file, a data set on the hub (user/name[:config[:split]]), or stdlib"
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-# A .txt file is cut into documents here, and where a line holds nothing but this mark.
+# A .txt file is cut into documents where a line holds nothing but this mark.
 _TXT_DOCUMENT_END = "<|endoftext|>"
+# Characters that are in memory at a time: a document of a .txt file that is longer is read as several; a longer line of a
+# .jsonl file is refused.
+_MOST_CHARACTERS = 64 * 2**20
+# Rows of a .parquet file that are in memory at a time.
+_ROWS = 256
 # Held-out contexts are spread over so many times their own amount of text.
 _SPREAD = 32
 
@@ -67,7 +74,7 @@ def token_strings(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[st
 
 
 def documents(spec: str, text_column: str = "text") -> Iterator[str]:
-    """Yields the documents of a text, in their order; empty ones are left out.
+    """Yields the documents of a text, in their order; empty ones are left out, and what is no character is replaced by U+FFFD.
 
     Args:
         spec: see the module.
@@ -92,7 +99,16 @@ def documents_with_fields(
         found = _file_documents(Path(spec), text_column, fields)
     else:
         found = _hub_documents(spec, text_column)
-    return ((document, row) for document, row in found if document)
+    return ((_encodable(document), row) for document, row in found if document)
+
+
+def _encodable(document: str) -> str:
+    """A document without halves of characters, which JSON can hold and no tokenizer takes."""
+    try:
+        document.encode()
+        return document
+    except UnicodeEncodeError:
+        return document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _file_documents(path: Path, text_column: str, fields: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -113,21 +129,28 @@ def _file_documents(path: Path, text_column: str, fields: Sequence[str]) -> Iter
 
 def _txt_documents(path: Path) -> Iterator[str]:
     lines: list[str] = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.strip() == _TXT_DOCUMENT_END:
+    held = 0
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        while line := file.readline(_MOST_CHARACTERS):
+            if line.strip() == _TXT_DOCUMENT_END or held + len(line) > _MOST_CHARACTERS:
                 yield "".join(lines)
-                lines = []
-            else:
+                lines, held = [], 0
+            if line.strip() != _TXT_DOCUMENT_END:
                 lines.append(line)
+                held += len(line)
     yield "".join(lines)
 
 
 def _jsonl_documents(path: Path, text_column: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, start=1):
+        with opener(path, "rt", encoding="utf-8-sig", errors="replace") as file:
+            for number in itertools.count(1):
+                line = file.readline(_MOST_CHARACTERS + 1)
+                if not line:
+                    return
+                if len(line) > _MOST_CHARACTERS:
+                    raise DataError(f"{path}, line {number}: longer than {_MOST_CHARACTERS} characters", fix="cut the text up")
                 if line.strip():
                     yield _json_text(line, f"{path}, line {number}", text_column)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -137,10 +160,10 @@ def _jsonl_documents(path: Path, text_column: str) -> Iterator[tuple[str, Mappin
 def _json_text(line: str, where: str, text_column: str) -> tuple[str, Mapping[str, Any]]:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # the former also for a number of thousands of digits
         raise DataError(f"{where}: not JSON ({error})", expected="one JSON object per line") from None
     if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
-        keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        keys = shorten(", ".join(row), 200) if isinstance(row, dict) else type(row).__name__
         raise DataError(
             f"{where}: no text in the field {text_column!r} (it has: {keys})",
             expected="a field that holds a string",
@@ -157,11 +180,11 @@ def _parquet_documents(path: Path, text_column: str, fields: Sequence[str]) -> I
         file = pq.ParquetFile(path)
         _check_column(text_column, file.schema_arrow.names, str(path))
         wanted = [text_column, *(name for name in fields if name in file.schema_arrow.names)]
-        for batch in file.iter_batches(columns=wanted):
+        for batch in file.iter_batches(_ROWS, columns=wanted):
             for row in batch.to_pylist():
                 if row[text_column] is not None:
                     yield _column_text(row[text_column], text_column, str(path)), row
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{str(path)!r} is not a whole Parquet file: {error}") from None
 
 
@@ -223,62 +246,6 @@ def hub_rows(spec: str, limit: int | None = None) -> Iterator[dict[str, Any]]:
             expected=_FORMS,
             fix="check the spelling and the connection, or give a text that is on this machine with --data",
         ) from None
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How documents become contexts.
-
-    Documents follow each other with an end-of-text token between them; what is left at the end, less than one context, is
-    dropped, so there is no padding.
-
-    Attributes:
-        tokenizer: the model's.
-        context: T, tokens per context.
-        prepend_bos: begin every context with the beginning-of-text token; None: if the tokenizer does so by itself.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    context: int
-    prepend_bos: bool | None = None
-
-    def first_tokens(self) -> list[int]:
-        """What every context begins with: the BOS token, or nothing.
-
-        Raises:
-            DataError: ``prepend_bos`` is asked for and there is no such token.
-        """
-        bos = self.tokenizer.bos_token_id
-        if bos is None and self.prepend_bos:
-            raise DataError("recipe key 'prepend_bos' is true, but the tokenizer has no BOS token", fix="leave it out")
-        if bos is None or self.prepend_bos is False:
-            return []
-        return [bos] if self.prepend_bos or self.tokenizer("a")["input_ids"][:1] == [bos] else []
-
-    def pack(self, texts: Iterator[str]) -> Iterator[Tensor]:
-        """Tokenises documents and packs them: yields int64 (T,)."""
-        return (context for context, _ in self.pack_labelled((text, 0) for text in texts))
-
-    def pack_labelled(self, texts: Iterator[tuple[str, int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `pack`, of documents with a number each: yields ids and the number of each token's document, int64 (T,) both.
-
-        The beginning-of-text token has the number -1, an end-of-text token that of the document that it ends.
-        """
-        first = self.first_tokens()
-        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        room = self.context - len(first)
-        pending: list[int] = []
-        numbers: list[int] = []
-        while batch := list(itertools.islice(texts, 16)):
-            pieces = self.tokenizer([text for text, _ in batch], add_special_tokens=False, return_attention_mask=False)
-            for ids, (_, number) in zip(pieces["input_ids"], batch, strict=True):
-                pending += ids + end
-                numbers += [number] * (len(ids) + len(end))
-            whole = len(pending) // room * room
-            for start in range(0, whole, room):
-                part = slice(start, start + room)
-                yield torch.tensor(first + pending[part]), torch.tensor([-1] * len(first) + numbers[part])
-            del pending[:whole], numbers[:whole]
 
 
 @dataclass

@@ -7,22 +7,28 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxdsurgery.accelerator import choose_kernels
 from mxdsurgery.console import ProgressLine, Reporter, compact, duration
 from mxdsurgery.cost import LayerPlan, tokens_per_step
-from mxdsurgery.distill import Progress, distill
+from mxdsurgery.distill import Progress, batches_taken, distill, layer_key
 from mxdsurgery.endtoend import VALIDATION_TOKENS, EndToEnd, Settings, train_end_to_end
-from mxdsurgery.initialize import initial_layers
-from mxdsurgery.inputs import ConvertedInputs, OriginalInputs
-from mxdsurgery.offload import execution_device, on_disk
+from mxdsurgery.initialize import initial_layers, layer_shape
+from mxdsurgery.inputs import ConvertedInputs, OriginalInputs, Read
+from mxdsurgery.journal import Journal
+from mxdsurgery.offload import execution_device, on_disk, weights_of
+from mxdsurgery.parallel import my_contexts, rank, receive, receive_values, send, send_values
 from mxdsurgery.plan import Plan
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.replacement import LAYER_KINDS
+from mxdsurgery.resume import Files, part, prefixed
+from mxdsurgery.run_folder import TRAINING_FILE, Keeper, RunFolder
 from mxdsurgery.teacher import original_examples
 from mxdsurgery.text import TextStream
 
@@ -54,9 +60,14 @@ class Training:
         return self.seconds_feeding + sum(progress.seconds for progress in self.passes)
 
     @property
-    def finished(self) -> bool:
-        """Whether all groups are trained."""
-        return len(self.passes) == self.groups and all(progress.step == progress.steps for progress in self.passes)
+    def step(self) -> int:
+        """Steps of all groups so far."""
+        return sum(progress.step for progress in self.passes)
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands, as plain data; `_resume` reads it."""
+        passes = [progress.state() for progress in self.passes]
+        return {"passes": passes, "times_read": self.times_read, "seconds_feeding": self.seconds_feeding}
 
     @property
     def nmse(self) -> dict[LayerPlan, float]:
@@ -77,7 +88,7 @@ def train_groups(
     accelerator: Accelerator,
     training: Training,
     reporter: Reporter,
-    scratch: Path | None = None,
+    run: RunFolder | None = None,
 ) -> None:
     """Distils group after group and leaves all layers frozen, in the base model's dtype; those of a GPU in host memory.
 
@@ -89,30 +100,40 @@ def train_groups(
         accelerator: device, precision and trackers.
         training: is kept up to date.
         reporter: what to tell.
-        scratch: a folder for what the plan keeps on disk, the hidden states or finished layers.
+        run: where checkpoints are written, what to go on from, and where the plan's scratch lies, hidden states and finished
+            layers; default: nowhere, nothing, with a plan that keeps nothing on disk.
 
     Raises:
         DivergedError: naming the layer.
         DataError: the text cannot be read to its end.
         UnsupportedBlockError: with inputs: converted, the decoder layers cannot be run one by one.
+        CheckpointError: the text is not the one that the run began with.
+        OutputError: a checkpoint cannot be written.
+        Interrupted: the run was asked to stop.
     """
+    run = run or RunFolder(None, recipe)
     if recipe.tracker != "none":
         settings = {name: value for name, value in recipe.to_dict().items() if value is not None}
         accelerator.init_trackers("mxdsurgery", config=settings)
     start_kernels(accelerator, made.layers, tokens_per_step(recipe), reporter)
     start = time.perf_counter()
-    folder = scratch if made.states_on_disk else None
-    source = _source(base, train, recipe, accelerator.device, reporter, folder)
+    source = _source(base, train, recipe, accelerator.device, reporter, run.scratch if made.states_on_disk else None)
     training.seconds_feeding += time.perf_counter() - start
     with ExitStack() as stack:
         # One line for all groups; it counts from when the first of them is ready to train.
         line = functools.cache(lambda: stack.enter_context(reporter.progress("distil", "tokens")))
+        stack.enter_context(run.watching(reporter.say))
+        work = _Work(base, made.steps, source, recipe, accelerator, training, run, line)
         remaining = iter(made.layers)
-        for group in made.groups:
+        for number, group in enumerate(made.groups):
             layers = list(itertools.islice(remaining, len(group.layers)))
-            _train_group(base, layers, source, made.steps, recipe, accelerator, training, line)
-            source.replace(_finished(layers, base, training, scratch if made.offloaded else None))
-    accelerator.end_training()
+            if not work.take_finished(number, layers):
+                work.train(number, layers)
+            source.replace(_freeze(layers, base, training, run.scratch if made.offloaded else None))
+            work.finished.append(layers)
+            run.save(training.step, {}, work.finished_files(), work.state())
+    for tracker in accelerator.trackers:
+        tracker.finish()
     dead = sum(training.dead_share.values()) / len(training.dead_share)
     tokens = compact(training.passes[-1].tokens)
     reporter.say(f"distilled  {tokens} tokens in {duration(training.seconds)}, {dead:.1%} of experts dead")
@@ -143,30 +164,83 @@ def _source(
     return OriginalInputs(base, train, recipe, device)
 
 
-def _train_group(
-    base: PreTrainedModel,
-    layers: Sequence[LayerPlan],
-    source: OriginalInputs | ConvertedInputs,
-    steps: int,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    training: Training,
-    line: Callable[[], ProgressLine],
-) -> None:
-    """Some layers on the same text as all others: a layer learns the same in whatever group it is."""
-    start = time.perf_counter()
-    blocks = list({layer.block.layer: layer.block for layer in layers}.values())
-    with source.feed(blocks) as feed:
-        started = initial_layers(base, layers, feed.statistics, recipe)
-        training.seconds_feeding += time.perf_counter() - start
-        training.layers |= started
-        if recipe.inputs == "joint":
-            training.passes.append(EndToEnd(steps, tokens_per_step(recipe)))
-            _train_jointly(base, started, source, recipe, accelerator, training, line())
-        else:
-            training.passes.append(Progress(steps, tokens_per_step(recipe), steps * len(training.passes)))
-            distill(started, feed.batches, recipe, accelerator, training.passes[-1], _report_to(line(), training))
-    training.times_read = source.times_read
+@dataclass
+class _Work:
+    """The groups of a run: what trains them, and how far they are."""
+
+    base: PreTrainedModel
+    steps: int
+    source: OriginalInputs | ConvertedInputs
+    recipe: Recipe
+    accelerator: Accelerator
+    training: Training
+    run: RunFolder
+    line: Callable[[], ProgressLine]
+    finished: list[list[LayerPlan]] = field(default_factory=list)
+
+    def state(self) -> dict[str, Any]:
+        """Where the run stands, as plain data."""
+        return self.training.state() | {"finished": len(self.finished), "text": self.source.read.digest()}
+
+    def finished_files(self) -> Files:
+        """The layers of each finished group."""
+        return {_group_file(number): functools.partial(self._weights, layers) for number, layers in enumerate(self.finished)}
+
+    def _weights(self, layers: Sequence[LayerPlan]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for plan in layers:
+            tensors |= prefixed(weights_of(self.training.layers[plan]), layer_key(plan))
+        return tensors
+
+    def take_finished(self, number: int, layers: Sequence[LayerPlan]) -> bool:
+        """Takes the layers of a group from the checkpoint that the run goes on from, if it is finished there."""
+        saved = self.run.resumed
+        if saved is None or number >= saved.state["finished"]:
+            return False
+        tensors = saved.tensors(_group_file(number))
+        for plan in layers:
+            layer = LAYER_KINDS[plan.kind](**layer_shape(plan)).to(self.base.dtype)
+            layer.load_state_dict(part(tensors, layer_key(plan)))
+            self.training.layers[plan] = layer
+        self._progress(number).restore(saved.state["passes"][number], layers)
+        self.training.times_read = saved.state["times_read"]
+        self.training.seconds_feeding = saved.state["seconds_feeding"]
+        return True
+
+    def _progress(self, number: int) -> Progress:
+        """Of a group that begins."""
+        tokens = tokens_per_step(self.recipe)
+        kind = EndToEnd if self.recipe.inputs == "joint" else Progress
+        self.training.passes.append(kind(self.steps, tokens, self.steps * number))
+        return self.training.passes[-1]
+
+    def train(self, number: int, layers: Sequence[LayerPlan]) -> None:
+        """Some layers on the same text as all others: a layer learns the same in whatever group it is."""
+        start, training, saved = time.perf_counter(), self.training, self.run.resumed
+        progress, resumed = self._progress(number), None
+        if saved is not None and len(saved.state["passes"]) > number == saved.state["finished"]:
+            progress.restore(saved.state["passes"][number], layers)
+            training.seconds_feeding = saved.state["seconds_feeding"]
+            resumed = saved.tensors(TRAINING_FILE)
+        keeper = Keeper(self.run, lambda: training.step, self.state, self.finished_files(), resumed)
+        blocks = list({layer.block.layer: layer.block for layer in layers}.values())
+        joint = self.recipe.inputs == "joint"
+        with self.source.feed(blocks, skip=0 if joint else batches_taken(progress, self.recipe)) as feed:
+            if resumed is not None and not joint:
+                self.run.check_text(feed.read.digest())
+            started = initial_layers(self.base, layers, feed.statistics, self.recipe)
+            training.seconds_feeding += time.perf_counter() - start
+            training.layers |= started
+            report = _report_to(self.line(), training, self.run.journal)
+            if joint:
+                _train_jointly(self.base, started, self.source, self.recipe, self.accelerator, progress, report, keeper)
+            else:
+                distill(started, feed.batches, self.recipe, self.accelerator, progress, report, keeper)
+        training.times_read = self.source.times_read
+
+
+def _group_file(number: int) -> str:
+    return f"group_{number}.safetensors"
 
 
 def _train_jointly(
@@ -175,8 +249,9 @@ def _train_jointly(
     source: OriginalInputs,
     recipe: Recipe,
     accelerator: Accelerator,
-    training: Training,
-    line: ProgressLine,
+    progress: EndToEnd,
+    report: Callable[[Progress], None],
+    keeper: Keeper,
 ) -> None:
     """All layers at once, end to end, each also toward its block's output: at their start they say nothing."""
     contexts = recipe.batch // recipe.context
@@ -184,13 +259,16 @@ def _train_jointly(
     validation, text = source.text.split(VALIDATION_TOKENS)
     settings = Settings(local=JOINT_LOCAL, anneal=True)
     with closing(text.batches(contexts)) as batches:
-        examples = original_examples(base, blocks, batches)
+        source.read = Read(batches)
+        source.read.skip(progress.step)
+        if keeper.resumed is not None:
+            keeper.run.check_text(source.read.digest())
+        examples = original_examples(base, blocks, (my_contexts(batch, recipe) for batch in source.read))
         looked_at = list(original_examples(base, (), validation.split(contexts)))
-        report = _report_to(line, training)
-        train_end_to_end(base, layers, examples, looked_at, recipe, settings, accelerator, training.passes[-1], report)
+        train_end_to_end(base, layers, examples, looked_at, recipe, settings, accelerator, progress, report, keeper=keeper)
 
 
-def _finished(
+def _freeze(
     layers: Sequence[LayerPlan], base: PreTrainedModel, training: Training, folder: Path | None
 ) -> dict[LayerPlan, nn.Module]:
     """Freezes trained layers, in the base model's dtype, and takes them off the device: to host memory, or to a folder."""
@@ -202,11 +280,43 @@ def _finished(
     return {planned: training.layers[planned] for planned in layers}
 
 
-def _report_to(line: ProgressLine, training: Training) -> Callable[[Progress], None]:
+def collect(training: Training, shares: Sequence[Sequence[LayerPlan]], base: PreTrainedModel, device: torch.device) -> None:
+    """Brings the layers that other processes trained, and what is known of their training, to the first process.
+
+    Args:
+        training: of this process; in the first one, all layers are in it afterwards.
+        shares: the layers of each process; a single one where all have the same.
+        base: of the layers' dtype.
+        device: of the process, where tensors are for the journey.
+    """
+    if len(shares) == 1:
+        return  # all of them trained all
+    if rank() > 0:
+        for plan in shares[rank()]:
+            for tensor in training.layers[plan].state_dict().values():
+                send(tensor, device)
+        send_values([progress.state() for progress in training.passes], device)
+        return
+    for source, layers in enumerate(shares[1:], start=1):
+        for plan in layers:
+            layer = LAYER_KINDS[plan.kind](**layer_shape(plan)).to(base.dtype).eval().requires_grad_(False)
+            layer.load_state_dict({name: receive(held, source, device) for name, held in layer.state_dict().items()})
+            training.layers[plan] = layer
+        for state in receive_values(source, device):
+            first = training.passes[0]
+            progress = Progress(first.steps, first.tokens_per_step)
+            progress.restore(state | {"seconds": 0.0}, layers)  # they trained at the same time
+            training.passes.append(progress)
+            training.groups += 1
+
+
+def _report_to(line: ProgressLine, training: Training, journal: Journal) -> Callable[[Progress], None]:
     def report(progress: Progress) -> None:
         mean = sum(progress.nmse.values()) / max(1, len(progress.nmse))
-        group = f"group {len(training.passes)} of {training.groups}, " if training.groups > 1 else ""
+        number = len(training.passes)
+        group = f"group {number} of {training.groups}, " if training.groups > 1 else ""
         done = sum(begun.tokens for begun in training.passes)
         line.update(done, training.groups * progress.steps * progress.tokens_per_step, f"{group}NMSE {mean:.4f}")
+        journal.metrics("distil", group=number, **progress.row())
 
     return report

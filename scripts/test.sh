@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All tests, offline. Arguments go to pytest.
+# All tests, offline, a file at a time on each core. Arguments go to pytest.
 source "$(dirname "$0")/setup.sh"
 export HF_HUB_OFFLINE=1
-python -m pytest "$@"
+export OMP_NUM_THREADS=1  # the cores are shared by whole test files, not within one
+python -m pytest -n auto --dist loadfile "$@"

@@ -1,10 +1,12 @@
 """Recording: what the blocks saw, from a pass that stops after the last of them, and no hook left behind."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import tiny_model
 
-from mxdsurgery.activations import Activations, hooked, record_activations, recording, shuffle_positions
+from mxdsurgery.activations import Activations, ShuffledPositions, hooked, record_activations, recording
 from mxdsurgery.blocks import find_blocks
 
 IDS = torch.arange(24).view(2, 12)
@@ -57,7 +59,7 @@ def numbered(batches, n=4, d=2):
 
 @pytest.mark.parametrize(("batches", "buffer"), [(0, 8), (1, 8), (3, 0), (3, 7), (5, 8), (7, 12), (3, 400)])
 def test_shuffling_positions_yields_every_position_once_and_all_layers_alike(batches, buffer):
-    shuffled = list(shuffle_positions(numbered(batches), buffer, seed=0))
+    shuffled = list(ShuffledPositions(numbered(batches), buffer, 4, seed=0))
     assert len(shuffled) == batches
     for drawn in shuffled:
         assert torch.equal(drawn[0].x, drawn[0].y) and torch.equal(drawn[0].x + 1000, drawn[1].y)
@@ -67,5 +69,19 @@ def test_shuffling_positions_yields_every_position_once_and_all_layers_alike(bat
 
 
 def test_the_order_of_positions_depends_on_the_seed_alone():
-    orders = [[tuple(d[0].x[:, 0].tolist()) for d in shuffle_positions(numbered(9), 12, seed)] for seed in (0, 0, 1)]
+    orders = [[tuple(d[0].x[:, 0].tolist()) for d in ShuffledPositions(numbered(9), 12, 4, seed)] for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize(("buffer", "after"), [(0, 4), (12, 1), (12, 5), (12, 7), (12, 9)])
+def test_shuffling_goes_on_from_its_state_as_if_it_had_not_stopped(buffer, after):
+    def drawn(shuffled):
+        return [tuple(batch[1].x[:, 0].tolist()) for batch in shuffled]
+
+    whole = drawn(ShuffledPositions(numbered(9), buffer, 4, seed=3))
+    first = ShuffledPositions(numbered(9), buffer, 4, seed=3)
+    begun = [tuple(next(first)[1].x[:, 0].tolist()) for _ in range(after)]
+    taken = min(9, after + ShuffledPositions.ahead(buffer, 4))
+    again = ShuffledPositions(itertools.islice(numbered(9), taken, None), buffer, 4, seed=3)
+    again.restore({name: part.clone() for name, part in first.state().items()}, torch.device("cpu"))
+    assert begun + drawn(again) == whole

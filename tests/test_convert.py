@@ -128,11 +128,12 @@ def test_ctrl_c_says_what_is_there_and_writes_no_model(tmp_path):
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[1]
     assert process.returncode == 130, "".join(lines) + rest
-    assert "Traceback" not in rest and "No model was written" in rest
+    assert "Traceback" not in rest and "with --resume goes on from there" in rest
     assert not out.exists()
-    kept = tmp_path / "out.interrupted"
-    assert json.loads((kept / "state.json").read_text())["finished"] is False
-    assert {"layers.safetensors", "recipe.yaml", "plan.json"} <= {path.name for path in kept.iterdir()}
+    kept = tmp_path / "out.run"
+    assert {"checkpoints", "log.txt", "metrics.jsonl", "recipe.yaml", "plan.json"} == {path.name for path in kept.iterdir()}
+    (checkpoint,) = (kept / "checkpoints").iterdir()
+    assert json.loads((checkpoint / "state.json").read_text())["finished"] == 0
 
 
 def test_an_output_that_cannot_be_written_after_training_loses_no_layers(tmp_path, monkeypatch):
@@ -140,12 +141,18 @@ def test_an_output_that_cannot_be_written_after_training_loses_no_layers(tmp_pat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mxdsurgery.export.write_code", full)
-    with pytest.raises(OutputError, match="No space left(.|\n)*out.interrupted"):
+    with pytest.raises(OutputError, match="No space left(.|\n)*out.run; the same command with --resume"):
         mxdsurgery.convert(
             "demo-glu", layers="0", tokens=5_000, eval_tokens=1_000, n_experts=64, k=4, out=str(tmp_path / "out")
         )
-    assert [path.name for path in tmp_path.iterdir()] == ["out.interrupted"]
-    assert json.loads((tmp_path / "out.interrupted" / "state.json").read_text())["finished"] is True
+    assert [path.name for path in tmp_path.iterdir()] == ["out.run"]
+    monkeypatch.undo()
+    steps = []
+    monkeypatch.setattr("mxdsurgery.distill.train_step", lambda *_: steps.append(1))
+    mxdsurgery.convert(
+        "demo-glu", layers="0", tokens=5_000, eval_tokens=1_000, n_experts=64, k=4, out=str(tmp_path / "out"), resume=True
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not steps
 
 
 # Layers large beside the base model, so that training takes more memory than evaluation.
@@ -186,15 +193,13 @@ def test_the_plan_stands_beside_what_was_measured(converted):
 
 def test_an_interrupted_run_keeps_the_groups_that_are_finished(tmp_path, interrupted_in_layer_2):
     options = IN_GROUPS | {"memory": memory_for_groups(**IN_GROUPS), "out": str(tmp_path / "out"), "device": "cpu"}
-    with pytest.raises(KeyboardInterrupt, match="after step 0 of 11 of group 2 of 2"):
+    with pytest.raises(KeyboardInterrupt, match="A checkpoint of step 11 is in"):
         mxdsurgery.convert("demo-glu", **options)
-    kept = tmp_path / "out.interrupted"
-    state = json.loads((kept / "state.json").read_text())
-    assert (state["finished"], state["finished_layers"], state["group"], state["groups"]) == (False, [0, 1], 2, 2)
-    tensors = load_file(kept / "layers.safetensors")
-    assert {name.partition(".")[0] for name in tensors} == {"0", "1", "2"}
-    dtypes = [tensors[f"{layer}.gate.weight"].dtype for layer in (0, 1, 2)]
-    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
+    (kept,) = (tmp_path / "out.run" / "checkpoints").iterdir()
+    assert {path.name for path in kept.iterdir()} == {"group_0.safetensors", "manifest.json", "state.json"}
+    tensors = load_file(kept / "group_0.safetensors")
+    assert {name.partition(".")[0] for name in tensors} == {"0 mxd k4", "1 mxd k4"}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
 def test_the_example_runs_on_a_converted_model_without_mxdsurgery(converted):
@@ -251,7 +256,7 @@ def test_the_tensorboard_tracker_gets_the_losses(tmp_path):
     options = {"layers": "0", "tokens": 20_000, "eval_tokens": 1_000, "n_experts": 64, "k": 4, "tracker": "tensorboard"}
     mxdsurgery.convert("demo-glu", out=str(tmp_path / "out"), **options)
     events = next((tmp_path / "out.runs").rglob("events.out.tfevents.*"))
-    assert b"nmse/layer_0" in events.read_bytes()
+    assert b"nmse/layer_0_mxd_k" in events.read_bytes()
 
 
 QUICK = {"layers": "1-2", "n_experts": 64, "k": 4, "tokens": 20_000, "eval_tokens": 2_000, "device": "cpu", "shuffle": 100_000}

@@ -184,5 +184,6 @@ def test_bf16_autocast_keeps_parameters_in_fp32_and_learns():
         lambda p: None,
     )
     AcceleratorState._reset_state()
+    Accelerator(cpu=True)  # as the next test expects it
     assert all(parameter.dtype == torch.float32 for parameter in layer.parameters())
     assert nmse(model, [block], {0: layer})[0] < 0.6

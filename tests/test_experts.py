@@ -19,7 +19,15 @@ from mxdsurgery import coefficients, experts, search
 from mxdsurgery.catalogue import SCHEMA, open_catalogue
 from mxdsurgery.checkpoint import load
 from mxdsurgery.cli import main
-from mxdsurgery.errors import CatalogueError, DataError, Interrupted, LayerSelectionError, MemoryBudgetError, OutputError
+from mxdsurgery.errors import (
+    CatalogueError,
+    CheckpointError,
+    DataError,
+    Interrupted,
+    LayerSelectionError,
+    MemoryBudgetError,
+    OutputError,
+)
 from mxdsurgery.experts import experts_table
 from mxdsurgery.layer import Coefficients
 from mxdsurgery.search import search_table
@@ -170,8 +178,7 @@ def test_the_unembedding_is_the_models_own_last_step(family):
 
 def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(converted, labelled, tmp_path, monkeypatch):
     monkeypatch.setattr(MODULE, "_BATCH", 512)
-    monkeypatch.setattr(MODULE, "_SAVE_EVERY", 0.0)
-    options = {"data": labelled, "tokens": 4_000}
+    options = {"data": labelled, "tokens": 4_000, "checkpoint_every": 2}
     experts(converted.recipe.out, out=tmp_path / "whole", **options)
     add, calls = Tally.add, []
 
@@ -182,29 +189,19 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(converted, la
         add(self, *args)
 
     monkeypatch.setattr(Tally, "add", interrupted)
-    with pytest.raises(Interrupted, match="the same command goes on from there"):
+    with pytest.raises(Interrupted, match="with --resume goes on from there"):
         experts(converted.recipe.out, out=tmp_path / "parts", **options)
-    assert not (tmp_path / "parts").exists() and (tmp_path / "parts.partial" / "state.safetensors").is_file()
-    with pytest.raises(OutputError, match="unfinished run with another source"):
-        experts(converted.recipe.out, out=tmp_path / "parts", data=labelled, tokens=3_000)
+    assert not (tmp_path / "parts").exists() and (tmp_path / "parts.run").is_dir()
+    with pytest.raises(OutputError, match="holds an unfinished run"):
+        experts(converted.recipe.out, out=tmp_path / "parts", **options)
+    with pytest.raises(CheckpointError, match="depends on something else: source"):
+        experts(converted.recipe.out, out=tmp_path / "parts", resume=True, **options | {"tokens": 3_000})
     before = len(calls)
-    experts(converted.recipe.out, out=tmp_path / "parts", **options)
+    experts(converted.recipe.out, out=tmp_path / "parts", resume=True, **options)
     assert len(calls) - before < 2 * 8  # not all over again
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes(), path.name
-
-
-def test_a_spoilt_state_is_named(converted, labelled, tmp_path, monkeypatch):
-    monkeypatch.setattr(MODULE, "_BATCH", 512)
-    monkeypatch.setattr(MODULE, "_SAVE_EVERY", 0.0)
-    monkeypatch.setattr(MODULE, "write_tables", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        experts(converted.recipe.out, out=tmp_path / "out", data=labelled, tokens=4_000)
-    state = tmp_path / "out.partial" / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(OutputError, match="delete .* and begin anew"):
-        experts(converted.recipe.out, out=tmp_path / "out", data=labelled, tokens=4_000)
 
 
 def test_a_full_disk_is_named_and_the_same_command_goes_on(converted, labelled, tmp_path, monkeypatch):
@@ -212,10 +209,10 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(converted, labelled, 
     with monkeypatch.context() as patch:
         full = OSError(28, "No space left on device")
         patch.setattr(MODULE, "write_tables", lambda *_: (_ for _ in ()).throw(full))
-        with pytest.raises(OutputError, match="No space left on device(.|\n)*the same command then goes on"):
+        with pytest.raises(OutputError, match="No space left on device(.|\n)*with --resume goes on"):
             experts(converted.recipe.out, **options)
     assert not (tmp_path / "out").exists()
-    experts(converted.recipe.out, **options)
+    experts(converted.recipe.out, resume=True, **options)
     before = open_catalogue(tmp_path / "out").tokens
     experts(converted.recipe.out, **options | {"tokens": 3_000}, overwrite=True)
     assert open_catalogue(tmp_path / "out").tokens > before

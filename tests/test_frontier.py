@@ -107,7 +107,7 @@ def test_groups_that_take_turns_give_the_same_table(made, tmp_path, monkeypatch)
     in_turns(monkeypatch)
     groups, module = [], sys.modules["mxdsurgery.frontier"]
     train_groups = module.train_groups
-    monkeypatch.setattr(module, "train_groups", lambda *arguments: (groups.append(1), train_groups(*arguments)))
+    monkeypatch.setattr(module, "train_groups", lambda *args, **kept: (groups.append(1), train_groups(*args, **kept)))
     tight = mxdsurgery.frontier("demo-glu", layer=2, k=(4,), kinds=("mxd", "transcoder"), out=str(tmp_path / "out"), **SMALL)
     assert len(groups) == 2
     theirs = {(row["kind"], row["k"]): row["nmse"] for row in made.rows}
@@ -118,11 +118,11 @@ def test_ctrl_c_keeps_the_rows_of_finished_groups(tmp_path, monkeypatch):
     out, module = tmp_path / "out", sys.modules["mxdsurgery.frontier"]
     train_groups, begun = module.train_groups, []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **kept):
         begun.append(1)
         if len(begun) == 2:
             raise KeyboardInterrupt
-        train_groups(*arguments)
+        train_groups(*arguments, **kept)
 
     in_turns(monkeypatch)
     monkeypatch.setattr(module, "train_groups", interrupted)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from mxdsurgery.apply import apply
 from mxdsurgery.checkpoint import load
 from mxdsurgery.demo import stdlib_documents
-from mxdsurgery.errors import BaseModelError, DataError, HealError, Interrupted, LoRAError, OutputError, RecipeError
+from mxdsurgery.errors import BaseModelError, DataError, HealError, LoRAError, OutputError, RecipeError
 from mxdsurgery.evaluate import evaluate, load_original
 from mxdsurgery.export import write_json
 from mxdsurgery.heal import heal, heal_table
@@ -263,23 +263,3 @@ def test_without_peft_lora_says_what_to_install(source, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(LoRAError, match=r"peft, which is not installed(.|\n)*mxdsurgery\[lora\]"):
         heal(source, out=tmp_path / "out", mode="lora")
-
-
-def test_an_interrupt_keeps_the_best_weights_and_writes_no_model(source, text, tmp_path, monkeypatch):
-    from mxdsurgery import endtoend
-
-    real, count = endtoend._Trainer.step, iter(range(100))
-
-    def step(self, *arguments):
-        if next(count) == 3:
-            raise KeyboardInterrupt
-        real(self, *arguments)
-
-    monkeypatch.setattr(endtoend._Trainer, "step", step)
-    with pytest.raises(Interrupted, match="No model was written(.|\n)*layers.safetensors"):
-        heal(source, out=tmp_path / "out", data=text, **QUICK)
-    assert [path.name for path in tmp_path.iterdir()] == ["out.interrupted"]
-    held = load_file(tmp_path / "out.interrupted" / "layers.safetensors")
-    assert {name.split(".")[0] for name in held} == {"1", "2"}
-    state = json.loads((tmp_path / "out.interrupted" / "state.json").read_text())
-    assert state["step"] == 3 and 1 <= state["best_step"] <= 3

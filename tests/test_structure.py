@@ -8,13 +8,14 @@ PACKAGE = Path(__file__).parents[1] / "mxdsurgery"
 # A module imports only from those before it. The list is the data's path: errors and words, model, blocks, text and
 # activations, layer, training, what it takes, plan, surgery, measuring, export, and the commands on top.
 ORDER = [
-    "errors", "timing", "demo", "selection", "recipe", "console", "offload", "hub", "model", "blocks", "analyze", "text",
-    "sparse", "layer", "baselines", "interventions", "replacement", "kernels", "accelerator", "activations", "memory", "cost",
-    "budget", "initialize", "distill", "calibrate", "plan", "surgery", "inputs", "lora", "teacher", "endtoend", "train",
-    "card", "metrics", "measure", "adapter", "checkpoint", "export", "apply", "convert", "chart", "comparison", "frontier",
-    "evaluate", "heal", "growth", "labelled", "subjects", "probe", "dissect", "catalogue", "corpus", "tally", "unembedding",
-    "tables", "experts", "search", "coefficients", "edits", "generate", "edit", "report", "predictions", "effect", "sweep",
-    "judge", "steering", "disclosure", "parcel", "push", "__init__", "options", "cli", "__main__",
+    "errors", "timing", "demo", "outside", "selection", "disclosure", "recipe", "console", "journal", "parallel", "offload",
+    "hub", "model", "blocks", "analyze", "packing", "text", "sparse", "layer", "baselines", "interventions", "replacement",
+    "kernels", "accelerator", "activations", "memory", "cost", "budget", "resume", "run_folder", "initialize", "distill",
+    "calibrate", "plan", "surgery", "inputs", "lora", "teacher", "endtoend", "train", "card", "metrics", "measure", "adapter",
+    "checkpoint", "export", "apply", "convert", "chart", "plot", "comparison", "frontier", "evaluate", "heal", "growth",
+    "labelled", "subjects", "probe", "dissect", "catalogue", "corpus", "tally", "unembedding", "tables", "experts", "search",
+    "coefficients", "edits", "generate", "edit", "report", "predictions", "effect", "sweep", "judge", "steering", "parcel",
+    "push", "__init__", "options", "voice", "cli", "__main__",
 ]  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def test_no_module_is_named_after_nothing():
 def test_a_command_is_a_thin_layer():
     tree = dict(modules())["cli"]
     commands = {"analyze", "plan", "convert", "frontier", "probe", "dissect", "evaluate"}
-    commands |= {"experts", "search", "report", "coefficients", "edit", "effect", "heal", "apply_", "push"}
+    commands |= {"experts", "search", "report", "coefficients", "edit", "effect", "heal", "apply_", "push", "plot"}
     found = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in commands}
     assert found.keys() == commands
     for name, node in found.items():
