@@ -101,11 +101,11 @@ class EndToEnd(Progress):
         return super().row() | {"kl": self.kl} | ({"validation_kl": self.validation[-1][1]} if looked else {})
 
     def state(self) -> dict[str, Any]:  # noqa: D102
-        return self.row() | {"validation": self.validation, "best_step": self.best_step}
+        return self.row() | {"validation": self.validation, "best_step": self.best_step, "stopped": self.stopped}
 
     def restore(self, state: Mapping[str, Any], layers: Iterable[LayerPlan]) -> None:  # noqa: D102
         super().restore(state, layers)
-        self.kl, self.best_step = state["kl"], state["best_step"]
+        self.kl, self.best_step, self.stopped = state["kl"], state["best_step"], state["stopped"]
         self.validation = [(step, kl) for step, kl in state["validation"]]
 
     @property
@@ -244,7 +244,7 @@ def train_end_to_end(
             trainer.validate(validation)
             report(state)
         start, before = time.perf_counter(), state.seconds
-        for step in range(state.step, state.steps):
+        for step in range(state.step, state.step if state.stopped else state.steps):
             trainer.step(step, examples)
             state.step, state.seconds = step + 1, before + time.perf_counter() - start
             looks = state.step % every == 0 or state.step == state.steps
@@ -260,6 +260,7 @@ def train_end_to_end(
                     state.stopped = True
                     break
             keeper.after(trainer.kept)
+        keeper.finished(trainer.kept)
     trainer.restore()
 
 

@@ -101,7 +101,7 @@ def frontier(
             part = dataclasses.replace(made, layers=[next(remaining) for _ in group.layers], groups=[group])
             run = RunFolder(out, resolved)
             group_is = {"group": [layer_key(planned) for planned in part.layers], "base": digest}
-            run.open(depends_on(settings) | group_is, resume, False, f"delete {run.path}")
+            run.open(depends_on(settings) | group_is, resume, resolved.overwrite, f"delete {run.path}")
             with run.working(reporter) as recording:
                 found = _run_group(found, base, part, train, heldout, resolved, accelerator, recording, run)
                 found.write()

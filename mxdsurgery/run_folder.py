@@ -272,6 +272,11 @@ class Keeper:
         if self.run is not None:
             self.run.after(self.step(), {TRAINING_FILE: tensors}, self.unchanging, self.state)
 
+    def finished(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
+        """At the end: what comes after it, measuring and writing, may be interrupted too."""
+        if self.run is not None:
+            self.run.save(self.step(), {TRAINING_FILE: tensors}, self.unchanging, self.state())
+
 
 # For a training that nobody keeps.
 UNKEPT = Keeper()

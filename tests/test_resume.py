@@ -122,6 +122,22 @@ def test_healing_that_was_stopped_goes_on_bit_for_bit(way, converted, tmp_path, 
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "parts"}
 
 
+def test_healing_that_ended_is_not_done_again_when_only_writing_failed(converted, tmp_path, monkeypatch):
+    options = {"tokens": 20_480, "batch": 512, "lr": 0.05, "patience": 1}  # nothing gets better: it stops early
+    whole = mxdsurgery.heal(converted.out, out=tmp_path / "whole", **options)
+    assert whole["stopped_early"]
+    steps = []
+    with monkeypatch.context() as patch:
+        full = OSError(28, "No space left on device")
+        patch.setattr(sys.modules["mxdsurgery.heal"], "write_code", lambda *_: (_ for _ in ()).throw(full))
+        with pytest.raises(OutputError, match="No space left(.|\n)*with --resume goes on"):
+            mxdsurgery.heal(converted.out, out=tmp_path / "parts", **options)
+    monkeypatch.setattr(endtoend._Trainer, "step", lambda *_: steps.append(1))
+    mxdsurgery.heal(converted.out, out=tmp_path / "parts", resume=True, **options)
+    assert not steps
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_a_frontier_goes_on_within_a_group(tmp_path, stopped):
     options = {key: value for key, value in SMALL.items() if key not in ("layers", "k")} | {"layer": 1, "k": (4,)}
     whole = mxdsurgery.frontier("demo-glu", kinds=("mxd", "transcoder"), out=str(tmp_path / "whole"), **options)
