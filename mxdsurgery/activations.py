@@ -33,7 +33,7 @@ class ShuffledPositions(Iterator[dict[int, Activations]]):
 
     def __init__(self, batches: Iterator[dict[int, Activations]], buffer: int, n: int, seed: int) -> None:
         self.batches, self.n = batches, n
-        self.room = buffer // n if buffer >= 2 * n else 0  # in batches
+        self.room = self.ahead(buffer, n)  # in batches
         self.held: dict[int, Activations] = {}
         self.filled = 0
         self.generator = torch.Generator().manual_seed(seed)

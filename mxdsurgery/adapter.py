@@ -5,7 +5,6 @@ that one. Files beside the weights are kept as they are, but for the Python code
 that no code of an adapter's author runs.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -25,6 +24,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 
 from mxdsurgery.console import size
 from mxdsurgery.demo import DEMO_MODELS
+from mxdsurgery.digest import file_digest, tensor_bytes, tensor_digest
 from mxdsurgery.errors import BaseModelError, MxDError, NotConvertedError, WeightsError, first_line
 from mxdsurgery.journal import METRICS_FILE
 from mxdsurgery.model import load_model, model_name
@@ -233,7 +233,7 @@ def _write_part(path: Path, part: Path, weights: BaseWeights, from_base: dict[st
         for name in opened.keys():
             tensor = opened.get_tensor(name)
             same = weights.shape(name) == list(tensor.shape)
-            if same and torch.equal(_bytes(weights.tensor(name)), _bytes(tensor)):
+            if same and torch.equal(tensor_bytes(weights.tensor(name)), tensor_bytes(tensor)):
                 from_base[name] = tensor_digest(tensor)
             else:
                 kept[name], held[name] = tensor_digest(tensor), tensor
@@ -244,22 +244,6 @@ def _header(path: Path) -> str:
     """The JSON text that a safetensors file begins with, after its length in eight bytes."""
     with path.open("rb") as file:
         return file.read(int.from_bytes(file.read(8), "little")).decode()
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """A tensor's bytes, (number of bytes,) uint8."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(_bytes(tensor).numpy()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_bytes(folder: Path, *without: Path) -> int:
@@ -393,7 +377,7 @@ def rebuild(
         with (out / file).open("wb") as written:
             written.write(len(header).to_bytes(8, "little") + header)
             for _, tensor in _tensors(folder, adapter, base, file):
-                written.write(_bytes(tensor).numpy())
+                written.write(tensor_bytes(tensor).numpy())
                 done += tensor.nbytes
                 report(done, adapter.checkpoint_bytes)
     for name in adapter.files:

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxdsurgery.accelerator import make_accelerator
@@ -112,9 +110,12 @@ def convert(
         record = _training_record(made, training, memory.bytes())
         for line in _comparison(record):
             reporter.say(line)
-        evaluation = _evaluated(base, made, training, heldout, resolved, accelerator.device, reporter)
-        evaluation |= {"data": resolved.eval_data or resolved.data, "training": record}
         layers = {planned.block.layer: layer for planned, layer in training.layers.items()}
+        for layer in layers.values():
+            move(layer, accelerator.device)
+        with reporter.progress("evaluate", "passes") as line:
+            evaluation = measure(base, made.blocks, layers, heldout, resolved.batch, line.update)
+        evaluation |= {"data": resolved.eval_data or resolved.data, "training": record}
         check = heldout[:_CHECK_CONTEXTS]
         differences = export(base, layers, made, resolved, evaluation, tokenizer, check, out, run.scratch)
         reporter.say(
@@ -168,23 +169,6 @@ def _my_share(made: Plan, recipe: Recipe, run: RunFolder) -> tuple[Plan, list[li
     mine = with_layers(made, shares[rank()], recipe)
     write_json(kept, mine.to_dict())
     return mine, shares
-
-
-def _evaluated(
-    base: PreTrainedModel,
-    made: Plan,
-    training: Training,
-    heldout: Tensor,
-    recipe: Recipe,
-    device: torch.device,
-    reporter: Reporter,
-) -> dict[str, Any]:
-    """`measure`'s figures of the trained layers, which are on the device from here on."""
-    for layer in training.layers.values():
-        move(layer, device)
-    layers = {planned.block.layer: layer for planned, layer in training.layers.items()}
-    with reporter.progress("evaluate", "passes") as line:
-        return measure(base, made.blocks, layers, heldout, recipe.batch, line.update)
 
 
 def _proof(base: PreTrainedModel, block: Block) -> float:

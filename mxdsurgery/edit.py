@@ -1,7 +1,6 @@
 """``edit``: puts edits of experts into the weights of a converted model, in a new folder, and takes them back."""
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from mxdsurgery.checkpoint import (
     read_config,
 )
 from mxdsurgery.console import Reporter
+from mxdsurgery.digest import file_digest
 from mxdsurgery.edits import Edits, baked, check_for
 from mxdsurgery.errors import EditError, OutputError
 from mxdsurgery.evaluate import held_out
@@ -174,11 +174,7 @@ def _small_files(folder: Path) -> list[Path]:
 
 def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of the weights' files."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors*")):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors*"))}
 
 
 def _write_tensors(folder: Path, tensors: dict[str, Tensor | None]) -> None:

@@ -26,7 +26,7 @@ from mxdsurgery.export import write_json
 from mxdsurgery.interventions import MAXIMUM_FILE
 from mxdsurgery.layer import Coefficients, MxDLayer
 from mxdsurgery.memory import PeakMemory, free_memory
-from mxdsurgery.resume import part
+from mxdsurgery.resume import part, prefixed
 from mxdsurgery.run_folder import RunFolder
 from mxdsurgery.selection import select_layers
 from mxdsurgery.tables import write_tables
@@ -246,7 +246,10 @@ def _run(
     rows, model = max(1, _BATCH // corpus.ids.shape[1]), converted.model
 
     def kept() -> dict[str, Tensor]:
-        return {f"{layer}.{name}": tensor for layer, tally in tallies.items() for name, tensor in tally.state().items()}
+        tensors: dict[str, Tensor] = {}
+        for layer, tally in tallies.items():
+            tensors |= prefixed(tally.state(), str(layer))
+        return tensors
 
     with recorded_coefficients(converted, settings.layers) as seen:
         while done < len(corpus.ids):

@@ -28,7 +28,7 @@ from mxdsurgery.export import check_output, check_reload, reference_outputs, wri
 from mxdsurgery.inputs import Read
 from mxdsurgery.lora import ADAPTER_FOLDER, Adapters, check_peft, healed_maps, projections
 from mxdsurgery.parallel import check_parallel, my_contexts, rank
-from mxdsurgery.recipe import RECIPE_KEYS, Recipe
+from mxdsurgery.recipe import CHECKPOINT_KEYS, RECIPE_KEYS, Recipe
 from mxdsurgery.resume import weights_digest
 from mxdsurgery.run_folder import TRAINING_FILE, Keeper, RunFolder, depends_on
 from mxdsurgery.teacher import Example, KeptPredictions, original_examples
@@ -127,7 +127,7 @@ class Healing:
         Raises:
             RecipeError: a value out of range.
         """
-        names = ("tokens", "lr", "batch", "specialise", "seed", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
+        names = ("tokens", "lr", "batch", "specialise", "seed", *CHECKPOINT_KEYS)
         given = {name: getattr(self, name) for name in names}
         defaults = {"lr": LR_FACTOR * saved.lr, "seed": (saved.seed + 1) % 2**32}
         defaults |= {"warmup": WARMUP, "decay": 1.0 - WARMUP, "parallel": "data"}

@@ -11,10 +11,7 @@ from mxdsurgery.edits import edits_from_flags
 from mxdsurgery.frontier import DEFAULT_KINDS
 from mxdsurgery.heal import CHOICES as HEAL_CHOICES
 from mxdsurgery.heal import LOCAL, LR_FACTOR, SPECIALISE_FACTOR
-from mxdsurgery.recipe import RECIPE_KEYS, Recipe, parse_count
-
-# The recipe's keys on checkpoints: also flags of what trains without being a conversion.
-CHECKPOINTS = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
+from mxdsurgery.recipe import CHECKPOINT_KEYS, RECIPE_KEYS, Recipe, parse_count
 
 
 class RecipeValue(click.ParamType):
@@ -149,10 +146,7 @@ def heal_options(command: Callable) -> Callable:
         click.option("--top-n", type=count, help="How many are kept of each position. [default: 64]"),
         click.option("--seed", type=int, help="Of the text's order and the adapters; default: one more than the recipe's."),
         _choice("format", RECIPE_KEYS["format"].doc),
-        *(
-            click.option("--" + name.replace("_", "-"), type=RecipeValue(name), help=RECIPE_KEYS[name].doc)
-            for name in CHECKPOINTS
-        ),
+        *(_key_option(name) for name in CHECKPOINT_KEYS),
     )
 
     @functools.wraps(command)

@@ -132,13 +132,13 @@ def _check_events(text: str) -> None:
             raise ValueError(f"it holds a value of more than {_MOST_CHARACTERS} characters")
 
 
-def shown(value: object) -> str:
-    """A value as an error quotes it: as Python writes it, cut where it is long."""
+def shown(value: object, most: int = 1000) -> str:
+    """A value as an error quotes it: as Python writes it, cut after so many characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of more digits than Python writes
         text = f"a {type(value).__name__} that is too long to be written"
-    return text if len(text) <= 1000 else text[:1000] + "..."
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def inside(folder: Path, name: str) -> bool:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from mxdsurgery.digest import tensor_bytes
 from mxdsurgery.errors import DeviceError, RecipeError, first_line
 from mxdsurgery.recipe import Recipe
 
@@ -139,7 +140,7 @@ def wait() -> None:
 def send(tensor: Tensor, device: torch.device) -> None:
     """A tensor to the first process."""
     with _together():
-        dist.send(tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(device), 0)
+        dist.send(tensor_bytes(tensor).to(device), 0)
 
 
 def receive(like: Tensor, source: int, device: torch.device) -> Tensor:

@@ -339,6 +339,8 @@ class Recipe:
 
 
 RECIPE_KEYS: dict[str, Key] = {f.name: f.metadata["key"] for f in dataclasses.fields(Recipe)}
+# When checkpoints are written: they change nothing of what is computed.
+CHECKPOINT_KEYS = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
 
 # `match` says which base models a recipe file is meant for; it is the one entry of a file that is no key of the recipe.
 _MATCH_KEYS = ("model_type", "d_model", "n_layers")

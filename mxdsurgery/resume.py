@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mxdsurgery.digest import file_digest, tensor_bytes
 from mxdsurgery.errors import CheckpointError, OutputError
 from mxdsurgery.model import decoder_layers
-from mxdsurgery.offload import weights_of
+from mxdsurgery.offload import resident
 
 # What this version writes, and all that it reads.
 CHECKPOINT_VERSION = 1
@@ -172,8 +173,7 @@ def sync(path: Path) -> None:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def _link(source: Path, target: Path) -> None:
@@ -188,9 +188,10 @@ def weights_digest(model: nn.Module) -> str:
     """SHA-256 of the weights of a model's embeddings and decoder layers, wherever they lie."""
     digest = hashlib.sha256()
     for module in (model.get_input_embeddings(), *decoder_layers(model)[1]):
-        for name, tensor in weights_of(module).items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        with resident(module):
+            for name, tensor in module.state_dict().items():
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor_bytes(tensor).cpu().numpy())
     return digest.hexdigest()
 
 

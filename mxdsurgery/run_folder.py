@@ -20,15 +20,15 @@ from torch import Tensor
 from mxdsurgery.console import Reporter
 from mxdsurgery.errors import CheckpointError, DivergedError, Interrupted, MxDError, OutputError
 from mxdsurgery.journal import METRICS_FILE, Journal, Recording
+from mxdsurgery.outside import shown
 from mxdsurgery.parallel import any_of, rank, text_shares, wait
-from mxdsurgery.recipe import Recipe
+from mxdsurgery.recipe import CHECKPOINT_KEYS, Recipe
 from mxdsurgery.resume import Checkpoint, Checkpoints, Files
 
 # The file of a checkpoint with what is in training.
 TRAINING_FILE = "training.safetensors"
 # A run may go on with other values of these: they do not change what is computed.
-_FREE_KEYS = {"checkpoint_every", "checkpoint_minutes", "keep_checkpoints"}
-_FREE_KEYS |= {"overwrite", "out", "tracker", "memory", "device", "trust_remote_code"}
+_FREE_KEYS = {*CHECKPOINT_KEYS, "overwrite", "out", "tracker", "memory", "device", "trust_remote_code"}
 
 
 class Stop:
@@ -68,7 +68,7 @@ class RunFolder:
 
     Args:
         out: the result's place; the folder is ``<out>.run``. None: nothing is written anywhere.
-        recipe: checkpoint_every, checkpoint_minutes, keep_checkpoints.
+        recipe: parallel, checkpoint_every, checkpoint_minutes, keep_checkpoints.
     """
 
     def __init__(self, out: Path | None, recipe: Recipe) -> None:
@@ -150,8 +150,8 @@ class RunFolder:
         earlier = identity if self.resumed is None else self.resumed.state["identity"]
         other = [name for name, value in identity.items() if earlier.get(name) != value]
         if other:
-            was = ", ".join(f"{name}: {_shown(earlier.get(name))}" for name in other)
-            now = ", ".join(f"{name}: {_shown(identity[name])}" for name in other)
+            was = ", ".join(f"{name}: {shown(earlier.get(name), 60)}" for name in other)
+            now = ", ".join(f"{name}: {shown(identity[name], 60)}" for name in other)
             raise CheckpointError(
                 f"{str(self.path)!r} holds a run that depends on something else: {now}",
                 expected=was,
@@ -285,7 +285,3 @@ UNKEPT = Keeper()
 def depends_on(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of the keys and values of a recipe, or the like, those that a run depends on."""
     return {name: value for name, value in values.items() if name not in _FREE_KEYS}
-
-
-def _shown(value: Any) -> str:
-    return repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."

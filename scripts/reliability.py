@@ -63,6 +63,11 @@ def digest(folder: Path) -> str | None:
     return found.hexdigest()
 
 
+def checkpoints_of(out: Path) -> list[Path]:
+    """Those of an unfinished run, from the oldest to the newest."""
+    return sorted((out.with_name(out.name + ".run") / "checkpoints").glob("step-*"))
+
+
 def run_convert(out: Path, _source: Path) -> None:
     """Converts, or goes on."""
     mxdsurgery.convert("demo-glu", out=str(out), resume=True, overwrite=True, **CONVERT)
@@ -140,7 +145,7 @@ def killed_run(name: str, number: int, runs: Path, source: Path, wanted: str, se
                 kill(process)
                 result["kills"] += 1
                 result["torn"] += digest(out) not in (before, wanted)
-                checkpoints = sorted((out.with_name(out.name + ".run") / "checkpoints").glob("step-*"))
+                checkpoints = checkpoints_of(out)
                 stages.append(int(checkpoints[-1].name[5:]) if checkpoints else 0)
                 continue
         else:
@@ -200,7 +205,7 @@ def short_files() -> Iterator[None]:
 def stopped_run(out: Path, log: Path) -> None:
     """A conversion killed after its second checkpoint."""
     process = forked(lambda: run_convert(out, out), log)
-    while len(list((out.with_name(out.name + ".run") / "checkpoints").glob("step-*"))) < 2:
+    while len(checkpoints_of(out)) < 2:
         if ended(process, 0.01) is not None:
             raise RuntimeError(f"the run ended too soon: {log.read_text()[-2000:]}")
     kill(process)
@@ -233,7 +238,7 @@ def measure_faults(runs: Path) -> dict[str, Any]:
 
     def note(fault: str, out: Path, log: Path, code: int | None) -> None:
         said, gone = last_lines(log).replace(str(runs), "DIR"), digest(out) is None
-        newest = sorted((out.with_name(out.name + ".run") / "checkpoints").glob("step-*"))
+        newest = checkpoints_of(out)
         if "is damaged" in said:
             shutil.rmtree(newest[-1])  # as the error says
         again = ended(forked(lambda: run_convert(out, out), log))
@@ -253,7 +258,7 @@ def measure_faults(runs: Path) -> dict[str, Any]:
         for how in ("cut", "altered", "missing"):
             out, log = runs / f"fault-{len(rows)}", runs / f"fault-{len(rows)}.log"
             stopped_run(out, log)
-            newest = sorted((out.with_name(out.name + ".run") / "checkpoints").glob("step-*"))[-1]
+            newest = checkpoints_of(out)[-1]
             spoil(newest / file, how)
             note(f"{file} of a checkpoint: {how}", out, log, ended(forked(lambda out=out: run_convert(out, out), log)))
     return {"rows": rows}

@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -363,3 +365,15 @@ def test_a_checkpoint_keeps_every_dtype_bit_for_bit(tmp_path):
     save_file(tensors, tmp_path / "again.safetensors")
     found = kept.latest().tensors("a.safetensors")
     assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items())
+
+
+def test_runs_killed_at_random_instants_end_as_if_they_had_not_been(tmp_path):
+    script = Path(__file__).parents[1] / "scripts" / "reliability.py"
+    work = "import json, reliability, pathlib, sys; print(json.dumps(reliability.measure_kills(2, pathlib.Path(sys.argv[1]))))"
+    command = [sys.executable, "-c", work, str(tmp_path)]  # a process of its own: it forks
+    environment = os.environ | {"PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1"}
+    made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert made.returncode == 0, made.stderr
+    rows = json.loads(made.stdout)["rows"]
+    assert sum(row["kills"] for row in rows) == 2
+    assert all(row["same"] and row["exit"] == 0 and not row["torn"] and not row["left_behind"] for row in rows)
