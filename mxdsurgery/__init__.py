@@ -23,6 +23,7 @@ from mxdsurgery.effect import effect
 from mxdsurgery.errors import MxDError
 from mxdsurgery.evaluate import evaluate
 from mxdsurgery.experts import experts
+from mxdsurgery.families import Family, register_family
 from mxdsurgery.frontier import frontier
 from mxdsurgery.generate import generate
 from mxdsurgery.growth import growth
@@ -46,6 +47,7 @@ __all__ = [
     "Conversion",
     "Converted",
     "Edits",
+    "Family",
     "Frontier",
     "MxDError",
     "MxDLayer",
@@ -72,6 +74,7 @@ __all__ = [
     "probe",
     "push",
     "read_edits",
+    "register_family",
     "report",
     "search",
     "steering",

@@ -1,5 +1,6 @@
 """What goes into MLP blocks and comes out of them, recorded from one forward pass of the model."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxdsurgery.blocks import Block
+from mxdsurgery.errors import UnsupportedBlockError
 
 
 class Activations(NamedTuple):
@@ -182,9 +184,13 @@ def recording(
         blocks: the blocks to look at.
         stop: whether to end a pass (by an exception) after the last block.
         shape: (B, T) where decoder layers are run alone; default: each pass's own.
+
+    Raises:
+        UnsupportedBlockError: a block is not run on each token, or the model changed what was recorded.
     """
     inputs: dict[int, Tensor] = {}
     recorded: dict[int, Activations] = {}
+    versions: dict[int, int] = {}  # how often a block's input had been changed in place
     shape = list(shape)
     last = max(block.layer for block in blocks)
 
@@ -200,8 +206,15 @@ def recording(
     def note_output(layer: int) -> Callable:
         def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
             x = inputs.pop(layer)
-            # Some families flatten (B, T) before the block.
-            recorded[layer] = Activations(x.view(*shape, -1), output.view(*shape, -1))
+            if x.shape[:-1].numel() != math.prod(shape):
+                raise UnsupportedBlockError(
+                    f"decoder layer {layer} runs its block on {x.shape[:-1].numel()} positions of {math.prod(shape)} tokens",
+                    expected="a block that is run once on each token",
+                    fix="leave this layer out with --layers",
+                )
+            # Some families flatten (B, T) before the block; some add to its output, in place (Falcon, Llama 4).
+            recorded[layer] = Activations(x.view(*shape, -1), output.clone().view(*shape, -1))
+            versions[layer] = x._version
             if stop and layer == last:
                 raise _LastBlockReached
 
@@ -214,3 +227,10 @@ def recording(
         handles.append(root.get_submodule(block.output_path).register_forward_hook(note_output(block.layer)))
     with hooked(*handles):
         yield recorded
+    for layer, pair in recorded.items():
+        if pair.x._version != versions[layer]:
+            raise UnsupportedBlockError(
+                f"decoder layer {layer} changes its block's input in place: it cannot be recorded",
+                expected="a layer that leaves what its block was given as it is",
+                fix="leave this layer out with --layers",
+            )

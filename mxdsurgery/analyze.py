@@ -6,9 +6,14 @@ from typing import Any
 
 from rich.table import Table
 
-from mxdsurgery.blocks import Finding, find_blocks
+from mxdsurgery.blocks import Block
 from mxdsurgery.console import compact
+from mxdsurgery.errors import UnsupportedBlockError
+from mxdsurgery.finding import Finding, find_blocks
 from mxdsurgery.model import load_config, model_skeleton
+from mxdsurgery.selection import select_layers, write_layers
+
+_CONVERTIBLE = "an MLP (out act(in x)) or GLU (down (act(gate x) * up x)) block whose output can be recomputed"
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,42 @@ class Analysis:
     d_model: int
     parameters: int
     layers: list[Finding]
+
+    def select(self, selection: str) -> tuple[list[Block], dict[str, str]]:
+        """The blocks that a ``layers`` value names, and what ``all`` leaves: by reason, the layers as a selection.
+
+        Models mix kinds of layers: ``all`` means all that can be converted, a layer that is named has to be one of them.
+
+        Raises:
+            LayerSelectionError: a layer that the model does not have.
+            UnsupportedBlockError: a layer that cannot be converted, or there is no other.
+        """
+        chosen = select_layers(selection, len(self.layers))
+        left: dict[str, list[int]] = {}
+        if selection.strip() == "all":
+            for finding in self.layers:
+                if finding.block is None:
+                    left.setdefault(finding.reason, []).append(finding.layer)
+            chosen = [finding.layer for finding in self.layers if finding.block is not None]
+        reasons = {reason: write_layers(layers) for reason, layers in left.items()}
+        if not chosen:
+            raise UnsupportedBlockError(
+                f"no layer of {self.model!r} can be converted: "
+                + "; ".join(f"layers {layers}: {reason}" for reason, layers in reasons.items()),
+                expected=_CONVERTIBLE,
+            )
+        return [self._block(index) for index in chosen], reasons
+
+    def _block(self, index: int) -> Block:
+        finding = self.layers[index]
+        if finding.block is None:
+            able = [other.layer for other in self.layers if other.block is not None]
+            raise UnsupportedBlockError(
+                f"layer {index} ({finding.path}) of {self.model!r} cannot be converted: {finding.reason}",
+                expected=_CONVERTIBLE,
+                fix=f"choose among the others: --layers {write_layers(able)}" if able else None,
+            )
+        return finding.block
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: a row per layer, with ``reason`` in place of a block where it cannot be converted."""

@@ -95,6 +95,7 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
             f"{', '.join(str(layer.block.layer) for layer in plan.layers)} are replaced by {_KINDS[first.kind][1]}"
             f"{_sparsity(first)}. {compact(plan.original_parameters)} parameters became {compact(plan.parameters)}.",
             "",
+            *(f"Layers {layers} are as they were: {reason}.\n" for reason, layers in plan.left.items()),
             "```python",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",

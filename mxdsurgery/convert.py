@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from mxdsurgery.accelerator import make_accelerator
-from mxdsurgery.blocks import Block, prove_block
+from mxdsurgery.blocks import Block
 from mxdsurgery.checkpoint import PLAN_FILE, RECIPE_FILE
 from mxdsurgery.console import Reporter, duration, size
 from mxdsurgery.cost import LayerPlan
@@ -19,6 +19,7 @@ from mxdsurgery.model import decoder_layers, load_model, load_tokenizer
 from mxdsurgery.offload import move, resident
 from mxdsurgery.parallel import check_parallel, layer_shares, processes, rank
 from mxdsurgery.plan import WORTH_PREDICTING, Plan, plan, read_plan, with_layers, with_time
+from mxdsurgery.proof import prove_block
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.resume import weights_digest
 from mxdsurgery.run_folder import RunFolder, depends_on
@@ -86,6 +87,8 @@ def convert(
     with run.working(reporter) as reporter:
         made = _settled(made, resolved, run, reporter, resume)
         mine, shares = _my_share(made, resolved, run)
+        for line in made.leaves():
+            reporter.say(line)
         tokenizer = load_tokenizer(model, resolved.revision, resolved.trust_remote_code)
         train, heldout = open_texts(resolved, tokenizer)
         memory = PeakMemory(accelerator.device.type)

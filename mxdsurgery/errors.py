@@ -49,7 +49,7 @@ class NotCausalLMError(MxDError):
 
 
 class UnknownFamilyError(MxDError):
-    """An architecture that transformers does not know, or that needs code of its own."""
+    """An architecture that transformers does not know, that needs code of its own, or that was registered wrongly."""
 
 
 class UnsupportedBlockError(MxDError):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ with torch.no_grad():
     logits = model(input_ids=ids, use_cache=False).logits
     del model  # never two of them at a time
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, **place).eval()
-    hidden = model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = model(input_ids=ids, use_cache=False)[0]
 save_file({"logits": logits.cpu().contiguous(), "hidden": hidden.cpu().contiguous()}, result)
 """
 
@@ -251,13 +252,15 @@ def _save_weights(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
     if is_offloaded(model):
         adopt_hooks(converted, model)
     converted.generation_config = model.generation_config
-    config.dtype = model.dtype
-    config.auto_map = {
+    converted.config.dtype = model.dtype  # some classes keep a copy of the config that they are given
+    converted.config.auto_map = {
         "AutoConfig": f"configuration_mxd.{type(config).__name__}",
         "AutoModel": f"modeling_mxd.MxD{type(model.base_model).__name__}",
         "AutoModelForCausalLM": f"modeling_mxd.MxD{type(model).__name__}",
     }
-    converted.save_pretrained(folder, max_shard_size=SHARD_BYTES if is_offloaded(model) else "5GB")
+    # Named as the modules are, not as the family once named them: that is undone for some classes of a family only.
+    shard = SHARD_BYTES if is_offloaded(model) else "5GB"
+    converted.save_pretrained(folder, max_shard_size=shard, save_original_format=False)
 
 
 def write_code(model: PreTrainedModel, folder: Path) -> None:
@@ -282,7 +285,7 @@ def write_code(model: PreTrainedModel, folder: Path) -> None:
 def _module_in(folder: Path, made: type) -> str:
     """Where a checkpoint's code imports a family's class from; code that came with the base model is copied for that."""
     if made.__module__.startswith("transformers."):
-        return "transformers"
+        return "transformers" if hasattr(transformers, made.__name__) else made.__module__
     file = Path(sys.modules[made.__module__].__file__)
     for path in (file, *map(Path, get_relative_import_files(file))):
         if path.name in (*TRAVELLING, "configuration_mxd.py", "modeling_mxd.py"):
@@ -297,7 +300,7 @@ def reference_outputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     ids = ids.to(execution_device(model))
     return {
         "logits": model(input_ids=ids, use_cache=False).logits.cpu(),
-        "hidden": model.base_model(input_ids=ids, use_cache=False).last_hidden_state.cpu(),
+        "hidden": model.base_model(input_ids=ids, use_cache=False)[0].cpu(),  # logits, where a family has no base model
     }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxdsurgery.accelerator import alone, make_accelerator
-from mxdsurgery.blocks import Block, prove_block
+from mxdsurgery.blocks import Block
 from mxdsurgery.comparison import FRONTIER_FILE, Frontier, read_frontier, row_key, save_layer
 from mxdsurgery.console import Reporter
 from mxdsurgery.cost import LayerPlan, layer_parameters, matched_n_experts, transcoder_parameters
@@ -21,6 +21,7 @@ from mxdsurgery.errors import Interrupted, OutputError, RecipeError
 from mxdsurgery.measure import measure_candidates
 from mxdsurgery.model import load_model, load_tokenizer
 from mxdsurgery.plan import WORTH_PREDICTING, Plan, plan, plan_layer, with_layers, with_time
+from mxdsurgery.proof import prove_block
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
 from mxdsurgery.resume import weights_digest
 from mxdsurgery.run_folder import RunFolder, depends_on

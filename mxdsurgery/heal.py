@@ -414,7 +414,7 @@ def _write(patient: _Patient, folder: Path, step: dict[str, Any], how: Healing, 
         adapters.remove()
     model = converted.model.eval().requires_grad_(False)
     model.config.mxd["healed"] = [*model.config.mxd.get("healed", []), step]
-    model.save_pretrained(folder, max_shard_size="5GB")
+    model.save_pretrained(folder, max_shard_size="5GB", save_original_format=False)
     write_code(model, folder)
     check_reload(folder, check, reference_outputs(model, check), model.device)
 

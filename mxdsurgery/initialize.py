@@ -133,6 +133,9 @@ def _copy_encoder(layer: DenseLayer, block: Block, root: nn.Module) -> None:
     _copy_part(layer.encoder, block.encoder, root)
     if block.encoder_up is not None:
         _copy_part(layer.encoder_up, block.encoder_up, root)
+    if block.activation_path is not None:
+        with resident(root.get_submodule(block.activation_path)):
+            layer.activation.load_state_dict(root.get_submodule(block.activation_path).state_dict())
 
 
 def _copy_decoder(layer: DenseLayer, block: Block, root: nn.Module) -> None:

@@ -166,7 +166,7 @@ class DenseLayer(nn.Module):
         super().__init__()
         self.encoder = nn.Linear(d_model, d_hidden, bias=encoder_bias)  # E; E_g of a GLU
         self.encoder_up = nn.Linear(d_model, d_hidden, bias=encoder_bias) if kind == "glu" else None  # E_u
-        self.activation = ACT2FN[activation]
+        self.activation = ACT2FN[activation].to(torch.get_default_dtype())  # one that learns is made in bf16
         self.decoder = nn.Linear(d_hidden, d_model, bias=False)  # D
         self.bias = nn.Parameter(torch.empty(d_model))  # b
         self.reset_parameters()

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mxdsurgery.blocks import find_blocks
 from mxdsurgery.errors import LoRAError
+from mxdsurgery.finding import find_blocks
 from mxdsurgery.model import decoder_layers
 
 ADAPTER_FOLDER = "lora"

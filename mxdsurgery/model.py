@@ -34,12 +34,15 @@ from mxdsurgery.errors import (
     WeightsError,
     first_line,
 )
+from mxdsurgery.families import family_of
 from mxdsurgery.hub import MODEL_KINDS, reading_error
-from mxdsurgery.offload import compute_on
+from mxdsurgery.offload import compute_on, execution_device
 from mxdsurgery.outside import check_folder, foreign_code, read_json, stored_shapes
 
 # More decoder layers than any model has; each is built, if only without weights, before anything else is known of it.
 _MOST_LAYERS = 4096
+# So many tokens show whether a model reads those to come.
+_CAUSAL_TOKENS = 6
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Elsewhere transformers asks a server to convert pickled weights, and loads what that one answers.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -176,6 +179,8 @@ def _check_causal(model: str, config: PreTrainedConfig) -> None:
     expected = "a decoder-only causal language model"
     if getattr(config, "is_encoder_decoder", False):
         raise NotCausalLMError(f"{kind} is an encoder-decoder", expected=expected)
+    if family_of(config.model_type).refused is not None:
+        raise NotCausalLMError(f"{kind} {family_of(config.model_type).refused}", expected=expected)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code(config):
         raise NotCausalLMError(f"{kind} has no causal language model in transformers", expected=expected)
     causal = {
@@ -267,6 +272,8 @@ def load_model(
         loaded.to(device)
     else:
         compute_on(loaded, torch.device(device))
+    if check:
+        check_causal(model, loaded.eval())
     return loaded.eval().requires_grad_(False)
 
 
@@ -316,6 +323,23 @@ def check_finite(name: str, model: PreTrainedModel) -> None:
                 expected="finite weights",
                 fix="fetch the model again; if it was trained so, take an earlier checkpoint of it",
             )
+
+
+@torch.no_grad()
+def check_causal(name: str, model: PreTrainedModel) -> None:
+    """Raises NotCausalLMError for a model in which a token changes what is predicted before it."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(2 * _CAUSAL_TOKENS).view(2, -1).remainder(vocabulary)
+    ids[1] = ids[0]
+    ids[1, -1] = (ids[0, -1] + 1) % vocabulary
+    logits = model(input_ids=ids.to(execution_device(model)), use_cache=False).logits[:, :-1].float()
+    difference, largest = (logits[0] - logits[1]).abs().max().item(), logits.abs().max().item()
+    if difference > torch.finfo(model.dtype).eps ** 0.5 * largest:  # far from rounding
+        raise NotCausalLMError(
+            f"{name!r} ({model.config.model_type}) reads the tokens to come: the last of {_CAUSAL_TOKENS} tokens changes "
+            f"what is predicted before it by {difference / largest:.0e} of the largest logit",
+            expected="a decoder-only causal language model",
+        )
 
 
 def check_fits(model: PreTrainedModel, input_ids: Tensor) -> None:
@@ -382,11 +406,26 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
-    """The list of decoder layers and its path from the base model: the outermost one of the config's length."""
+    """The list of decoder layers and its path from the base model: the outermost one of the config's length in its decoder.
+
+    Raises:
+        UnknownFamilyError: there is none.
+        NotCausalLMError: they are an encoder's.
+    """
+    named = family_of(model.config.model_type).layers
+    if named is not None:
+        if named not in dict(model.base_model.named_modules()):
+            raise UnknownFamilyError(
+                f"{type(model).__name__} holds no module {named!r}, where its family is registered to have its decoder layers",
+                fix="register the path from the base model",
+            )
+        return named, model.base_model.get_submodule(named)
     wanted = model.config.get_text_config(decoder=True).num_hidden_layers
+    decoder = model.get_decoder()  # without a vision tower that may stand beside it, of as many layers
+    inside = next((name for name, module in model.base_model.named_modules() if module is decoder), "")
     lists = [
-        (name, module)
-        for name, module in model.base_model.named_modules()
+        (f"{inside}.{name}".lstrip("."), module)
+        for name, module in model.base_model.get_submodule(inside).named_modules()
         if isinstance(module, torch.nn.ModuleList) and len(module) == wanted
     ]
     if not lists:
@@ -394,4 +433,11 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
             f"{type(model).__name__} holds no list of {wanted} decoder layers",
             expected="decoder layers in one torch.nn.ModuleList",
         )
-    return min(lists, key=lambda item: item[0].count("."))
+    path, layers = min(lists, key=lambda item: item[0].count("."))
+    # What a config says of is_decoder counts only where the layers ask for it: GPT-NeoX's says false.
+    if any(getattr(module, "is_decoder", True) is False for layer in layers[:1] for module in layer.modules()):
+        raise NotCausalLMError(
+            f"{type(model).__name__} is an encoder here: its config says is_decoder: false",
+            expected="a decoder-only causal language model",
+        )
+    return path, layers

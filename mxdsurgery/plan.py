@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from mxdsurgery.accelerator import computes_in_bf16, selects_in_bf16
-from mxdsurgery.analyze import Analysis, analyze
+from mxdsurgery.analyze import analyze
 from mxdsurgery.blocks import Block, Part
 from mxdsurgery.budget import BUDGET_SHARE, needed_bytes, refusal, stored
 from mxdsurgery.calibrate import Calibration, calibrate, matmul_rate
@@ -34,11 +34,11 @@ from mxdsurgery.cost import (
     transcoder_parameters,
 )
 from mxdsurgery.demo import DEMO_MODELS
-from mxdsurgery.errors import MemoryBudgetError, RecipeError, UnsupportedBlockError
+from mxdsurgery.errors import MemoryBudgetError, RecipeError
 from mxdsurgery.memory import free_memory
 from mxdsurgery.model import decoder_layers, load_config, model_skeleton
 from mxdsurgery.recipe import Recipe, check_names, find_recipe, load_recipe
-from mxdsurgery.selection import select_layers, write_layers
+from mxdsurgery.selection import write_layers
 
 # A run that takes fewer seconds, at the rate of a matrix product, starts at once: its time is not predicted.
 WORTH_PREDICTING = 60.0
@@ -69,6 +69,7 @@ class Plan:
         offloaded: whether the base model's weights stay on disk but for the decoder layer at work.
         states_bytes: hidden states of the text that are kept from layer to layer.
         states_on_disk: whether they lie on disk, for as long as the conversion lasts.
+        left: why ``layers: all`` leaves some as they are: by reason, the layers as a selection.
     """
 
     model: str
@@ -90,6 +91,7 @@ class Plan:
     offloaded: bool = False
     states_bytes: int = 0
     states_on_disk: bool = False
+    left: dict[str, str] = field(default_factory=dict)
 
     @property
     def blocks(self) -> list[Block]:
@@ -202,6 +204,10 @@ class Plan:
             table.add_row(write_layers(group.layers), compact(group.parameters), *held, time)
         return table
 
+    def leaves(self) -> list[str]:
+        """For a terminal: which layers are left as they are, and why."""
+        return [f"left       layers {layers} as they are: {reason}" for reason, layers in self.left.items()]
+
     def summary(self, recipe: Recipe) -> list[str]:
         """For a terminal: what it takes, in a few lines."""
         passes = "1 pass" if len(self.groups) == 1 else f"{len(self.groups)} passes"
@@ -210,6 +216,7 @@ class Plan:
         shares = ", ".join(f"{flops[name] / total:.0%} {name.replace('_', ' ')}" for name in flops)
         budget = "no budget" if self.machine.memory is None else f"budget {size(self.machine.memory)}"
         return [
+            *self.leaves(),
             f"model      {compact(self.original_parameters)} parameters become {compact(self.parameters)}, {self.dtype}",
             f"training   {compact(recipe.tokens)} tokens of {recipe.data}: {self.steps} steps of {recipe.batch}, {over}",
             f"compute    {compact(total)} FLOPs per token: {shares}",
@@ -269,8 +276,8 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
     config = load_config(model, overrides.get("revision"), overrides.get("trust_remote_code") or False)
     resolved, recipe_file = resolve_recipe(model, config, recipe, overrides)
     analysis = analyze(model, revision=resolved.revision, trust_remote_code=resolved.trust_remote_code)
-    chosen = select_layers(resolved.layers, len(analysis.layers))
-    layers = [plan_layer(_block_of(analysis, index), resolved) for index in chosen]
+    blocks, left = analysis.select(resolved.layers)
+    layers = [plan_layer(block, resolved) for block in blocks]
     dtype = resolved.dtype if resolved.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
     if dtype not in DTYPE_BYTES:
         raise RecipeError(
@@ -290,6 +297,7 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
         layers=[],
         machine=_machine(resolved),
         unmeasured="it was not measured",
+        left=left,
     )
     made = _with_layers(made, layers, resolved, _base_model(config, dtype))
     resolved = dataclasses.replace(resolved, revision=made.revision or resolved.revision)
@@ -397,18 +405,6 @@ def resolve_recipe(
     texts = {name: getattr(resolved, name) for name in ("data", "eval_data")}
     files = {name: os.path.abspath(text) for name, text in texts.items() if text is not None and os.path.isfile(text)}
     return dataclasses.replace(resolved, **files), Path(recipe)
-
-
-def _block_of(analysis: Analysis, index: int) -> Block:
-    finding = analysis.layers[index]
-    if finding.block is None:
-        able = [str(other.layer) for other in analysis.layers if other.block is not None]
-        raise UnsupportedBlockError(
-            f"layer {index} ({finding.path}) of {analysis.model!r} cannot be converted: {finding.reason}",
-            expected="an MLP (out act(in x)) or GLU (down (act(gate x) * up x)) block whose output can be recomputed",
-            fix=f"choose among the others: --layers {','.join(able)}" if able else None,
-        )
-    return finding.block
 
 
 def plan_layer(block: Block, recipe: Recipe) -> LayerPlan:

@@ -41,9 +41,14 @@ class MxDSurgeryMixin:
         """Where its experts are changed while it runs: ``with model.mxd.ablate({12: [4031]}): ...``."""
         return Interventions(self)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As the family's own class: else transformers would leave out what that one initialises from above, not by module."""
+        return next(base for base in cls.__mro__[1:] if not issubclass(base, MxDSurgeryMixin)).is_custom_code()
+
     def _init_weights(self, module: nn.Module) -> None:
-        """Fresh weights for a model made from a config. What a checkpoint has loaded, transformers does not touch."""
-        if isinstance(module, (Gate, Experts, SkipMap, *LAYER_KINDS.values())):
-            module.reset_parameters()
-        else:
+        """Fresh weights for a model made from a config. What a checkpoint has loaded is not touched."""
+        if not isinstance(module, (Gate, Experts, SkipMap, *LAYER_KINDS.values())):
             super()._init_weights(module)
+        elif not all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
+            module.reset_parameters()

@@ -77,8 +77,8 @@ class ConstantOutput(nn.Module):
         self.register_buffer("value", value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., D) -> (..., D)."""
-        return self.value.to(x.dtype).expand_as(x)
+        """(..., D) -> (..., D), memory of its own: what comes after may change it in place."""
+        return self.value.to(x.dtype).expand_as(x).clone()
 
 
 class FrozenExperts(nn.Module):

@@ -18,8 +18,9 @@ from real_configs import config_named
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mxdsurgery.blocks import Block, find_blocks
+from mxdsurgery.blocks import Block
 from mxdsurgery.cost import LayerPlan
+from mxdsurgery.finding import find_blocks
 from mxdsurgery.initialize import layer_shape
 from mxdsurgery.layer import MxDLayer
 from mxdsurgery.surgery import replaced

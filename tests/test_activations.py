@@ -3,11 +3,13 @@
 import itertools
 
 import pytest
+import tiny_models
 import torch
 from conftest import tiny_model
 
 from mxdsurgery.activations import Activations, ShuffledPositions, hooked, record_activations, recording
-from mxdsurgery.blocks import find_blocks
+from mxdsurgery.errors import UnsupportedBlockError
+from mxdsurgery.finding import find_blocks
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -85,3 +87,34 @@ def test_shuffling_goes_on_from_its_state_as_if_it_had_not_stopped(buffer, after
     again = ShuffledPositions(itertools.islice(numbered(9), taken, None), buffer, 4, seed=3)
     again.restore({name: part.clone() for name, part in first.state().items()}, torch.device("cpu"))
     assert begun + drawn(again) == whole
+
+
+@pytest.mark.parametrize("family", ["falcon", "llama4_text"])
+def test_a_blocks_output_is_recorded_before_others_are_added_to_it_in_place(family):
+    model = tiny_models.tiny_model(family)
+    blocks = [finding.block for finding in find_blocks(model)]
+    ids = torch.randint(3, 256, (2, 7), generator=torch.Generator().manual_seed(0))
+    with recording(model, blocks) as recorded:
+        model(input_ids=ids, use_cache=False)
+    for block in blocks:
+        x, y = recorded[block.layer]
+        torch.testing.assert_close(block.output(model.base_model, block.hidden(model.base_model, x)), y, rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_that_changes_its_blocks_input_in_place_is_refused():
+    model = tiny_model("llama")
+    block = find_blocks(model)[0].block
+    layer, given = model.model.layers[0], []
+    forward = layer.forward
+    layer.mlp.register_forward_pre_hook(lambda _m, x: given.append(x[0]))
+    layer.forward = lambda *args, **kwargs: [forward(*args, **kwargs), given[-1].add_(1)][0]
+    with pytest.raises(UnsupportedBlockError, match="in place"), recording(model, [block]):
+        model(input_ids=torch.arange(8).view(1, -1), use_cache=False)
+
+
+def test_a_block_that_is_not_run_once_on_each_token_is_refused():
+    model = tiny_model("llama")
+    block, layer = find_blocks(model)[0].block, model.model.layers[0]
+    layer.forward = lambda hidden_states, *_, **__: layer.mlp(torch.cat([hidden_states, hidden_states[:, :3]], 1))[:, :-3]
+    with pytest.raises(UnsupportedBlockError, match="runs its block on 27 positions of 24 tokens"):
+        record_activations(model, [block], torch.arange(24).view(1, -1))

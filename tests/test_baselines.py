@@ -11,10 +11,10 @@ from test_export import IDS, export_tiny
 from test_export import RECIPE as EXPORT_RECIPE
 
 import mxdsurgery
-from mxdsurgery.blocks import find_blocks
 from mxdsurgery.checkpoint import load
 from mxdsurgery.cost import layer_parameters, matched_n_experts, transcoder_parameters
 from mxdsurgery.distill import LayerInTraining, _auxk_loss
+from mxdsurgery.finding import find_blocks
 from mxdsurgery.initialize import initial_layer, measure_statistics
 from mxdsurgery.layer import BATCH_TOP_K_LIMIT, Gate
 from mxdsurgery.plan import plan_layer

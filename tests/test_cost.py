@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from conftest import tiny_model
 
 from mxdsurgery import budget, cost
-from mxdsurgery.blocks import find_blocks
 from mxdsurgery.cost import BaseModel, LayerPlan, Machine
 from mxdsurgery.distill import LayerInTraining, train_step
+from mxdsurgery.finding import find_blocks
 from mxdsurgery.initialize import layer_shape
 from mxdsurgery.layer import MxDLayer
 from mxdsurgery.memory import PeakMemory, free_memory

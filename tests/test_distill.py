@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from conftest import tiny_model
 
 from mxdsurgery.activations import record_activations, stream_activations
-from mxdsurgery.blocks import find_blocks
 from mxdsurgery.cost import first_k
 from mxdsurgery.distill import Progress, active_experts, distill, distillation_loss, frozen_gain, learning_rate
 from mxdsurgery.errors import DivergedError
+from mxdsurgery.finding import find_blocks
 from mxdsurgery.initialize import initial_layer, measure_statistics
 from mxdsurgery.measure import measure
 from mxdsurgery.plan import plan_layer

@@ -12,9 +12,9 @@ from conftest import tiny_model
 from test_distill import RECIPE, batches
 
 from mxdsurgery import teacher
-from mxdsurgery.blocks import find_blocks
 from mxdsurgery.endtoend import EndToEnd, Settings, kl_and_gradient, train_end_to_end, validation_kl
 from mxdsurgery.errors import DivergedError, LoRAError
+from mxdsurgery.finding import find_blocks
 from mxdsurgery.initialize import initial_layer, measure_statistics
 from mxdsurgery.layer import MxDLayer
 from mxdsurgery.lora import Adapters, projections

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from test_distill import RECIPE
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from mxdsurgery.blocks import find_blocks
 from mxdsurgery.checkpoint import load
 from mxdsurgery.errors import ExportError, NotConvertedError, OutputError, WeightsError
 from mxdsurgery.export import check_output, check_reload, export, written_whole
+from mxdsurgery.finding import find_blocks
 from mxdsurgery.initialize import initial_layer, measure_statistics
 from mxdsurgery.measure import measure
 from mxdsurgery.model import load_tokenizer

@@ -19,15 +19,16 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import mxdsurgery
 from mxdsurgery import packing
 from mxdsurgery.activations import record_activations
-from mxdsurgery.blocks import find_blocks, prove_block
 from mxdsurgery.checkpoint import load
 from mxdsurgery.errors import DataError, NotCausalLMError, RecipeError, WeightsError
+from mxdsurgery.finding import find_blocks
 from mxdsurgery.initialize import initial_layer, measure_statistics
 from mxdsurgery.measure import measure
 from mxdsurgery.model import check_context, load_config, load_model, load_tokenizer
 from mxdsurgery.offload import execution_device, is_offloaded
 from mxdsurgery.packing import Packing
 from mxdsurgery.plan import plan_layer
+from mxdsurgery.proof import prove_block
 from mxdsurgery.text import TextStream, documents, token_strings
 
 # A conversion of a second: one layer, 20 steps.

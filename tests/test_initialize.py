@@ -5,8 +5,8 @@ import torch
 from conftest import FAMILIES, tiny_model
 
 from mxdsurgery.activations import record_activations
-from mxdsurgery.blocks import find_blocks
 from mxdsurgery.errors import MxDWarning
+from mxdsurgery.finding import find_blocks
 from mxdsurgery.initialize import initial_layer, measure_statistics
 from mxdsurgery.plan import plan_layer
 from mxdsurgery.recipe import Recipe

@@ -9,9 +9,9 @@ from conftest import FAMILIES, tiny_model
 from torch import nn
 
 from mxdsurgery.activations import hooked, record_activations
-from mxdsurgery.blocks import find_blocks
 from mxdsurgery.console import Reporter
 from mxdsurgery.errors import UnsupportedBlockError
+from mxdsurgery.finding import find_blocks
 from mxdsurgery.inputs import ConvertedInputs, OriginalInputs
 from mxdsurgery.plan import plan_layer
 from mxdsurgery.recipe import Recipe

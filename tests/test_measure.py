@@ -10,7 +10,7 @@ from conftest import tiny_model
 from test_distill import batches, train
 
 from mxdsurgery.activations import record_activations
-from mxdsurgery.blocks import find_blocks
+from mxdsurgery.finding import find_blocks
 from mxdsurgery.measure import measure, run_original
 from mxdsurgery.metrics import with_interval
 from mxdsurgery.model import decoder_layers

@@ -59,6 +59,7 @@ def test_inference_is_measured_for_every_n_beside_the_original():
         ("experts.py", "experts.md"),
         ("scale.py", "scale.md"),
         ("reliability.py", "reliability.md"),
+        ("families.py", "families.md"),
     ],
 )
 def test_a_page_of_figures_is_what_its_script_prints(script, page):

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from conftest import FAMILIES, tiny_model
 
-from mxdsurgery.blocks import find_blocks
 from mxdsurgery.checkpoint import converted_config_class, converted_model_class, load
 from mxdsurgery.console import ProgressLine, Reporter
 from mxdsurgery.errors import LayerSelectionError, UnsupportedBlockError
 from mxdsurgery.evaluate import held_out
+from mxdsurgery.finding import find_blocks
 from mxdsurgery.predictions import Opened
 from mxdsurgery.sweep import _Counts, _ranked, _Unedited, ablate_each, survey_layer, sweep, sweep_table
 
