@@ -1,6 +1,6 @@
 """Every family that transformers maps to a causal language model: converted end to end at a tiny size, or refused by name.
 
-    python scripts/families.py measure              # all of them, into docs/families/figures.json (about 40 minutes on one core)
+    python scripts/families.py measure --jobs 2     # all of them, into docs/families/figures.json, in half an hour
     python scripts/families.py measure gpt2 phi3    # some, into the same file
     python scripts/families.py check gpt2 phi3      # the same, printed as JSON
     python scripts/families.py page > docs/families.md
@@ -79,7 +79,8 @@ def check(family: str, folder: Path) -> dict[str, Any]:
     """A family from its config to an edited checkpoint.
 
     Returns:
-        A row of docs/families/figures.json: ``verdict`` is ``converted``, ``refused`` (with ``reason``, the named error) or ``wrong``.
+        A row of docs/families/figures.json: ``verdict`` is ``converted``, ``refused`` (with ``reason``, the named error) or
+        ``wrong``.
     """
     row: dict[str, Any] = {"family": family}
     started = time.perf_counter()
