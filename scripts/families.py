@@ -215,7 +215,7 @@ def page() -> Iterator[str]:
     yield ""
     yield f"transformers {figures['transformers']}, torch {figures['torch']}: of {len(rows)} families {len(done)} are"
     yield f"converted end to end, {len(refused)} refused by name, {len(wrong)} neither. The largest relative error of a"
-    yield f"recomputed block is {max(row['error'] for row in done):.1e}."
+    yield f"recomputed block is {max((row['error'] for row in done), default=0):.1e}."
     yield ""
     yield "## Converted"
     yield ""

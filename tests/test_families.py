@@ -17,7 +17,7 @@ MOST_USED = {
     "mlp": ["gpt2", "gpt_neox", "falcon", "bloom", "apertus"],
     "mixed": ["lfm2_moe", "deepseek_v3", "falcon_h1"],
 }
-REFUSED = ["bert", "bart", "mamba", "mixtral", "cpmant"]
+REFUSED = ["bert", "musicgen", "mamba", "mixtral", "cpmant", "bitnet"]
 HANDFULS = [
     families.FAMILIES[start : start + families.HANDFUL] for start in range(0, len(families.FAMILIES), families.HANDFUL)
 ]
