@@ -407,7 +407,7 @@ def sections() -> Iterator[str]:
             yield from section(measured)
     for title, name, command in (
         ("Input from outside", "fuzz.md", "python scripts/fuzz.py --minutes 5"),
-        ("Other versions", "versions.md", "python scripts/compatibility.py --venvs DIR"),
+        ("Other versions", "versions.md", "python scripts/compatibility.py --venvs DIR --with-cuda"),
     ):
         if (KEPT / name).is_file():
             yield f"## {title}\n\n`{command} > docs/reliability/{name}`\n"
