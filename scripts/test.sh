@@ -3,4 +3,5 @@
 source "$(dirname "$0")/setup.sh"
 export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=1  # the cores are shared by whole test files, not within one
-python -m pytest -n auto --dist loadfile "$@"
+# In the files' order: else those with few tests come last, and some of these take minutes.
+python -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"
