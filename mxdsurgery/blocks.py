@@ -120,10 +120,13 @@ class Block:
             activation_path=self.activation_path and rebase(self.activation_path, old, new),
         )
 
+    def act(self, root: nn.Module) -> nn.Module:
+        """Its activation, with what that has learned."""
+        return ACT2FN[self.activation] if self.activation_path is None else root.get_submodule(self.activation_path)
+
     def hidden(self, root: nn.Module, x: Tensor) -> Tensor:
         """The hidden units recomputed from the extracted weights: x (..., D) -> z (..., H)."""
-        act = ACT2FN[self.activation] if self.activation_path is None else root.get_submodule(self.activation_path)
-        z = act(nn.functional.linear(x, self.encoder.weight(root), self.encoder.bias(root)))
+        z = self.act(root)(nn.functional.linear(x, self.encoder.weight(root), self.encoder.bias(root)))
         if self.encoder_up is None:
             return z
         return z * nn.functional.linear(x, self.encoder_up.weight(root), self.encoder_up.bias(root))

@@ -44,6 +44,7 @@ def find_blocks(model: PreTrainedModel) -> list[Finding]:
 
     Raises:
         UnknownFamilyError: the model has no list of decoder layers.
+        NotCausalLMError: they are an encoder's.
     """
     path, layers = decoder_layers(model)
     family = family_of(model.config.model_type)

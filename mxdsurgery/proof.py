@@ -136,7 +136,7 @@ def _with_random_weights(module: nn.Module) -> nn.Module:
     return module
 
 
-def _run(holder: nn.Module, d_model: int, maps: list[str], whole: bool, where: str = "") -> _Trace:
+def _run(holder: nn.Module, d_model: int, maps: list[str], whole: bool, where: str = "the block") -> _Trace:
     """Runs a block (``whole``), or the module in which its maps stand, on random input, and records the dataflow."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -158,9 +158,7 @@ def _run(holder: nn.Module, d_model: int, maps: list[str], whole: bool, where: s
         with torch.no_grad():
             y = holder(*given)
     except Exception as error:  # a module that wants more than hidden states
-        raise UnsupportedBlockError(
-            f"{where or 'the block'}: cannot be run on hidden states alone ({first_line(error)})"
-        ) from None
+        raise UnsupportedBlockError(f"{where}: cannot be run on hidden states alone ({first_line(error)})") from None
     finally:
         for hook in hooks:
             hook.remove()
@@ -170,7 +168,7 @@ def _run(holder: nn.Module, d_model: int, maps: list[str], whole: bool, where: s
         y = outputs[down] if down else y
         x = inputs[maps[0]] if maps[0] in inputs else x
     if not isinstance(y, Tensor) or y.shape[-1] != d_model or any(path not in inputs for path in maps):
-        raise UnsupportedBlockError(f"{where or 'the block'}: its linear maps do not all take part in its output")
+        raise UnsupportedBlockError(f"{where}: its linear maps do not all take part in its output")
     return _Trace(x.flatten(0, -2), y.flatten(0, -2), inputs, outputs)
 
 
@@ -251,9 +249,10 @@ def _activations(holder: nn.Module, config: PreTrainedConfig, family: Family) ->
     found: list[tuple[str, str | None]] = []
     for name in dict.fromkeys((*named, *_COMMON_ACTIVATIONS)):
         made = ACT2FN[name]
-        if not any(True for _ in made.parameters()):
+        if any(True for _ in made.parameters()):
+            found += [(name, path) for path, module in holder.named_modules() if type(module) is type(made)]
+        else:
             found.append((name, None))
-        found += [(name, path) for path, m in holder.named_modules() if type(m) is type(made) and (name, None) not in found]
     return found
 
 
@@ -283,15 +282,16 @@ def _floats(values: Iterable[object]) -> Iterator[float]:
 
 def _scaled(blocks: list[Block], holder: nn.Module, trace: _Trace, numbers: dict[float, Scaling]) -> Iterator[Block]:
     """The blocks that reproduce the hidden units and the output once their maps are multiplied with some of the numbers."""
-    hidden = trace.inputs[blocks[0].decoder.path]
+    down = blocks[0].decoder.path
+    out = _named(_factor(trace.y, trace.outputs[down]), numbers)
+    if out is None:
+        return
     for block, number in itertools.product(blocks, numbers):
-        act = ACT2FN[block.activation] if block.activation_path is None else holder.get_submodule(block.activation_path)
         with torch.no_grad():
-            z = act(_outputs(block.encoder, trace) * number)
+            z = block.act(holder)(_outputs(block.encoder, trace) * number)
             z = z if block.encoder_up is None else z * _outputs(block.encoder_up, trace)
-        up = numbers.get(1.0) if block.encoder_up is None else _named(_factor(hidden, z), numbers)
-        out = _named(_factor(trace.y, trace.outputs[block.decoder.path]), numbers)
-        if up is not None and out is not None:
+        up = numbers[1.0] if block.encoder_up is None else _named(_factor(trace.inputs[down], z), numbers)
+        if up is not None:
             yield dataclasses.replace(
                 block,
                 encoder=numbers[number](block.encoder),
