@@ -7,10 +7,7 @@ from typing import Any
 
 import click
 
-from mxdsurgery.edits import edits_from_flags
-from mxdsurgery.frontier import DEFAULT_KINDS
-from mxdsurgery.heal import CHOICES as HEAL_CHOICES
-from mxdsurgery.heal import LOCAL, LR_FACTOR, SPECIALISE_FACTOR
+from mxdsurgery.choices import DEFAULT_KINDS, HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
 from mxdsurgery.recipe import CHECKPOINT_KEYS, RECIPE_KEYS, Recipe, parse_count
 
 
@@ -117,6 +114,8 @@ def edit_options(command: Callable) -> Callable:
 
     @functools.wraps(command)
     def with_edits(*args: Any, edit_file: str | None, **given: Any) -> Any:
+        from mxdsurgery.edits import edits_from_flags
+
         flags = {kind: given.pop(kind) for kind in ("ablate", "drop", "scale", "steer", "clamp")}
         return command(*args, edits=edits_from_flags(edit_file, **flags), **given)
 
@@ -176,7 +175,6 @@ def text_options(command: Callable) -> Callable:
     return functools.reduce(lambda made, option: option(made), reversed(options), command)
 
 
-DTYPES = ("auto", "float32", "bfloat16")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
