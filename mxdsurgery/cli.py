@@ -17,8 +17,10 @@ from mxdsurgery.errors import EditError, MemoryBudgetError, MxDError
 from mxdsurgery.options import (
     AS_JSON,
     BASE,
+    DEVICE,
     KINDS_HELP,
     RESUME,
+    THREADS,
     Count,
     Numbers,
     RecipeValue,
@@ -164,7 +166,8 @@ def evaluate(folder: str, growth: bool, as_json: bool, **options: Any) -> None:
 @RESUME
 @heal_options
 @BASE
-@click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
+@DEVICE
+@THREADS
 @click.option("--overwrite", is_flag=True, help="Take the place of an earlier folder of ours.")
 @AS_JSON
 def heal(folder: str, as_json: bool, **options: Any) -> None:
@@ -187,6 +190,7 @@ def heal(folder: str, as_json: bool, **options: Any) -> None:
 @main.command(name="apply")
 @click.argument("adapter")
 @click.option("--base", help="The base model; default: the one that the adapter names.")
+@THREADS
 @click.option("--out", required=True, help="The folder to write.")
 @click.option("--overwrite", is_flag=True, help="Take the place of an earlier folder of ours.")
 @AS_JSON
@@ -258,7 +262,8 @@ def dissect(folder: str, as_json: bool, **options: Any) -> None:
 @click.option("--overwrite", is_flag=True, help="Take the place of an earlier catalogue.")
 @RESUME
 @click.option("--checkpoint-every", type=Count(), help="Passes between two checkpoints; default: the recipe's.")
-@click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
+@DEVICE
+@THREADS
 @click.option("--seed", type=int, default=0, show_default=True)
 @AS_JSON
 def experts(folder: str, as_json: bool, **options: Any) -> None:
@@ -291,6 +296,7 @@ def plot(folder: str, as_json: bool, **options: Any) -> None:
 @click.option("--by", type=click.Choice(BY), default="auto", show_default=True, help="What QUERY is.")
 @click.option("--layer", type=int, help="Look in one layer only.")
 @click.option("--top", type=Count(), default=20, show_default=True, help="How many experts to show.")
+@THREADS
 @AS_JSON
 def search(folder: str, query: str, as_json: bool, **options: Any) -> None:
     """Show which experts in DIR fire most specifically on QUERY, a token or an example text."""
@@ -386,7 +392,8 @@ def effect(folder: str, edits: Any, sweep: int | None, as_json: bool, **options:
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Default: 0.95.")
 @click.option("--samples", type=Count(), help="Default: 1; with --score, 10.")
 @click.option("--seed", type=int, help="Default: 0.")
-@click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
+@DEVICE
+@THREADS
 @click.option("--score", is_flag=True, help="Measure how good the steering of one expert is, beside that of others.")
 @click.option("--factors", type=Numbers(), help="With --score: try these multiples of the strength.")
 @click.option("--controls", type=click.IntRange(min=0), help="With --score: so many others. Default: 4.")

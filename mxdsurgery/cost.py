@@ -121,6 +121,7 @@ class Machine:
         selection: whether their experts are ranked in bf16.
         memory: budget in bytes; None where it is not known, and nothing is limited.
         memory_source: where the budget comes from, in words.
+        threads: on the CPU; None in what an older version wrote.
     """
 
     device: str
@@ -128,6 +129,7 @@ class Machine:
     selection: bool
     memory: int | None
     memory_source: str
+    threads: int | None = None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from mxdsurgery.text import TextStream, open_texts
 from mxdsurgery.train import Training, train_groups
 
 # What rows of one folder may differ in; every other recipe key is the same for all of them.
-_FREE_KEYS = {"layers", "k", "kind", "out", "overwrite", "device", "memory", "tracker", *ONE_LAYER}
+_FREE_KEYS = {"layers", "k", "kind", "out", "overwrite", "device", "memory", "threads", "tracker", *ONE_LAYER}
 
 
 def frontier(
