@@ -143,6 +143,8 @@ def _settled(made: Plan, recipe: Recipe, run: RunFolder, reporter: Reporter, res
         made = _read_plan(run.path / PLAN_FILE)
         step = 0 if run.resumed is None else run.resumed.state["step"]
         reporter.say(f"resume     from step {step}, in {run.path}")
+        if resume and made.machine is not None:  # also where there is no checkpoint yet
+            run.keep_threads(made.machine.threads, reporter.say)
     elif rank() == 0:
         made.check_budget()  # not yet, where there was nothing to resume
         made = with_time(made, recipe, WORTH_PREDICTING)

@@ -121,6 +121,7 @@ class Machine:
         selection: whether their experts are ranked in bf16.
         memory: budget in bytes; None where it is not known, and nothing is limited.
         memory_source: where the budget comes from, in words.
+        threads: on the CPU; None in what an older version wrote.
         compute: dtype that both models compute in; None in what an older version wrote: as stored.
         compute_why: why that, in words.
     """
@@ -130,6 +131,7 @@ class Machine:
     selection: bool
     memory: int | None
     memory_source: str
+    threads: int | None = None
     compute: str | None = None
     compute_why: str = ""
 

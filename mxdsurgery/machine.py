@@ -27,7 +27,7 @@ def this_machine(recipe: Recipe, layers: Sequence[LayerPlan], config: PreTrained
     n_experts = max(layer.n_experts for layer in layers)
     if device != "cpu" and not torch.cuda.is_available():
         chosen, bf16 = Choice(dtype, "as stored; not measured: there is no GPU here"), recipe.precision != "fp32"
-        return Machine(device, bf16, recipe.selection != "fp32", memory, source, chosen.dtype, chosen.why)
+        return Machine(device, bf16, recipe.selection != "fp32", memory, source, None, chosen.dtype, chosen.why)
     chosen = model_dtype(dtype, recipe.compute, device, model_shape(config, block, recipe.batch, recipe.context))
     return Machine(
         device=device,
@@ -35,6 +35,7 @@ def this_machine(recipe: Recipe, layers: Sequence[LayerPlan], config: PreTrained
         selection=selects_in_bf16(recipe, block.d_model, n_experts),
         memory=memory,
         memory_source=source,
+        threads=torch.get_num_threads(),
         compute=chosen.dtype,
         compute_why=chosen.why,
     )

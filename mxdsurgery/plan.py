@@ -39,6 +39,7 @@ from mxdsurgery.memory import free_memory
 from mxdsurgery.model import decoder_layers, load_config, model_skeleton
 from mxdsurgery.recipe import Recipe, check_names, find_recipe, load_recipe
 from mxdsurgery.selection import write_layers
+from mxdsurgery.threads import use_threads
 
 # A run that takes fewer seconds, at the rate of a matrix product, starts at once: its time is not predicted.
 WORTH_PREDICTING = 60.0
@@ -275,7 +276,8 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
         model: hub id, local folder, ``demo-glu`` or ``demo-mlp``.
         recipe: a recipe file or the name of one that comes with mxdsurgery; default: the one made for the model.
         measure: whether to measure this machine for some seconds, for the time it will take.
-        **overrides: recipe keys; those that are None count as not given.
+        **overrides: recipe keys; those that are None count as not given. ``threads`` counts from here on for all that the
+            process computes.
 
     Returns:
         The plan and the resolved recipe. Where it does not fit the memory budget, the plan's ``refusal`` says so.
@@ -288,6 +290,7 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
     """
     config = load_config(model, overrides.get("revision"), overrides.get("trust_remote_code") or False)
     resolved, recipe_file = resolve_recipe(model, config, recipe, overrides)
+    use_threads(resolved.threads)
     analysis = analyze(model, revision=resolved.revision, trust_remote_code=resolved.trust_remote_code)
     blocks, left = analysis.select(resolved.layers)
     layers = [plan_layer(block, resolved) for block in blocks]

@@ -264,6 +264,9 @@ class Recipe:
         "GiB that a conversion may take; layers that do not fit in it together take turns; default: 90% of what is free",
         low=0.001,
     )
+    threads: int | None = _key(
+        None, "count", "CPU threads to compute on; default: torch's own choice, most often one for each core", low=1, high=1024
+    )
     parallel: str = _key(
         "data",
         "text",
