@@ -34,6 +34,7 @@ def dissect(
     context: int | None = None,
     base: str | None = None,
     device: str | None = None,
+    compute: str | None = None,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def dissect(
         context: tokens that each text is cut after; default: the recipe's.
         base: the original model, where it is not found any more as the recipe names it.
         device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         seed: of the samples and permutations.
         reporter: what to tell while working; default: nothing.
 
@@ -63,7 +65,7 @@ def dissect(
         BaseModelError: the original model is missing or another one.
     """
     reporter = reporter or Reporter()
-    opened = open_subjects(folder, layer, base=base, device=device)
+    opened = open_subjects(folder, layer, base=base, device=device, compute=compute)
     decoder = opened.block.decoder.weight(opened.model.base_model)
     result: dict[str, Any] = {"layer": opened.block.layer, "decoder_effective_rank": effective_rank(decoder)}
     result["subjects"] = [

@@ -58,7 +58,7 @@ def effect(
     top: int = 20,
     seed: int = 0,
     device: str | None = None,
-    dtype: str = "float32",
+    compute: str = "float32",
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Measures what edits do to next-token predictions, and what the same edits of other experts do.
@@ -74,8 +74,8 @@ def effect(
         top: how many predictions, and how many next tokens, are listed.
         seed: of the controls.
         device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
-        dtype: to compute in. ``auto``, as saved, takes half the memory where that is bfloat16, whose rounding is larger than
-            what most single experts do.
+        compute: dtype to compute in. bfloat16 takes half the memory, but rounds more than most single experts do; ``auto``: as
+            stored, or float32 where that is faster on this device.
         reporter: what to tell while working; default: nothing.
 
     Returns:
@@ -94,7 +94,7 @@ def effect(
     reporter = reporter or Reporter()
     if not edits:
         raise EditError("no edits were given", expected="an edit file with --edits, or --ablate, --drop, --scale, ...")
-    opened = open_on_text(folder, data=data, tokens=tokens, text_column=text_column, device=device, dtype=dtype)
+    opened = open_on_text(folder, data=data, tokens=tokens, text_column=text_column, device=device, compute=compute)
     check_for(edits, opened.converted)
     with reporter.progress("effect", "passes") as line:
         step = _steps(line, len(opened.batches()) * (3 + controls))

@@ -139,6 +139,13 @@ class Plan:
             recipe, compute=self.machine.compute or self.dtype, precision=precision, selection=selection
         )
 
+    def computing_as(self, settled: Recipe) -> "Plan":
+        """The plan with what a settled recipe computes in."""
+        chosen = {"compute": settled.compute, "bf16": settled.precision == "bf16", "selection": settled.selection == "bf16"}
+        if self.machine is None or self.machine.compute != settled.compute:
+            chosen["compute_why"] = "as the run began"
+        return dataclasses.replace(self, machine=self.machine and dataclasses.replace(self.machine, **chosen))
+
     def check_budget(self) -> None:
         """Raises MemoryBudgetError if the conversion does not fit the memory budget."""
         if self.refusal is not None:

@@ -66,7 +66,7 @@ def open_on_text(
     tokens: int | None,
     text_column: str | None,
     device: str | None,
-    dtype: str,
+    compute: str,
 ) -> Opened:
     """Loads a converted model and the text that it is to be looked at on, as `evaluate` does.
 
@@ -75,7 +75,7 @@ def open_on_text(
         DataError: the text cannot be read or is too short.
         DeviceError: the device is not there.
     """
-    converted, recipe = load_with_recipe(folder, device, dtype)
+    converted, recipe = load_with_recipe(folder, device, compute)
     recipe = dataclasses.replace(recipe, text_column=text_column or recipe.text_column)
     ids = held_out(converted, recipe, data, tokens).to(converted.model.device)
     return Opened(converted, ids, recipe.batch, text_name(data or recipe.eval_data or recipe.data))

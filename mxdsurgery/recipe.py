@@ -350,6 +350,8 @@ class Recipe:
 
 
 RECIPE_KEYS: dict[str, Key] = {f.name: f.metadata["key"] for f in dataclasses.fields(Recipe)}
+# What is computed in: auto is settled by measuring the device.
+COMPUTE_KEYS = ("compute", "precision", "selection")
 # When checkpoints are written: they change nothing of what is computed.
 CHECKPOINT_KEYS = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
 

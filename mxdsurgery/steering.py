@@ -71,6 +71,7 @@ def steering(
     controls: int = 4,
     base: str | None = None,
     device: str | None = None,
+    compute: str | None = None,
     seed: int = 0,
     judge: Judge | None = None,
     reporter: Reporter | None = None,
@@ -90,6 +91,7 @@ def steering(
         controls: how many other experts, drawn at random among the 20 that fire about as often, are steered to compare.
         base: the original model, where it is not found any more as the recipe names it.
         device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         seed: of the sampling and of the controls.
         judge: who rates texts besides; what is asked of it may cost money, (1 + factors) * samples times.
         reporter: what to tell while working; default: nothing.
@@ -109,7 +111,7 @@ def steering(
         JudgeError: the judge does not answer.
     """
     reporter = reporter or Reporter()
-    converted, recipe = load_with_recipe(folder, device)
+    converted, recipe = load_with_recipe(folder, device, compute, rows=samples)
     kind, layer, expert = _one_expert(edits)
     amount = getattr(in_coefficients(edits, converted, unit), kind)[layer][expert]
     catalogue = catalogue_of(converted)

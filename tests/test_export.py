@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from mxdsurgery.checkpoint import load
 from mxdsurgery.errors import ExportError, NotConvertedError, OutputError, WeightsError
-from mxdsurgery.export import check_output, check_reload, export, written_whole
+from mxdsurgery.export import Reference, check_output, check_reload, export, written_whole
 from mxdsurgery.finding import find_blocks
 from mxdsurgery.initialize import initial_layer, measure_statistics
 from mxdsurgery.measure import measure
@@ -226,9 +226,10 @@ def test_a_newer_format_and_missing_weights_are_refused_by_name(folder, tmp_path
 
 
 def test_the_reload_check_notices_other_weights_and_broken_code(folder):
-    reference = {"logits": torch.zeros(2, 16, 64), "hidden": torch.zeros(2, 16, 32)}
+    outputs = {"logits": torch.zeros(2, 16, 64), "hidden": torch.zeros(2, 16, 32)}
+    reference = Reference(IDS, outputs, torch.device("cpu"), torch.float32)
     with pytest.raises(ExportError, match="gives other logits"):
-        check_reload(folder, IDS, reference, torch.device("cpu"), torch.float32)
+        check_reload(folder, reference)
 
 
 def test_broken_code_is_an_export_error_and_leaves_no_folder(tmp_path, monkeypatch):
