@@ -57,6 +57,12 @@ def test_as_a_flag_of_a_command_without_a_recipe(converted):
     assert torch.get_num_threads() == threads.asked_for() == 2
 
 
+def test_every_command_that_has_a_device_has_threads():
+    named = {name: {option.name for option in command.params} for name, command in main.commands.items()}
+    assert {name for name, options in named.items() if "device" in options and "threads" not in options} == set()
+    assert {name for name, options in named.items() if "threads" not in options} == {"analyze", "plot", "push", "report"}
+
+
 def test_as_a_recipe_key_and_in_the_plan(tmp_path):
     recipe = tmp_path / "two.yaml"
     recipe.write_text("threads: 2\ndata: stdlib\n")
