@@ -3,7 +3,7 @@
     python scripts/bench_commands.py [--rounds 2] [--only heal] [--json]
 
 Each command runs in this process, in turn in each dtype, `rounds` times over, and the fastest counts. `ratio` is the chosen
-dtype's time over the better of the other two. What a processor without bf16 instructions does can be seen on one that has them:
+dtype's time over the better of the other two. One that has bf16 instructions can be made to look as if it had not:
 
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python scripts/bench_commands.py
 """
