@@ -1,6 +1,7 @@
 """Where a run computes: Accelerate on the recipe's device, with its precision and tracker."""
 
 import importlib.util
+import os
 from datetime import timedelta
 
 import torch
@@ -8,33 +9,55 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
+from mxdsurgery.device import check_device, devices, meant
 from mxdsurgery.errors import DeviceError, RecipeError
 from mxdsurgery.parallel import processes
 from mxdsurgery.recipe import Recipe
 
 # Processes wait so long for each other: one may have more to do. The launcher ends them when one dies.
 _PATIENCE = timedelta(days=7)
+# Types of device that Triton compiles for.
+_TRITON_DEVICES = ("cuda", "xpu")
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate, on the recipe's device, with its precision and tracker.
 
     Raises:
-        DeviceError: the device is not there.
+        DeviceError: the device is not there, or Accelerate takes another one or cannot use it in several processes.
         RecipeError: the tracker is not installed.
     """
     _check_tracker(recipe)
-    compute_device(recipe)
-    AcceleratorState._reset_state()  # a second conversion in the same process may want another precision
+    device = compute_device(recipe)
+    # A second run in the same process may want another precision, or another device.
+    AcceleratorState._reset_state(reset_partial_state=processes() == 1)
     accelerator = Accelerator(
-        cpu=not _on_gpu(recipe),
+        cpu=device == "cpu",
         mixed_precision="bf16" if computes_in_bf16(recipe) else "no",
         log_with=None if recipe.tracker == "none" else recipe.tracker,
         project_dir=None if recipe.tracker == "none" else f"{recipe.out}.runs",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
+    _check_agrees(accelerator, device)
     torch.manual_seed(recipe.seed)
     return accelerator
+
+
+def _check_agrees(accelerator: Accelerator, device: str) -> None:
+    """Raises DeviceError where Accelerate, which asks torch and its own environment, does not do what was asked for."""
+    if accelerator.device.type != device:
+        raise DeviceError(
+            f"accelerate computes on {accelerator.device.type}, not on {device}",
+            expected=device,
+            fix=f"unset ACCELERATE_TORCH_DEVICE and ACCELERATE_USE_CPU, or --device {accelerator.device.type}",
+        )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > 1 and processes() == 1:
+        raise DeviceError(
+            f"{launched} processes were launched, and on {device} they cannot work together",
+            expected="one process, or a device that torch.distributed has a back end for",
+            fix="run it without torchrun or accelerate launch, or with --device cpu",
+        )
 
 
 def alone(what: str) -> None:
@@ -46,18 +69,16 @@ def alone(what: str) -> None:
 
 
 def compute_device(recipe: Recipe) -> str:
-    """``cuda`` or ``cpu``: what the recipe's ``device`` means on this machine.
+    """The type of device that the recipe's ``device`` means on this machine.
 
     Raises:
         DeviceError: it is not there.
     """
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("recipe key 'device' is 'cuda', which this machine does not have", expected="cpu")
-    return "cuda" if _on_gpu(recipe) else "cpu"
+    return check_device(recipe.device)
 
 
 def choose_kernels(accelerator: Accelerator, *, d_model: int, n_experts: int, k: int, tokens: int) -> str | None:
-    """Puts the Triton kernels to use on a GPU if they beat plain torch on a step of this shape; says so in a line.
+    """Puts the Triton kernels to use on a device that has them if they beat plain torch on a step of this shape; says so in a line.
 
     Args:
         accelerator: of the run.
@@ -66,13 +87,14 @@ def choose_kernels(accelerator: Accelerator, *, d_model: int, n_experts: int, k:
         k: its K.
         tokens: per step.
     """
-    if accelerator.device.type != "cuda" or n_experts == 0:
+    device = accelerator.device.type
+    if device not in _TRITON_DEVICES or n_experts == 0:
         return None
     if importlib.util.find_spec("triton") is None:
         return "plain torch: triton is not installed"
     from mxdsurgery.kernels import install_if_faster
 
-    return str(install_if_faster(d_model, n_experts, k, tokens))
+    return str(install_if_faster(d_model, n_experts, k, tokens, device))
 
 
 def computes_in_bf16(recipe: Recipe) -> bool:
@@ -88,13 +110,14 @@ def selects_in_bf16(recipe: Recipe) -> bool:
 def _multiplies_bf16(recipe: Recipe) -> bool:
     """Whether the recipe's device has instructions for bf16 products: several times as fast as fp32's, and as good here."""
     if _on_gpu(recipe):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return meant(recipe.device) == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.9
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def _on_gpu(recipe: Recipe) -> bool:
-    return recipe.device != "cpu" and torch.cuda.is_available()
+    """Whether the recipe's device is an accelerator, and here."""
+    return meant(recipe.device) in devices()[1:]
 
 
 def _check_tracker(recipe: Recipe) -> None:

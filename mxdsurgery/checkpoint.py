@@ -210,7 +210,7 @@ def load_with_recipe(folder: str | Path, device: str | None = None, dtype: str =
 
     Args:
         folder: what ``convert`` or ``edit`` wrote.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         dtype: as `load`'s.
 
     Raises:

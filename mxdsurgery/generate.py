@@ -43,7 +43,7 @@ def generate(
         top_p: share of the probability mass that is sampled from.
         samples: how many continuations.
         seed: of the sampling.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
 
     Returns:
         Without edits the texts, prompt included. With edits ``prompt``, ``seed``, ``edits`` (a line each), and the texts as

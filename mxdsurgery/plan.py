@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 from transformers import PreTrainedConfig
 
@@ -34,6 +33,7 @@ from mxdsurgery.cost import (
     transcoder_parameters,
 )
 from mxdsurgery.demo import DEMO_MODELS
+from mxdsurgery.device import devices, meant
 from mxdsurgery.errors import MemoryBudgetError, RecipeError
 from mxdsurgery.memory import free_memory
 from mxdsurgery.model import decoder_layers, load_config, model_skeleton
@@ -345,9 +345,10 @@ def with_time(made: Plan, recipe: Recipe, worth_it: float = 0.0) -> Plan:
     base = dataclasses.replace(base, offloaded=made.offloaded, states_on_disk=made.states_on_disk)
     if made.refusal is not None:
         return dataclasses.replace(made, unmeasured="it does not fit the memory budget")
-    if machine.device == "cuda" and not torch.cuda.is_available():
-        return dataclasses.replace(made, unmeasured="there is no GPU here")
-    if needed_bytes(made.layers, base, recipe, machine) > free_memory(machine.device):
+    if machine.device not in devices():
+        return dataclasses.replace(made, unmeasured=f"there is no {machine.device} here")
+    free = free_memory(machine.device)
+    if free is not None and needed_bytes(made.layers, base, recipe, machine) > free:
         return dataclasses.replace(made, unmeasured="this machine has not enough memory free to measure one layer's step")
     if worth_it > 0.0:
         rate = matmul_rate(machine.device, "bfloat16" if machine.bf16 else "float32")
@@ -373,13 +374,15 @@ def _base_model(config: PreTrainedConfig, dtype: str) -> BaseModel:
 
 def _machine(recipe: Recipe) -> Machine:
     """The recipe's device, also where it is not here, and the memory budget."""
-    device = "cuda" if recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available()) else "cpu"
+    device = meant(recipe.device)
+    free = free_memory(device) if device in devices() else None
     if recipe.memory is not None:
         memory, source = int(recipe.memory * GIB), "recipe key 'memory'"
-    elif device == "cpu" or torch.cuda.is_available():
-        memory, source = int(BUDGET_SHARE * free_memory(device)), f"{BUDGET_SHARE:.0%} of what is free on {device}"
+    elif free is not None:
+        memory, source = int(BUDGET_SHARE * free), f"{BUDGET_SHARE:.0%} of what is free on {device}"
     else:
-        memory, source = None, "there is no GPU here: name one with --memory"
+        why = f"{device} does not say what is free" if device in devices() else f"there is no {device} here"
+        memory, source = None, f"{why}: name one with --memory"
     return Machine(device, computes_in_bf16(recipe), selects_in_bf16(recipe), memory, source)
 
 

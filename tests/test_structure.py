@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[1] / "mxdsurgery"
 # A module imports only from those before it. The list is the data's path: errors and words, model, blocks, text and
 # activations, layer, training, what it takes, plan, surgery, measuring, export, and the commands on top.
 ORDER = [
-    "errors", "timing", "demo", "outside", "selection", "disclosure", "recipe", "console", "journal", "digest", "parallel",
+    "errors", "device", "timing", "demo", "outside", "selection", "disclosure", "recipe", "console", "journal", "digest", "parallel",
     "offload", "families", "hub", "model", "blocks", "proof", "finding", "analyze", "packing", "text", "sparse", "layer",
     "baselines", "interventions", "replacement", "kernels", "accelerator", "activations", "memory", "cost", "budget",
     "resume", "run_folder", "initialize", "distill", "calibrate", "plan", "surgery", "inputs", "lora", "teacher", "endtoend",
