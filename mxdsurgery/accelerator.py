@@ -78,7 +78,7 @@ def compute_device(recipe: Recipe) -> str:
 
 
 def choose_kernels(accelerator: Accelerator, *, d_model: int, n_experts: int, k: int, tokens: int) -> str | None:
-    """Puts the Triton kernels to use on a device that has them if they beat plain torch on a step of this shape; says so in a line.
+    """Puts the Triton kernels to use, on a device for which there are any, if they beat plain torch on a step of this shape.
 
     Args:
         accelerator: of the run.
@@ -86,6 +86,9 @@ def choose_kernels(accelerator: Accelerator, *, d_model: int, n_experts: int, k:
         n_experts: its N; 0 where nothing has experts.
         k: its K.
         tokens: per step.
+
+    Returns:
+        What was found, in a line; None where there was nothing to try.
     """
     device = accelerator.device.type
     if device not in _TRITON_DEVICES or n_experts == 0:

@@ -18,7 +18,7 @@ def devices() -> list[str]:
 
 
 def meant(name: str) -> str:
-    """The type of device that a recipe's ``device`` means here, whether or not it is here: ``auto`` is the last of `devices`."""
+    """The type of device that a recipe's ``device`` means, whether or not it is here: ``auto`` is the last of `devices`."""
     return devices()[-1] if name == "auto" else name
 
 

@@ -59,7 +59,9 @@ class PeakMemory:
         return None if self._before is None else max(0, self._peak() - self._before)
 
     def _peak(self) -> int:
-        return _resident_peak() if self.device == "cpu" else torch.accelerator.memory_stats().get("allocated_bytes.all.peak", 0)
+        return (
+            _resident_peak() if self.device == "cpu" else torch.accelerator.memory_stats().get("allocated_bytes.all.peak", 0)
+        )
 
 
 def _resident_peak() -> int:

@@ -293,7 +293,7 @@ class TextStream:
     def batches(self, size: int) -> Iterator[Tensor]:
         """Batches of shuffled contexts without end, pass after pass: yields int64 (B, T), B = size.
 
-        Reading, tokenising and packing run ahead in a thread of their own; for a device that copies faster from there, in pinned memory.
+        Reading, tokenising and packing run ahead in a thread of their own; in pinned memory if a device copies faster from it.
         """
         for number, batch in run_ahead(self._batches(size)):
             self.passes = number

