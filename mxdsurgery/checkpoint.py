@@ -215,7 +215,7 @@ def load_with_recipe(
 
     Args:
         folder: what ``convert`` or ``edit`` wrote.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: see `settle`.
         rows: see `settle`.
 

@@ -81,7 +81,7 @@ def edit(
         data: the text to compare on; default: the recipe's held-out text.
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
         overwrite: take the place of an earlier folder of ours.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         format: ``checkpoint``, or ``adapter``: only what differs from the base model.
         reporter: what to tell while working; default: nothing.

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mxdsurgery.cost import LayerPlan, first_k
+from mxdsurgery.device import widest
 from mxdsurgery.distill import (
     LayerInTraining,
     Progress,
@@ -154,7 +155,7 @@ class _Standing(nn.Module):
         if self.watched:
             with torch.no_grad():
                 error, power = (flat - y).square().sum(), y.square().sum()
-                job.sums += torch.stack([loss.detach(), size, error, power]).double()
+                job.sums += torch.stack([loss.detach(), size, error, power])
                 if a is not None:
                     fired = (a.values > 0).flatten() * self.tokens_seen
                     job.last_fired.scatter_reduce_(0, a.indices.flatten(), fired, "amax")
@@ -287,7 +288,8 @@ class _Trainer:
         self.optimizers = [job.optimizer for job in self.jobs.values()]
         if adapters is not None:
             self.optimizers.append(torch.optim.Adam(adapters.parameters(), lr=recipe.lr, fused=True))
-        self.kl_sum, self.looked_at = torch.zeros((), dtype=torch.float64, device=accelerator.device), 0
+        device = accelerator.device
+        self.kl_sum, self.looked_at = torch.zeros((), dtype=widest(device), device=device), 0
 
     def step(self, step: int, examples: Iterator[Example]) -> None:
         """One optimiser step."""
@@ -353,7 +355,7 @@ class _Trainer:
             torch.autograd.backward([hidden, *own], gradients)
         for standing in self.standing.values():
             standing.target = standing.loss = None
-        self.kl_sum += kl.double() * share
+        self.kl_sum += kl.to(self.kl_sum) * share
 
     def look(self) -> None:
         """Brings the state's figures of the training text up to date; waits for the device."""

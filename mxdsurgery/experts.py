@@ -85,7 +85,7 @@ def experts(
         overwrite: take the place of an earlier catalogue.
         resume: go on with the unfinished run in ``<out>.run``, if there is one.
         checkpoint_every: passes between two checkpoints; default: the recipe's, or by its checkpoint_minutes alone.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         seed: of what is drawn.
         reporter: what to tell while working; default: nothing.

@@ -45,7 +45,7 @@ def generate(
         top_p: share of the probability mass that is sampled from.
         samples: how many continuations.
         seed: of the sampling.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
 
     Returns:

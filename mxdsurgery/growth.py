@@ -21,6 +21,7 @@ from mxdsurgery.blocks import Block
 from mxdsurgery.card import computed_in
 from mxdsurgery.checkpoint import Converted, load, saved_recipe, settle
 from mxdsurgery.console import Reporter
+from mxdsurgery.device import widest
 from mxdsurgery.errors import BaseModelError
 from mxdsurgery.evaluate import held_out, load_original
 from mxdsurgery.lora import healed_maps
@@ -61,7 +62,7 @@ def growth(
         data: the text; default: the recipe's held-out text.
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
         base: the original model, where it is not found any more as the recipe names it.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         reporter: what to tell while working; default: nothing.
 
@@ -172,10 +173,11 @@ def _stream(run: Original) -> list[Tensor]:
 
 
 def _stream_means(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> list[Tensor]:
-    """Of the original model, by decoder layer, (D,) float64; position 0 left out."""
+    """Of the original model, by decoder layer, (D,) in the `widest` dtype; position 0 left out."""
     sums: list[Tensor] = []
+    wide = widest(batches[0].device)
     for ids in batches:
-        found = [h[:, 1:].double().sum((0, 1)) for h in _stream(run_original(model, blocks, ids))]
+        found = [h[:, 1:].sum((0, 1), dtype=wide) for h in _stream(run_original(model, blocks, ids))]
         sums = [total + part for total, part in zip(sums, found, strict=True)] if sums else found
     return [total / sum(ids[:, 1:].numel() for ids in batches) for total in sums]
 

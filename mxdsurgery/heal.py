@@ -146,7 +146,7 @@ def heal(
         folder: what ``convert`` or ``heal`` wrote; it is left as it is.
         out: where to.
         base: the original model, where it is not found any more as the recipe names it.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         overwrite: take the place of an earlier folder of ours.
         resume: go on with the unfinished run in ``<out>.run``, if there is one, as if it had not been interrupted.

@@ -11,21 +11,25 @@ from mxdsurgery.blocks import Block
 from mxdsurgery.budget import BUDGET_SHARE
 from mxdsurgery.compute import Choice, Shape, model_dtype
 from mxdsurgery.cost import GIB, LayerPlan, Machine
+from mxdsurgery.device import devices, meant
 from mxdsurgery.memory import free_memory
 from mxdsurgery.recipe import Recipe
 
 
 def this_machine(recipe: Recipe, layers: Sequence[LayerPlan], config: PreTrainedConfig, dtype: str) -> Machine:
     """The recipe's device, also where it is not here, what is computed in there, and the memory budget."""
-    device = "cuda" if recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available()) else "cpu"
+    device = meant(recipe.device)
+    here = device in devices()
+    free = free_memory(device) if here else None
     if recipe.memory is not None:
         memory, source = int(recipe.memory * GIB), "recipe key 'memory'"
-    elif device == "cpu" or torch.cuda.is_available():
-        memory, source = int(BUDGET_SHARE * free_memory(device)), f"{BUDGET_SHARE:.0%} of what is free on {device}"
+    elif free is not None:
+        memory, source = int(BUDGET_SHARE * free), f"{BUDGET_SHARE:.0%} of what is free on {device}"
     else:
-        memory, source = None, "there is no GPU here: name one with --memory"
-    if device != "cpu" and not torch.cuda.is_available():
-        chosen, bf16 = Choice(dtype, "as stored; not measured: there is no GPU here"), recipe.precision != "fp32"
+        why = f"{device} does not say what is free" if here else f"there is no {device} here"
+        memory, source = None, f"{why}: name one with --memory"
+    if not here:
+        chosen, bf16 = Choice(dtype, f"as stored; not measured: there is no {device} here"), recipe.precision != "fp32"
         return Machine(device, bf16, recipe.selection != "fp32", memory, source, None, chosen.dtype, chosen.why)
     shape = model_shape(config, _widest(layers)[0], recipe.batch, recipe.context)
     chosen = model_dtype(dtype, recipe.compute, device, shape)

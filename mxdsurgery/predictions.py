@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxdsurgery.checkpoint import Converted, load_with_recipe
+from mxdsurgery.device import widest
 from mxdsurgery.evaluate import held_out
 from mxdsurgery.metrics import scored_predictions
 from mxdsurgery.model import decoder_layers
@@ -105,7 +106,7 @@ def prediction_shifts(original: Tensor, changed: Tensor, next_ids: Tensor, p: Te
     shift = changed - original
     shift -= torch.linalg.vecdot(p, shift)[:, None]
     if len(shift) and shift.amax() > _LARGEST_SHIFT:
-        log_p, log_q = original.double().log_softmax(-1), changed.double().log_softmax(-1)
+        log_p, log_q = (logits.log_softmax(-1, dtype=widest(logits.device)) for logits in (original, changed))
         lost = log_p - log_q
         return lost.gather(1, next_ids[:, None])[:, 0].to(p), (log_p.exp() * lost).sum(-1).to(p)
     at_next = shift.gather(1, next_ids[:, None])[:, 0]

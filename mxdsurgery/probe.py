@@ -68,7 +68,7 @@ def probe(
         samples: texts, drawn at random; default: all.
         context: tokens that each text is cut after; default: the recipe's.
         base: the original model, where it is not found any more as the recipe names it.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         seed: of the sample, the split and the permutations.
         reporter: what to tell while working; default: nothing.

@@ -257,7 +257,12 @@ class Recipe:
         "dtype that the base model and the result are stored in; auto: the base checkpoint's",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    device: str = _key("auto", "text", "where to run; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    device: str = _key(
+        "auto",
+        "text",
+        "where to run; auto: what torch finds here beside the CPU, else the CPU",
+        choices=("auto", "cpu", "cuda", "mps", "xpu"),
+    )
     memory: float | None = _key(
         None,
         "number",

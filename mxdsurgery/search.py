@@ -48,7 +48,7 @@ def search(
         by: ``text``, ``token``, or ``auto``: by token if the query, alone or after a space, is one token of the vocabulary.
         layer: look in one layer only.
         top: how many experts to return.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
 
     Returns:

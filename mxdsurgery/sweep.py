@@ -65,7 +65,7 @@ def sweep(
         contexts_per_expert: an expert that fires in more contexts is measured on so many of them, drawn at random.
         batch: tokens per forward pass; default: the recipe's.
         seed: of the drawing.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; see `effect`.
         reporter: what to tell while working; default: nothing.
 
@@ -329,7 +329,7 @@ class _Unedited:
                 before, p = self.logits[context, changes - 1 :], self.p[context, changes - 1 :]
                 after = widened(logits[number, changes - max(start, 1) :])
                 shifts = prediction_shifts(before, after, self.ids[context, changes + 1 :], p)
-                sums[:, number] = torch.stack([part.double().sum() for part in shifts])
+                sums[:, number] = torch.stack(shifts).cpu().double().sum(1)
         return sums[0], sums[1]
 
     def _resumed(self, y: Tensor, rows: Tensor, start: int) -> Tensor:
