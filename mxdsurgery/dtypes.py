@@ -32,11 +32,11 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
     # Some families keep single weights in float32.
     model._stored_wider = {name: held.dtype for name, held in _floats(model) if held.dtype != model.dtype}
     if not holds(dtype, model.dtype):
-        autocast, model._autocast_dtype = torch.autocast(execution_device(model).type, dtype), dtype
+        device, model._autocast_dtype = execution_device(model).type, dtype
         # Of a model whose weights lie on disk, they have a forward of their own already.
         model._without_autocast = {module: module.__dict__.get("forward") for module in _entrances(model)}
         for module in model._without_autocast:
-            module.forward = autocast(module.forward)
+            module.forward = torch.autocast(device, dtype)(module.forward)  # one each: they are entered within each other
         return
     for _, held in _floats(model):
         if held.dtype == model._stored_in:

@@ -13,6 +13,7 @@ from mxdsurgery.accelerator import make_accelerator
 from mxdsurgery.checkpoint import EVALUATION_FILE, RECIPE_FILE, Converted, load, settle
 from mxdsurgery.console import Reporter
 from mxdsurgery.demo import DEMO_MODELS
+from mxdsurgery.dtypes import computed_in
 from mxdsurgery.errors import BaseModelError, DataError, MxDError
 from mxdsurgery.export import write_evaluation
 from mxdsurgery.lora import healed_maps, with_adapter
@@ -123,14 +124,19 @@ def _training_record(folder: Path) -> dict[str, Any]:
 
 
 def load_original(converted: Converted, name: str, recipe: Recipe) -> PreTrainedModel:
-    """The model that a converted one was made from, computing as a settled recipe says, after making sure that it is it.
+    """The model that a converted one was made from, computing in what that does, after making sure that it is it.
 
     Raises:
         BaseModelError: it is not there, or its weights outside the converted blocks, and what was healed, differ.
     """
     revision = None if Path(name).is_dir() or name in DEMO_MODELS else converted.plan.revision or recipe.revision
     try:
-        original = load_model(name, revision=revision, dtype=converted.plan.dtype, compute=recipe.compute)
+        original = load_model(
+            name,
+            revision=revision,
+            dtype=converted.plan.dtype,
+            compute=str(computed_in(converted.model)).removeprefix("torch."),
+        )
     except MxDError as error:
         raise BaseModelError(
             f"the original model of {str(converted.folder)!r} is needed to compare with: {error.found}",

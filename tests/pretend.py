@@ -145,7 +145,7 @@ def install() -> None:
 
 
 def main() -> None:
-    """Every check of scripts/check_device.py there and on the CPU, a line of JSON each, and what the device was given to do."""
+    """Every check of scripts/check_device.py there and on the CPU, a line of JSON each, and what the device was given."""
     install()
     import check_device
 

@@ -240,8 +240,10 @@ def test_every_command_computes_in_what_is_fast(command, kind, catalogued, tmp_p
     (tmp_path / "labelled.jsonl").write_text("\n".join(json.dumps(row) for row in LABELLED))
     with Products() as products:
         COMMANDS[command](catalogued, tmp_path)
-    # Little else is multiplied: what is exact on purpose, and what has no model in it.
-    assert products.share(kind) > 0.8, products.work
+    if kind == torch.float32:
+        assert products.work[torch.bfloat16] == 0, products.work
+    else:  # some things are exact on purpose: the ranking of the best experts, what vectors say of the next token
+        assert products.share(kind) > 0.5, products.work
 
 
 def test_an_edit_changes_the_same_stored_bits_whatever_is_computed_in(converted, machine, tmp_path):
