@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -304,6 +304,12 @@ def reference_outputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     }
 
 
+def _run_reload(arguments: Sequence[str], environment: Mapping[str, str], folder: str) -> subprocess.CompletedProcess[str]:
+    """Runs `_RELOAD` in a fresh interpreter, in a folder."""
+    command = (sys.executable, "-I", "-c", _RELOAD, *arguments)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, check=False)
+
+
 def check_reload(
     folder: Path, ids: Tensor, reference: dict[str, Tensor], device: torch.device, offloaded: bool = False
 ) -> dict[str, float]:
@@ -318,18 +324,8 @@ def check_reload(
         given, result = Path(scratch) / "given.safetensors", Path(scratch) / "result.safetensors"
         save_file({"input_ids": ids.cpu().contiguous()}, given)
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "TQDM_DISABLE": "1"}
-        command: Sequence[str] = (
-            sys.executable,
-            "-I",
-            "-c",
-            _RELOAD,
-            str(folder),
-            str(given),
-            str(result),
-            str(device),
-            *(["offloaded"] if offloaded else []),
-        )
-        process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch, check=False)
+        arguments = [str(folder), str(given), str(result), str(device), *(["offloaded"] if offloaded else [])]
+        process = _run_reload(arguments, environment, scratch)
         if process.returncode != 0:
             reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
             raise ExportError(
