@@ -1,6 +1,6 @@
-"""Fresh processes in a tenth of a second: forks of an interpreter that has imported torch and transformers, and nothing of ours.
+"""Fresh processes in a tenth of a second: forks of an interpreter that has imported transformers, and nothing of ours.
 
-To import both takes seconds, and hundreds of tests want a process to themselves.
+To import it takes seconds, and hundreds of tests want a process to themselves.
 """
 
 import functools

@@ -235,7 +235,7 @@ def both_ways(request):
 def test_the_reload_check_notices_other_weights_and_broken_code(folder, both_ways):
     reference = {"logits": torch.zeros(2, 16, 64), "hidden": torch.zeros(2, 16, 32)}
     with pytest.raises(ExportError, match="gives other logits"):
-        check_reload(folder, IDS, reference, torch.device("cpu"))
+        check_reload(folder, IDS, reference, torch.device("cpu"), torch.float32)
 
 
 def test_the_reload_check_notices_a_spoilt_checkpoint(folder, tmp_path, both_ways):
@@ -243,15 +243,15 @@ def test_the_reload_check_notices_a_spoilt_checkpoint(folder, tmp_path, both_way
     model = load(folder).model
     with torch.no_grad():
         reference = {"logits": model(IDS).logits, "hidden": model.base_model(IDS)[0]}
-    assert check_reload(spoilt, IDS, reference, torch.device("cpu")) == {"logits": 0.0, "hidden": 0.0}
+    assert check_reload(spoilt, IDS, reference, torch.device("cpu"), torch.float32) == {"logits": 0.0, "hidden": 0.0}
     tensors = load_file(spoilt / "model.safetensors")
     tensors["model.layers.1.mlp.decoder.weight"][3] += 1
     save_file(tensors, spoilt / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ExportError, match="gives other logits"):
-        check_reload(spoilt, IDS, reference, torch.device("cpu"))
+        check_reload(spoilt, IDS, reference, torch.device("cpu"), torch.float32)
     (spoilt / "layer.py").unlink()
     with pytest.raises(ExportError, match="does not load without mxdsurgery: .*layer"):
-        check_reload(spoilt, IDS, reference, torch.device("cpu"))
+        check_reload(spoilt, IDS, reference, torch.device("cpu"), torch.float32)
 
 
 def test_broken_code_is_an_export_error_and_leaves_no_folder(tmp_path, monkeypatch, both_ways):
