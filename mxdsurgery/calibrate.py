@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from mxdsurgery.accelerator import choose_kernels, make_accelerator
 from mxdsurgery.activations import record_activations
 from mxdsurgery.cost import BaseModel, Group, LayerPlan, Machine, base_forward_flops, first_k, layer_flops, tokens_per_step
+from mxdsurgery.device import empty_cache
 from mxdsurgery.distill import LayerInTraining, active_experts, train_step
 from mxdsurgery.initialize import layer_shape
 from mxdsurgery.recipe import Recipe
@@ -82,8 +83,7 @@ def calibrate(
         base_seconds = _measure_pass(layers, base, config, recipe, machine.device)
     else:
         base_seconds = flops * tokens_per_step(recipe) / matmul_rate(machine.device, base.dtype)
-    if machine.device == "cuda":
-        torch.cuda.empty_cache()
+    empty_cache(machine.device)
     return Calibration(
         step_seconds=step_seconds,
         step_flops=sum(layer_flops(largest).values()),
@@ -97,7 +97,7 @@ def calibrate(
 @functools.cache  # it is the machine's, whatever is planned
 def matmul_rate(device: str, dtype: str) -> float:
     """FLOPs per second of one large matrix product."""
-    side = 8192 if device == "cuda" else 1024
+    side = 1024 if device == "cpu" else 8192
     a = torch.randn(side, side, device=device, dtype=getattr(torch, dtype))
     return 2 * side**3 / median_seconds(lambda: a @ a, 0.2)
 
@@ -120,7 +120,7 @@ def _measure_step(layer: LayerPlan, recipe: Recipe, device: str) -> tuple[float,
 
 def _training_step(layer: LayerPlan, recipe: Recipe, batch: int, device: str) -> Callable[[int], None]:
     """Takes a step of a new layer of this shape, on the given number of tokens."""
-    with torch.random.fork_rng(), torch.device(device):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         accelerator = make_accelerator(dataclasses.replace(recipe, tracker="none"))
         made = LAYER_KINDS[layer.kind](**layer_shape(layer))
         x, y = torch.randn(2, batch, layer.block.d_model)
@@ -134,7 +134,7 @@ def _measure_pass(layers: list[LayerPlan], base: BaseModel, config: PreTrainedCo
     """Seconds of the base model's pass over a whole batch; over fewer contexts, and scaled, where that takes too long."""
     blocks = [layer.block for layer in layers]
     contexts = recipe.batch // recipe.context
-    with torch.random.fork_rng(), torch.device(device):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, base.dtype)).eval()
         input_ids = torch.randint(base.vocabulary, (contexts, recipe.context))
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.activations import hooked, record_activations, recording
 from mxdsurgery.blocks import Block
+from mxdsurgery.device import widest
 from mxdsurgery.errors import DataError
 from mxdsurgery.metrics import Sums, Table, error_sums, frequency_decades, next_token_sums, scored_predictions, with_interval
 from mxdsurgery.model import check_fits, decoder_layers
@@ -128,14 +129,14 @@ def _statistics(
     ``s * m + r``; of a Mixture of Decoders, ``m = D z`` and ``r = b``.
     """
     sums: dict[tuple, Tensor | int] = defaultdict(int)
-    tokens = 0
+    tokens, wide = 0, widest(batches[0].device)
     for ids in batches:
         tokens += ids[:, 1:].numel()
         for index, (x, y) in record_activations(model, blocks, ids).items():
-            x, y = x[:, 1:].flatten(0, 1), y[:, 1:].flatten(0, 1).double()
+            x, y = x[:, 1:].flatten(0, 1), y[:, 1:].flatten(0, 1).to(wide)
             sums[index, "y"] = sums[index, "y"] + y.sum(0)
             for number, layers in enumerate(candidates):
-                m, r = (part.double().expand_as(y) for part in layers[index].dense_path(x))
+                m, r = (part.to(wide).expand_as(y) for part in layers[index].dense_path(x))
                 for name, value in (
                     ("my", (m * (y - r)).sum(0)),
                     ("mm", m.square().sum(0)),
@@ -258,7 +259,7 @@ def _usage_figures(usage: Sequence[_Usage]) -> dict[str, Any]:
 
     Nothing is known of experts where there are none.
     """
-    frequency = torch.cat([layer.fired.double() / layer.tokens for layer in usage])
+    frequency = torch.cat([layer.fired.cpu().double() / layer.tokens for layer in usage])
     if len(frequency) == 0:
         return {"l0": None, "dead_share": None, "firing_frequency": None}
     return {

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mxdsurgery.device import widest
+
 _RESAMPLES = 2000
 _LEVEL = 0.95
 # Firing frequencies are binned by decade; the first bin holds what fired less often than 1e-5 of the tokens.
@@ -27,13 +29,14 @@ def next_token_sums(logits: Tensor, original: Tensor, input_ids: Tensor) -> Sums
         input_ids: (B, T).
     """
     sums: dict[str, list[Tensor]] = {"ce": [], "kl": [], "agree": []}
+    wide = widest(logits.device)
     for row, original_row, ids in zip(logits, original, input_ids, strict=True):  # one at a time: V may be large
         log_q = F.log_softmax(row[1:-1].float(), dim=-1)
         log_p = F.log_softmax(original_row[1:-1].float(), dim=-1)
-        sums["ce"].append(-log_q.gather(1, ids[2:, None]).double().sum())
-        sums["kl"].append((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
-        sums["agree"].append((log_q.argmax(-1) == log_p.argmax(-1)).double().sum())
-    return {name: torch.stack(values).cpu() for name, values in sums.items()}
+        sums["ce"].append(-log_q.gather(1, ids[2:, None]).sum(dtype=wide))
+        sums["kl"].append((log_p.exp() * (log_p - log_q)).sum(-1).sum(dtype=wide))
+        sums["agree"].append((log_q.argmax(-1) == log_p.argmax(-1)).sum(dtype=wide))
+    return {name: torch.stack(values).cpu().double() for name, values in sums.items()}
 
 
 def scored_predictions(input_ids: Tensor) -> int:
@@ -43,12 +46,9 @@ def scored_predictions(input_ids: Tensor) -> int:
 
 def error_sums(y_hat: Tensor, y: Tensor, mean_y: Tensor) -> Sums:
     """‖ŷ-y‖², ‖y‖² and ‖y-ȳ‖² summed over each sequence's positions but 0: y_hat, y (B, T, D), mean_y (D,)."""
-    y_hat, y = y_hat[:, 1:].double(), y[:, 1:].double()
-    return {
-        "error": (y_hat - y).square().sum((1, 2)).cpu(),
-        "power": y.square().sum((1, 2)).cpu(),
-        "variance": (y - mean_y).square().sum((1, 2)).cpu(),
-    }
+    y_hat, y = (part[:, 1:].to(widest(y.device)) for part in (y_hat, y))
+    sums = {"error": y_hat - y, "power": y, "variance": y - mean_y}
+    return {name: part.square().sum((1, 2)).cpu().double() for name, part in sums.items()}
 
 
 @dataclass

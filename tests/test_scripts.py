@@ -51,6 +51,11 @@ def test_inference_is_measured_for_every_n_beside_the_original():
     assert sizes == sorted(set(sizes)) and result["largest_n_within_1.3x"] >= 0
 
 
+def test_a_conversion_is_timed_alone_and_beside_a_busy_process():
+    result = run("bench_beside.py", "--tokens", 2048, "--threads", 1, "--precision", "default")
+    assert result["tokens"] >= 2048 and result["alone"] > 0 and result["beside"] > 0
+
+
 @pytest.mark.parametrize(
     ("script", "page"),
     [

@@ -8,9 +8,9 @@ PACKAGE = Path(__file__).parents[1] / "mxdsurgery"
 # A module imports only from those before it. The list is the data's path: errors and words, model, blocks, text and
 # activations, layer, training, what it takes, plan, surgery, measuring, export, and the commands on top.
 ORDER = [
-    "errors", "threads", "timing", "compute", "demo", "outside", "selection", "disclosure", "recipe", "choices", "console",
-    "journal", "digest", "parallel", "offload", "dtypes", "families", "hub", "model", "blocks", "proof", "finding", "analyze",
-    "packing", "text", "sparse", "layer", "baselines", "interventions", "replacement", "kernels", "accelerator",
+    "errors", "threads", "device", "timing", "compute", "demo", "outside", "selection", "disclosure", "recipe", "choices",
+    "console", "journal", "digest", "parallel", "offload", "dtypes", "families", "hub", "model", "blocks", "proof", "finding",
+    "analyze", "packing", "text", "sparse", "layer", "baselines", "interventions", "replacement", "kernels", "accelerator",
     "activations", "memory", "cost", "budget", "machine", "resume", "run_folder", "initialize", "distill", "calibrate",
     "plan", "surgery", "inputs", "lora", "teacher", "endtoend", "train", "card", "metrics", "measure", "adapter",
     "checkpoint", "export", "apply", "convert", "chart", "plot", "comparison", "frontier", "evaluate", "heal", "growth",
