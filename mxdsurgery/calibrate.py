@@ -4,6 +4,7 @@ Weights, inputs and targets are random: what is computed, and so its time, does 
 """
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ def calibrate(
     )
 
 
+@functools.cache  # it is the machine's, whatever is planned
 def matmul_rate(device: str, dtype: str) -> float:
     """FLOPs per second of one large matrix product."""
     side = 1024 if device == "cpu" else 8192

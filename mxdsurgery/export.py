@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -322,6 +322,12 @@ def reference_outputs(model: PreTrainedModel, ids: Tensor) -> Reference:
     return Reference(ids.cpu(), outputs, device, computed_in(model))
 
 
+def _run_reload(words: Sequence[str], environment: Mapping[str, str], folder: str) -> subprocess.CompletedProcess[str]:
+    """Runs `_RELOAD` with its words in a fresh interpreter, in a folder."""
+    command = (sys.executable, "-I", "-c", _RELOAD, *words)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, check=False)
+
+
 def check_reload(folder: Path, reference: Reference, offloaded: bool = False) -> dict[str, float]:
     """Loads the folder in a fresh process without mxdsurgery and compares what it computes, where and as the reference did.
 
@@ -334,19 +340,8 @@ def check_reload(folder: Path, reference: Reference, offloaded: bool = False) ->
         given, result = Path(scratch) / "given.safetensors", Path(scratch) / "result.safetensors"
         save_file({"input_ids": reference.ids.contiguous()}, given)
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "TQDM_DISABLE": "1"}
-        command: Sequence[str] = (
-            sys.executable,
-            "-I",
-            "-c",
-            _RELOAD,
-            str(folder),
-            str(given),
-            str(result),
-            str(reference.device),
-            str(reference.dtype).removeprefix("torch."),
-            *(["offloaded"] if offloaded else []),
-        )
-        process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch, check=False)
+        words = [str(folder), str(given), str(result), str(reference.device), str(reference.dtype).removeprefix("torch.")]
+        process = _run_reload([*words, *(["offloaded"] if offloaded else [])], environment, scratch)
         if process.returncode != 0:
             reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
             raise ExportError(
