@@ -11,9 +11,10 @@ from test_distill import batches, train
 
 from mxdsurgery.activations import record_activations
 from mxdsurgery.finding import find_blocks
-from mxdsurgery.measure import measure, run_original
+from mxdsurgery.measure import measure
 from mxdsurgery.metrics import with_interval
 from mxdsurgery.model import decoder_layers
+from mxdsurgery.scoring import run_original
 from mxdsurgery.surgery import replaced, resumed_at
 
 IDS = torch.cat(list(itertools.islice(batches(seed=5), 2)))

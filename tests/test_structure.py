@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).parents[1] / "mxdsurgery"
 ORDER = [
     "errors", "timing", "demo", "outside", "selection", "disclosure", "recipe", "console", "journal", "digest", "parallel",
     "offload", "families", "hub", "model", "blocks", "proof", "finding", "analyze", "packing", "text", "sparse", "layer",
-    "baselines", "interventions", "replacement", "kernels", "accelerator", "activations", "memory", "cost", "budget",
+    "baselines", "interventions", "replacement", "kernels", "accelerator", "activations", "memory", "cost", "effort", "budget",
     "resume", "run_folder", "initialize", "distill", "calibrate", "plan", "surgery", "inputs", "lora", "teacher", "endtoend",
-    "train", "card", "metrics", "measure", "adapter", "checkpoint", "export", "apply", "convert", "chart", "plot",
+    "train", "card", "metrics", "scoring", "measure", "adapter", "checkpoint", "export", "apply", "convert", "chart", "plot",
     "comparison", "frontier", "evaluate", "heal", "growth", "labelled", "subjects", "probe", "dissect", "catalogue", "corpus",
     "tally", "unembedding", "tables", "experts", "search", "coefficients", "edits", "generate", "edit", "report",
     "predictions", "effect", "sweep", "judge", "steering", "parcel", "push", "__init__", "options", "voice", "cli",
