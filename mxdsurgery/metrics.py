@@ -92,7 +92,7 @@ def next_token_sums(logits: Tensor, original: Tensor, input_ids: Tensor) -> Sums
 
 def sum_sequences(values: Tensor, sequences: int) -> Tensor:
     """One value for each scored position, sequence after sequence: (n,) -> sums (S,) float64, on the CPU."""
-    return values.double().view(sequences, -1).sum(-1).cpu()
+    return values.cpu().double().view(sequences, -1).sum(-1)
 
 
 def scored_predictions(input_ids: Tensor) -> int:
