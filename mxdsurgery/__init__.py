@@ -1,82 +1,84 @@
 """mxdsurgery: language models with Mixture-of-Decoders layers in place of their MLP blocks.
 
 The public functions are named as the commands: `analyze`, `plan`, `convert`, `heal`, `evaluate`, ...; `load` reads a converted
-folder, `MxDLayer` is the layer, `MxDError` the base of all named errors.
+folder, `MxDLayer` is the layer, `MxDError` the base of all named errors. Each is loaded when it is first asked for, and torch
+with it; `__init__.pyi` says the same to type checkers and editors.
 """
 
+import importlib
+import importlib.util
 import os
+import sys
+from types import ModuleType
+from typing import Any
 
 # On Linux, torch then asks for huge pages: the CPU's training step spends a tenth of its time on page faults otherwise.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-# The order matters: a function takes the place of the module that it is named after.
-from mxdsurgery.analyze import Analysis, analyze
-from mxdsurgery.apply import apply, make_adapter
-from mxdsurgery.checkpoint import Converted, load
-from mxdsurgery.coefficients import coefficients
-from mxdsurgery.comparison import Frontier
-from mxdsurgery.convert import Conversion, convert
-from mxdsurgery.dissect import dissect
-from mxdsurgery.edit import edit
-from mxdsurgery.edits import Edits, edits_from_flags, read_edits
-from mxdsurgery.effect import effect
-from mxdsurgery.errors import MxDError
-from mxdsurgery.evaluate import evaluate
-from mxdsurgery.experts import experts
-from mxdsurgery.families import Family, register_family
-from mxdsurgery.frontier import frontier
-from mxdsurgery.generate import generate
-from mxdsurgery.growth import growth
-from mxdsurgery.heal import heal
-from mxdsurgery.layer import Coefficients, MxDLayer
-from mxdsurgery.plan import Plan, plan
-from mxdsurgery.plot import plot
-from mxdsurgery.probe import probe
-from mxdsurgery.push import push
-from mxdsurgery.recipe import Recipe
-from mxdsurgery.report import report
-from mxdsurgery.search import search
-from mxdsurgery.steering import steering
-from mxdsurgery.sweep import sweep
+# Threads that wait for each other sleep soon: where other programs want the processor too, spinning halves the speed.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Analysis",
-    "Coefficients",
-    "Conversion",
-    "Converted",
-    "Edits",
-    "Family",
-    "Frontier",
-    "MxDError",
-    "MxDLayer",
-    "Plan",
-    "Recipe",
-    "analyze",
-    "apply",
-    "coefficients",
-    "convert",
-    "dissect",
-    "edit",
-    "edits_from_flags",
-    "effect",
-    "evaluate",
-    "experts",
-    "frontier",
-    "generate",
-    "growth",
-    "heal",
-    "load",
-    "make_adapter",
-    "plan",
-    "plot",
-    "probe",
-    "push",
-    "read_edits",
-    "register_family",
-    "report",
-    "search",
-    "steering",
-    "sweep",
-]
+_PLACES = {
+    "analyze": ("Analysis", "analyze"),
+    "apply": ("apply", "make_adapter"),
+    "checkpoint": ("Converted", "load"),
+    "coefficients": ("coefficients",),
+    "comparison": ("Frontier",),
+    "convert": ("Conversion", "convert"),
+    "dissect": ("dissect",),
+    "edit": ("edit",),
+    "edits": ("Edits", "edits_from_flags", "read_edits"),
+    "effect": ("effect",),
+    "errors": ("MxDError",),
+    "evaluate": ("evaluate",),
+    "experts": ("experts",),
+    "families": ("Family", "register_family"),
+    "frontier": ("frontier",),
+    "generate": ("generate",),
+    "growth": ("growth",),
+    "heal": ("heal",),
+    "layer": ("Coefficients", "MxDLayer"),
+    "plan": ("Plan", "plan"),
+    "plot": ("plot",),
+    "probe": ("probe",),
+    "push": ("push",),
+    "recipe": ("Recipe",),
+    "report": ("report",),
+    "search": ("search",),
+    "steering": ("steering",),
+    "sweep": ("sweep",),
+}
+_MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module of ours, that nobody asked for before."""
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        setattr(sys.modules[__name__], name, value)
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """This module's class, for the one thing that a module cannot say of itself.
+
+    Python binds every module that is loaded to its package; the functions that are named after theirs take its place, whoever
+    loads it first.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        named_after = isinstance(value, ModuleType) and _MODULE_OF.get(name) == name
+        super().__setattr__(name, getattr(value, name) if named_after else value)
+
+
+sys.modules[__name__].__class__ = _Package

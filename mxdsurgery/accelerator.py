@@ -5,9 +5,9 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.state import AcceleratorState, PartialState
 
+from mxdsurgery.compute import training_dtype
 from mxdsurgery.errors import DeviceError, RecipeError
 from mxdsurgery.parallel import processes
 from mxdsurgery.recipe import Recipe
@@ -24,17 +24,26 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         RecipeError: the tracker is not installed.
     """
     _check_tracker(recipe)
-    compute_device(recipe)
+    start_processes(recipe)
     AcceleratorState._reset_state()  # a second conversion in the same process may want another precision
     accelerator = Accelerator(
         cpu=not _on_gpu(recipe),
         mixed_precision="bf16" if computes_in_bf16(recipe) else "no",
         log_with=None if recipe.tracker == "none" else recipe.tracker,
         project_dir=None if recipe.tracker == "none" else f"{recipe.out}.runs",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
     torch.manual_seed(recipe.seed)
     return accelerator
+
+
+def start_processes(recipe: Recipe) -> None:
+    """Lets the processes that were launched together know of each other; one alone has nothing to do.
+
+    Raises:
+        DeviceError: the recipe's device is not there.
+    """
+    compute_device(recipe)
+    PartialState(cpu=not _on_gpu(recipe), timeout=_PATIENCE)
 
 
 def alone(what: str) -> None:
@@ -75,22 +84,22 @@ def choose_kernels(accelerator: Accelerator, *, d_model: int, n_experts: int, k:
     return str(install_if_faster(d_model, n_experts, k, tokens))
 
 
-def computes_in_bf16(recipe: Recipe) -> bool:
-    """Whether training computes under bf16 autocast: as asked, or where the device multiplies bf16 matrices itself."""
-    return _multiplies_bf16(recipe) if recipe.precision == "auto" else recipe.precision == "bf16"
+def computes_in_bf16(recipe: Recipe, d_model: int = 512, d_hidden: int = 2048) -> bool:
+    """Whether training computes under bf16 autocast: as asked, or where products of D and H are faster so on the device."""
+    return _in_bf16(recipe.precision, recipe, d_model, d_hidden)
 
 
-def selects_in_bf16(recipe: Recipe) -> bool:
-    """Whether training ranks all N experts in bf16: as asked, or where the device multiplies bf16 matrices itself."""
-    return _multiplies_bf16(recipe) if recipe.selection == "auto" else recipe.selection == "bf16"
+def selects_in_bf16(recipe: Recipe, d_model: int = 512, n_experts: int = 4096) -> bool:
+    """Whether training ranks all N experts in bf16: as asked, or where products of D and N are faster so on the device."""
+    return _in_bf16(recipe.selection, recipe, d_model, n_experts)
 
 
-def _multiplies_bf16(recipe: Recipe) -> bool:
-    """Whether the recipe's device has instructions for bf16 products: several times as fast as fp32's, and as good here."""
-    if _on_gpu(recipe):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.9
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+def _in_bf16(asked: str, recipe: Recipe, d_in: int, d_out: int) -> bool:
+    if asked != "auto":
+        return asked == "bf16"
+    if recipe.compute != "auto":
+        return recipe.compute == "bfloat16"
+    return training_dtype(compute_device(recipe), recipe.batch, d_in, max(1, d_out)).dtype == "bfloat16"
 
 
 def _on_gpu(recipe: Recipe) -> bool:

@@ -100,8 +100,9 @@ def _remedies(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, mach
         by_block = dataclasses.replace(recipe, inputs="converted")
         if _fits(layers, dataclasses.replace(base, offloaded=True, states_on_disk=True), by_block, machine):
             found.append("one layer after the other, with one block of the base model in memory: --inputs converted")
-    if base.element_bytes == 4 and _fits(layers, dataclasses.replace(base, dtype="bfloat16"), recipe, machine):
-        found.append("the base model in half the bytes: --dtype bfloat16")
+    half = dataclasses.replace(base, dtype="bfloat16")
+    if base.element_bytes == 4 and _fits(layers, half, recipe, machine):
+        found.append("the base model in half the bytes: --dtype bfloat16 --compute bfloat16")
     several = len({layer.block.layer for layer in layers}) == len(layers)  # not kinds for the same block
     fewer = [count for count in range(1, len(layers)) if several and _fits(layers[:count], base, recipe, machine)]
     if fewer:

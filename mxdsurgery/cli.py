@@ -10,27 +10,17 @@ import click
 from rich.console import Console
 
 import mxdsurgery
-from mxdsurgery.card import LEGEND, evaluation_table
-from mxdsurgery.coefficients import FORMS
+from mxdsurgery.choices import BY, DEFAULT_K, DEFAULT_KINDS, DTYPES, FORMS, ONE_LAYER, UNITS
 from mxdsurgery.console import size
 from mxdsurgery.disclosure import masked, secrets_here
-from mxdsurgery.dissect import dissection_table
-from mxdsurgery.edit import edit_table
-from mxdsurgery.effect import effect_tables
 from mxdsurgery.errors import EditError, MemoryBudgetError, MxDError
-from mxdsurgery.experts import experts_table
-from mxdsurgery.frontier import DEFAULT_K, DEFAULT_KINDS, ONE_LAYER
-from mxdsurgery.generate import side_by_side
-from mxdsurgery.growth import growth_table
-from mxdsurgery.heal import heal_table
-from mxdsurgery.interventions import UNITS
-from mxdsurgery.judge import judge_from_flags
 from mxdsurgery.options import (
     AS_JSON,
     BASE,
-    DTYPES,
+    DEVICE,
     KINDS_HELP,
     RESUME,
+    THREADS,
     Count,
     Numbers,
     RecipeValue,
@@ -41,13 +31,7 @@ from mxdsurgery.options import (
     recipe_options,
     text_options,
 )
-from mxdsurgery.plot import plot_table
-from mxdsurgery.probe import probe_tables
-from mxdsurgery.push import push_table
 from mxdsurgery.recipe import RECIPE_KEYS
-from mxdsurgery.search import BY, search_table
-from mxdsurgery.steering import steering_table
-from mxdsurgery.sweep import sweep_table
 from mxdsurgery.voice import Command, console_reporter, level_options
 
 _INTERRUPTED = 130  # what a shell expects of a process that Ctrl-C ended
@@ -130,6 +114,8 @@ def convert(model: str, recipe: str | None, **overrides: Any) -> None:
 
     Every flag is a key of the recipe; what is not given comes from the recipe made for the model, or from --recipe.
     """
+    from mxdsurgery.card import LEGEND, evaluation_table
+
     made = mxdsurgery.convert(model, recipe=recipe, reporter=console_reporter(), **overrides)
     if made is not None:  # the first of several processes says it
         _print_table(evaluation_table(made.evaluation), LEGEND, f"\nThe converted model is in {made.recipe.out}")
@@ -163,9 +149,13 @@ def frontier(model: str, **options: Any) -> None:
 def evaluate(folder: str, growth: bool, as_json: bool, **options: Any) -> None:
     """Measure the converted model in DIR against its original."""
     if growth:
+        from mxdsurgery.growth import growth_table
+
         result = mxdsurgery.growth(folder, reporter=console_reporter(), **options)
         _print_json(result) if as_json else _print_table(*growth_table(result))
         return
+    from mxdsurgery.card import LEGEND, evaluation_table
+
     figures = mxdsurgery.evaluate(folder, reporter=console_reporter(), **options)
     _print_json(figures) if as_json else _print_table(evaluation_table(figures), LEGEND)
 
@@ -176,7 +166,8 @@ def evaluate(folder: str, growth: bool, as_json: bool, **options: Any) -> None:
 @RESUME
 @heal_options
 @BASE
-@click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
+@DEVICE
+@THREADS
 @click.option("--overwrite", is_flag=True, help="Take the place of an earlier folder of ours.")
 @AS_JSON
 def heal(folder: str, as_json: bool, **options: Any) -> None:
@@ -184,6 +175,9 @@ def heal(folder: str, as_json: bool, **options: Any) -> None:
 
     What learns keeps its form and K. The best weights on text that is not trained on are written.
     """
+    from mxdsurgery.card import LEGEND, evaluation_table
+    from mxdsurgery.heal import heal_table
+
     result = mxdsurgery.heal(folder, reporter=console_reporter(), **options)
     if result is None:
         return  # the first of several processes says it
@@ -196,6 +190,7 @@ def heal(folder: str, as_json: bool, **options: Any) -> None:
 @main.command(name="apply")
 @click.argument("adapter")
 @click.option("--base", help="The base model; default: the one that the adapter names.")
+@THREADS
 @click.option("--out", required=True, help="The folder to write.")
 @click.option("--overwrite", is_flag=True, help="Take the place of an earlier folder of ours.")
 @AS_JSON
@@ -217,6 +212,8 @@ def apply_(adapter: str, as_json: bool, **options: Any) -> None:
 @AS_JSON
 def push(folder: str, repo: str, as_json: bool, **options: Any) -> None:
     """Upload the model or adapter in DIR to the hub, with its card, if nothing in it has to stay private."""
+    from mxdsurgery.push import push_table
+
     result = mxdsurgery.push(folder, repo, reporter=console_reporter(), **options)
     _print_json(result) if as_json else _print_table(push_table(result), f"\nIt is at {result['url']}")
 
@@ -230,6 +227,8 @@ def probe(folder: str, as_json: bool, **options: Any) -> None:
 
     DIR is what convert or frontier wrote.
     """
+    from mxdsurgery.probe import probe_tables
+
     result = mxdsurgery.probe(folder, reporter=console_reporter(), **options)
     _print_json(result) if as_json else _print_table(*probe_tables(result))
 
@@ -243,6 +242,8 @@ def dissect(folder: str, as_json: bool, **options: Any) -> None:
 
     DIR is what convert or frontier wrote. Usage needs labelled text, --data; without it, weights alone are looked at.
     """
+    from mxdsurgery.dissect import dissection_table
+
     result = mxdsurgery.dissect(folder, reporter=console_reporter(), **options)
     _print_json(result) if as_json else _print_table(dissection_table(result))
 
@@ -261,11 +262,14 @@ def dissect(folder: str, as_json: bool, **options: Any) -> None:
 @click.option("--overwrite", is_flag=True, help="Take the place of an earlier catalogue.")
 @RESUME
 @click.option("--checkpoint-every", type=Count(), help="Passes between two checkpoints; default: the recipe's.")
-@click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
+@DEVICE
+@THREADS
 @click.option("--seed", type=int, default=0, show_default=True)
 @AS_JSON
 def experts(folder: str, as_json: bool, **options: Any) -> None:
     """Write down of every expert in DIR when it fires and what it does: for search, report and steering."""
+    from mxdsurgery.experts import experts_table
+
     result = mxdsurgery.experts(folder, reporter=console_reporter(), **options)
     _print_json(result) if as_json else _print_table(experts_table(result), f"\nThe catalogue is in {result['out']}")
 
@@ -279,6 +283,8 @@ def plot(folder: str, as_json: bool, **options: Any) -> None:
 
     DIR is what convert, heal or frontier wrote, or is writing; a layer that went wrong is named.
     """
+    from mxdsurgery.plot import plot_table
+
     result = mxdsurgery.plot(folder, reporter=console_reporter(), **options)
     drawn = f"\nThe figures are {' and '.join(result['figures'])}"
     _print_json(result) if as_json else _print_table(*plot_table(result), drawn)
@@ -290,9 +296,12 @@ def plot(folder: str, as_json: bool, **options: Any) -> None:
 @click.option("--by", type=click.Choice(BY), default="auto", show_default=True, help="What QUERY is.")
 @click.option("--layer", type=int, help="Look in one layer only.")
 @click.option("--top", type=Count(), default=20, show_default=True, help="How many experts to show.")
+@THREADS
 @AS_JSON
 def search(folder: str, query: str, as_json: bool, **options: Any) -> None:
     """Show which experts in DIR fire most specifically on QUERY, a token or an example text."""
+    from mxdsurgery.search import search_table
+
     result = mxdsurgery.search(folder, query, **options)
     _print_json(result) if as_json else _print_table(search_table(result))
 
@@ -331,6 +340,8 @@ def coefficients(folder: str, **options: Any) -> None:
 @AS_JSON
 def edit(folder: str, as_json: bool, **options: Any) -> None:
     """Edit experts of DIR for good, in a new folder, and say what that changed."""
+    from mxdsurgery.edit import edit_table
+
     result = mxdsurgery.edit(folder, reporter=console_reporter(), **options)
     _print_json(result) if as_json else _print_table(*edit_table(result), f"\nThe model is in {result['out']}")
 
@@ -357,11 +368,15 @@ def effect(folder: str, edits: Any, sweep: int | None, as_json: bool, **options:
     """Measure what edits of experts in DIR do to its predictions, and what the same edits of others do."""
     per_expert = options.pop("contexts_per_expert")
     if sweep is None:
+        from mxdsurgery.effect import effect_tables
+
         result = mxdsurgery.effect(folder, edits=edits, reporter=console_reporter(), **options)
         _print_json(result) if as_json else _print_table(*effect_tables(result))
         return
     if edits:
         raise EditError("--sweep was given together with edits", expected="one of them: it ablates each expert alone")
+    from mxdsurgery.sweep import sweep_table
+
     top, _ = options.pop("top"), options.pop("controls")
     ranked = mxdsurgery.sweep(folder, layer=sweep, contexts_per_expert=per_expert, reporter=console_reporter(), **options)
     _print_json(ranked) if as_json else _print_table(sweep_table(ranked, top))
@@ -377,7 +392,8 @@ def effect(folder: str, edits: Any, sweep: int | None, as_json: bool, **options:
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Default: 0.95.")
 @click.option("--samples", type=Count(), help="Default: 1; with --score, 10.")
 @click.option("--seed", type=int, help="Default: 0.")
-@click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
+@DEVICE
+@THREADS
 @click.option("--score", is_flag=True, help="Measure how good the steering of one expert is, beside that of others.")
 @click.option("--factors", type=Numbers(), help="With --score: try these multiples of the strength.")
 @click.option("--controls", type=click.IntRange(min=0), help="With --score: so many others. Default: 4.")
@@ -389,6 +405,9 @@ def generate(folder: str, score: bool, judge_url: str | None, judge_model: str |
     """Continue a prompt with the converted model in DIR; with edits, beside the unedited model."""
     given = {name: value for name, value in options.items() if value is not None}
     if score:
+        from mxdsurgery.judge import judge_from_flags
+        from mxdsurgery.steering import steering_table
+
         judge = judge_from_flags(judge_url, judge_model)
         result = mxdsurgery.steering(folder, judge=judge, reporter=console_reporter(), **given)
         _print_json(result) if as_json else _print_table(steering_table(result))
@@ -397,6 +416,8 @@ def generate(folder: str, score: bool, judge_url: str | None, judge_model: str |
         raise click.UsageError("--factors, --controls, --base and --judge go with --score")
     if "prompt" not in given:
         raise click.UsageError("--prompt is needed")
+    from mxdsurgery.generate import side_by_side
+
     result = mxdsurgery.generate(folder, **given)
     if as_json or isinstance(result, dict):
         _print_json(result) if as_json else _print_table(side_by_side(result))

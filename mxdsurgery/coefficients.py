@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mxdsurgery.catalogue import list_array
 from mxdsurgery.checkpoint import Converted, fingerprint, load_with_recipe
+from mxdsurgery.choices import FORMS
 from mxdsurgery.console import Reporter
 from mxdsurgery.errors import OutputError
 from mxdsurgery.evaluate import held_out
@@ -31,7 +32,6 @@ from mxdsurgery.experts import layers_with_experts, recorded_coefficients
 from mxdsurgery.export import write_json, written_whole
 from mxdsurgery.text import text_name
 
-FORMS = ("parquet", "safetensors")
 # Tokens in each file of the safetensors form, and in each row group of the Parquet form.
 PART = 2**17
 

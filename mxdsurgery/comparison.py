@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mxdsurgery.chart import frontier_chart
 from mxdsurgery.checkpoint import RECIPE_FILE
 from mxdsurgery.console import compact
 from mxdsurgery.cost import LayerPlan
@@ -84,6 +83,8 @@ class Frontier:
             writer.writeheader()
             for row in self.rows:
                 writer.writerow(row | {column: row[f"{name}_ci"][at] for column, (name, at) in ends.items()})
+        from mxdsurgery.chart import frontier_chart  # matplotlib, which reading a frontier does without
+
         figure = frontier_chart(self.rows, Path(self.settings["model"]).name, self.original["ce"], self.tokens)
         for suffix in ("png", "svg"):
             figure.savefig(self.out / f"frontier.{suffix}", dpi=150, bbox_inches="tight")

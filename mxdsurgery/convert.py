@@ -1,12 +1,14 @@
 """``convert``: the whole job, from a model's name to a folder that transformers loads."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
-from mxdsurgery.accelerator import make_accelerator
+from mxdsurgery.accelerator import make_accelerator, start_processes
 from mxdsurgery.blocks import Block
 from mxdsurgery.checkpoint import PLAN_FILE, RECIPE_FILE
 from mxdsurgery.console import Reporter, duration, size
@@ -17,7 +19,7 @@ from mxdsurgery.measure import measure
 from mxdsurgery.memory import PeakMemory
 from mxdsurgery.model import decoder_layers, load_model, load_tokenizer
 from mxdsurgery.offload import move, resident
-from mxdsurgery.parallel import check_parallel, layer_shares, processes, rank
+from mxdsurgery.parallel import check_parallel, first_ones, layer_shares, processes, rank
 from mxdsurgery.plan import WORTH_PREDICTING, Plan, plan, read_plan, with_layers, with_time
 from mxdsurgery.proof import prove_block
 from mxdsurgery.recipe import Recipe
@@ -79,10 +81,13 @@ def convert(
     out = check_output(resolved.out, resolved.overwrite)
     if not resume:
         made.check_budget()
-    accelerator = make_accelerator(resolved)
+    start_processes(resolved)
+    run = RunFolder(out, resolved)
+    made = _as_begun(made, run, resume)
+    settled = made.settled(resolved)
+    accelerator = make_accelerator(settled)
     check_parallel(resolved)
     reporter = Reporter() if rank() else reporter
-    run = RunFolder(out, resolved)
     run.open(depends_on(resolved.to_dict()) | {"processes": processes()}, resume, resolved.overwrite)
     with run.working(reporter) as reporter:
         made = _settled(made, resolved, run, reporter, resume)
@@ -94,18 +99,11 @@ def convert(
         memory = PeakMemory(accelerator.device.type)
         training = Training(len(mine.groups))
         offload = run.scratch if made.offloaded else None
-        base = load_model(
-            model,
-            revision=resolved.revision,
-            dtype=made.dtype,
-            device=accelerator.device,
-            offload=offload,
-            trust_remote_code=resolved.trust_remote_code,
-        )
+        base = _load_base(made, settled, accelerator.device, offload)
         run.confirm(base=weights_digest(base))
         worst = max(_proof(base, block) for block in mine.blocks)
         reporter.say(f"proof      {len(mine.blocks)} blocks recomputed from their weights, largest relative error {worst:.1e}")
-        train_groups(base, mine, train, resolved, accelerator, training, reporter, run)
+        train_groups(base, mine, train, settled, accelerator, training, reporter, run)
         collect(training, shares, base, accelerator.device)
         if rank():
             accelerator.end_training()
@@ -118,7 +116,7 @@ def convert(
             move(layer, accelerator.device)
         with reporter.progress("evaluate", "passes") as line:
             evaluation = measure(base, made.blocks, layers, heldout, resolved.batch, line.update)
-        evaluation |= {"data": resolved.eval_data or resolved.data, "training": record}
+        evaluation |= {"compute": settled.compute, "data": resolved.eval_data or resolved.data, "training": record}
         check = heldout[:_CHECK_CONTEXTS]
         differences = export(base, layers, made, resolved, evaluation, tokenizer, check, out, run.scratch)
         reporter.say(
@@ -129,12 +127,24 @@ def convert(
     return Conversion(out, made, resolved, evaluation, training.seconds)
 
 
+def _as_begun(made: Plan, run: RunFolder, resume: bool) -> Plan:
+    """The plan with what the run that goes on computes in, or else what the first of several processes measured."""
+    begun = run.path / PLAN_FILE
+    machine = _read_plan(begun).machine if resume and begun.is_file() else made.machine
+    if machine is None:  # of an older version
+        return made
+    chosen = first_ones({name: getattr(machine, name) for name in ("compute", "compute_why", "bf16", "selection")})
+    return dataclasses.replace(made, machine=dataclasses.replace(made.machine, **chosen))
+
+
 def _settled(made: Plan, recipe: Recipe, run: RunFolder, reporter: Reporter, resume: bool) -> Plan:
     """The plan that is carried out: that of the run that goes on, or this one, which has to fit. Says what it is."""
     if (run.path / PLAN_FILE).is_file():
         made = _read_plan(run.path / PLAN_FILE)
         step = 0 if run.resumed is None else run.resumed.state["step"]
         reporter.say(f"resume     from step {step}, in {run.path}")
+        if resume and made.machine is not None:  # also where there is no checkpoint yet
+            run.keep_threads(made.machine.threads, reporter.say)
     elif rank() == 0:
         made.check_budget()  # not yet, where there was nothing to resume
         made = with_time(made, recipe, WORTH_PREDICTING)
@@ -172,6 +182,18 @@ def _my_share(made: Plan, recipe: Recipe, run: RunFolder) -> tuple[Plan, list[li
     mine = with_layers(made, shares[rank()], recipe)
     write_json(kept, mine.to_dict())
     return mine, shares
+
+
+def _load_base(made: Plan, recipe: Recipe, device: torch.device, offload: Path | None) -> PreTrainedModel:
+    return load_model(
+        made.model,
+        revision=recipe.revision,
+        dtype=made.dtype,
+        compute=recipe.compute,
+        device=device,
+        offload=offload,
+        trust_remote_code=recipe.trust_remote_code,
+    )
 
 
 def _proof(base: PreTrainedModel, block: Block) -> float:

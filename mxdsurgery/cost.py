@@ -80,7 +80,7 @@ class BaseModel:
         layer_parameters: of each decoder layer.
         d_model: D.
         vocabulary: entries of its output.
-        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: of its weights in memory, and of its activations: ``float32``, ``bfloat16`` or ``float16``.
         offloaded: whether its weights, and those of finished layers, lie on disk but for the decoder layer at work.
         states_on_disk: whether the hidden states that are kept from layer to layer do.
     """
@@ -121,6 +121,9 @@ class Machine:
         selection: whether their experts are ranked in bf16.
         memory: budget in bytes; None where it is not known, and nothing is limited.
         memory_source: where the budget comes from, in words.
+        threads: on the CPU; None in what an older version wrote.
+        compute: dtype that both models compute in; None in what an older version wrote: as stored.
+        compute_why: why that, in words.
     """
 
     device: str
@@ -128,6 +131,9 @@ class Machine:
     selection: bool
     memory: int | None
     memory_source: str
+    threads: int | None = None
+    compute: str | None = None
+    compute_why: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,8 +144,8 @@ class Group:
         layers: their indices.
         parameters: of the new layers.
         base_bytes: weights of the base model that are in memory.
-        finished_bytes: new layers of earlier groups, in the base model's dtype. 0 on a GPU: there they lie in host memory; and
-            where they lie on disk.
+        finished_bytes: new layers of earlier groups, in the base model's dtype in memory. 0 on a GPU: there they lie in host
+            memory; and where they lie on disk.
         new_bytes: weights of the new layers, fp32.
         gradient_bytes: of the largest layer; a layer's gradients are freed after its own step.
         adam_bytes: both moments of all new layers.

@@ -22,16 +22,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from torch import Tensor, nn
 
-from mxdsurgery.checkpoint import Converted, fingerprint
 from mxdsurgery.errors import EditError, first_line
-from mxdsurgery.interventions import InterventionError, Interventions
 from mxdsurgery.outside import read_yaml, shown
+
+if TYPE_CHECKING:  # flags and files are checked without torch
+    from torch import Tensor, nn
+
+    from mxdsurgery.checkpoint import Converted
+    from mxdsurgery.interventions import Interventions
 
 # In this order they work.
 KINDS = ("replace", "drop", "ablate", "scale", "copy", "merge", "clamp", "steer")
@@ -86,12 +88,14 @@ class Edits:
             found += [expert for group in given for expert in group] if kind == "merge" else list(given)
         return found
 
-    def live(self, model: nn.Module) -> Interventions:
+    def live(self, model: "nn.Module") -> "Interventions":
         """A context manager, in which the model computes with these edits.
 
         Raises:
             EditError: the model lacks a layer or an expert that is named, or a number cannot be.
         """
+        from mxdsurgery.interventions import InterventionError
+
         _check_named_once(self)
         made = model.mxd
         try:
@@ -140,8 +144,10 @@ class Edits:
         return lines
 
 
-def check_for(edits: Edits, converted: Converted) -> None:
+def check_for(edits: Edits, converted: "Converted") -> None:
     """Raises EditError if the edits are for another model, or name what this one does not have."""
+    from mxdsurgery.checkpoint import fingerprint
+
     own = fingerprint(converted) if edits.model is not None else None
     if edits.model != own:
         raise EditError(
@@ -223,7 +229,7 @@ def edits_from_flags(
     return made
 
 
-def baked(edits: Edits, layer: int, c: Tensor, gate_bias: Tensor, expert_bias: Tensor | None) -> dict[str, Tensor]:
+def baked(edits: Edits, layer: int, c: "Tensor", gate_bias: "Tensor", expert_bias: "Tensor | None") -> dict[str, "Tensor"]:
     """A layer's tensors with the edits in them.
 
     Args:
@@ -236,6 +242,8 @@ def baked(edits: Edits, layer: int, c: Tensor, gate_bias: Tensor, expert_bias: T
     Returns:
         New tensors by their names in the layer, those that changed only: ``experts.weight``, ``gate.bias``, ``experts.bias``.
     """
+    import torch
+
     original, c, changed = c, c.clone(), {}
     for expert, row in edits.replace.get(layer, {}).items():
         c[expert] = torch.tensor(row, dtype=torch.float32).to(c.dtype)

@@ -35,6 +35,7 @@ from mxdsurgery.checkpoint import (
     converted_model_class,
     read_config,
 )
+from mxdsurgery.dtypes import as_stored, computed_in
 from mxdsurgery.errors import ExportError, OutputError
 from mxdsurgery.offload import SHARD_BYTES, adopt_hooks, execution_device, is_offloaded
 from mxdsurgery.plan import Plan
@@ -91,15 +92,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
-folder, given, result, device, *offloaded = sys.argv[1:]
+folder, given, result, device, dtype, *offloaded = sys.argv[1:]
 place = {"device_map": {"": "disk"}, "offload_folder": result + ".offload"} if offloaded else {"device_map": device}
-ids = load_file(given)["input_ids"].to("cpu" if offloaded else device)
+device, dtype = torch.device("cpu" if offloaded else device), getattr(torch, dtype)
+ids = load_file(given)["input_ids"].to(device)
+def output(kind):
+    model = kind.from_pretrained(folder, trust_remote_code=True, **place).eval()
+    wide = torch.promote_types(model.dtype, dtype) == dtype
+    for held in (*model.parameters(), *model.buffers()):
+        if wide and held.dtype == model.config.dtype:
+            held.data = held.data.to(dtype)
+    with torch.autocast(device.type, dtype, enabled=not wide):
+        return model(input_ids=ids, use_cache=False)[0]  # never two models at a time
 with torch.no_grad():
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **place).eval()
-    logits = model(input_ids=ids, use_cache=False).logits
-    del model  # never two of them at a time
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True, **place).eval()
-    hidden = model(input_ids=ids, use_cache=False)[0]
+    logits, hidden = output(AutoModelForCausalLM), output(AutoModel)
 save_file({"logits": logits.cpu().contiguous(), "hidden": hidden.cpu().contiguous()}, result)
 """
 
@@ -187,7 +193,7 @@ def export(
     """Writes the converted model's folder, whole or not at all.
 
     Args:
-        model: the original model; it is left as it was.
+        model: the original model. Its weights are left as they are stored: see `mxdsurgery.dtypes.as_stored`.
         layers: by layer index, in the model's dtype and on its device.
         plan: what was converted.
         recipe: how.
@@ -206,15 +212,16 @@ def export(
     """
     with written_as(out, recipe.format, plan.model, plan.revision, within) as staging:
         with replaced(model, plan.blocks, layers):
+            reference, dtype = reference_outputs(model, check_ids), computed_in(model)
+            as_stored(model, getattr(torch, plan.dtype))
             _save_weights(model, plan, staging)
-            reference = reference_outputs(model, check_ids)
         tokenizer.save_pretrained(staging)
         write_code(model, staging)
         whole = dataclasses.replace(recipe, format="checkpoint")  # which an adapter gives back
         (staging / RECIPE_FILE).write_text(whole.to_yaml(), encoding="utf-8")
         write_json(staging / PLAN_FILE, plan.to_dict())
         write_evaluation(staging, evaluation, plan, whole)
-        return check_reload(staging, check_ids, reference, execution_device(model), is_offloaded(model))
+        return check_reload(staging, check_ids, reference, execution_device(model), dtype, is_offloaded(model))
 
 
 def write_evaluation(folder: Path, evaluation: dict[str, Any], plan: Plan, recipe: Recipe) -> None:
@@ -305,9 +312,9 @@ def reference_outputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
 
 
 def check_reload(
-    folder: Path, ids: Tensor, reference: dict[str, Tensor], device: torch.device, offloaded: bool = False
+    folder: Path, ids: Tensor, reference: dict[str, Tensor], device: torch.device, dtype: torch.dtype, offloaded: bool = False
 ) -> dict[str, float]:
-    """Loads the folder in a fresh process without mxdsurgery and compares what it computes.
+    """Loads the folder in a fresh process without mxdsurgery and compares what it computes, in a dtype.
 
     Where the model is too large for the memory (``offloaded``), it reads its weights as it needs them there, too.
 
@@ -327,6 +334,7 @@ def check_reload(
             str(given),
             str(result),
             str(device),
+            str(dtype).removeprefix("torch."),
             *(["offloaded"] if offloaded else []),
         )
         process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch, check=False)
@@ -341,7 +349,7 @@ def check_reload(
     for name, wanted in reference.items():
         difference = (reloaded[name].float() - wanted.float()).abs().max().item()
         differences[name] = difference
-        limit = 8 * torch.finfo(wanted.dtype).eps * wanted.float().abs().max().item()
+        limit = 8 * torch.finfo(dtype).eps * wanted.float().abs().max().item()
         if not difference <= limit:
             raise ExportError(
                 f"the exported checkpoint, reloaded, gives other {name}: they differ by {difference:.3g}",

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.accelerator import alone, make_accelerator
 from mxdsurgery.blocks import Block
+from mxdsurgery.choices import DEFAULT_K, DEFAULT_KINDS, ONE_LAYER
 from mxdsurgery.comparison import FRONTIER_FILE, Frontier, read_frontier, row_key, save_layer
 from mxdsurgery.console import Reporter
 from mxdsurgery.cost import LayerPlan, layer_parameters, matched_n_experts, transcoder_parameters
@@ -28,13 +29,8 @@ from mxdsurgery.run_folder import RunFolder, depends_on
 from mxdsurgery.text import TextStream, open_texts
 from mxdsurgery.train import Training, train_groups
 
-DEFAULT_K = (16, 32, 64, 128, 256)
-DEFAULT_KINDS = ("mxd", "transcoder", "skip-transcoder")
-
-# One layer at a time is looked at, so there are no others to feed it.
-ONE_LAYER = {"inputs": "original", "target": "stream", "kept_tokens": None, "offload": "none", "format": "checkpoint"}
 # What rows of one folder may differ in; every other recipe key is the same for all of them.
-_FREE_KEYS = {"layers", "k", "kind", "out", "overwrite", "device", "memory", "tracker", *ONE_LAYER}
+_FREE_KEYS = {"layers", "k", "kind", "out", "overwrite", "device", "memory", "threads", "tracker", *ONE_LAYER}
 
 
 def frontier(

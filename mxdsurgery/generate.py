@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from mxdsurgery.checkpoint import Converted, load_with_recipe
+from mxdsurgery.choices import UNITS
 from mxdsurgery.edits import Edits, check_for
 from mxdsurgery.errors import CatalogueError, EditError, RecipeError
-from mxdsurgery.interventions import UNITS, InterventionError
+from mxdsurgery.interventions import InterventionError
 
 
 def generate(

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from mxdsurgery.accelerator import make_accelerator
 from mxdsurgery.adapter import ABOUT
 from mxdsurgery.checkpoint import Converted, load_with_recipe
+from mxdsurgery.choices import HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
 from mxdsurgery.console import Reporter, compact, duration
 from mxdsurgery.cost import LayerPlan
 from mxdsurgery.endtoend import VALIDATION_TOKENS, EndToEnd, Settings, train_end_to_end
@@ -28,28 +29,15 @@ from mxdsurgery.export import check_output, check_reload, reference_outputs, wri
 from mxdsurgery.inputs import Read
 from mxdsurgery.lora import ADAPTER_FOLDER, Adapters, check_peft, healed_maps, projections
 from mxdsurgery.parallel import check_parallel, my_contexts, rank
-from mxdsurgery.recipe import CHECKPOINT_KEYS, RECIPE_KEYS, Recipe
+from mxdsurgery.recipe import CHECKPOINT_KEYS, Recipe
 from mxdsurgery.resume import weights_digest
 from mxdsurgery.run_folder import TRAINING_FILE, Keeper, RunFolder, depends_on
 from mxdsurgery.teacher import Example, KeptPredictions, original_examples
 from mxdsurgery.text import Packing, TextStream, open_texts, text_name
 from mxdsurgery.train import start_kernels
 
-# What some options may be.
-CHOICES = {
-    "mode": ("mxd", "lora", "both"),
-    "lora": ("merged", "adapter"),
-    "teacher": ("model", "cached"),
-    "format": RECIPE_KEYS["format"].choices,
-}
-# The peak learning rate, as a share of that of the conversion: more spoils a good start before it heals.
-LR_FACTOR = 0.1
-# Share of the steps until that rate is reached; from there it falls. Adam's first steps move every weight alike, good or not.
+# Share of the steps until the peak rate; from there it falls. Adam's first steps move every weight alike, good or not.
 WARMUP = 0.2
-# The weight of the penalty on frozen experts, of the recipe's: with less, their share falls while the KL does.
-SPECIALISE_FACTOR = 10.0
-# The weight of each layer's own distance from its block's output, beside the KL's 1.
-LOCAL = 0.3
 # Contexts on which the reloaded checkpoint is compared with the model in memory.
 _CHECK_CONTEXTS = 2
 
@@ -102,7 +90,7 @@ class Healing:
     keep_checkpoints: int | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
+        for name, choices in HEAL_CHOICES.items():
             if getattr(self, name) not in choices:
                 raise HealError(f"{name} is {getattr(self, name)!r}", expected="one of " + ", ".join(choices))
         for name in ("accumulate", "patience", "lora_rank", "top_n"):

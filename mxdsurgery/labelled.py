@@ -3,21 +3,25 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from mxdsurgery.errors import DataError, first_line
 from mxdsurgery.text import Packing, hub_rows
 
+if TYPE_CHECKING:  # only what reads labelled text needs it
+    import pandas
+
 _FORMS = "a .jsonl, .jsonl.gz, .csv or .parquet file, or a data set on the hub (user/name[:config[:split]])"
-_READERS = {
-    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False),
-    ".jsonl.gz": lambda path: pd.read_json(path, lines=True, dtype=False, compression="gzip"),
-    ".csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False),
-    ".parquet": pd.read_parquet,
+# pandas' reader of each, and how it is called.
+_READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".jsonl": ("read_json", {"lines": True, "dtype": False}),
+    ".jsonl.gz": ("read_json", {"lines": True, "dtype": False, "compression": "gzip"}),
+    ".csv": ("read_csv", {"dtype": str, "keep_default_na": False}),
+    ".parquet": ("read_parquet", {}),
 }
 
 
@@ -64,7 +68,9 @@ def read_labelled(spec: str, text_column: str = "text", label_column: str = "lab
     elif os.path.exists(spec) or spec.startswith((".", "/", "~")):
         raise DataError(f"{spec!r} is no labelled text", expected=_FORMS)
     else:
-        table = pd.DataFrame(hub_rows(spec, limit))
+        import pandas
+
+        table = pandas.DataFrame(hub_rows(spec, limit))
     for column, flag in ((text_column, "--text-column"), (label_column, "--label-column")):
         if column not in table.columns:
             columns = ", ".join(map(str, table.columns))
@@ -82,11 +88,14 @@ def read_labelled(spec: str, text_column: str = "text", label_column: str = "lab
     return found
 
 
-def _read_file(path: Path, suffix: str) -> pd.DataFrame:
+def _read_file(path: Path, suffix: str) -> "pandas.DataFrame":
+    import pandas
+
+    reader, options = _READERS[suffix]
     if not os.path.isfile(path):
         raise DataError(f"no file {str(path)!r}", expected=_FORMS)
     try:
-        return _READERS[suffix](path)
+        return getattr(pandas, reader)(path, **options)
     except Exception as error:  # pandas and pyarrow raise half a dozen kinds here
         raise DataError(f"{str(path)!r} cannot be read: {first_line(error)}", expected=_FORMS) from None
 

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from mxdsurgery.demo import DEMO_MODELS
+from mxdsurgery.dtypes import compute_in
 from mxdsurgery.errors import (
     DataError,
     ModelNotFoundError,
@@ -227,6 +228,7 @@ def load_model(
     *,
     revision: str | None = None,
     dtype: str = "auto",
+    compute: str | None = None,
     device: str | torch.device = "cpu",
     offload: Path | None = None,
     trust_remote_code: bool = False,
@@ -237,7 +239,8 @@ def load_model(
     Args:
         model: hub id, local folder or demo model.
         revision: branch, tag or commit on the hub.
-        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        dtype: of the weights: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        compute: what it computes in, by name; see `mxdsurgery.dtypes.compute_in`. Default: the dtype of its weights.
         device: where the weights go.
         offload: a folder, where the weights are to stay on disk until each is needed. They are read from the checkpoint's own
             files; the few that transformers stores otherwise than it computes with them are written to the folder.
@@ -272,6 +275,8 @@ def load_model(
         loaded.to(device)
     else:
         compute_on(loaded, torch.device(device))
+    if compute is not None:
+        compute_in(loaded, getattr(torch, compute))
     if check:
         check_causal(model, loaded.eval())
     return loaded.eval().requires_grad_(False)

@@ -7,11 +7,9 @@ from typing import Any
 
 import click
 
-from mxdsurgery.edits import edits_from_flags
-from mxdsurgery.frontier import DEFAULT_KINDS
-from mxdsurgery.heal import CHOICES as HEAL_CHOICES
-from mxdsurgery.heal import LOCAL, LR_FACTOR, SPECIALISE_FACTOR
+from mxdsurgery.choices import DEFAULT_KINDS, HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
 from mxdsurgery.recipe import CHECKPOINT_KEYS, RECIPE_KEYS, Recipe, parse_count
+from mxdsurgery.threads import use_threads
 
 
 class RecipeValue(click.ParamType):
@@ -83,6 +81,15 @@ def recipe_options(*without: str) -> Callable[[Callable], Callable]:
     return add
 
 
+DEVICE = click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
+# On commands that are no conversion; of a conversion it is a key of the recipe, as all the rest.
+THREADS = click.option(
+    "--threads",
+    type=RecipeValue("threads"),
+    expose_value=False,
+    callback=lambda _ctx, _param, count: use_threads(count),
+    help=RECIPE_KEYS["threads"].doc,
+)
 RESUME = click.option("--resume", is_flag=True, help="Go on with the unfinished run in OUT.run, if there is one.")
 BASE = click.option("--base", help="The original model, if it is not where the recipe says.")
 
@@ -97,7 +104,8 @@ def labelled_options(required: bool) -> Callable[[Callable], Callable]:
         click.option("--samples", type=Count(), help="Texts, drawn at random; default: all."),
         click.option("--context", type=Count(), help="Tokens that each text is cut after; default: the recipe's."),
         BASE,
-        click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc),
+        DEVICE,
+        THREADS,
         click.option("--seed", type=int, default=0, show_default=True),
     )
     return lambda command: functools.reduce(lambda made, option: option(made), reversed(options), command)
@@ -117,6 +125,8 @@ def edit_options(command: Callable) -> Callable:
 
     @functools.wraps(command)
     def with_edits(*args: Any, edit_file: str | None, **given: Any) -> Any:
+        from mxdsurgery.edits import edits_from_flags
+
         flags = {kind: given.pop(kind) for kind in ("ablate", "drop", "scale", "steer", "clamp")}
         return command(*args, edits=edits_from_flags(edit_file, **flags), **given)
 
@@ -171,12 +181,12 @@ def text_options(command: Callable) -> Callable:
     options = (
         click.option("--data", help="Text; default: the recipe's held-out text."),
         click.option("--tokens", type=Count(), help="How many of its tokens; default: the recipe's eval_tokens."),
-        click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc),
+        DEVICE,
+        THREADS,
     )
     return functools.reduce(lambda made, option: option(made), reversed(options), command)
 
 
-DTYPES = ("auto", "float32", "bfloat16")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

@@ -130,6 +130,20 @@ def any_of(flags: Sequence[bool], shares: int) -> list[bool]:
     return [bool(value) for value in values.tolist()]
 
 
+def first_ones(values: Any) -> Any:
+    """Plain data as the first process has it, in all of them."""
+    if processes() == 1:
+        return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    written = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8).to(device)
+    length = torch.tensor([len(written)], device=device)
+    with _together():
+        dist.broadcast(length, 0)
+        here = written if rank() == 0 else torch.empty(int(length), dtype=torch.uint8, device=device)
+        dist.broadcast(here, 0)
+    return json.loads(bytes(here.cpu().numpy()))
+
+
 def wait() -> None:
     """Until all processes are here."""
     if processes() > 1:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pyarrow.parquet as parquet
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -21,6 +21,9 @@ from mxdsurgery.disclosure import Finding, disclosures, redacted
 from mxdsurgery.errors import DataError, PushError, WeightsError, first_line
 from mxdsurgery.export import TRAVELLING
 from mxdsurgery.model import load_tokenizer
+
+if TYPE_CHECKING:  # only the catalogue of experts needs it
+    import pyarrow.parquet as parquet
 
 _MODELING = "modeling_mxd.py"
 _CODE = (*TRAVELLING, "configuration_mxd.py", _MODELING)
@@ -263,7 +266,9 @@ def _texts(parcel: Parcel) -> Iterator[tuple[str, str, bool]]:
                 yield f"{name} (context {number})", text, True
 
 
-def _table(path: Path) -> parquet.ParquetFile:
+def _table(path: Path) -> "parquet.ParquetFile":
+    import pyarrow.parquet as parquet
+
     try:
         return parquet.ParquetFile(path)
     except (ValueError, OSError) as error:  # Arrow's own errors are among these

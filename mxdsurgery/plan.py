@@ -11,15 +11,13 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedConfig
 
-from mxdsurgery.accelerator import computes_in_bf16, selects_in_bf16
 from mxdsurgery.analyze import analyze
 from mxdsurgery.blocks import Block, Part
-from mxdsurgery.budget import BUDGET_SHARE, needed_bytes, refusal, stored
+from mxdsurgery.budget import needed_bytes, refusal, stored
 from mxdsurgery.calibrate import Calibration, calibrate, matmul_rate
 from mxdsurgery.console import compact, duration, size
 from mxdsurgery.cost import (
     DTYPE_BYTES,
-    GIB,
     BaseModel,
     Group,
     LayerPlan,
@@ -34,11 +32,14 @@ from mxdsurgery.cost import (
     transcoder_parameters,
 )
 from mxdsurgery.demo import DEMO_MODELS
+from mxdsurgery.dtypes import in_memory
 from mxdsurgery.errors import MemoryBudgetError, RecipeError
+from mxdsurgery.machine import this_machine
 from mxdsurgery.memory import free_memory
 from mxdsurgery.model import decoder_layers, load_config, model_skeleton
 from mxdsurgery.recipe import Recipe, check_names, find_recipe, load_recipe
 from mxdsurgery.selection import write_layers
+from mxdsurgery.threads import use_threads
 
 # A run that takes fewer seconds, at the rate of a matrix product, starts at once: its time is not predicted.
 WORTH_PREDICTING = 60.0
@@ -53,7 +54,7 @@ class Plan:
         revision: the commit on the hub, where it came from there.
         model_type: transformers' name of the architecture.
         architecture: the causal language model's class.
-        dtype: of the base model and of the result.
+        dtype: that the base model and the result are stored in.
         original_parameters: of the base model.
         recipe_file: the recipe that the settings came from.
         steps: optimiser steps of each layer.
@@ -130,6 +131,13 @@ class Plan:
         if not self.groups or any(group.seconds is None for group in self.groups):
             return None
         return sum(group.seconds for group in self.groups)
+
+    def settled(self, recipe: Recipe) -> Recipe:
+        """The recipe with what was chosen for this machine in place of each ``auto``: compute, precision, selection."""
+        precision, selection = ("bf16" if chosen else "fp32" for chosen in (self.machine.bf16, self.machine.selection))
+        return dataclasses.replace(
+            recipe, compute=self.machine.compute or self.dtype, precision=precision, selection=selection
+        )
 
     def check_budget(self) -> None:
         """Raises MemoryBudgetError if the conversion does not fit the memory budget."""
@@ -219,13 +227,19 @@ class Plan:
             *self.leaves(),
             f"model      {compact(self.original_parameters)} parameters become {compact(self.parameters)}, {self.dtype}",
             f"training   {compact(recipe.tokens)} tokens of {recipe.data}: {self.steps} steps of {recipe.batch}, {over}",
-            f"compute    {compact(total)} FLOPs per token: {shares}",
+            f"work       {compact(total)} FLOPs per token: {shares}",
+            f"compute    {self._compute()}",
             f"time       {self._time()}",
             f"memory     {size(self.peak_bytes)} to train, {size(self.evaluation_bytes)} to evaluate and export; {budget}, "
             f"{self.machine.memory_source}",
             *self._kept_lines(),
             f"checkpoint {size(self.checkpoint_bytes)}; {size(self.disk_bytes)} of disk while it is written",
         ]
+
+    def _compute(self) -> str:
+        training, ranking = ("bf16" if chosen else "fp32" for chosen in (self.machine.bf16, self.machine.selection))
+        ranked = "" if ranking == training else f", their experts are ranked in {ranking}"
+        return f"{self.machine.compute}: {self.machine.compute_why}; new layers train in {training}{ranked}"
 
     def _kept_lines(self) -> list[str]:
         """Where the base model and the hidden states are, where that is not just memory."""
@@ -262,7 +276,8 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
         model: hub id, local folder, ``demo-glu`` or ``demo-mlp``.
         recipe: a recipe file or the name of one that comes with mxdsurgery; default: the one made for the model.
         measure: whether to measure this machine for some seconds, for the time it will take.
-        **overrides: recipe keys; those that are None count as not given.
+        **overrides: recipe keys; those that are None count as not given. ``threads`` counts from here on for all that the
+            process computes.
 
     Returns:
         The plan and the resolved recipe. Where it does not fit the memory budget, the plan's ``refusal`` says so.
@@ -275,6 +290,7 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
     """
     config = load_config(model, overrides.get("revision"), overrides.get("trust_remote_code") or False)
     resolved, recipe_file = resolve_recipe(model, config, recipe, overrides)
+    use_threads(resolved.threads)
     analysis = analyze(model, revision=resolved.revision, trust_remote_code=resolved.trust_remote_code)
     blocks, left = analysis.select(resolved.layers)
     layers = [plan_layer(block, resolved) for block in blocks]
@@ -295,11 +311,11 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
         recipe_file=recipe_file.name,
         steps=max(1, resolved.tokens // tokens_per_step(resolved)),
         layers=[],
-        machine=_machine(resolved),
+        machine=this_machine(resolved, layers, config, dtype),
         unmeasured="it was not measured",
         left=left,
     )
-    made = _with_layers(made, layers, resolved, _base_model(config, dtype))
+    made = _with_layers(made, layers, resolved, _base_model(config, made))
     resolved = dataclasses.replace(resolved, revision=made.revision or resolved.revision)
     return (with_time(made, resolved) if measure else made), resolved
 
@@ -307,7 +323,7 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
 def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe) -> Plan:
     """The plan with other layers, several of which may stand for the same block, and what they take."""
     return _with_layers(
-        made, layers, recipe, _base_model(load_config(made.model, recipe.revision, recipe.trust_remote_code), made.dtype)
+        made, layers, recipe, _base_model(load_config(made.model, recipe.revision, recipe.trust_remote_code), made)
     )
 
 
@@ -316,13 +332,14 @@ def _with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base: Base
     groups = make_groups(layers, base, recipe, made.machine)
     refused = refusal(layers, groups, base, recipe, made.machine)
     states = states_bytes(base, recipe)
-    finished = base.element_bytes * sum(layer.all_parameters for layer in layers) if base.offloaded else 0
+    on_disk = dataclasses.replace(base, dtype=made.dtype)
+    finished = on_disk.element_bytes * sum(layer.all_parameters for layer in layers) if base.offloaded else 0
     return dataclasses.replace(
         made,
         layers=layers,
         groups=groups,
         evaluation_bytes=evaluation_bytes(layers, base, recipe),
-        disk_bytes=checkpoint_bytes(layers, base) * (2 if recipe.overwrite else 1)
+        disk_bytes=checkpoint_bytes(layers, on_disk) * (2 if recipe.overwrite else 1)
         + (states if base.states_on_disk else 0)
         + finished,
         refusal=refused and {"found": refused.found, "expected": refused.expected, "fix": refused.fix},
@@ -341,7 +358,7 @@ def with_time(made: Plan, recipe: Recipe, worth_it: float = 0.0) -> Plan:
         worth_it: measure only if the run takes more seconds than this at the rate of a matrix product.
     """
     config, machine = load_config(made.model, recipe.revision, recipe.trust_remote_code), made.machine
-    base = _base_model(config, made.dtype)
+    recipe, base = made.settled(recipe), _base_model(config, made)
     base = dataclasses.replace(base, offloaded=made.offloaded, states_on_disk=made.states_on_disk)
     if made.refusal is not None:
         return dataclasses.replace(made, unmeasured="it does not fit the memory budget")
@@ -358,7 +375,7 @@ def with_time(made: Plan, recipe: Recipe, worth_it: float = 0.0) -> Plan:
     return dataclasses.replace(made, groups=timed, calibration=calibration, unmeasured=None)
 
 
-def _base_model(config: PreTrainedConfig, dtype: str) -> BaseModel:
+def _base_model(config: PreTrainedConfig, made: Plan) -> BaseModel:
     skeleton = model_skeleton(config)
     _, layers = decoder_layers(skeleton)
     text_config = config.get_text_config(decoder=True)
@@ -367,20 +384,8 @@ def _base_model(config: PreTrainedConfig, dtype: str) -> BaseModel:
         layer_parameters=tuple(sum(weight.numel() for weight in layer.parameters()) for layer in layers),
         d_model=text_config.hidden_size,
         vocabulary=text_config.vocab_size,
-        dtype=dtype,
+        dtype=in_memory(made.dtype, made.machine.compute),
     )
-
-
-def _machine(recipe: Recipe) -> Machine:
-    """The recipe's device, also where it is not here, and the memory budget."""
-    device = "cuda" if recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available()) else "cpu"
-    if recipe.memory is not None:
-        memory, source = int(recipe.memory * GIB), "recipe key 'memory'"
-    elif device == "cpu" or torch.cuda.is_available():
-        memory, source = int(BUDGET_SHARE * free_memory(device)), f"{BUDGET_SHARE:.0%} of what is free on {device}"
-    else:
-        memory, source = None, "there is no GPU here: name one with --memory"
-    return Machine(device, computes_in_bf16(recipe), selects_in_bf16(recipe), memory, source)
 
 
 def resolve_recipe(

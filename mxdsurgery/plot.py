@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.table import Table
 
-from mxdsurgery.chart import training_chart
 from mxdsurgery.console import Reporter, compact
 from mxdsurgery.errors import MetricsError, OutputError
 from mxdsurgery.journal import LOG_FILE, METRICS_FILE
@@ -90,6 +89,8 @@ def plot(folder: str | Path, *, out: str | Path | None = None, reporter: Reporte
     wrong = first_wrong(stretches)
     sentence = None if wrong is None else _sentence(*wrong, of_several=len(stretches) > 1)
     title = "\n".join([path.resolve().parent.name, *([sentence] if sentence else [])])
+    from mxdsurgery.chart import training_chart  # matplotlib, which no mistake has to wait for
+
     figure = training_chart(_curves(stretches), _beginnings(stretches), title, marked=wrong and wrong[1])
     for place in figures:
         aside = place.with_name(f".{place.name}.tmp")

@@ -231,22 +231,30 @@ class Recipe:
     )
     warmup: float = _key(0.05, "number", "share of the steps with linear warm-up", low=0.0, high=1.0)
     decay: float = _key(0.3, "number", "share of the steps with linear decay to zero at the end", low=0.0, high=1.0)
+    compute: str = _key(
+        "auto",
+        "text",
+        "dtype that models compute in, whatever their weights are stored in; auto: as stored, or float32 where that is faster "
+        "on this device, which is measured",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     precision: str = _key(
         "auto",
         "text",
-        "compute of the layers in training; auto: bf16 autocast where the device has it",
+        "compute of the layers in training; auto: as compute says, or else bf16 autocast where that is faster on this device",
         choices=("auto", "fp32", "bf16"),
     )
     selection: str = _key(
         "auto",
         "text",
-        "precision in which all N experts are ranked; the best are ranked again in fp32. auto: bf16 where the device has it",
+        "precision in which all N experts are ranked, the best of them again in fp32; auto: as compute says, or else bf16 "
+        "where that is faster on this device",
         choices=("auto", "fp32", "bf16"),
     )
     dtype: str = _key(
         "auto",
         "text",
-        "dtype of the base model and of the result; auto: the base checkpoint's",
+        "dtype that the base model and the result are stored in; auto: the base checkpoint's",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = _key("auto", "text", "where to run; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
@@ -255,6 +263,9 @@ class Recipe:
         "number",
         "GiB that a conversion may take; layers that do not fit in it together take turns; default: 90% of what is free",
         low=0.001,
+    )
+    threads: int | None = _key(
+        None, "count", "CPU threads to compute on; default: torch's own choice, most often one for each core", low=1, high=1024
     )
     parallel: str = _key(
         "data",

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mxdsurgery.console import Reporter
@@ -24,11 +25,12 @@ from mxdsurgery.outside import shown
 from mxdsurgery.parallel import any_of, rank, text_shares, wait
 from mxdsurgery.recipe import CHECKPOINT_KEYS, Recipe
 from mxdsurgery.resume import Checkpoint, Checkpoints, Files
+from mxdsurgery.threads import asked_for, set_threads
 
 # The file of a checkpoint with what is in training.
 TRAINING_FILE = "training.safetensors"
-# A run may go on with other values of these: they do not change what is computed.
-_FREE_KEYS = {*CHECKPOINT_KEYS, "overwrite", "out", "tracker", "memory", "device", "trust_remote_code"}
+# A run may go on with other values of these: they do not change what is computed, or `RunFolder.keep_threads` sees to it.
+_FREE_KEYS = {*CHECKPOINT_KEYS, "overwrite", "out", "tracker", "memory", "device", "threads", "trust_remote_code"}
 
 
 class Stop:
@@ -158,6 +160,28 @@ class RunFolder:
                 fix=f"repeat the earlier command with --resume, or begin anew: {self.anew}",
             )
 
+    def keep_threads(self, count: int | None, say: Callable[[str], None]) -> None:
+        """Computes on as many CPU threads as the run did before: on others, sums are rounded otherwise.
+
+        Args:
+            count: so many; None: an older version did not write it down.
+            say: is told, where this process had others.
+
+        Raises:
+            CheckpointError: another number was asked for.
+        """
+        here = torch.get_num_threads()
+        if count is None or count == here:
+            return
+        if asked_for() is not None:
+            raise CheckpointError(
+                f"{str(self.path)!r} holds a run on {count} CPU threads, and {asked_for()} were asked for",
+                expected=f"threads: {count}, for the same bits",
+                fix=f"--threads {count}, or begin anew: {self.anew}",
+            )
+        set_threads(count)
+        say(f"threads    {count}, as the run began; here it would have been {here}")
+
     def check_text(self, digest: str) -> None:
         """Raises CheckpointError if the text read anew, up to where the run stood, is not what it was."""
         if digest != self.resumed.state["text"]:
@@ -195,7 +219,8 @@ class RunFolder:
                 tensors()  # which brings together what all processes know
             self.at = step
             return
-        self.checkpoints.save(step, files, unchanging, {"step": step, "identity": self.identity} | dict(state))
+        own = {"step": step, "identity": self.identity, "threads": torch.get_num_threads()}
+        self.checkpoints.save(step, files, unchanging, own | dict(state))
         self.at = step
 
     def _left(self) -> str:
@@ -219,6 +244,8 @@ class RunFolder:
         """
         try:
             with Recording(reporter, self.journal) as recording:
+                if self.resumed is not None:
+                    self.keep_threads(self.resumed.state.get("threads"), recording.say)
                 yield recording
         except Interrupted:
             raise

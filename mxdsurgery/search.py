@@ -17,7 +17,6 @@ from mxdsurgery.checkpoint import load
 from mxdsurgery.errors import DataError
 from mxdsurgery.experts import recorded_coefficients
 
-BY = ("auto", "token", "text")
 # Experts that fired on fewer tokens say nothing yet.
 _LEAST_FIRED = 5
 # Tokens on each side of the place that is shown.

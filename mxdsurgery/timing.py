@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from torch.utils.benchmark import Timer
 
 
 def median_seconds(function: Callable[[], object], min_run_time: float = 1.0) -> float:
@@ -13,6 +12,8 @@ def median_seconds(function: Callable[[], object], min_run_time: float = 1.0) ->
         function: what to call.
         min_run_time: seconds that the calls take together; at least one is counted.
     """
+    from torch.utils.benchmark import Timer
+
     function()
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=min_run_time).median

@@ -43,7 +43,7 @@ class Training:
     Attributes:
         groups: how many there are.
         passes: the progress of each group begun so far; one pass over the text each.
-        layers: those that are finished, in the base model's dtype, and those in training, in fp32.
+        layers: those that are finished, rounded to what they will be stored in, and those in training, in fp32.
         times_read: how many times a pass began the text, because it is shorter than the training.
         seconds_feeding: spent on statistics and on hidden states, before the layers' own steps.
     """
@@ -90,7 +90,8 @@ def train_groups(
     reporter: Reporter,
     run: RunFolder | None = None,
 ) -> None:
-    """Distils group after group and leaves all layers frozen, in the base model's dtype; those of a GPU in host memory.
+    """Distils group after group and leaves all layers frozen, in what the base model computes in, rounded to what they will be
+    stored in; those of a GPU in host memory.
 
     Args:
         base: the unmodified model, on the accelerator's device, or with its weights on disk.
@@ -129,7 +130,7 @@ def train_groups(
             layers = list(itertools.islice(remaining, len(group.layers)))
             if not work.take_finished(number, layers):
                 work.train(number, layers)
-            source.replace(_freeze(layers, base, training, run.scratch if made.offloaded else None))
+            source.replace(_freeze(layers, base, made.dtype, training, run.scratch if made.offloaded else None))
             work.finished.append(layers)
             run.save(training.step, {}, work.finished_files(), work.state())
     for tracker in accelerator.trackers:
@@ -269,12 +270,13 @@ def _train_jointly(
 
 
 def _freeze(
-    layers: Sequence[LayerPlan], base: PreTrainedModel, training: Training, folder: Path | None
+    layers: Sequence[LayerPlan], base: PreTrainedModel, stored: str, training: Training, folder: Path | None
 ) -> dict[LayerPlan, nn.Module]:
-    """Freezes trained layers, in the base model's dtype, and takes them off the device: to host memory, or to a folder."""
+    """Freezes trained layers, rounded to what they will be stored in; takes them off the device: to host memory, a folder."""
     device = execution_device(base)
     for planned in layers:
-        layer = training.layers[planned].to(device="cpu", dtype=base.dtype).eval().requires_grad_(False)
+        layer = training.layers[planned].to(device="cpu", dtype=getattr(torch, stored)).eval().requires_grad_(False)
+        layer.to(base.dtype)
         if folder is not None:
             on_disk(layer, folder / f"layer_{planned.block.layer}.safetensors", device)
     return {planned: training.layers[planned] for planned in layers}

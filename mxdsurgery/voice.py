@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import click
-import transformers
 
 from mxdsurgery.console import ConsoleReporter, event_line
 from mxdsurgery.disclosure import masked, secrets_here
@@ -69,12 +68,11 @@ def _hear_libraries(warned: bool) -> None:
     warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    transformers.logging.disable_progress_bar()
-    heard = logging.WARNING if warned else logging.ERROR
-    transformers.logging.set_verbosity(heard)
-    for library in ("huggingface_hub", "accelerate"):
-        logging.getLogger(library).setLevel(heard)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
+    logging.disable(logging.NOTSET if warned else logging.WARNING)  # no library need be loaded for that
     if warned:
-        logging.basicConfig(level=heard, handlers=[_Lines()])
+        import transformers
+
+        logging.basicConfig(level=logging.WARNING, handlers=[_Lines()])
         transformers.logging.disable_default_handler()
         transformers.logging.enable_propagation()

@@ -118,7 +118,11 @@ _GOOD_RECIPES = st.fixed_dictionaries({}, optional={name: _allowed(key) for name
 _NEARLY_GOOD_RECIPES = st.builds(lambda good, other: good | other, _GOOD_RECIPES, _RECIPES)
 _PLANNED = st.fixed_dictionaries(
     {"data": st.just("stdlib"), "layers": st.sampled_from(["all", "0", "1"])},
-    optional={name: _allowed(key) for name, key in RECIPE_KEYS.items() if key.kind in ("count", "number") or key.choices},
+    optional={
+        name: _allowed(key)
+        for name, key in RECIPE_KEYS.items()
+        if (key.kind in ("count", "number") or key.choices) and name != "threads"  # which would stay for all that follow
+    },
 )
 _SELECTIONS = st.text("0123456789,- al", max_size=30) | st.text(max_size=20) | _DEEP | st.just("0-" + "9" * 5000)
 _EXPERTS = st.integers(0, 15) | st.integers(0, 15) | st.integers(0, 15) | _NUMBERS

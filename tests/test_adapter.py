@@ -1,9 +1,9 @@
 """Adapters: only what differs from the base model; the whole checkpoint again, bit for bit, and with no other base."""
 
 import dataclasses
+import importlib
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from mxdsurgery.export import written_as
 def unchecked(monkeypatch):
     """Spares the fresh process that loads what was written; the tests compare its bytes."""
     for module in ("export", "apply", "edit"):  # by sys.modules: the package's functions have the same names
-        module = sys.modules[f"mxdsurgery.{module}"]
+        module = importlib.import_module(f"mxdsurgery.{module}")
         monkeypatch.setattr(module, "check_reload", lambda *_: {"logits": 0.0, "hidden": 0.0})
 
 
@@ -250,7 +250,7 @@ def test_an_apply_that_stops_half_way_leaves_nothing(when, what, made, tmp_path,
     def stop(*given):
         raise what
 
-    monkeypatch.setattr(sys.modules["mxdsurgery.apply"], when, stop)
+    monkeypatch.setattr(importlib.import_module("mxdsurgery.apply"), when, stop)
     with pytest.raises(OutputError if isinstance(what, OSError) else KeyboardInterrupt):
         apply(made / "adapter", base=str(made / "base"), out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """The catalogue of experts: what it says is what the model does, at any batch size, also after an interruption."""
 
+import importlib
 import json
 import re
 import shutil
@@ -35,7 +36,7 @@ from mxdsurgery.tally import AFTER, BEFORE, BINS, Tally
 from mxdsurgery.unembedding import Unembedding
 
 # The package's functions of the same names hide these from import.
-MODULE, COEFFICIENTS = sys.modules["mxdsurgery.experts"], sys.modules["mxdsurgery.coefficients"]
+MODULE, COEFFICIENTS = importlib.import_module("mxdsurgery.experts"), importlib.import_module("mxdsurgery.coefficients")
 
 
 @pytest.fixture(scope="module")

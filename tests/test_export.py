@@ -228,7 +228,7 @@ def test_a_newer_format_and_missing_weights_are_refused_by_name(folder, tmp_path
 def test_the_reload_check_notices_other_weights_and_broken_code(folder):
     reference = {"logits": torch.zeros(2, 16, 64), "hidden": torch.zeros(2, 16, 32)}
     with pytest.raises(ExportError, match="gives other logits"):
-        check_reload(folder, IDS, reference, torch.device("cpu"))
+        check_reload(folder, IDS, reference, torch.device("cpu"), torch.float32)
 
 
 def test_broken_code_is_an_export_error_and_leaves_no_folder(tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 """The comparison of kinds and K: one pass, the table, its files, its sentence, and going on where it stood."""
 
 import csv
+import importlib
 import json
-import sys
 from collections import Counter
 
 import pytest
@@ -87,14 +87,14 @@ def test_what_is_there_is_kept_and_what_is_new_joins_it(made, tmp_path, monkeypa
     assert [(row["layer"], row["k"]) for row in other.rows] == [(2, 4), (2, 8), (3, 4)]
     assert len(other.verdicts) == 2
     monkeypatch.setattr(
-        sys.modules["mxdsurgery.frontier"], "load_model", lambda *_, **__: pytest.fail("nothing is left to do")
+        importlib.import_module("mxdsurgery.frontier"), "load_model", lambda *_, **__: pytest.fail("nothing is left to do")
     )
     assert mxdsurgery.frontier("demo-glu", layer=3, k=(4,), kinds=("transcoder",), out=str(out), **SMALL) == other
 
 
 def in_turns(monkeypatch):
     """Makes every layer a group of its own, as a memory budget would that only one fits."""
-    module = sys.modules["mxdsurgery.plan"]
+    module = importlib.import_module("mxdsurgery.plan")
     make_groups = module.make_groups
 
     def alone(layers, *arguments):
@@ -105,7 +105,7 @@ def in_turns(monkeypatch):
 
 def test_groups_that_take_turns_give_the_same_table(made, tmp_path, monkeypatch):
     in_turns(monkeypatch)
-    groups, module = [], sys.modules["mxdsurgery.frontier"]
+    groups, module = [], importlib.import_module("mxdsurgery.frontier")
     train_groups = module.train_groups
     monkeypatch.setattr(module, "train_groups", lambda *args, **kept: (groups.append(1), train_groups(*args, **kept)))
     tight = mxdsurgery.frontier("demo-glu", layer=2, k=(4,), kinds=("mxd", "transcoder"), out=str(tmp_path / "out"), **SMALL)
@@ -115,7 +115,7 @@ def test_groups_that_take_turns_give_the_same_table(made, tmp_path, monkeypatch)
 
 
 def test_ctrl_c_keeps_the_rows_of_finished_groups(tmp_path, monkeypatch):
-    out, module = tmp_path / "out", sys.modules["mxdsurgery.frontier"]
+    out, module = tmp_path / "out", importlib.import_module("mxdsurgery.frontier")
     train_groups, begun = module.train_groups, []
 
     def interrupted(*arguments, **kept):

@@ -2,10 +2,10 @@
 
 import base64
 import gzip
+import importlib
 import json
 import re
 import shutil
-import sys
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -191,7 +191,9 @@ def test_mistakes_are_named_and_nothing_is_left(model, converted, tmp_path, monk
         (tmp_path / name).unlink()
     report(model, out=tmp_path / "page.html")
     before = (tmp_path / "page.html").read_bytes()
-    monkeypatch.setattr(sys.modules["mxdsurgery.report"], "_element", Mock(side_effect=OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        importlib.import_module("mxdsurgery.report"), "_element", Mock(side_effect=OSError(28, "No space left on device"))
+    )
     with pytest.raises(OutputError, match="No space left"):
         report(model, out=tmp_path / "page.html")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"] and (tmp_path / "page.html").read_bytes() == before

@@ -1,9 +1,9 @@
 """How good steering is: each figure by its definition, controls that differ in the expert only, and a judge that may fail."""
 
+import importlib
 import json
 import math
 import shutil
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -20,7 +20,7 @@ from mxdsurgery.judge import Judge, judge_from_flags
 from mxdsurgery.model import load_model
 from mxdsurgery.steering import _BESIDE, _Concept, _Writer, steering, steering_table
 
-MODULE = sys.modules["mxdsurgery.steering"]  # a function of the same name may hide it from import
+MODULE = importlib.import_module("mxdsurgery.steering")  # a function of the same name may hide it from import
 SHORT = {"samples": 3, "max_new_tokens": 8, "controls": 2, "device": "cpu"}
 KEY = "sk-test-0123456789abcdef"
 

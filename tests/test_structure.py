@@ -8,26 +8,26 @@ PACKAGE = Path(__file__).parents[1] / "mxdsurgery"
 # A module imports only from those before it. The list is the data's path: errors and words, model, blocks, text and
 # activations, layer, training, what it takes, plan, surgery, measuring, export, and the commands on top.
 ORDER = [
-    "errors", "timing", "demo", "outside", "selection", "disclosure", "recipe", "console", "journal", "digest", "parallel",
-    "offload", "families", "hub", "model", "blocks", "proof", "finding", "analyze", "packing", "text", "sparse", "layer",
-    "baselines", "interventions", "replacement", "kernels", "accelerator", "activations", "memory", "cost", "effort", "budget",
-    "resume", "run_folder", "initialize", "distill", "calibrate", "plan", "surgery", "inputs", "lora", "teacher", "endtoend",
-    "train", "card", "metrics", "scoring", "measure", "adapter", "checkpoint", "export", "apply", "convert", "chart", "plot",
-    "comparison", "frontier", "evaluate", "heal", "growth", "labelled", "subjects", "probe", "dissect", "catalogue", "corpus",
-    "tally", "unembedding", "tables", "experts", "search", "coefficients", "edits", "generate", "edit", "report",
-    "predictions", "effect", "sweep", "judge", "steering", "parcel", "push", "__init__", "options", "voice", "cli",
-    "__main__",
+    "errors", "threads", "timing", "compute", "demo", "outside", "selection", "disclosure", "recipe", "choices", "console",
+    "journal", "digest", "parallel", "offload", "dtypes", "families", "hub", "model", "blocks", "proof", "finding", "analyze",
+    "packing", "text", "sparse", "layer", "baselines", "interventions", "replacement", "kernels", "accelerator",
+    "activations", "memory", "cost", "effort", "budget", "machine", "resume", "run_folder", "initialize", "distill", "calibrate",
+    "plan", "surgery", "inputs", "lora", "teacher", "endtoend", "train", "card", "metrics", "scoring", "measure", "adapter",
+    "checkpoint", "export", "apply", "convert", "chart", "plot", "comparison", "frontier", "evaluate", "heal", "growth",
+    "labelled", "subjects", "probe", "dissect", "catalogue", "corpus", "tally", "unembedding", "tables", "experts", "search",
+    "coefficients", "edits", "generate", "edit", "report", "predictions", "effect", "sweep", "judge", "steering", "parcel",
+    "push", "__init__", "options", "voice", "cli", "__main__",
 ]  # fmt: skip
 
 
 def modules():
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted([*PACKAGE.rglob("*.py"), PACKAGE / "__init__.pyi"]):  # what __init__ loads is in its stub
         name = path.parent.name if path.name == "__init__.py" and path.parent != PACKAGE else path.stem
         yield name, ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imported(tree):
-    for node in ast.walk(tree):
+    for node in ast.walk(tree):  # inside functions, too: what is loaded late is loaded in the same order
         if isinstance(node, ast.ImportFrom) and node.module == "mxdsurgery":
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level:  # among the files that travel with a checkpoint

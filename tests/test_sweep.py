@@ -1,9 +1,9 @@
 """The sweep: each expert's figures are those of the whole model without it, whatever is not computed again on the way."""
 
 import dataclasses
+import importlib
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -202,7 +202,7 @@ def test_counts_are_those_of_the_gate():
 def test_counts_that_are_added_up_in_between_are_the_same(monkeypatch):
     codes = torch.randint(0, 60, (40, 50), generator=torch.Generator().manual_seed(0))
     whole, often = _Counts(), None
-    monkeypatch.setattr(sys.modules["mxdsurgery.sweep"], "_COUNTS", 7)
+    monkeypatch.setattr(importlib.import_module("mxdsurgery.sweep"), "_COUNTS", 7)
     often = _Counts()
     for part in codes:
         whole.add(part)
