@@ -83,7 +83,7 @@ def frontier(
         return found
     made = with_layers(made, todo, resolved)
     made.check_budget()
-    made = with_time(made, resolved, WORTH_PREDICTING)
+    made = dataclasses.replace(with_time(made, resolved, WORTH_PREDICTING), export_seconds=None)  # nothing is exported
     for line in (f"recipe     {made.recipe_file}", *made.summary(resolved)[1:-1]):
         reporter.say(line)
     accelerator = make_accelerator(resolved)

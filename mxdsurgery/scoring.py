@@ -13,13 +13,11 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.activations import hooked, recording
 from mxdsurgery.blocks import Block
+from mxdsurgery.cost import HELD_BYTES
 from mxdsurgery.metrics import SCORES, Sums, known_predictions, next_token_scores, sum_sequences
 from mxdsurgery.model import decoder_layers
 from mxdsurgery.sparse import CHUNK_BYTES
 from mxdsurgery.teacher import hidden_states, parts, predict
-
-# Final hidden states of so many bytes are held until their predictions are compared with the original's, all in one go.
-HELD_BYTES = 2**28
 
 
 @dataclass
