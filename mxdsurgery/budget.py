@@ -50,7 +50,7 @@ def needed_bytes(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, m
         alone = [group.peak_bytes for group in make_groups(layers, base, recipe, machine)]
     else:
         alone = [make_group([layer], layers[:index], base, recipe, machine).peak_bytes for index, layer in enumerate(layers)]
-    return max(*alone, evaluation_bytes(layers, base, recipe))
+    return max(*alone, evaluation_bytes(layers, base, recipe, machine))
 
 
 def refusal(
@@ -60,7 +60,7 @@ def refusal(
     if machine.memory is None:
         return None
     worst = max(groups, key=lambda group: group.peak_bytes)
-    evaluation = evaluation_bytes(layers, base, recipe)
+    evaluation = evaluation_bytes(layers, base, recipe, machine)
     if max(worst.peak_bytes, evaluation) <= machine.memory:
         return None
     evaluating = "evaluating and exporting the converted model"

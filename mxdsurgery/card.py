@@ -63,9 +63,8 @@ def computed_in(figures: dict[str, Any]) -> str:
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
     """For a terminal."""
     ce = evaluation["original"]["ce"]
-    title = (
-        f"On {evaluation['tokens']:,} held-out tokens{computed_in(evaluation)}; original cross-entropy {ce:.4f} nats per token"
-    )
+    rests_on = f"{evaluation['tokens']:,} held-out tokens{_alone(evaluation)}{computed_in(evaluation)}"
+    title = f"On {rests_on}; original cross-entropy {ce:.4f} nats per token"
     table = Table("layer", title=title)
     shown = [0, *(1 + column for column, (name, _, _) in enumerate(FIGURES) if name in _SHORT)]
     for column in shown[1:]:
@@ -76,6 +75,12 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
     table.add_section()
     table.add_row(*every)
     return table
+
+
+def _alone(evaluation: dict[str, Any]) -> str:
+    """On how much of the text the single layers were measured, where that is less."""
+    tokens = {entry.get("tokens", evaluation["tokens"]) for entry in evaluation["layers"]} - {evaluation["tokens"]}
+    return f", each layer alone on {tokens.pop():,} of them" if tokens else ""
 
 
 def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Sequence[dict[str, Any]] = ()) -> str:
@@ -117,8 +122,8 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
             "",
             *_unedited(edits, evaluation),
             f"Measured on {evaluation['tokens']:,} tokens of held-out text ({evaluation['sequences']} contexts of "
-            f"{evaluation['context']}, position 0 left out{computed_in(evaluation)}) against the original model, whose "
-            f"cross-entropy there is {evaluation['original']['ce']:.4f} nats per token. All layers together: ΔCE "
+            f"{evaluation['context']}, position 0 left out){_alone(evaluation)}{computed_in(evaluation)}, against the "
+            f"original model, whose cross-entropy there is {evaluation['original']['ce']:.4f} nats per token. All layers together: ΔCE "
             f"{evaluation['all']['delta_ce']:+.4f}, 95 % interval [{interval[0]:+.4f}, {interval[1]:+.4f}]. Intervals of all "
             "figures are in evaluation.json.",
             "",
@@ -143,7 +148,15 @@ def _training_lines(record: dict[str, Any]) -> list[str]:
         return []
     took, planned = record["measured"], record["planned"]
     lines = ["| training | planned | measured |", "| --- | --- | --- |"]
-    for label, name, form in (("time", "seconds", duration), ("peak memory", "peak_bytes", size)):
+    rows = (
+        ("time", "seconds", duration),
+        ("time to evaluate", "evaluation_seconds", duration),
+        ("time to export", "export_seconds", duration),
+        ("peak memory", "peak_bytes", size),
+    )
+    for label, name, form in rows:
+        if name not in took:  # of an older version
+            continue
         cells = ("n/a" if row[name] is None else form(row[name]) for row in (planned, took))
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return [*lines, ""]

@@ -145,11 +145,14 @@ def frontier(model: str, **options: Any) -> None:
 @click.argument("folder", metavar="DIR")
 @text_options
 @BASE
+@click.option("--tokens-single", type=Count(), help="Of them, those that each layer alone is measured on.")
 @click.option("--growth", is_flag=True, help="Show instead how the error grows from layer to layer; DIR is left as it is.")
 @AS_JSON
-def evaluate(folder: str, growth: bool, as_json: bool, **options: Any) -> None:
+def evaluate(folder: str, growth: bool, tokens_single: int | None, as_json: bool, **options: Any) -> None:
     """Measure the converted model in DIR against its original."""
     if growth:
+        if tokens_single is not None:
+            raise click.UsageError("--tokens-single does not go with --growth")
         from mxdsurgery.growth import growth_table
 
         result = mxdsurgery.growth(folder, reporter=console_reporter(), **options)
@@ -157,7 +160,7 @@ def evaluate(folder: str, growth: bool, as_json: bool, **options: Any) -> None:
         return
     from mxdsurgery.card import LEGEND, evaluation_table
 
-    figures = mxdsurgery.evaluate(folder, reporter=console_reporter(), **options)
+    figures = mxdsurgery.evaluate(folder, tokens_single=tokens_single, reporter=console_reporter(), **options)
     _print_json(figures) if as_json else _print_table(evaluation_table(figures), LEGEND)
 
 

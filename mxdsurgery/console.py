@@ -1,18 +1,23 @@
 """What a command says while it works: stages, progress and tables. On a terminal with bars, elsewhere with plain lines."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TextColumn
 
 from mxdsurgery.errors import MxDError
 
 # Without a terminal, a progress line every so many seconds.
 _LINE_EVERY = 15.0
+# How fast work goes is seen from the last so many seconds.
+_RECENT = 30.0
+
+# What the first so many units of a piece of work cost, in any unit of its own.
+Cost = Callable[[float], float]
 
 
 class Reporter:
@@ -22,8 +27,8 @@ class Reporter:
         """One line about what happens or was found."""
 
     @contextmanager
-    def progress(self, label: str, unit: str) -> Iterator["ProgressLine"]:
-        """A long piece of work, counted in ``unit``s."""
+    def progress(self, label: str, unit: str, cost: Cost | None = None) -> Iterator["ProgressLine"]:
+        """A long piece of work, counted in ``unit``s; ``cost`` where not all of them take equally long."""
         yield ProgressLine()
 
 
@@ -55,27 +60,26 @@ class ConsoleReporter(Reporter):
             self._print(text)
 
     @contextmanager
-    def progress(self, label: str, unit: str) -> Iterator[ProgressLine]:  # noqa: D102
+    def progress(self, label: str, unit: str, cost: Cost | None = None) -> Iterator[ProgressLine]:  # noqa: D102
+        pace = Pace(cost)
         if self.level == "debug":
             with timed(self._event, label):
-                yield _PlainLine(self, label, unit)
+                yield _PlainLine(self, label, unit, pace)
             return
         if self.level != "info":
             yield ProgressLine()
             return
         if not self.console.is_terminal:
-            yield _PlainLine(self, label, unit)
+            yield _PlainLine(self, label, unit, pace)
             return
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
-            _Rate(unit),
-            TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=self.console) as bar:
-            yield _BarLine(bar, label)
+            yield _BarLine(bar, label, unit, pace)
 
     def _event(self, level: str, stage: str, text: str) -> None:
         self._print(event_line(level, stage, text))
@@ -84,40 +88,71 @@ class ConsoleReporter(Reporter):
         self.console.print(text, markup=False)
 
 
+class Pace:
+    """How fast a piece of work goes and how long the rest of it takes, judged by the last while and not by all of it.
+
+    Args:
+        cost: of the first so many units of the work; default: all of them cost the same.
+        clock: seconds.
+    """
+
+    def __init__(self, cost: Cost | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.cost, self.clock, self.total = cost or (lambda done: done), clock, 0.0
+        self.begun = (clock(), 0.0)
+        self.seen: deque[tuple[float, float]] = deque()  # when how much was done
+
+    def update(self, done: float, total: float) -> None:
+        """So much of so much is done now."""
+        self.total = total
+        self.seen.append((self.clock(), done))
+        while len(self.seen) > 2 and self.seen[1][0] <= self.seen[-1][0] - _RECENT:
+            self.seen.popleft()
+
+    def _span(self) -> tuple[float, float, float]:
+        """The last while: its seconds, and from where to where in the work it went."""
+        # Not from the beginning, if it can be: machines warm up, and of a resumed run much was done before.
+        (start, before), (end, done) = (self.seen[0] if len(self.seen) > 1 else self.begun), self.seen[-1]
+        return max(end - start, 1e-9), before, done
+
+    @property
+    def rate(self) -> float:
+        """Units per second."""
+        seconds, before, done = self._span()
+        return (done - before) / seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds until all is done."""
+        seconds, before, done = self._span()
+        return (self.cost(self.total) - self.cost(done)) * seconds / max(self.cost(done) - self.cost(before), 1e-9)
+
+    def words(self, unit: str) -> str:
+        """Both, for people."""
+        return f"{compact(self.rate)} {unit}/s  {duration(self.left)} left"
+
+
 class _PlainLine(ProgressLine):
-    def __init__(self, reporter: ConsoleReporter, label: str, unit: str) -> None:
-        self.reporter, self.label, self.unit = reporter, label, unit
-        self.start = time.monotonic()
-        self.last = self.start
+    def __init__(self, reporter: ConsoleReporter, label: str, unit: str, pace: Pace) -> None:
+        self.reporter, self.label, self.unit, self.pace = reporter, label, unit, pace
+        self.last = time.monotonic()
 
     def update(self, done: float, total: float, note: str = "") -> None:
+        self.pace.update(done, total)
         now = time.monotonic()
         if now - self.last < _LINE_EVERY and done < total:
             return
         self.last = now
-        rate = done / max(now - self.start, 1e-9)
-        remaining = (total - done) / max(rate, 1e-9)
-        self.reporter.say(
-            f"{self.label} {done / total:4.0%}  {compact(rate)} {self.unit}/s  {duration(remaining)} left  {note}".rstrip()
-        )
+        self.reporter.say(f"{self.label} {done / total:4.0%}  {self.pace.words(self.unit)}  {note}".rstrip())
 
 
 class _BarLine(ProgressLine):
-    def __init__(self, bar: Progress, label: str) -> None:
-        self.bar = bar
+    def __init__(self, bar: Progress, label: str, unit: str, pace: Pace) -> None:
+        self.bar, self.unit, self.pace = bar, unit, pace
         self.task = bar.add_task(label, total=None, note="")
 
     def update(self, done: float, total: float, note: str = "") -> None:
-        self.bar.update(self.task, completed=done, total=total, note=note)
-
-
-class _Rate(ProgressColumn):
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self.unit = unit
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{compact(task.speed or 0)} {self.unit}/s")
+        self.pace.update(done, total)
+        self.bar.update(self.task, completed=done, total=total, note=f"{self.pace.words(self.unit)}  {note}")
 
 
 def event_line(level: str, stage: str, text: str) -> str:

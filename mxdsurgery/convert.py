@@ -1,10 +1,13 @@
 """``convert``: the whole job, from a model's name to a folder that transformers loads."""
 
+import dataclasses
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxdsurgery.accelerator import make_accelerator, start_processes
@@ -12,9 +15,10 @@ from mxdsurgery.blocks import Block
 from mxdsurgery.checkpoint import PLAN_FILE, RECIPE_FILE
 from mxdsurgery.console import Reporter, duration, size
 from mxdsurgery.cost import LayerPlan
+from mxdsurgery.effort import EVALUATION_SHARE
 from mxdsurgery.errors import CheckpointError, RecipeError
 from mxdsurgery.export import check_output, export, write_json
-from mxdsurgery.measure import measure
+from mxdsurgery.measure import Alone, Measurement
 from mxdsurgery.memory import PeakMemory
 from mxdsurgery.model import decoder_layers, load_model, load_tokenizer
 from mxdsurgery.offload import move, resident
@@ -106,20 +110,20 @@ def convert(
         if rank():
             accelerator.end_training()
             return None
-        record = _training_record(made, training, memory.bytes())
-        for line in _comparison(record):
-            reporter.say(line)
+        peak = memory.bytes()
         layers = {planned.block.layer: layer for planned, layer in training.layers.items()}
         for layer in layers.values():
             move(layer, accelerator.device)
-        with reporter.progress("evaluate", "passes") as line:
-            evaluation = measure(base, made.blocks, layers, heldout, resolved.batch, line.update)
+        made, evaluation, seconds = _evaluated(base, layers, heldout, made, resolved, training.seconds, run, reporter)
+        record = _training_record(made, training, peak, seconds)
         evaluation |= {"compute": settled.compute, "data": resolved.eval_data or resolved.data, "training": record}
         check = heldout[:_CHECK_CONTEXTS]
         differences = export(base, layers, made, resolved, evaluation, tokenizer, check, out, run.scratch)
         reporter.say(
             f"exported   {resolved.out}; reloaded without mxdsurgery, logits differ by at most {differences['logits']:.1g}"
         )
+        for line in _comparison(record):
+            reporter.say(line)
     run.finish(out)
     accelerator.end_training()
     return Conversion(out, made, resolved, evaluation, training.seconds)
@@ -192,8 +196,40 @@ def _proof(base: PreTrainedModel, block: Block) -> float:
         return prove_block(base, block)
 
 
-def _training_record(made: Plan, training: Training, peak_bytes: int | None) -> dict[str, Any]:
-    """For evaluation.json: what was trained, and what the plan said beside what was measured (None: it was not)."""
+def _evaluated(
+    base: PreTrainedModel,
+    layers: dict[int, nn.Module],
+    heldout: Tensor,
+    made: Plan,
+    recipe: Recipe,
+    training_seconds: float,
+    run: RunFolder,
+    reporter: Reporter,
+) -> tuple[Plan, dict[str, Any], float]:
+    """The figures, the seconds they took, and the plan with the tokens that single layers were measured on.
+
+    Those are decided once: a run that goes on from here takes as many.
+    """
+    start = time.perf_counter()
+    alone = Alone(recipe.eval_tokens_single or made.eval_tokens_single, EVALUATION_SHARE * training_seconds)
+    measurement = Measurement(base, made.blocks, [layers], heldout, recipe.batch, alone=alone)
+    made = dataclasses.replace(made, eval_tokens_single=measurement.tokens_alone)
+    write_json(run.path / PLAN_FILE, made.to_dict())
+    reporter.say(f"evaluate   {measurement.announcement()}")
+    with reporter.progress("evaluate", "passes") as line:
+        evaluation = measurement.run(line.update)[0]
+    return made, evaluation, time.perf_counter() - start
+
+
+def _training_record(made: Plan, training: Training, peak_bytes: int | None, evaluation_seconds: float) -> dict[str, Any]:
+    """For evaluation.json: what was trained, and what the plan said beside what was measured (None: it was not).
+
+    How long the export took is added by `export`.
+    """
+
+    def rounded(seconds: float | None) -> float | None:
+        return None if seconds is None else round(seconds, 1)
+
     return {
         "tokens": training.passes[-1].tokens,
         "steps": training.passes[-1].steps,
@@ -202,17 +238,27 @@ def _training_record(made: Plan, training: Training, peak_bytes: int | None) -> 
         "passes_over_the_text": training.times_read,
         # Experts that had not fired for the last tenth of the training tokens, by layer.
         "dead_share": {str(planned.block.layer): share for planned, share in training.dead_share.items()},
-        "planned": {"seconds": made.seconds and round(made.seconds, 1), "peak_bytes": made.peak_bytes},
-        "measured": {"seconds": round(training.seconds, 1), "peak_bytes": peak_bytes},
+        "planned": {
+            "seconds": rounded(made.seconds),
+            "evaluation_seconds": rounded(made.evaluation_seconds),
+            "export_seconds": rounded(made.export_seconds),
+            "peak_bytes": made.peak_bytes,
+        },
+        "measured": {
+            "seconds": rounded(training.seconds),
+            "evaluation_seconds": rounded(evaluation_seconds),
+            "export_seconds": None,
+            "peak_bytes": peak_bytes,
+        },
     }
 
 
 def _comparison(record: dict[str, Any]) -> list[str]:
     """The plan's predictions beside the measured values, for a terminal."""
-    lines = []
-    for label, name, form in (("time", "seconds", duration), ("memory", "peak_bytes", size)):
-        planned, measured = (record[kind][name] for kind in ("planned", "measured"))
-        words = [f"{form(measured)} measured" if measured is not None else "not measured here"]
-        words.append(f"{form(planned)} planned" if planned is not None else "not predicted")
-        lines.append(f"{label:10} {', '.join(words)}")
-    return lines
+    planned, measured = record["planned"], record["measured"]
+    stages = {"seconds": "train", "evaluation_seconds": "evaluate", "export_seconds": "export"}
+    took = ", ".join(f"{duration(measured[name])} to {stage}" for name, stage in stages.items())
+    wanted = [planned[name] for name in stages]
+    words = "not predicted" if None in wanted else f"{', '.join(map(duration, wanted))} planned"
+    peak = "not measured here" if measured["peak_bytes"] is None else f"{size(measured['peak_bytes'])} measured"
+    return [f"time       {took} measured; {words}", f"memory     {peak}, {size(planned['peak_bytes'])} planned"]

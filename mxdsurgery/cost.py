@@ -21,6 +21,8 @@ GIB = 2**30
 
 # New layers are trained in fp32: 4 bytes for a parameter, 4 for its gradient, 8 for Adam's two moments.
 _WEIGHT, _GRADIENT, _ADAM = 4, 4, 8
+# In evaluation, final hidden states of variants are held up to so many bytes; then what they predict is compared in one go.
+HELD_BYTES = 2**28
 # A token in the buffer that shuffles the text: an int64, and its share of what Python adds for a context.
 TEXT_BYTES = 13
 
@@ -387,15 +389,18 @@ def checkpoint_bytes(layers: Sequence[LayerPlan], base: BaseModel) -> int:
     return base.weight_bytes + base.element_bytes * sum(layer.all_parameters - layer.block.parameters for layer in layers)
 
 
-def evaluation_bytes(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe) -> int:
+def evaluation_bytes(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> int:
     """Peak of evaluation and export: the base model and all new layers in its dtype, and the larger of two things.
 
-    Evaluation needs two batches of logits, one sequence's log-probabilities in fp32, and what the decoder layers and blocks
-    gave; export reloads the checkpoint in another process. With weights on disk, what computes is in memory, and a shard
-    of the checkpoint while it is written.
+    Evaluation needs the logits of as many tokens as go through the head together, with about five tensors of the same shape
+    in fp32; the final hidden states of several variants of a batch; and what decoder layers and blocks gave. Export reloads
+    the checkpoint in another process. With weights on disk, what computes is in memory, and a shard of the checkpoint while
+    it is written.
     """
     batch, widest = tokens_per_step(recipe), max(layer.block.d_hidden for layer in layers)
-    logits = base.vocabulary * (2 * batch * base.element_bytes + 6 * recipe.context * 4)
+    rows = min(batch, max(1, chunk_bytes(machine.device) // (4 * base.vocabulary)))
+    variants = 4 * (len(layers) + 1) * batch * base.d_model * base.element_bytes
+    logits = rows * base.vocabulary * (base.element_bytes + 5 * 4) + min(HELD_BYTES, variants)
     kept = batch * base.d_model * base.element_bytes * (len(base.layer_parameters) + len(layers))
     figures = logits + kept + forward_bytes(base, widest, batch)
     if base.offloaded:

@@ -14,10 +14,11 @@ from mxdsurgery.checkpoint import EVALUATION_FILE, RECIPE_FILE, Converted, load,
 from mxdsurgery.console import Reporter
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.dtypes import computed_in
+from mxdsurgery.effort import EVALUATION_SHARE
 from mxdsurgery.errors import BaseModelError, DataError, MxDError
 from mxdsurgery.export import write_evaluation
 from mxdsurgery.lora import healed_maps, with_adapter
-from mxdsurgery.measure import measure
+from mxdsurgery.measure import Alone, Measurement
 from mxdsurgery.model import load_model
 from mxdsurgery.recipe import Recipe, load_recipe
 from mxdsurgery.surgery import replaced
@@ -29,6 +30,7 @@ def evaluate(
     *,
     data: str | None = None,
     tokens: int | None = None,
+    tokens_single: int | None = None,
     base: str | None = None,
     device: str | None = None,
     compute: str | None = None,
@@ -40,6 +42,8 @@ def evaluate(
         folder: what ``convert`` wrote.
         data: the text; default: the recipe's held-out text.
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
+        tokens_single: those that each layer alone is measured on; default: the recipe's ``eval_tokens_single``, or as many as
+            the conversion chose, or else as many as keep this within a fifth of the training time.
         base: the original model, where it is not found any more as the recipe names it.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
@@ -66,18 +70,30 @@ def evaluate(
     for layer in converted.layers.values():
         layer.to(accelerator.device)
     maps = {path: module.to(accelerator.device) for path, module in _changed_maps(converted).items()}
+    training = _training_record(folder)
+    alone = _alone(converted, recipe, tokens_single, training)
+    blocks, layers = converted.plan.blocks, converted.layers
+    measurement = Measurement(original, blocks, [layers], heldout, recipe.batch, maps, alone)
+    reporter.say(f"evaluate   {measurement.announcement()}")
     with reporter.progress("evaluate", "passes") as line:
-        evaluation = measure(original, converted.plan.blocks, converted.layers, heldout, recipe.batch, line.update, maps)
+        evaluation = measurement.run(line.update)[0]
     evaluation["compute"] = settled.compute
     evaluation["data"] = data or recipe.eval_data or recipe.data
     edits = converted.model.config.mxd.get("edits", [])
     evaluation |= {"edits": len(edits)} if edits else {}
     healed = converted.model.config.mxd.get("healed", [])
     evaluation |= {"healed": healed} if healed else {}
-    evaluation |= _training_record(folder)
+    evaluation |= training
     measured_on = recipe if data is None else dataclasses.replace(recipe, eval_data=data)
     write_evaluation(folder, evaluation, converted.plan, measured_on)
     return evaluation
+
+
+def _alone(converted: Converted, recipe: Recipe, tokens: int | None, training: dict[str, Any]) -> Alone:
+    """On how much of the text single layers are measured: on so many tokens, or as the recipe or the conversion had it."""
+    seconds = training.get("training", {}).get("seconds")
+    tokens = tokens or recipe.eval_tokens_single or converted.plan.eval_tokens_single
+    return Alone(tokens, None if seconds is None else EVALUATION_SHARE * seconds)
 
 
 def _changed_maps(converted: Converted) -> dict[str, nn.Module]:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,7 +198,7 @@ def export(
         layers: by layer index, in the model's dtype and on its device.
         plan: what was converted.
         recipe: how.
-        evaluation: `measure`'s figures.
+        evaluation: `measure`'s figures; where it has a record of the training, the seconds that this takes are added to it.
         tokenizer: the model's.
         check_ids: (B, T) int64 token ids to compare the reloaded model's logits on.
         out: where to; see `check_output`.
@@ -210,6 +211,7 @@ def export(
         OutputError: it cannot be written.
         ExportError: it was written, but does not load or computes something else. ``out`` is not there then.
     """
+    start = time.perf_counter()
     with written_as(out, recipe.format, plan.model, plan.revision, within) as staging:
         with replaced(model, plan.blocks, layers):
             reference = reference_outputs(model, check_ids)
@@ -220,18 +222,22 @@ def export(
         whole = dataclasses.replace(recipe, format="checkpoint")  # which an adapter gives back
         (staging / RECIPE_FILE).write_text(whole.to_yaml(), encoding="utf-8")
         write_json(staging / PLAN_FILE, plan.to_dict())
+        differences = check_reload(staging, reference, is_offloaded(model))
+        if "training" in evaluation:
+            evaluation["training"]["measured"]["export_seconds"] = round(time.perf_counter() - start, 1)
         write_evaluation(staging, evaluation, plan, whole)
-        return check_reload(staging, reference, is_offloaded(model))
+        return differences
 
 
 def write_evaluation(folder: Path, evaluation: dict[str, Any], plan: Plan, recipe: Recipe) -> None:
-    """Writes evaluation.json, and the model card that shows it."""
-    write_json(folder / EVALUATION_FILE, evaluation)
-    card = folder / "README.md"
-    aside = card.with_suffix(".tmp")
+    """Writes evaluation.json, and the model card that shows it: both or, whatever comes in between, neither."""
     edits = read_config(folder)["mxd"].get("edits", [])
-    aside.write_text(model_card(plan, recipe, evaluation, edits), encoding="utf-8")
-    os.replace(aside, card)
+    card = model_card(plan, recipe, evaluation, edits)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".evaluation.") as aside:
+        (Path(aside) / "README.md").write_text(card, encoding="utf-8")
+        write_json(Path(aside) / EVALUATION_FILE, evaluation)
+        for name in (EVALUATION_FILE, "README.md"):
+            os.replace(Path(aside) / name, folder / name)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -21,7 +21,7 @@ from mxdsurgery.cost import LayerPlan, layer_parameters, matched_n_experts, tran
 from mxdsurgery.distill import layer_key
 from mxdsurgery.dtypes import compute_in
 from mxdsurgery.errors import Interrupted, OutputError, RecipeError
-from mxdsurgery.measure import measure_candidates
+from mxdsurgery.measure import Measurement
 from mxdsurgery.model import load_model, load_tokenizer
 from mxdsurgery.plan import WORTH_PREDICTING, Plan, plan, plan_layer, with_layers, with_time
 from mxdsurgery.proof import prove_block
@@ -85,7 +85,7 @@ def frontier(
         return found
     made = with_layers(made, todo, resolved)
     made.check_budget()
-    made = with_time(made, resolved, WORTH_PREDICTING)
+    made = dataclasses.replace(with_time(made, resolved, WORTH_PREDICTING), export_seconds=None)  # nothing is exported
     for line in (f"recipe     {made.recipe_file}", *made.summary(resolved)[1:-1]):
         reporter.say(line)
     start_processes(resolved)
@@ -153,7 +153,7 @@ def _run_group(
         save_layer(layer.to(accelerator.device), planned, found.out, made.dtype)
     candidates = [{planned.block.layer: layer} for planned, layer in training.layers.items()]
     with reporter.progress("evaluate", "passes") as line:
-        evaluations = measure_candidates(base, made.blocks[:1], candidates, heldout, recipe.batch, line.update)
+        evaluations = Measurement(base, made.blocks[:1], candidates, heldout, recipe.batch).run(line.update)
     rows = list(found.rows)
     for planned, evaluation in zip(training.layers, evaluations, strict=True):
         layer, kind, k = row_key(planned)

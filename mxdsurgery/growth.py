@@ -5,7 +5,7 @@ alone and with all. Beside what that does to predictions stands the sum of what 
 far the residual stream is from the original's. Shapes: S contexts, B of them at a time, T tokens, D width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from mxdsurgery.device import widest
 from mxdsurgery.errors import BaseModelError
 from mxdsurgery.evaluate import held_out, load_original
 from mxdsurgery.lora import healed_maps
-from mxdsurgery.measure import Original, run_original
-from mxdsurgery.metrics import Sums, Table, error_sums, next_token_sums, scored_predictions, with_interval
+from mxdsurgery.metrics import Sums, Table, error_sums, scored_predictions, with_interval
 from mxdsurgery.model import decoder_layers
+from mxdsurgery.scoring import Original, prediction_sums, run_original
 from mxdsurgery.selection import write_layers
 from mxdsurgery.surgery import replaced, resumed_at
 from mxdsurgery.text import text_name
@@ -139,24 +139,39 @@ def _measure(
 ) -> Sums:
     """Per-context sums (S,) of every set's predictions, and of the distances in the residual stream."""
     batches = input_ids.split(max(1, batch // input_ids.shape[1]))
-    every = tuple(sorted(layers))
-    sets = list(dict.fromkeys(which for part in _sets(every).values() for which in part))
+    sets = list(dict.fromkeys(which for part in _sets(sorted(layers)).values() for which in part))
     table, done, total = Table(), 0, len(batches) * len(sets)
     means = _stream_means(model, blocks, batches)
     for ids in batches:
         original = run_original(model, blocks, ids)
-        stream = _stream(original)
-        table.add("original", next_token_sums(original.logits, original.logits, ids))
-        for which in sets:
-            run = _run_set(model, blocks, {layer: layers[layer] for layer in which}, ids, original)
-            table.add(_name(which), next_token_sums(run.logits, original.logits, ids))
-            if which == every or len(which) == 1:
-                for layer, h in enumerate(_stream(run)):
-                    if which == every or layer in which:
-                        table.add(f"{_name(which)} at {layer}", error_sums(h, stream[layer], means[layer]))
-            done += 1
-            report(done, total)
+        runs = _runs(model, blocks, layers, sets, ids, original, means, table)
+        for name, sums in prediction_sums(model, ids, original.hidden, runs):
+            table.add(name, sums)
+            if name != "original":
+                done += 1
+                report(done, total)
     return table.columns()
+
+
+def _runs(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    layers: dict[int, nn.Module],
+    sets: Sequence[_Set],
+    ids: Tensor,
+    original: Original,
+    means: Sequence[Tensor],
+    table: Table,
+) -> Iterator[tuple[str, Tensor]]:
+    """Every set's name and hidden states on one batch; its distances in the residual stream go into the table."""
+    stream, every = _stream(original), max(sets, key=len)
+    for which in sets:
+        run = _run_set(model, blocks, {layer: layers[layer] for layer in which}, ids, original)
+        if which == every or len(which) == 1:
+            for layer, h in enumerate(_stream(run)):
+                if which == every or layer in which:
+                    table.add(f"{_name(which)} at {layer}", error_sums(h, stream[layer], means[layer]))
+        yield _name(which), run.hidden
 
 
 def _run_set(

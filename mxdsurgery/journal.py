@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from mxdsurgery.console import ProgressLine, Reporter, event_line, stage_and_text, timed
+from mxdsurgery.console import Cost, ProgressLine, Reporter, event_line, stage_and_text, timed
 from mxdsurgery.disclosure import masked, secrets_here
 from mxdsurgery.errors import OutputError
 
@@ -83,9 +83,9 @@ class Recording(Reporter):
         self.journal.event("info", self.stage, text)
 
     @contextlib.contextmanager
-    def progress(self, label: str, unit: str) -> Iterator[ProgressLine]:  # noqa: D102
+    def progress(self, label: str, unit: str, cost: Cost | None = None) -> Iterator[ProgressLine]:  # noqa: D102
         self.stage = label
-        with timed(self.journal.event, label), self.reporter.progress(label, unit) as line:
+        with timed(self.journal.event, label), self.reporter.progress(label, unit, cost) as line:
             yield line
 
     def __enter__(self) -> Self:

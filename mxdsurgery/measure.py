@@ -3,8 +3,15 @@
 For each converted layer alone and for all together, the model runs with the new layers and with four things to compare them
 with: the original blocks, nothing (zero-ablation), their mean output (mean-ablation), and the new layers with the experts'
 say frozen at its best constant. All of them share one model, whose blocks are put in and taken out.
+
+What variants have in common is computed once: hidden states below the first replaced layer, and the original's predictions.
+Predictions over a large vocabulary are never held for a whole batch. All layers together are measured on all contexts; each
+alone, which grows with the square of their number, on as many as the time allows, evenly spread over the text.
+
+Shapes: S contexts, B of them at a time, T tokens, D model width, N experts.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +21,31 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mxdsurgery.activations import hooked, record_activations, recording
+from mxdsurgery.activations import record_activations, recording
 from mxdsurgery.blocks import Block
-from mxdsurgery.device import widest
+from mxdsurgery.console import duration
+from mxdsurgery.device import synchronise, widest
+from mxdsurgery.effort import Rates, Runs, contexts_alone, evaluation_runs
 from mxdsurgery.errors import DataError
-from mxdsurgery.metrics import Sums, Table, error_sums, frequency_decades, next_token_sums, scored_predictions, with_interval
+from mxdsurgery.metrics import Sums, Table, error_sums, frequency_decades, scored_predictions, with_interval
 from mxdsurgery.model import check_fits, decoder_layers
 from mxdsurgery.offload import execution_device
+from mxdsurgery.scoring import Original, prediction_sums, run_original
 from mxdsurgery.surgery import ConstantOutput, FrozenExperts, modules_replaced, replaced, resumed_at
+from mxdsurgery.teacher import hidden_states
+
+
+@dataclass(frozen=True)
+class Alone:
+    """On how much of the text each layer alone is measured.
+
+    Attributes:
+        tokens: so many, in whole contexts; None: by time.
+        seconds: as many as keep the whole evaluation within so many seconds, see `contexts_alone`; None: all.
+    """
+
+    tokens: int | None = None
+    seconds: float | None = None
 
 
 @dataclass
@@ -39,8 +63,9 @@ def measure(
     layers: dict[int, nn.Module],
     input_ids: Tensor,
     batch: int,
-    report: Callable[[int, int], None] = lambda _done, _total: None,
+    report: Callable[[float, float], None] = lambda _done, _total: None,
     maps: Mapping[str, nn.Module] | None = None,
+    alone: Alone = Alone(),
 ) -> dict[str, Any]:
     """All figures, as one JSON object (the README lists its entries).
 
@@ -53,54 +78,88 @@ def measure(
         report: called with the forward passes done and to do.
         maps: other modules that were changed, by path from the base model. They stand in with all layers together, not with
             single ones, and not where the blocks are ablated.
+        alone: on how much of the text single layers are measured.
 
     Raises:
         DataError: there is no text, or it is not of this model's tokens.
         RecipeError: the contexts are longer than what the model can read.
     """
-    return measure_candidates(model, blocks, [layers], input_ids, batch, report, maps)[0]
+    return Measurement(model, blocks, [layers], input_ids, batch, maps, alone).run(report)[0]
 
 
-def measure_candidates(
-    model: PreTrainedModel,
-    blocks: Sequence[Block],
-    candidates: Sequence[dict[int, nn.Module]],
-    input_ids: Tensor,
-    batch: int,
-    report: Callable[[int, int], None] = lambda _done, _total: None,
-    maps: Mapping[str, nn.Module] | None = None,
-) -> list[dict[str, Any]]:
-    """As `measure`, for several sets of layers that stand for the same blocks; what they are compared with runs once."""
-    check_fits(model, input_ids)
-    if scored_predictions(input_ids) < 1:
-        raise DataError(f"contexts of {input_ids.shape[1]} tokens hold no prediction to score", expected="3 tokens or more")
-    device = execution_device(model)
-    batches = input_ids.to(device).split(max(1, batch // input_ids.shape[1]))
-    outputs, used = _statistics(model, blocks, candidates, batches)
-    subsets = {block.layer: [block] for block in blocks} | ({"all": list(blocks)} if len(blocks) > 1 or maps else {})
-    variants = {key: _variants(subset, candidates, outputs, used) for key, subset in subsets.items()}
-    tables = {key: Table() for key in subsets}
-    total, done = len(batches) * sum(len(v) for v in variants.values()), 0
-    for ids in batches:
-        original = run_original(model, blocks, ids)
-        original_sums = next_token_sums(original.logits, original.logits, ids)
-        for key, subset in subsets.items():
-            tables[key].add("original", original_sums)
-            for name, modules in variants[key].items():
-                ablated = name in ("zero", "mean")
-                beside = maps if maps and key == "all" and not ablated else {}
-                sums, errors = _run_variant(model, subset, modules, beside, ids, original, outputs)
-                tables[key].add(name, sums | (errors if not ablated else {}))
-                done += 1
-                report(done, total)
-    scored = scored_predictions(input_ids)
-    columns = {key: table.columns() for key, table in tables.items()}
-    for column in columns.values():
-        column["tokens"] = torch.full((len(input_ids),), float(scored), dtype=torch.float64)
-    whole = columns.get("all", columns[blocks[0].layer])
-    rests_on = {"tokens": scored * len(input_ids), "sequences": len(input_ids), "context": input_ids.shape[1]}
-    rests_on |= {"original": with_interval("ce", whole, lambda s: s["original.ce"] / s["tokens"])}
-    return [rests_on | _evaluation(number, blocks, columns, whole, usage) for number, usage in enumerate(used)]
+class Measurement:
+    """As `measure`, for several sets of layers that stand for the same blocks; what they are compared with runs once.
+
+    It is known before it begins how long it will take: the first batch is timed when this is made.
+
+    Attributes:
+        contexts_alone: on how many of the S contexts each layer alone is measured.
+        seconds: that `run` will take.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        candidates: Sequence[dict[int, nn.Module]],
+        input_ids: Tensor,
+        batch: int,
+        maps: Mapping[str, nn.Module] | None = None,
+        alone: Alone = Alone(),
+    ) -> None:
+        check_fits(model, input_ids)
+        contexts, length = input_ids.shape
+        if scored_predictions(input_ids) < 1:
+            raise DataError(f"contexts of {length} tokens hold no prediction to score", expected="3 tokens or more")
+        self.model, self.blocks, self.candidates, self.maps = model, blocks, candidates, maps or {}
+        self.input_ids = input_ids.to(execution_device(model))
+        self.size = max(1, batch // length)  # B
+        self.depth = len(decoder_layers(model)[1])
+        self.rates = _rates(model, blocks, candidates[0], self.input_ids[: self.size])
+        runs = evaluation_runs([block.layer for block in blocks], self.depth, len(candidates), bool(self.maps))
+        together, single = map(self.rates.seconds, runs)
+        if alone.tokens is not None:
+            self.contexts_alone = min(contexts, max(1, alone.tokens // length))
+        elif alone.seconds is not None:
+            self.contexts_alone = contexts_alone(alone.seconds, together, single, contexts, length)
+        else:
+            self.contexts_alone = contexts
+        self.seconds = contexts * together + self.contexts_alone * single
+
+    @property
+    def tokens_alone(self) -> int:
+        """In these contexts, as `Alone` counts them."""
+        return self.contexts_alone * self.input_ids.shape[1]
+
+    def announcement(self) -> str:
+        """For people: on what, and how long it will take."""
+        scored, contexts = scored_predictions(self.input_ids), len(self.input_ids)
+        what = "all layers together" if len(self.blocks) > 1 else "one layer"
+        alone = ""
+        if self.contexts_alone < contexts and (len(self.blocks) > 1 or self.maps):
+            alone = f", each alone on {scored * self.contexts_alone:,}"
+        return f"{what} on {scored * contexts:,} tokens{alone}: about {duration(self.seconds)}"
+
+    @torch.no_grad()
+    def run(self, report: Callable[[float, float], None] = lambda _done, _total: None) -> list[dict[str, Any]]:
+        """The figures of each candidate; ``report`` is called with the forward passes done and to do."""
+        progress = _Passes(self, report)
+        batches = self.input_ids.split(self.size)
+        outputs, used = _statistics(self.model, self.blocks, self.candidates, batches, progress)
+        subsets: dict[int | str, list[Block]] = {block.layer: [block] for block in self.blocks}
+        whole: int | str = self.blocks[0].layer
+        if len(self.blocks) > 1 or self.maps:
+            whole, subsets["all"] = "all", list(self.blocks)
+        variants = {key: _variants(subset, self.candidates, outputs, used) for key, subset in subsets.items()}
+        work = _Work(self, subsets, variants, outputs, progress)
+        columns = work.columns([whole], self.input_ids)
+        columns |= work.columns([key for key in subsets if key != whole], _spread(self.input_ids, self.contexts_alone))
+        scored, (contexts, length) = scored_predictions(self.input_ids), self.input_ids.shape
+        rests_on = {"tokens": scored * contexts, "sequences": contexts, "context": length}
+        rests_on |= {"original": with_interval("ce", columns[whole], lambda s: s["original.ce"] / s["tokens"])}
+        return [
+            rests_on | _evaluation(number, self.blocks, columns, columns[whole], usage) for number, usage in enumerate(used)
+        ]
 
 
 def _evaluation(
@@ -110,18 +169,20 @@ def _evaluation(
     return {
         "all": _figures(whole, number) | _usage_figures(list(usage.values())),
         "layers": [
-            {"layer": block.layer} | _figures(columns[block.layer], number) | _usage_figures([usage[block.layer]])
+            {"layer": block.layer, "tokens": int(columns[block.layer]["tokens"].sum())}
+            | _figures(columns[block.layer], number)
+            | _usage_figures([usage[block.layer]])
             for block in blocks
         ],
     }
 
 
-@torch.no_grad()
 def _statistics(
     model: PreTrainedModel,
     blocks: Sequence[Block],
     candidates: Sequence[dict[int, nn.Module]],
     batches: Sequence[Tensor],
+    progress: "_Passes",
 ) -> tuple[dict[int, Tensor], list[dict[int, "_Usage"]]]:
     """One pass over the text with the original model: each block's mean output (D,), and each candidate's use of experts.
 
@@ -143,6 +204,7 @@ def _statistics(
                     ("fired", firings(layers[index], x)),
                 ):
                     sums[index, number, name] = sums[index, number, name] + value
+        progress.add(len(ids), Runs(max(b.layer for b in blocks) + 1, len(candidates) * len(blocks), 0))
     outputs = {block.layer: sums[block.layer, "y"] / tokens for block in blocks}
     used = [
         {
@@ -181,51 +243,95 @@ def _variants(
     return variants
 
 
+@torch.no_grad()
+def _rates(model: PreTrainedModel, blocks: Sequence[Block], layers: dict[int, nn.Module], ids: Tensor) -> Rates:
+    """How fast this machine runs the model, by one batch (B, T)."""
+
+    def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
+        start = time.perf_counter()
+        result = run()
+        synchronise(ids.device.type)
+        return (time.perf_counter() - start) / len(ids), result
+
+    hidden_states(model, ids[:1])  # the first run of all takes longer
+    body, hidden = timed(lambda: hidden_states(model, ids))
+    heads, _ = timed(lambda: dict(prediction_sums(model, ids, hidden, [("itself", hidden)])))
+    with replaced(model, blocks, layers):
+        converted, _ = timed(lambda: hidden_states(model, ids))
+    return Rates(body / len(decoder_layers(model)[1]), max(0.0, converted - body) / len(layers), heads / 2)
+
+
+class _Passes:
+    """Counts the work, in passes of a whole batch through the whole model."""
+
+    def __init__(self, of: Measurement, report: Callable[[float, float], None]) -> None:
+        self.rates, self.report = of.rates, report
+        self.whole = of.size * of.rates.seconds(Runs(of.depth, 0, 1))
+        self.done, self.total = 0.0, of.seconds / self.whole
+
+    def add(self, contexts: int, runs: Runs) -> None:
+        """So many contexts took part in these."""
+        self.done += contexts * self.rates.seconds(runs) / self.whole
+        self.report(min(self.done, self.total), self.total)
+
+
 @dataclass
-class Original:
-    """One batch through the original model."""
+class _Work:
+    """The variants of every subset of layers, and what runs them."""
 
-    logits: Tensor
-    y: dict[int, Tensor]  # the blocks' outputs, by layer
-    layer_outputs: list[object]  # of every decoder layer
+    of: Measurement
+    subsets: dict[int | str, list[Block]]
+    variants: dict[int | str, dict[str, dict[int, nn.Module]]]
+    outputs: dict[int, Tensor]
+    progress: _Passes
+
+    def columns(self, keys: Sequence[int | str], input_ids: Tensor) -> dict[int | str, Sums]:
+        """Per-context sums of some subsets on contexts (S, T)."""
+        tables = {key: Table() for key in keys}
+        for ids in input_ids.split(self.of.size) if keys else ():
+            original = run_original(self.of.model, self.of.blocks, ids)
+            self.progress.add(len(ids), Runs(self.of.depth, 0, 1))
+            runs = (
+                ((key, name), self._run(key, name, ids, original, tables[key])) for key in keys for name in self.variants[key]
+            )
+            for name, sums in prediction_sums(self.of.model, ids, original.hidden, runs):
+                if name == "original":
+                    for table in tables.values():
+                        table.add("original", sums)
+                else:
+                    tables[name[0]].add(name[1], sums)
+        columns = {key: table.columns() for key, table in tables.items()}
+        for column in columns.values():
+            column["tokens"] = torch.full((len(input_ids),), float(scored_predictions(input_ids)), dtype=torch.float64)
+        return columns
+
+    def _run(self, key: int | str, name: str, ids: Tensor, original: Original, table: Table) -> Tensor:
+        """One variant's hidden states; the errors of its blocks' outputs go into the table."""
+        of, subset, modules = self.of, self.subsets[key], self.variants[key][name]
+        ablated = name in ("zero", "mean")
+        maps = of.maps if key == "all" and not ablated else {}
+        first = 0 if maps else min(block.layer for block in subset)
+        _, decoder = decoder_layers(of.model)
+        with (
+            replaced(of.model, subset, modules),
+            modules_replaced(of.model, maps),
+            resumed_at(decoder, first, original.layer_outputs),
+            recording(of.model, subset, shape=ids.shape) as recorded,
+        ):
+            hidden = hidden_states(of.model, ids)
+        errors: Sums = {}
+        for layer, activations in recorded.items() if not ablated else ():
+            for figure, value in error_sums(activations.y, original.y[layer], self.outputs[layer]).items():
+                errors[figure] = errors.get(figure, 0) + value
+        table.add(name, errors)
+        converted = name.startswith("converted")
+        self.progress.add(len(ids), Runs(of.depth - first, len(subset) if converted else 0, 1))
+        return hidden
 
 
-@torch.no_grad()
-def run_original(model: PreTrainedModel, blocks: Sequence[Block], ids: Tensor) -> Original:
-    """One pass of the model as it is on ids (B, T): what others are compared with, and may go on from."""
-    _, decoder = decoder_layers(model)
-    outputs: list[object] = []
-    hooks = [layer.register_forward_hook(lambda _m, _a, output: outputs.append(output)) for layer in decoder]
-    with hooked(*hooks), recording(model, blocks) as recorded:
-        logits = model(input_ids=ids, use_cache=False).logits
-    return Original(logits, {layer: a.y for layer, a in recorded.items()}, outputs)
-
-
-@torch.no_grad()
-def _run_variant(
-    model: PreTrainedModel,
-    subset: Sequence[Block],
-    modules: dict[int, nn.Module],
-    maps: Mapping[str, nn.Module],
-    ids: Tensor,
-    original: Original,
-    outputs: dict[int, Tensor],
-) -> tuple[Sums, Sums]:
-    """Next-token sums and the summed errors of the subset's outputs with other modules in place of its blocks."""
-    _, decoder = decoder_layers(model)
-    first = 0 if maps else min(block.layer for block in subset)
-    with (
-        replaced(model, subset, modules),
-        modules_replaced(model, maps),
-        resumed_at(decoder, first, original.layer_outputs),
-        recording(model, subset) as recorded,
-    ):
-        logits = model(input_ids=ids, use_cache=False).logits
-    errors: Sums = {}
-    for layer, activations in recorded.items():
-        for name, value in error_sums(activations.y, original.y[layer], outputs[layer]).items():
-            errors[name] = errors.get(name, 0) + value
-    return next_token_sums(logits, original.logits, ids), errors
+def _spread(input_ids: Tensor, contexts: int) -> Tensor:
+    """So many of the contexts (S, T), evenly over all of them."""
+    return input_ids[(torch.arange(contexts) + 0.5).mul(len(input_ids) / contexts).long()]
 
 
 def _figures(columns: Sums, number: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from mxdsurgery.analyze import analyze
 from mxdsurgery.blocks import Block, Part
 from mxdsurgery.budget import needed_bytes, refusal, stored
 from mxdsurgery.calibrate import Calibration, calibrate, matmul_rate
-from mxdsurgery.console import compact, duration, size
+from mxdsurgery.console import Cost, compact, duration, size
 from mxdsurgery.cost import (
     DTYPE_BYTES,
     BaseModel,
@@ -30,19 +29,21 @@ from mxdsurgery.cost import (
     tokens_per_step,
     transcoder_parameters,
 )
-from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.device import devices
 from mxdsurgery.dtypes import in_memory
 from mxdsurgery.errors import MemoryBudgetError, RecipeError
 from mxdsurgery.machine import this_machine
 from mxdsurgery.memory import free_memory
 from mxdsurgery.model import decoder_layers, load_config, model_skeleton
-from mxdsurgery.recipe import Recipe, check_names, find_recipe, load_recipe
+from mxdsurgery.recipe import Recipe
+from mxdsurgery.resolve import resolve_recipe
 from mxdsurgery.selection import write_layers
 from mxdsurgery.threads import use_threads
 
 # A run that takes fewer seconds, at the rate of a matrix product, starts at once: its time is not predicted.
-WORTH_PREDICTING = 60.0
+WORTH_PREDICTING = 5.0
+# One that takes fewer than these is measured for a shorter time.
+_WORTH_ALL_OF_IT = 60.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ class Plan:
         states_bytes: hidden states of the text that are kept from layer to layer.
         states_on_disk: whether they lie on disk, for as long as the conversion lasts.
         left: why ``layers: all`` leaves some as they are: by reason, the layers as a selection.
+        evaluation_seconds: None where it was not measured, as the next one.
+        export_seconds: of writing the result and reloading it.
+        eval_tokens_single: held-out tokens that each layer alone is measured on; None until training has shown how many.
     """
 
     model: str
@@ -93,6 +97,9 @@ class Plan:
     states_bytes: int = 0
     states_on_disk: bool = False
     left: dict[str, str] = field(default_factory=dict)
+    evaluation_seconds: float | None = None
+    export_seconds: float | None = None
+    eval_tokens_single: int | None = None
 
     @property
     def blocks(self) -> list[Block]:
@@ -132,6 +139,18 @@ class Plan:
             return None
         return sum(group.seconds for group in self.groups)
 
+    @property
+    def total_seconds(self) -> float | None:
+        """Of training, evaluation and export; None where one of them was not measured."""
+        stages = (self.seconds, self.evaluation_seconds, self.export_seconds)
+        return None if None in stages else sum(stages)
+
+    def training_cost(self, recipe: Recipe) -> Cost | None:
+        """What the first so many tokens of the training take, for the time that is left; None where it was not measured."""
+        if self.calibration is None:
+            return None
+        return self.calibration.cost(self.groups, self.steps, tokens_per_step(recipe))
+
     def settled(self, recipe: Recipe) -> Recipe:
         """The recipe with what was chosen for this machine in place of each ``auto``: compute, precision, selection."""
         precision, selection = ("bf16" if chosen else "fp32" for chosen in (self.machine.bf16, self.machine.selection))
@@ -161,6 +180,7 @@ class Plan:
             "checkpoint_bytes": self.checkpoint_bytes,
             "flops": self.flops,
             "seconds": self.seconds,
+            "total_seconds": self.total_seconds,
         }
         groups = [dataclasses.asdict(group) | {"peak_bytes": group.peak_bytes} for group in self.groups]
         return dataclasses.asdict(self) | {"groups": groups, "totals": totals}
@@ -236,7 +256,7 @@ class Plan:
             f"training   {compact(recipe.tokens)} tokens of {recipe.data}: {self.steps} steps of {recipe.batch}, {over}",
             f"work       {compact(total)} FLOPs per token: {shares}",
             f"compute    {self._compute()}",
-            f"time       {self._time()}",
+            *self._time(),
             f"memory     {size(self.peak_bytes)} to train, {size(self.evaluation_bytes)} to evaluate and export; {budget}, "
             f"{self.machine.memory_source}",
             *self._kept_lines(),
@@ -258,11 +278,17 @@ class Plan:
             lines.append("offload    the base model's weights stay on disk; one decoder layer at a time is in memory")
         return lines
 
-    def _time(self) -> str:
+    def _time(self) -> list[str]:
         if self.seconds is None:
-            return f"not predicted: {self.unmeasured}"
+            return [f"time       not predicted: {self.unmeasured}"]
+        stages = (("train", self.seconds), ("evaluate", self.evaluation_seconds), ("export", self.export_seconds))
+        words = ", ".join(f"{duration(seconds)} to {stage}" for stage, seconds in stages if seconds is not None)
+        total = f": {duration(self.total_seconds)}" if self.total_seconds is not None else ""
         step = f"one layer's step on {self.calibration.step_tokens} tokens"
-        return f"about {duration(self.seconds)} to train, from {step} and a {self.calibration.base_from} for the base model"
+        return [
+            f"time       about {words}{total}",
+            f"           from {step} and a {self.calibration.base_from} for the base model",
+        ]
 
 
 def _layer_plan(row: dict[str, Any]) -> LayerPlan:
@@ -345,7 +371,7 @@ def _with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base: Base
         made,
         layers=layers,
         groups=groups,
-        evaluation_bytes=evaluation_bytes(layers, base, recipe),
+        evaluation_bytes=evaluation_bytes(layers, base, recipe, made.machine),
         disk_bytes=checkpoint_bytes(layers, on_disk) * (2 if recipe.overwrite else 1)
         + (states if base.states_on_disk else 0)
         + finished,
@@ -374,13 +400,22 @@ def with_time(made: Plan, recipe: Recipe, worth_it: float = 0.0) -> Plan:
     free = free_memory(machine.device)
     if free is not None and needed_bytes(made.layers, base, recipe, machine) > free:
         return dataclasses.replace(made, unmeasured="this machine has not enough memory free to measure one layer's step")
+    share = 1.0
     if worth_it > 0.0:
         rate = matmul_rate(machine.device, "bfloat16" if machine.bf16 else "float32")
-        if sum(made.flops.values()) * made.steps * tokens_per_step(recipe) / rate < worth_it:
-            return dataclasses.replace(made, unmeasured="too short a run to measure first")
-    calibration = calibrate(made.layers, base, config, recipe, machine)
+        least = sum(made.flops.values()) * made.steps * tokens_per_step(recipe) / rate
+        if least < worth_it:
+            short = f"too short a run to measure first, at least {max(1.0, least):.0f} s by the rate of a matrix product"
+            return dataclasses.replace(made, unmeasured=short)
+        share = min(1.0, least / _WORTH_ALL_OF_IT)
+    calibration = calibrate(made.layers, base, config, recipe, machine, share)
     timed = [dataclasses.replace(group, seconds=calibration.seconds(group, made.steps)) for group in made.groups]
-    return dataclasses.replace(made, groups=timed, calibration=calibration, unmeasured=None)
+    made = dataclasses.replace(made, groups=timed, calibration=calibration, unmeasured=None)
+    return dataclasses.replace(
+        made,
+        evaluation_seconds=calibration.evaluation_seconds(made.layers, base, recipe, made.seconds),
+        export_seconds=calibration.export_seconds(made.checkpoint_bytes),
+    )
 
 
 def _base_model(config: PreTrainedConfig, made: Plan) -> BaseModel:
@@ -394,30 +429,6 @@ def _base_model(config: PreTrainedConfig, made: Plan) -> BaseModel:
         vocabulary=text_config.vocab_size,
         dtype=in_memory(made.dtype, made.machine.compute),
     )
-
-
-def resolve_recipe(
-    model: str, config: PreTrainedConfig, recipe: str | Path | None, overrides: dict[str, Any]
-) -> tuple[Recipe, Path]:
-    """Defaults, then the recipe's file, then the overrides; and which file that was."""
-    given = {name: value for name, value in overrides.items() if value is not None}
-    check_names(given, "among the options")
-    text_config = config.get_text_config(decoder=True)
-    if recipe is None:
-        recipe = find_recipe(model, config.model_type, text_config.hidden_size, text_config.num_hidden_layers)
-    values = load_recipe(recipe) | given
-    # A recipe's held-out text belongs to the recipe's training text.
-    if "data" in given and "eval_data" not in given:
-        values.pop("eval_data", None)
-    values["model"] = os.path.abspath(model) if model not in DEMO_MODELS and os.path.isdir(model) else model
-    values.setdefault("out", f"./{Path(values['model']).name}-mxd")
-    resolved = Recipe(**values)
-    if resolved.data is None:
-        raise RecipeError("recipe key 'data' is not set", expected="a text to train on", fix="give --data")
-    # The recipe is saved with the result, which may be evaluated from another folder.
-    texts = {name: getattr(resolved, name) for name in ("data", "eval_data")}
-    files = {name: os.path.abspath(text) for name, text in texts.items() if text is not None and os.path.isfile(text)}
-    return dataclasses.replace(resolved, **files), Path(recipe)
 
 
 def plan_layer(block: Block, recipe: Recipe) -> LayerPlan:

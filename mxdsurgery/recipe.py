@@ -220,6 +220,13 @@ class Recipe:
     prepend_bos: bool | None = _key(None, "flag", "begin each context with BOS; default: if the tokenizer does")
     tokens: int = _key(2_000_000, "count", "training tokens", low=1)
     eval_tokens: int = _key(100_000, "count", "held-out tokens that the figures rest on", low=1)
+    eval_tokens_single: int | None = _key(
+        None,
+        "count",
+        "held-out tokens that each layer alone is measured on, spread evenly over the text; default: as many as keep "
+        "evaluation within a fifth of the training time",
+        low=1,
+    )
     shuffle: int = _key(8_000_000, "count", "tokens in the buffer that contexts are drawn from at random; 0: in order", low=0)
     activation_buffer: int = _key(
         0, "count", "positions in the buffer of activations that batches are drawn from at random; 0: as the text comes", low=0

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -43,24 +43,37 @@ class Example(NamedTuple):
     targets: Targets
 
 
+class _Answer(BaseModelOutputWithPastAndCrossAttentions):
+    """What a decoder says that is not run: hidden states, and of what families have besides (router logits), nothing."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The module that runs the decoder layers."""
+    path, _ = decoder_layers(model)
+    return model.base_model.get_submodule(path.rpartition(".")[0])
+
+
 def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """What the language-model head is given: ids (B, T) -> (B, T, D)."""
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    inner = model.base_model if model.base_model is not model else _decoder(model)  # not every family has a base model
+    return inner(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def predict(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """The model's logits from what `hidden_states` gives: (n, D) -> (n, V), by the family's own code."""
-    path, _ = decoder_layers(model)
-    decoder = model.base_model.get_submodule(path.rpartition(".")[0])
     # With its decoder answering at once, the model does what it does after it: the head, and scales or caps of the logits.
-    with answering(decoder, lambda *_, **__: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])):
+    with answering(_decoder(model), lambda *_, **__: _Answer(last_hidden_state=hidden[None])):
         ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
         return model(input_ids=ids, use_cache=False).logits[0]
 
 
-def parts(tokens: int, vocabulary: int) -> Iterator[slice]:
-    """Which of so many tokens go through the head together."""
-    rows = max(1, _LOGITS_BYTES // (4 * vocabulary))
+def parts(tokens: int, vocabulary: int, size: int = _LOGITS_BYTES) -> Iterator[slice]:
+    """Which of so many tokens go through the head together; their logits take so many bytes in fp32."""
+    rows = max(1, size // (4 * vocabulary))
     return (slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows))
 
 

@@ -122,7 +122,7 @@ def train_groups(
     training.seconds_feeding += time.perf_counter() - start
     with ExitStack() as stack:
         # One line for all groups; it counts from when the first of them is ready to train.
-        line = functools.cache(lambda: stack.enter_context(reporter.progress("distil", "tokens")))
+        line = functools.cache(lambda: stack.enter_context(reporter.progress("distil", "tokens", made.training_cost(recipe))))
         stack.enter_context(run.watching(reporter.say))
         work = _Work(base, made.steps, source, recipe, accelerator, training, run, line)
         remaining = iter(made.layers)

@@ -32,7 +32,7 @@ from mxdsurgery.distill import LayerInTraining, active_experts, learning_rate, t
 from mxdsurgery.initialize import Statistics, initial_layer, measure_statistics
 from mxdsurgery.labelled import read_labelled, token_batches
 from mxdsurgery.layer import MxDLayer
-from mxdsurgery.measure import measure_candidates
+from mxdsurgery.measure import Measurement
 from mxdsurgery.model import load_model, load_tokenizer
 from mxdsurgery.plan import plan, plan_layer
 from mxdsurgery.probe import pool, probe_units
@@ -279,7 +279,7 @@ def run(names: list[str], shared: Path, tokens: int, eval_tokens: int) -> Iterat
         trial.job.set_k(K)
         trial.layer.gate.selection = None
     with reporter.progress("evaluate", "passes") as line:
-        figures = measure_candidates(base, [block], [{LAYER: layer} for layer in layers.values()], heldout, 2048, line.update)
+        figures = Measurement(base, [block], [{LAYER: layer} for layer in layers.values()], heldout, 2048).run(line.update)
     probed = {name: probing(base, block, layers, tokenizer, shared, name, count) for name, count in PROBING.items()}
     for name, evaluation in zip(names, figures, strict=True):
         scores = {f"f1_{data}": found[name] for data, found in probed.items()}

@@ -49,6 +49,55 @@ def test_evaluate_measures_the_folder_as_convert_did_and_takes_another_text(conv
     assert f"{other['tokens']:,} tokens of held-out text" in (folder / "README.md").read_text()
 
 
+def test_single_layers_can_be_measured_on_fewer_tokens_and_every_row_says_on_how_many(converted, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(converted.out, folder)
+    done = CliRunner().invoke(main, ["evaluate", str(folder), "--tokens-single", "1280"])
+    assert done.exit_code == 0 and "each layer alone on 1,260 of them" in done.output
+    fewer, every = json.loads((folder / "evaluation.json").read_text()), converted.evaluation
+    assert fewer["all"] == every["all"] and fewer["tokens"] == every["tokens"] == 31 * 126
+    assert [entry["tokens"] for entry in fewer["layers"]] == [10 * 126] * 2
+    assert [entry["tokens"] for entry in every["layers"]] == [31 * 126] * 2  # fewer than 8k: all of them
+    assert converted.plan.eval_tokens_single == 31 * 128
+    assert "position 0 left out), each layer alone on 1,260 of them, against" in (folder / "README.md").read_text()
+    assert "each layer alone" not in (converted.out / "README.md").read_text()
+    refused = CliRunner().invoke(main, ["evaluate", str(folder), "--tokens-single", "1280", "--growth"])
+    assert refused.exit_code == 2 and "--tokens-single does not go with --growth" in refused.output
+
+
+@pytest.mark.parametrize("where", ["measure.prediction_sums", "export.model_card", "export.write_json"])
+def test_an_interrupted_evaluation_leaves_the_folder_as_it_was(converted, tmp_path, monkeypatch, where):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "copy"
+    shutil.copytree(converted.out, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(f"mxdsurgery.{where}", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mxdsurgery.evaluate(folder, tokens=1_000)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_resumed_run_measures_single_layers_on_as_many_tokens_as_it_had_chosen(tmp_path, monkeypatch):
+    options = {"layers": "0-1", "tokens": 5_000, "eval_tokens": 4_000, "n_experts": 64, "k": 4, "device": "cpu"}
+    options |= {"out": str(tmp_path / "out")}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mxdsurgery.measure.contexts_alone", lambda *_: 20)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match="A checkpoint of step 2 is in"):
+        patched.setattr("mxdsurgery.measure.Measurement.run", interrupted)
+        mxdsurgery.convert("demo-glu", **options)
+    monkeypatch.setattr("mxdsurgery.measure.contexts_alone", lambda *_: 10)  # a clock that says something else
+    made = mxdsurgery.convert("demo-glu", **options, resume=True)
+    assert [entry["tokens"] for entry in made.evaluation["layers"]] == [20 * 126] * 2
+    assert made.plan.eval_tokens_single == 20 * 128
+    again = mxdsurgery.evaluate(made.out)
+    assert [entry["tokens"] for entry in again["layers"]] == [20 * 126] * 2
+
+
 def test_evaluate_does_not_reach_into_the_text_that_was_trained_on(tmp_path):
     out = str(tmp_path / "out")
     options = {"layers": "0", "tokens": 5_000, "eval_tokens": 2_000, "n_experts": 64, "k": 4, "shuffle": 20_000}
@@ -183,12 +232,15 @@ def test_layers_trained_in_groups_are_bit_for_bit_those_trained_together(tmp_pat
 
 def test_the_plan_stands_beside_what_was_measured(converted):
     training = converted.evaluation["training"]
-    assert training["planned"] == {"seconds": None, "peak_bytes": converted.plan.peak_bytes}
+    stages = ("seconds", "evaluation_seconds", "export_seconds")
+    assert training["planned"] == dict.fromkeys(stages) | {"peak_bytes": converted.plan.peak_bytes}
+    assert all(training["measured"][stage] > 0 for stage in stages)
     assert training["measured"]["seconds"] == training["seconds"] > 0
     peak = training["measured"]["peak_bytes"]
     assert peak is None or peak > 0
     card = (converted.out / "README.md").read_text()
     assert "| training | planned | measured |" in card and "| time | n/a | " in card
+    assert "| time to evaluate | n/a | " in card and "| time to export | n/a | " in card
 
 
 def test_an_interrupted_run_keeps_the_groups_that_are_finished(tmp_path, interrupted_in_layer_2):

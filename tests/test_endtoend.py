@@ -90,7 +90,8 @@ def test_gradients_reach_the_first_layer_through_the_second_as_in_the_dense_form
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "phi", "gpt_neox"])
+# Mixtures of experts give more than hidden states; llama4_text has no base model.
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "phi", "gpt_neox", "qwen2_moe", "llama4_text"])
 def test_hidden_states_through_the_head_give_the_models_own_logits(family):
     model = tiny_model(family)
     with torch.no_grad():

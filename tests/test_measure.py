@@ -11,10 +11,12 @@ from test_distill import batches, train
 
 from mxdsurgery.activations import record_activations
 from mxdsurgery.finding import find_blocks
-from mxdsurgery.measure import measure, run_original
-from mxdsurgery.metrics import with_interval
+from mxdsurgery.measure import Alone, Measurement, measure
+from mxdsurgery.metrics import likeliest, with_interval
 from mxdsurgery.model import decoder_layers
-from mxdsurgery.surgery import replaced, resumed_at
+from mxdsurgery.scoring import run_original
+from mxdsurgery.sparse import CHUNK_BYTES
+from mxdsurgery.surgery import ConstantOutput, replaced, resumed_at
 
 IDS = torch.cat(list(itertools.islice(batches(seed=5), 2)))
 
@@ -90,6 +92,73 @@ def test_every_figure_has_an_interval_around_it_and_says_its_tokens(measured):
             assert low <= entry[name] <= high
         assert 0 < entry["l0"] <= 4
         assert sum(entry["firing_frequency"].values()) + entry["dead_share"] == pytest.approx(1.0)
+
+
+def naive_figures(model, blocks, modules, ids):
+    """Cross-entropy, KL(original ‖ it) and agreement, from whole logits in float64, each position for itself."""
+    with torch.no_grad():
+        log_p = model(input_ids=ids).logits[:, 1:-1].double().log_softmax(-1)
+        with replaced(model, blocks, modules):
+            log_q = model(input_ids=ids).logits[:, 1:-1].double().log_softmax(-1)
+    ce = -log_q.gather(-1, ids[:, 2:, None]).mean().item()
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    return ce, kl, (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item()
+
+
+@pytest.mark.parametrize("held", [2**28, 1])  # what is held of variants: all of them at once, and one at a time
+def test_figures_in_parts_are_those_of_whole_logits(measured, monkeypatch, held):
+    model, blocks, layers, _ = measured
+    monkeypatch.setattr("mxdsurgery.scoring.HELD_BYTES", held)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * 64 * 7)  # seven positions of 64 words go through the head at a time
+    result = measure(model, blocks, layers, IDS, batch=256)
+    outputs = {index: pair.y[:, 1:].mean((0, 1)) for index, pair in record_activations(model, blocks, IDS).items()}
+    original = cross_entropy(model)
+    for entry, subset in [(result["all"], blocks), *zip(result["layers"], ([block] for block in blocks), strict=True)]:
+        ce, kl, agree = naive_figures(model, subset, {block.layer: layers[block.layer] for block in subset}, IDS)
+        assert entry["delta_ce"] == pytest.approx(ce - original, abs=1e-6)
+        assert entry["kl"] == pytest.approx(kl, rel=1e-4) and entry["top1_agreement"] == pytest.approx(agree)
+        for name, value in (("zero", 0.0), ("mean", 1.0)):
+            ablated = {block.layer: ConstantOutput(value * outputs[block.layer]) for block in subset}
+            ce, _, _ = naive_figures(model, subset, ablated, IDS)
+            assert entry[f"{name}_delta_ce"] == pytest.approx(ce - original, abs=1e-5)
+
+
+def test_single_layers_on_fewer_contexts_are_measured_on_a_sample_spread_over_all(measured):
+    model, blocks, layers, every = measured
+    length = IDS.shape[1]
+    result = measure(model, blocks, layers, IDS, batch=256, alone=Alone(tokens=4 * length + 1))
+    assert result["all"] == every["all"] and result["tokens"] == every["tokens"]
+    chosen = IDS[[len(IDS) * part // 8 for part in (1, 3, 5, 7)]]
+    of_sample = measure(model, blocks, layers, chosen, batch=256)
+    for entry, same in zip(result["layers"], of_sample["layers"], strict=True):
+        assert entry["tokens"] == same["tokens"] == 4 * (length - 2)
+        for name in ("delta_ce", "kl", "top1_agreement", "zero_delta_ce"):
+            assert entry[name] == pytest.approx(same[name], rel=1e-6)
+    # How experts are used comes from the pass over all contexts that there is anyway.
+    assert [entry["dead_share"] for entry in result["layers"]] == [entry["dead_share"] for entry in every["layers"]]
+
+
+def test_what_is_announced_is_what_is_done(measured):
+    model, blocks, layers, _ = measured
+    measurement = Measurement(model, blocks, [layers], IDS, 256, alone=Alone(tokens=2 * IDS.shape[1]))
+    said = []
+    measurement.run(lambda done, total: said.append((done, total)))
+    assert [done for done, _ in said] == sorted(done for done, _ in said)
+    assert said[-1][0] == pytest.approx(said[-1][1]) and len({total for _, total in said}) == 1
+    words = measurement.announcement()
+    scored = IDS.shape[1] - 2
+    assert f"all layers together on {len(IDS) * scored:,} tokens, each alone on {2 * scored:,}: about " in words
+    assert measurement.tokens_alone == 2 * IDS.shape[1]
+    for seconds in (0.0, 1e9):  # so few contexts are all measured, however long it takes
+        assert Measurement(model, blocks, [layers], IDS, 256, alone=Alone(seconds=seconds)).contexts_alone == len(IDS)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 63, 64, 65, 200, 4096])
+def test_the_likeliest_token_is_the_first_of_the_largest(vocabulary):
+    logits = torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(0)).bfloat16()  # in which many are equal
+    assert (logits == logits.amax(-1, keepdim=True)).sum() >= 50
+    first = (logits == logits.amax(-1, keepdim=True)).int().argmax(-1)
+    assert torch.equal(likeliest(logits), first)
 
 
 def test_the_model_holds_its_own_blocks_afterwards(measured):

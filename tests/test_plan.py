@@ -113,7 +113,7 @@ def test_where_evaluation_does_not_fit_that_is_said(tmp_path):
 
 def test_a_plan_that_cannot_be_carried_out_is_printed_with_the_refusal(tmp_path):
     REAL_CONFIGS[LLAMA].save_pretrained(tmp_path)
-    done = CliRunner().invoke(main, ["plan", str(tmp_path), "--memory", "8", "--data", "stdlib", "--device", "cpu"])
+    done = CliRunner().invoke(main, ["plan", str(tmp_path), "--memory", "4", "--data", "stdlib", "--device", "cpu"])
     assert done.exit_code == 0, done.output
     assert "layers.27.mlp" in done.output and "convert would refuse: " in done.output and "--memory" in done.output
     assert "not predicted: it does not fit the memory budget" in done.output
@@ -160,7 +160,7 @@ def test_planning_for_a_gpu_that_is_not_here(monkeypatch):
 def test_convert_predicts_only_what_is_worth_it():
     module = importlib.import_module("mxdsurgery.plan")
     plan, recipe = mxdsurgery.plan("demo-glu", tokens=5_000, device="cpu")
-    assert module.with_time(plan, recipe, worth_it=60.0).unmeasured == "too short a run to measure first"
+    assert module.with_time(plan, recipe, worth_it=60.0).unmeasured.startswith("too short a run to measure first, at least ")
 
 
 def sequential(tmp_path, **overrides):

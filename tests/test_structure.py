@@ -11,12 +11,12 @@ ORDER = [
     "errors", "threads", "device", "timing", "compute", "demo", "outside", "selection", "disclosure", "recipe", "choices",
     "console", "journal", "digest", "parallel", "offload", "dtypes", "families", "hub", "model", "blocks", "proof", "finding",
     "analyze", "packing", "text", "sparse", "layer", "baselines", "interventions", "replacement", "kernels", "accelerator",
-    "activations", "memory", "cost", "budget", "machine", "resume", "run_folder", "initialize", "distill", "calibrate",
-    "plan", "surgery", "inputs", "lora", "teacher", "endtoend", "train", "card", "metrics", "measure", "adapter",
-    "checkpoint", "export", "apply", "convert", "chart", "plot", "comparison", "frontier", "evaluate", "heal", "growth",
-    "labelled", "subjects", "probe", "dissect", "catalogue", "corpus", "tally", "unembedding", "tables", "experts", "search",
-    "coefficients", "edits", "generate", "edit", "report", "predictions", "effect", "sweep", "judge", "steering", "parcel",
-    "push", "__init__", "options", "voice", "cli", "__main__",
+    "activations", "memory", "cost", "effort", "budget", "machine", "resolve", "resume", "run_folder", "initialize",
+    "distill", "metrics", "calibrate", "plan", "surgery", "inputs", "lora", "teacher", "endtoend", "train", "card", "scoring",
+    "measure", "adapter", "checkpoint", "export", "apply", "convert", "chart", "plot", "comparison", "frontier", "evaluate",
+    "heal", "growth", "labelled", "subjects", "probe", "dissect", "catalogue", "corpus", "tally", "unembedding", "tables",
+    "experts", "search", "coefficients", "edits", "generate", "edit", "report", "predictions", "effect", "sweep", "judge",
+    "steering", "parcel", "push", "__init__", "options", "voice", "cli", "__main__",
 ]  # fmt: skip
 
 

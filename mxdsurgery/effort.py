@@ -1,0 +1,86 @@
+"""What evaluating takes: how often it runs what, and on how much of the text it measures each layer alone.
+
+All layers together are measured on all contexts. Each alone, that grows with the square of their number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# By default, evaluating takes this share of the training time at most: single layers are measured on fewer contexts.
+EVALUATION_SHARE = 0.2
+# But not on fewer tokens than these, nor on fewer contexts, over which the intervals are taken.
+_FEWEST_TOKENS_ALONE, _FEWEST_CONTEXTS_ALONE = 8192, 16
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What one context takes part in when it is evaluated on; see `evaluation_runs`."""
+
+    decoder_layers: int
+    new_layers: int
+    heads: int  # the language-model head, and what its predictions are compared with
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds that one context takes in one run of each of these."""
+
+    decoder_layer: float
+    new_layer: float
+    head: float
+
+    def seconds(self, runs: Runs) -> float:
+        """Of all runs of a context."""
+        return runs.decoder_layers * self.decoder_layer + runs.new_layers * self.new_layer + runs.heads * self.head
+
+
+def evaluation_runs(layers: Sequence[int], n_layers: int, candidates: int = 1, more: bool = False) -> tuple[Runs, Runs]:
+    """Of a context on which all layers are measured together, and of one on which each is measured alone.
+
+    A variant runs from the first replaced layer on. Per candidate there are two, converted and with its experts frozen; for
+    all of them two, the blocks' outputs zero and at their mean. Before all comes a pass for statistics of the original.
+
+    Args:
+        layers: the converted ones, by index.
+        n_layers: decoder layers of the model.
+        candidates: sets of layers that stand for the same blocks.
+        more: whether other modules changed, too: then a single layer alone is something else than all together.
+    """
+    variants, first = 2 * candidates + 2, 0 if more else min(layers)
+    together = Runs(
+        decoder_layers=max(layers) + 1 + n_layers + variants * (n_layers - first),
+        new_layers=2 * candidates * len(layers),
+        heads=1 + variants,
+    )
+    if len(layers) == 1 and not more:
+        return together, Runs(0, 0, 0)
+    alone = Runs(
+        decoder_layers=n_layers + variants * sum(n_layers - layer for layer in layers),
+        new_layers=candidates * len(layers),
+        heads=1 + variants * len(layers),
+    )
+    return together, alone
+
+
+def fewest_contexts_alone(contexts: int, length: int) -> int:
+    """Of so many contexts of a length T, those that each layer alone is measured on at least."""
+    return min(contexts, max(-(-_FEWEST_TOKENS_ALONE // length), _FEWEST_CONTEXTS_ALONE))
+
+
+def contexts_alone(seconds: float, together: float, alone: float, contexts: int, length: int) -> int:
+    """On how many contexts each layer alone is measured, so that an evaluation keeps within some seconds if it can.
+
+    Apart from the least and the most, a power of two: small differences between two clocks do not change the figures.
+
+    Args:
+        seconds: of the whole evaluation.
+        together: seconds per context of all layers together, on all contexts.
+        alone: seconds per context of all single layers.
+        contexts: S, those held out.
+        length: T, tokens in each.
+    """
+    affordable = int(max(0.0, seconds - contexts * together) / alone) if alone > 0 else contexts
+    fewest = fewest_contexts_alone(contexts, length)
+    if affordable >= contexts:
+        return contexts
+    return fewest if affordable <= fewest else max(fewest, 2 ** (affordable.bit_length() - 1))
