@@ -123,7 +123,8 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
             *_unedited(edits, evaluation),
             f"Measured on {evaluation['tokens']:,} tokens of held-out text ({evaluation['sequences']} contexts of "
             f"{evaluation['context']}, position 0 left out){_alone(evaluation)}{computed_in(evaluation)}, against the "
-            f"original model, whose cross-entropy there is {evaluation['original']['ce']:.4f} nats per token. All layers together: ΔCE "
+            f"original model, whose cross-entropy there is {evaluation['original']['ce']:.4f} nats per token. All layers "
+            f"together: ΔCE "
             f"{evaluation['all']['delta_ce']:+.4f}, 95 % interval [{interval[0]:+.4f}, {interval[1]:+.4f}]. Intervals of all "
             "figures are in evaluation.json.",
             "",
