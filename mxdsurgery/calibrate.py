@@ -27,7 +27,7 @@ from mxdsurgery.activations import record_activations
 from mxdsurgery.cost import BaseModel, Group, LayerPlan, Machine, base_forward_flops, first_k, layer_flops, tokens_per_step
 from mxdsurgery.device import empty_cache
 from mxdsurgery.distill import LayerInTraining, active_experts, train_step
-from mxdsurgery.effort import EVALUATION_SHARE, Rates, contexts_alone, evaluation_runs
+from mxdsurgery.effort import EVALUATION_SHARE, Alone, Rates, evaluation_runs
 from mxdsurgery.initialize import layer_shape
 from mxdsurgery.metrics import known_predictions, next_token_scores
 from mxdsurgery.recipe import Recipe
@@ -122,11 +122,8 @@ class Calibration:
         rates = self.rates(largest_layer(layers), base, indices[-1], recipe.batch // recipe.context)
         runs = evaluation_runs(indices, len(base.layer_parameters), len(layers) // len(indices))
         together, single = map(rates.seconds, runs)
-        if recipe.eval_tokens_single is not None:
-            alone = min(contexts, max(1, recipe.eval_tokens_single // recipe.context))
-        else:
-            alone = contexts_alone(EVALUATION_SHARE * training_seconds, together, single, contexts, recipe.context)
-        return contexts * together + alone * single
+        alone = Alone(recipe.eval_tokens_single, EVALUATION_SHARE * training_seconds)
+        return contexts * together + alone.contexts(together, single, contexts, recipe.context) * single
 
     def export_seconds(self, checkpoint_bytes: int) -> float:
         """Of writing a checkpoint, and of loading it twice in a new process: as model, and as language model."""

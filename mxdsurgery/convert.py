@@ -15,10 +15,10 @@ from mxdsurgery.blocks import Block
 from mxdsurgery.checkpoint import PLAN_FILE, RECIPE_FILE
 from mxdsurgery.console import Reporter, duration, size
 from mxdsurgery.cost import LayerPlan
-from mxdsurgery.effort import EVALUATION_SHARE
+from mxdsurgery.effort import EVALUATION_SHARE, Alone
 from mxdsurgery.errors import CheckpointError, RecipeError
 from mxdsurgery.export import check_output, export, write_json
-from mxdsurgery.measure import Alone, Measurement
+from mxdsurgery.measure import Measurement
 from mxdsurgery.memory import PeakMemory
 from mxdsurgery.model import decoder_layers, load_model, load_tokenizer
 from mxdsurgery.offload import move, resident

@@ -62,25 +62,40 @@ def evaluation_runs(layers: Sequence[int], n_layers: int, candidates: int = 1, m
     return together, alone
 
 
+@dataclass(frozen=True)
+class Alone:
+    """On how much of the text each layer alone is measured.
+
+    Attributes:
+        tokens: so many, in whole contexts; None: by time.
+        seconds: as many as keep the whole evaluation within so many seconds, if it can be; None: all.
+    """
+
+    tokens: int | None = None
+    seconds: float | None = None
+
+    def contexts(self, together: float, alone: float, contexts: int, length: int) -> int:
+        """On how many of the contexts.
+
+        By time, it is a power of two where it is neither the least nor all: clocks that differ a little change no figures.
+
+        Args:
+            together: seconds per context of measuring all layers together, on all contexts.
+            alone: seconds per context of measuring every layer alone.
+            contexts: S, those held out.
+            length: T, tokens in each.
+        """
+        if self.tokens is not None:
+            return min(contexts, max(1, self.tokens // length))
+        if self.seconds is None or self.seconds >= contexts * (together + alone):
+            return contexts
+        affordable = int(max(0.0, self.seconds - contexts * together) / alone) if alone > 0 else 0
+        return max(fewest_contexts_alone(contexts, length), 2 ** affordable.bit_length() // 2)
+
+
+ON_ALL = Alone()
+
+
 def fewest_contexts_alone(contexts: int, length: int) -> int:
     """Of so many contexts of a length T, those that each layer alone is measured on at least."""
     return min(contexts, max(-(-_FEWEST_TOKENS_ALONE // length), _FEWEST_CONTEXTS_ALONE))
-
-
-def contexts_alone(seconds: float, together: float, alone: float, contexts: int, length: int) -> int:
-    """On how many contexts each layer alone is measured, so that an evaluation keeps within some seconds if it can.
-
-    Apart from the least and the most, a power of two: small differences between two clocks do not change the figures.
-
-    Args:
-        seconds: of the whole evaluation.
-        together: seconds per context of all layers together, on all contexts.
-        alone: seconds per context of all single layers.
-        contexts: S, those held out.
-        length: T, tokens in each.
-    """
-    affordable = int(max(0.0, seconds - contexts * together) / alone) if alone > 0 else contexts
-    fewest = fewest_contexts_alone(contexts, length)
-    if affordable >= contexts:
-        return contexts
-    return fewest if affordable <= fewest else max(fewest, 2 ** (affordable.bit_length() - 1))

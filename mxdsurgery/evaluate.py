@@ -14,11 +14,11 @@ from mxdsurgery.checkpoint import EVALUATION_FILE, RECIPE_FILE, Converted, load,
 from mxdsurgery.console import Reporter
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.dtypes import computed_in
-from mxdsurgery.effort import EVALUATION_SHARE
+from mxdsurgery.effort import EVALUATION_SHARE, Alone
 from mxdsurgery.errors import BaseModelError, DataError, MxDError
 from mxdsurgery.export import write_evaluation
 from mxdsurgery.lora import healed_maps, with_adapter
-from mxdsurgery.measure import Alone, Measurement
+from mxdsurgery.measure import Measurement
 from mxdsurgery.model import load_model
 from mxdsurgery.recipe import Recipe, load_recipe
 from mxdsurgery.surgery import replaced

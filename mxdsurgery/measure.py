@@ -25,7 +25,7 @@ from mxdsurgery.activations import record_activations, recording
 from mxdsurgery.blocks import Block
 from mxdsurgery.console import duration
 from mxdsurgery.device import synchronise, widest
-from mxdsurgery.effort import Rates, Runs, contexts_alone, evaluation_runs
+from mxdsurgery.effort import ON_ALL, Alone, Rates, Runs, evaluation_runs
 from mxdsurgery.errors import DataError
 from mxdsurgery.metrics import Sums, Table, error_sums, frequency_decades, scored_predictions, with_interval
 from mxdsurgery.model import check_fits, decoder_layers
@@ -33,19 +33,6 @@ from mxdsurgery.offload import execution_device
 from mxdsurgery.scoring import Original, prediction_sums, run_original
 from mxdsurgery.surgery import ConstantOutput, FrozenExperts, modules_replaced, replaced, resumed_at
 from mxdsurgery.teacher import hidden_states
-
-
-@dataclass(frozen=True)
-class Alone:
-    """On how much of the text each layer alone is measured.
-
-    Attributes:
-        tokens: so many, in whole contexts; None: by time.
-        seconds: as many as keep the whole evaluation within so many seconds, see `contexts_alone`; None: all.
-    """
-
-    tokens: int | None = None
-    seconds: float | None = None
 
 
 @dataclass
@@ -65,7 +52,7 @@ def measure(
     batch: int,
     report: Callable[[float, float], None] = lambda _done, _total: None,
     maps: Mapping[str, nn.Module] | None = None,
-    alone: Alone = Alone(),
+    alone: Alone = ON_ALL,
 ) -> dict[str, Any]:
     """All figures, as one JSON object (the README lists its entries).
 
@@ -105,7 +92,7 @@ class Measurement:
         input_ids: Tensor,
         batch: int,
         maps: Mapping[str, nn.Module] | None = None,
-        alone: Alone = Alone(),
+        alone: Alone = ON_ALL,
     ) -> None:
         check_fits(model, input_ids)
         contexts, length = input_ids.shape
@@ -118,12 +105,7 @@ class Measurement:
         self.rates = _rates(model, blocks, candidates[0], self.input_ids[: self.size])
         runs = evaluation_runs([block.layer for block in blocks], self.depth, len(candidates), bool(self.maps))
         together, single = map(self.rates.seconds, runs)
-        if alone.tokens is not None:
-            self.contexts_alone = min(contexts, max(1, alone.tokens // length))
-        elif alone.seconds is not None:
-            self.contexts_alone = contexts_alone(alone.seconds, together, single, contexts, length)
-        else:
-            self.contexts_alone = contexts
+        self.contexts_alone = alone.contexts(together, single, contexts, length)
         self.seconds = contexts * together + self.contexts_alone * single
 
     @property

@@ -86,11 +86,12 @@ def test_a_resumed_run_measures_single_layers_on_as_many_tokens_as_it_had_chosen
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mxdsurgery.measure.contexts_alone", lambda *_: 20)
+    monkeypatch.setattr("mxdsurgery.effort.fewest_contexts_alone", lambda *_: 20)
+    monkeypatch.setattr("mxdsurgery.convert.EVALUATION_SHARE", 0.0)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match="A checkpoint of step 2 is in"):
         patched.setattr("mxdsurgery.measure.Measurement.run", interrupted)
         mxdsurgery.convert("demo-glu", **options)
-    monkeypatch.setattr("mxdsurgery.measure.contexts_alone", lambda *_: 10)  # a clock that says something else
+    monkeypatch.setattr("mxdsurgery.effort.fewest_contexts_alone", lambda *_: 10)  # as if there were less time
     made = mxdsurgery.convert("demo-glu", **options, resume=True)
     assert [entry["tokens"] for entry in made.evaluation["layers"]] == [20 * 126] * 2
     assert made.plan.eval_tokens_single == 20 * 128

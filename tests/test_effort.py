@@ -8,7 +8,7 @@ from mxdsurgery.calibrate import Calibration
 from mxdsurgery.console import Pace
 from mxdsurgery.cost import Group
 from mxdsurgery.distill import active_experts
-from mxdsurgery.effort import Rates, Runs, contexts_alone, evaluation_runs, fewest_contexts_alone
+from mxdsurgery.effort import Alone, Rates, Runs, evaluation_runs, fewest_contexts_alone
 
 
 def test_runs_are_those_of_the_variants_counted_one_by_one():
@@ -34,12 +34,12 @@ def test_runs_are_those_of_the_variants_counted_one_by_one():
         (100.0 + 255, 128),  # a power of two: clocks that differ a little choose alike
         (100.0 + 257, 256),
         (100.0 + 999, 512),
-        (100.0 + 1000, 1000),  # and all, where there is time for all
+        (100.0 + 1000.1, 1000),  # and all, where there is time for all
         (1e9, 1000),
     ],
 )
 def test_single_layers_get_the_contexts_that_the_time_allows(seconds, contexts):
-    assert contexts_alone(seconds, together=0.1, alone=1.0, contexts=1000, length=128) == contexts
+    assert Alone(seconds=seconds).contexts(together=0.1, alone=1.0, contexts=1000, length=128) == contexts
 
 
 def test_the_least_is_8k_tokens_in_16_contexts_or_all_there_is():
@@ -47,8 +47,13 @@ def test_the_least_is_8k_tokens_in_16_contexts_or_all_there_is():
     assert fewest_contexts_alone(1000, 100) == 82  # no fewer than 8192 tokens
     assert fewest_contexts_alone(1000, 2048) == 16  # intervals are taken over contexts
     assert fewest_contexts_alone(10, 128) == 10
-    assert contexts_alone(0.0, 0.1, 1.0, contexts=10, length=128) == 10
-    assert contexts_alone(0.0, 0.1, 0.0, contexts=1000, length=128) == 1000  # one layer: there is nothing more to measure
+    assert Alone(seconds=0.0).contexts(0.1, 1.0, contexts=10, length=128) == 10
+
+
+def test_a_number_of_tokens_that_was_given_counts_whatever_the_time():
+    for tokens, contexts in ((1, 1), (128 * 5 + 127, 5), (10**6, 1000)):
+        assert Alone(tokens, seconds=0.0).contexts(0.1, 1.0, contexts=1000, length=128) == contexts
+    assert Alone().contexts(0.1, 1.0, contexts=1000, length=128) == 1000
 
 
 def group(step_flops):

@@ -10,8 +10,9 @@ from conftest import tiny_model
 from test_distill import batches, train
 
 from mxdsurgery.activations import record_activations
+from mxdsurgery.effort import Alone
 from mxdsurgery.finding import find_blocks
-from mxdsurgery.measure import Alone, Measurement, measure
+from mxdsurgery.measure import Measurement, measure
 from mxdsurgery.metrics import likeliest, with_interval
 from mxdsurgery.model import decoder_layers
 from mxdsurgery.scoring import run_original
