@@ -29,6 +29,8 @@ _LONGEST = 4.0
 _FEW_TOKENS = 16
 # Tokens of the step that tells how many more can be afforded.
 _PROBE_TOKENS = 256
+# A matrix product that takes so long is no matter of launching it.
+_BUSY = 2e-3
 # Base models whose weights take more than this are not built: their pass is computed from the rate of a matrix product.
 _LARGEST_BUILT = 2 * 2**30
 
@@ -94,10 +96,13 @@ def calibrate(
 
 
 def matmul_rate(device: str, dtype: str) -> float:
-    """FLOPs per second of one large matrix product."""
-    side = 1024 if device == "cpu" else 8192
-    a = torch.randn(side, side, device=device, dtype=getattr(torch, dtype))
-    return 2 * side**3 / median_seconds(lambda: a @ a, 0.2)
+    """FLOPs per second of one matrix product, as large as it takes to keep the device busy."""
+    for side in (1024, 8192):
+        a = torch.randn(side, side, device=device, dtype=getattr(torch, dtype))
+        seconds = median_seconds(lambda a=a: a @ a, 0.2)
+        if seconds > _BUSY:
+            break
+    return 2 * side**3 / seconds
 
 
 def _measure_step(layer: LayerPlan, recipe: Recipe, device: str) -> tuple[float, int]:
