@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,7 +18,6 @@ from mxdsurgery.comparison import FRONTIER_FILE, Frontier, read_frontier, row_ke
 from mxdsurgery.console import Reporter
 from mxdsurgery.cost import LayerPlan, layer_parameters, matched_n_experts, transcoder_parameters
 from mxdsurgery.distill import layer_key
-from mxdsurgery.dtypes import compute_in
 from mxdsurgery.errors import Interrupted, OutputError, RecipeError
 from mxdsurgery.measure import Measurement
 from mxdsurgery.model import load_model, load_tokenizer
@@ -91,9 +89,12 @@ def frontier(
     start_processes(resolved)
     alone("a frontier")
     train, heldout = open_texts(resolved, load_tokenizer(model, resolved.revision, resolved.trust_remote_code))
+    settled = RunFolder(out, resolved).as_begun(made.settled(resolved), reporter.say, resume)
     trusted = {"trust_remote_code": resolved.trust_remote_code}
-    base = load_model(model, revision=resolved.revision, dtype=made.dtype, device=compute_device(resolved), **trusted)
-    remaining, digest, settled = iter(todo), weights_digest(base), made.settled(resolved)
+    how = {"dtype": made.dtype, "compute": settled.compute, "device": compute_device(resolved)} | trusted
+    base = load_model(model, revision=resolved.revision, **how)
+    reporter.say(f"proof      the block recomputed from its weights, relative error {prove_block(base, made.blocks[0]):.1e}")
+    remaining, digest = iter(todo), weights_digest(base)
     with _kept(out, resolved.overwrite):
         for group in made.groups:
             part = dataclasses.replace(made, layers=[next(remaining) for _ in group.layers], groups=[group])
@@ -101,11 +102,7 @@ def frontier(
             group_is = {"group": [layer_key(planned) for planned in part.layers], "base": digest}
             run.open(depends_on(settings) | group_is, resume, resolved.overwrite, f"delete {run.path}")
             with run.working(reporter) as recording:
-                settled = run.as_begun(settled, recording.say)  # and all groups that follow
-                compute_in(base, getattr(torch, settled.compute))
-                if group is made.groups[0]:
-                    worst = prove_block(base, made.blocks[0])
-                    recording.say(f"proof      the block recomputed from its weights, relative error {worst:.1e}")
+                settled = run.as_begun(settled, recording.say)
                 accelerator = make_accelerator(settled)
                 found = _run_group(found, base, part, train, heldout, settled, accelerator, recording, run)
                 found.write()

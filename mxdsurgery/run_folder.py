@@ -102,14 +102,16 @@ class RunFolder:
         """A folder for what is gone with the process; on the file system of the result."""
         return None if self.path is None else self.path / f"scratch{self.own}"
 
-    def as_begun(self, chosen: Recipe, say: Callable[[str], None]) -> Recipe:
+    def as_begun(self, chosen: Recipe, say: Callable[[str], None], resume: bool = False) -> Recipe:
         """The recipe with what the run that goes on computes in; or else with what the first of several processes chose.
 
         Args:
             chosen: with what would be computed in here, in place of each ``auto``.
             say: is told, where the run computes in something else.
+            resume: whether to look what a run computes in that is yet to be opened.
         """
-        begun = None if self.resumed is None else self.resumed.state.get("computes")  # an older version's says nothing
+        found = self.checkpoints.latest(self.anew) if resume else self.resumed
+        begun = None if found is None else found.state.get("computes")  # an older version's says nothing
         settled = dataclasses.replace(chosen, **begun or first_ones({name: getattr(chosen, name) for name in COMPUTE_KEYS}))
         if settled.compute != chosen.compute:
             say(f"compute    {settled.compute}, as the run began; here it would have been {chosen.compute}")

@@ -252,7 +252,7 @@ def test_an_edit_changes_the_same_stored_bits_whatever_is_computed_in(converted,
         machine(bfloat16=rates)
         mxdsurgery.edit(converted.out, edits=edits, out=tmp_path / name, tokens=1_000)
         made[name] = load_file(tmp_path / name / "model.safetensors")
-        with safe_open(tmp_path / name / "edits" / "1" / "rows.safetensors", "pt") as rows:
+        with safe_open(tmp_path / name / "edits" / "1" / "before.safetensors", "pt") as rows:
             assert {rows.get_tensor(key).dtype for key in rows.keys() if key.endswith(":values")} == {torch.bfloat16}
         mxdsurgery.edit(tmp_path / name, undo=True, out=tmp_path / f"{name}-undone")
         undone = load_file(tmp_path / f"{name}-undone" / "model.safetensors")
