@@ -69,13 +69,13 @@ def _hear_libraries(warned: bool) -> None:
     warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
-    if "transformers" in sys.modules:  # it has read that already
-        sys.modules["transformers"].logging.disable_progress_bar()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers', too, if it is not loaded yet
     logging.disable(logging.NOTSET if warned else logging.WARNING)  # no library need be loaded for that
-    if warned:
+    if warned or "transformers" in sys.modules:
         import transformers
 
+        transformers.logging.disable_progress_bar()
+    if warned:
         logging.basicConfig(level=logging.WARNING, handlers=[_Lines()])
         transformers.logging.disable_default_handler()
         transformers.logging.enable_propagation()
