@@ -63,9 +63,9 @@ def _check_agrees(accelerator: Accelerator, device: str) -> None:
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched > 1 and processes() == 1:
         raise DeviceError(
-            f"{launched} processes were launched, and on {device} they cannot work together",
-            expected="one process, or a device that torch.distributed has a back end for",
-            fix="run it without torchrun or accelerate launch, or with --device cpu",
+            f"{launched} processes were launched, and on {device} they do not work together",
+            expected="one process, or several that torchrun or accelerate launch started, with a back end for the device",
+            fix="run it alone (WORLD_SIZE unset), or with --device cpu",
         )
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels for the three sparse products of `mxdsurgery.sparse`, on CUDA.
+"""Triton kernels for the three sparse products of `mxdsurgery.sparse`, on CUDA and wherever else Triton compiles.
 
 `install_if_faster` puts them to use where they agree with plain torch and beat it, on the device and at the sizes of the run.
 Plain torch is the fallback and the oracle. Every sum runs in float32 in a fixed order: the same inputs give the same bits.

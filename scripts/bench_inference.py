@@ -20,11 +20,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mxdsurgery.blocks import Block
 from mxdsurgery.cost import LayerPlan
+from mxdsurgery.device import hardware
 from mxdsurgery.finding import find_blocks
 from mxdsurgery.initialize import layer_shape
 from mxdsurgery.layer import MxDLayer
+from mxdsurgery.recipe import RECIPE_KEYS
 from mxdsurgery.surgery import replaced
-from mxdsurgery.timing import hardware, median_seconds
+from mxdsurgery.timing import median_seconds
 
 # How much slower than the original a token may be written.
 _ALLOWED = 1.3
@@ -85,7 +87,7 @@ def largest_within(slowdowns: dict[int, float]) -> int:
 @click.option("--prompt", default=512, show_default=True, help="Tokens of the prompt.")
 @click.option("--seconds", default=2.0, show_default=True, help="Of each measurement.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--device", type=click.Choice(RECIPE_KEYS["device"].choices[1:]), default="cpu", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def main(name: str, n_experts: str, k: int, prompt: int, seconds: float, dtype: str, device: str, as_json: bool) -> None:
     config, wanted = config_named(name), getattr(torch, dtype)

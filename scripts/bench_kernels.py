@@ -15,6 +15,7 @@ import click
 import torch
 
 from mxdsurgery import sparse
+from mxdsurgery.recipe import RECIPE_KEYS
 from mxdsurgery.timing import median_seconds
 
 
@@ -55,7 +56,7 @@ def products(x: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, indice
 @click.option("--n", default=21490, show_default=True)
 @click.option("--k", default=32, show_default=True)
 @click.option("--batch", default=4096, show_default=True)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--device", type=click.Choice(RECIPE_KEYS["device"].choices[1:]), default="cpu", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def main(d: int, n: int, k: int, batch: int, device: str, as_json: bool) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -68,10 +69,10 @@ def main(d: int, n: int, k: int, batch: int, device: str, as_json: bool) -> None
     result: dict[str, Any] = {"d": d, "n": n, "k": k, "batch": batch, "device": device}
     result |= {"experts_used": (used > 0).sum().item(), "most_used": used.max().item()}
     result["plain"] = products(x, weight, values, indices) | selections(x, weight, bias, k)
-    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device != "cpu" and importlib.util.find_spec("triton") is not None:
         from mxdsurgery import kernels
 
-        kernels.install()
+        kernels.install(device)
         result["triton"] = products(x, weight, values, indices) | selections(x, weight, bias, k)
     if as_json:
         click.echo(json.dumps(result))

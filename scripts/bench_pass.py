@@ -25,12 +25,12 @@ import mxdsurgery
 from mxdsurgery.accelerator import choose_kernels, make_accelerator
 from mxdsurgery.activations import stream_activations
 from mxdsurgery.cost import tokens_per_step
+from mxdsurgery.device import hardware, synchronise
 from mxdsurgery.distill import Progress, distill
 from mxdsurgery.initialize import initial_layers, measure_statistics
 from mxdsurgery.memory import PeakMemory
 from mxdsurgery.plan import Plan
-from mxdsurgery.recipe import Recipe
-from mxdsurgery.timing import hardware
+from mxdsurgery.recipe import RECIPE_KEYS, Recipe
 
 
 def random_batches(recipe: Recipe, vocabulary: int) -> Iterator[Tensor]:
@@ -58,23 +58,21 @@ def train_first_group(config: PreTrainedConfig, plan: Plan, recipe: Recipe, step
 
     def timed(source: Iterator[Tensor]) -> Iterator[Tensor]:
         for batch in source:
-            if accelerator.device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronise(accelerator.device.type)
             times.append(time.perf_counter())
             yield batch
 
     progress = Progress(steps, tokens_per_step(recipe))
     feed = stream_activations(model, blocks, timed(batches), accelerator.device)
     distill(layers, feed, recipe, accelerator, progress, lambda _: None)
-    if accelerator.device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronise(accelerator.device.type)
     seconds = (time.perf_counter() - times[warm_up]) / (steps - warm_up)
     return {"seconds_per_step": seconds, "peak_bytes": memory.bytes(), "kernels": kernels}
 
 
 @click.command(help=__doc__)
 @click.option("--model", default="meta-llama/Llama-3.2-3B", show_default=True, help="A name in real_configs.py, or tiny.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda", show_default=True)
+@click.option("--device", type=click.Choice(RECIPE_KEYS["device"].choices[1:]), default="cuda", show_default=True)
 @click.option("--n-experts", type=int, help="N; default: the recipe's.")
 @click.option("--batch", type=int, help="Tokens per step; default: the recipe's.")
 @click.option("--steps", default=12, show_default=True)

@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 from mxdsurgery.accelerator import choose_kernels, computes_in_bf16, make_accelerator
+from mxdsurgery.device import hardware, synchronise
 from mxdsurgery.distill import LayerInTraining, train_step
 from mxdsurgery.layer import MxDLayer
 from mxdsurgery.memory import PeakMemory
-from mxdsurgery.recipe import Recipe
-from mxdsurgery.timing import hardware, median_seconds
+from mxdsurgery.recipe import RECIPE_KEYS, Recipe
+from mxdsurgery.timing import median_seconds
 
 LR = 4e-4
 _WARM_UP = 2
@@ -44,11 +45,6 @@ def load_yardstick(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def our_layer(params: dict[str, Tensor], k: int) -> MxDLayer:
@@ -133,10 +129,10 @@ def run_side(side: str, options: dict[str, Any], yardstick: ModuleType) -> dict[
     memory = PeakMemory(device)  # of what is used now: the batch and the parameters, Adam's moments come with the first step
     seconds = []
     for _ in range(options["steps"]):
-        synchronize(device)
+        synchronise(device)
         start = time.perf_counter()
         loss = step()
-        synchronize(device)
+        synchronise(device)
         seconds.append(time.perf_counter() - start)
     above_state = memory.bytes() / 2**20 - adam_mib
     return {
@@ -162,7 +158,7 @@ def floor_seconds(options: dict[str, Any], bf16: bool) -> float:
     batch, d, h, n = (options[name] for name in ("batch", "d", "h", "n"))
     dtype = torch.bfloat16 if bf16 else torch.float32
     products = [(batch, d, min(n, 16384)), (batch, d, h), (batch, h, d)]
-    products += [(8192, 8192, 8192)] if options["device"] == "cuda" else []
+    products += [(8192, 8192, 8192)] if options["device"] != "cpu" else []
     rate = best_rate(products, dtype, options["device"])
     factor = 7 if options["glu"] else 5  # forward E (E_up) D; backward dD dz dE (dE_up); x needs no gradient
     return (2 * batch * d * n + factor * 2 * batch * d * h) / rate
@@ -233,7 +229,7 @@ def readable(result: dict[str, Any]) -> str:
 @click.option("--steps", default=20, show_default=True)
 @click.option("--rounds", default=1, show_default=True, help="Times each side runs, in turn.")
 @click.option("--glu", is_flag=True)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--device", type=click.Choice(RECIPE_KEYS["device"].choices[1:]), default="cpu", show_default=True)
 @click.option("--bf16", is_flag=True, help="Autocast the yardstick to bf16 too.")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="Ours, as the recipe key.")
 @click.option("--selection", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="Ours, as the recipe key.")

@@ -105,8 +105,10 @@ def experts(device: str, folder: Path, out: Path, _tokens: int) -> dict[str, flo
 
 CHECKS: dict[str, tuple[Callable[[str, Path, Path, int], dict[str, float]], float]] = {
     "training steps of one layer": (step, PASS),
-    "convert": (convert, TRAINED),
-    "convert, batchtopk, dead experts helped": (functools.partial(convert, sparsity="batchtopk", auxk=0.03), TRAINED),
+    "convert, all at once, batchtopk, dead experts helped": (
+        functools.partial(convert, sparsity="batchtopk", auxk=0.03),
+        TRAINED,
+    ),
     "convert, layer after layer, from disk": (functools.partial(convert, inputs="converted", offload="disk"), TRAINED),
     "convert, jointly": (functools.partial(convert, inputs="joint"), TRAINED),
     "every kind of layer": (kinds, TRAINED),

@@ -149,9 +149,51 @@ def install() -> None:
     offload.safe_open = functools.partial(lambda real, *args, device, **kwargs: real(*args, **kwargs), offload.safe_open)
 
 
+def refusals() -> dict[str, str]:
+    """What the device says to what a real one cannot do, so that its silence means something."""
+    here, there = torch.randn(3, 3), torch.randn(3, 3, device=NAME)
+    wrong = {
+        "two devices": lambda: here + there,
+        "an index from elsewhere": lambda: there[torch.tensor([1])],
+        "float64": lambda: there.double(),
+        "float64 from nothing": lambda: torch.zeros(2, dtype=torch.float64, device=NAME),
+        "no kernel": lambda: torch.linalg.svdvals(there),
+        "sparse": lambda: there.to_sparse_csr(),
+    }
+    said = {}
+    for name, attempt in wrong.items():
+        try:
+            said[name] = f"gave {attempt()}"
+        except (RuntimeError, TypeError) as error:
+            said[name] = str(error)
+    return said
+
+
+def without_sums_of_rows() -> dict[str, list[float]]:
+    """A layer's output and gradients where the device has no `F.embedding_bag`, and on the CPU."""
+    from mxdsurgery.layer import MxDLayer
+    from mxdsurgery.sparse import _tried_to_sum_rows
+
+    REFUSED.add("aten::_embedding_bag")  # an error in a thread of the backward pass would end the process
+    torch.manual_seed(0)
+    layer = MxDLayer(n_experts=40, k=4, d_model=8, d_hidden=16, kind="mlp", activation="silu", encoder_bias=True)
+    torch.nn.init.normal_(layer.decoder.weight)
+    x, found = torch.randn(64, 8), {}
+    for device in ("cpu", NAME):
+        layer.to(device).zero_grad()
+        output = layer(x.to(device))
+        output.square().sum().backward()
+        tensors = (output.detach(), *(weight.grad for weight in layer.parameters()))
+        found[device] = torch.cat([tensor.cpu().flatten() for tensor in tensors]).tolist()
+    REFUSED.clear()
+    _tried_to_sum_rows.cache_clear()
+    return found
+
+
 def main() -> None:
-    """Every check of scripts/check_device.py there and on the CPU, a line of JSON each, and what was done there."""
+    """Every check of scripts/check_device.py there and on the CPU, a line of JSON each, and what else the tests ask."""
     install()
+    print(json.dumps({"refusals": refusals(), "without sums of rows": without_sums_of_rows()}))
     import check_device
 
     for module in ("export", "edit", "heal"):  # no fresh process has the device
@@ -159,7 +201,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for row in check_device.compared(Path(folder), "auto", 2_048):
             print(json.dumps(row), flush=True)
-    print(json.dumps(sorted(OPERATIONS)))
+    print(json.dumps({"operations": sorted(OPERATIONS)}))
 
 
 if __name__ == "__main__":

@@ -302,6 +302,7 @@ def test_a_tracker_that_is_not_installed(refused_conversion, monkeypatch, tracke
 def test_a_device_that_is_not_there(refused_conversion):
     message = refused_conversion("DeviceError", "--device=cuda")
     assert "'device' is 'cuda', which this machine does not have" in message and "expected: cpu" in message
+    assert "to mend: --device cpu, or --device auto" in message
 
 
 def test_a_memory_budget_that_is_too_small_is_refused_before_weights_are_read(refused_conversion, tmp_path):

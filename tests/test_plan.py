@@ -150,9 +150,9 @@ def test_without_measuring_there_is_no_time():
 
 
 def test_planning_for_a_gpu_that_is_not_here(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available=False: None)
     plan, _ = mxdsurgery.plan("demo-glu", device="cuda", measure=True)
-    assert plan.machine.memory is None and plan.unmeasured == "there is no GPU here" and plan.refusal is None
+    assert plan.machine.memory is None and plan.unmeasured == "there is no cuda here" and plan.refusal is None
     limited, _ = mxdsurgery.plan("demo-glu", device="cuda", memory=0.06)
     assert limited.machine.memory == int(0.06 * 2**30) and limited.groups[0].text_bytes == 0
 
