@@ -19,7 +19,7 @@ parser.add_argument("folder", help="what `mxdsurgery convert` wrote")
 parser.add_argument("--layer", type=int, help="default: the last converted one")
 args = parser.parse_args()
 
-model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True).float().eval()
+model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True, dtype=torch.float32).eval()
 tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
 entries = {entry["layer"]: entry for entry in model.config.mxd["layers"]}
 layer = max(entries) if args.layer is None else args.layer

@@ -18,7 +18,8 @@ parser.add_argument("--text", default="def read(path):\n    with open(path) as f
 parser.add_argument("--layer", type=int, help="the layer to show; default: the last one with experts")
 args = parser.parse_args()
 
-model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True).eval()
+# float32 runs well on any processor; where a GPU or processor multiplies bfloat16 matrices, that takes half the memory.
+model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True, dtype=torch.float32).eval()
 tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
 ids = tokenizer(args.text, return_tensors="pt")["input_ids"]  # (1, T)
 gates = {at: module.gate for at, module in model.mxd.layers.items()}

@@ -6,7 +6,7 @@ The tasks are in the folder lm_eval_tasks: a YAML file each, and 40 beginnings o
 continuation. Nothing is downloaded. The harness loads the converted model as it does any that needs trust_remote_code; its own
 command line does the same:
 
-    lm_eval --model hf --model_args pretrained=demo-glu-mxd,trust_remote_code=True \\
+    lm_eval --model hf --model_args pretrained=demo-glu-mxd,dtype=float32,trust_remote_code=True \\
         --include_path examples/lm_eval_tasks --tasks python_pairs,python_bits --device cpu
 """
 
@@ -40,7 +40,7 @@ tasks = TaskManager(include_path=str(Path(__file__).parent / "lm_eval_tasks"), i
 
 def scores(model: str, trusted: bool) -> dict:
     """What the harness finds, with `results` and `n-samples` by task."""
-    loaded = HFLM(pretrained=model, trust_remote_code=trusted, device=args.device, batch_size=args.batch_size)
+    loaded = HFLM(pretrained=model, dtype="float32", trust_remote_code=trusted, device=args.device, batch_size=args.batch_size)
     return lm_eval.simple_evaluate(loaded, tasks=list(TASKS), task_manager=tasks, log_samples=False, bootstrap_iters=0)
 
 

@@ -102,7 +102,7 @@ print(f"merged into the weights, by at most {(logits(merged) - expected).abs().m
 whole = Path(args.out) / "merged"
 merged.save_pretrained(whole)
 tokenizer.save_pretrained(whole)
-again = AutoModelForCausalLM.from_pretrained(whole, trust_remote_code=True).eval()
+again = AutoModelForCausalLM.from_pretrained(whole, trust_remote_code=True, dtype=torch.float32).eval()
 layer, mxd = next(iter(again.mxd.layers.items()))
 with again.mxd.ablate({layer: range(mxd.gate.n_experts)}):
     ablated = logits(again)

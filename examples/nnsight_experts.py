@@ -24,7 +24,10 @@ parser.add_argument("--text", default="def read(path):\n    with open(path) as f
 parser.add_argument("--layer", type=int, help="the layer to look at; default: the last one with experts")
 args = parser.parse_args()
 
-model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True).eval().requires_grad_(False)
+# float32 runs well on any processor; where a GPU or processor multiplies bfloat16 matrices, that takes half the memory.
+model = (
+    AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True, dtype=torch.float32).eval().requires_grad_(False)
+)
 tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
 ids = tokenizer(args.text, return_tensors="pt")["input_ids"]
 paths = {entry["layer"]: entry["path"] for entry in model.config.mxd["layers"] if "n_experts" in entry["shape"]}

@@ -22,12 +22,15 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("folder", help="what `mxdsurgery convert` wrote")
 parser.add_argument("--disk", type=int, help="how many blocks go to disk; default: half of them")
 parser.add_argument("--device", default="cpu", help="where the others are and where everything is computed")
+parser.add_argument(
+    "--dtype", default="float32", help="what is computed in; bfloat16 takes half the memory, where the device has it"
+)
 parser.add_argument("--text", default="def read(path):\n    with open(path) as file:\n        return", help="what to read")
 args = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
 ids = tokenizer(args.text, return_tensors="pt")["input_ids"].to(args.device)  # (1, T)
-model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True).to(args.device).eval()
+model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True, dtype=args.dtype).to(args.device).eval()
 
 
 @torch.no_grad()
@@ -65,7 +68,7 @@ del model
 
 with tempfile.TemporaryDirectory() as folder:  # for parts whose files are not safetensors; those are read where they lie
     model = AutoModelForCausalLM.from_pretrained(
-        args.folder, trust_remote_code=True, device_map=where, offload_folder=folder
+        args.folder, trust_remote_code=True, dtype=args.dtype, device_map=where, offload_folder=folder
     ).eval()
     away = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
     layers = [layer for layer, mxd in model.mxd.layers.items() if mxd.gate.weight.is_meta]

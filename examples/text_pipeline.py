@@ -22,7 +22,8 @@ parser.add_argument("--experts", help="which, between commas; default: the five 
 parser.add_argument("--tokens", type=int, default=24, help="how many to write after each prompt")
 args = parser.parse_args()
 
-writer = pipeline("text-generation", model=args.folder, trust_remote_code=True)
+# float32 runs well on any processor; where a GPU or processor multiplies bfloat16 matrices, that takes half the memory.
+writer = pipeline("text-generation", model=args.folder, trust_remote_code=True, dtype=torch.float32)
 model, tokenizer = writer.model, writer.tokenizer
 tokenizer.padding_side = "left"  # the prompts end together, where the text goes on
 if tokenizer.pad_token is None:

@@ -14,11 +14,12 @@ from typing import Any
 
 # On Linux, torch then asks for huge pages: the CPU's training step spends a tenth of its time on page faults otherwise.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# Threads that wait for each other sleep soon: where other programs want the processor too, spinning halves the speed.
+# OpenMP's threads then sleep soon while they wait for each other: beside other programs, spinning costs more than it saves.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 
+# The public names, by the module that each is in.
 _PLACES = {
     "analyze": ("Analysis", "analyze"),
     "apply": ("apply", "make_adapter"),
@@ -51,7 +52,7 @@ _PLACES = {
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
 
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

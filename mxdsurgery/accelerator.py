@@ -1,6 +1,7 @@
 """Where a run computes: Accelerate on the recipe's device, with its precision and tracker."""
 
 import importlib.util
+import os
 from datetime import timedelta
 
 import torch
@@ -8,30 +9,36 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from mxdsurgery.compute import training_dtype
+from mxdsurgery.device import check_device
 from mxdsurgery.errors import DeviceError, RecipeError
 from mxdsurgery.parallel import processes
 from mxdsurgery.recipe import Recipe
 
 # Processes wait so long for each other: one may have more to do. The launcher ends them when one dies.
 _PATIENCE = timedelta(days=7)
+# Types of device that Triton compiles for.
+_TRITON_DEVICES = ("cuda", "xpu")
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate, on the recipe's device, with its precision and tracker.
 
     Raises:
-        DeviceError: the device is not there.
+        DeviceError: the device is not there, or Accelerate takes another one or cannot use it in several processes.
         RecipeError: the tracker is not installed.
     """
     _check_tracker(recipe)
+    device = compute_device(recipe)
+    # A second run in the same process may want another precision, or another device.
+    AcceleratorState._reset_state(reset_partial_state=processes() == 1)
     start_processes(recipe)
-    AcceleratorState._reset_state()  # a second conversion in the same process may want another precision
     accelerator = Accelerator(
-        cpu=not _on_gpu(recipe),
+        cpu=device == "cpu",
         mixed_precision="bf16" if computes_in_bf16(recipe) else "no",
         log_with=None if recipe.tracker == "none" else recipe.tracker,
         project_dir=None if recipe.tracker == "none" else f"{recipe.out}.runs",
     )
+    _check_agrees(accelerator, device)
     torch.manual_seed(recipe.seed)
     return accelerator
 
@@ -42,8 +49,24 @@ def start_processes(recipe: Recipe) -> None:
     Raises:
         DeviceError: the recipe's device is not there.
     """
-    compute_device(recipe)
-    PartialState(cpu=not _on_gpu(recipe), timeout=_PATIENCE)
+    PartialState(cpu=compute_device(recipe) == "cpu", timeout=_PATIENCE)
+
+
+def _check_agrees(accelerator: Accelerator, device: str) -> None:
+    """Raises DeviceError where Accelerate, which asks torch and its own environment, does not do what was asked for."""
+    if accelerator.device.type != device:
+        raise DeviceError(
+            f"accelerate computes on {accelerator.device.type}, not on {device}",
+            expected=device,
+            fix=f"unset ACCELERATE_TORCH_DEVICE and ACCELERATE_USE_CPU, or --device {accelerator.device.type}",
+        )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > 1 and processes() == 1:
+        raise DeviceError(
+            f"{launched} processes were launched, and on {device} they cannot work together",
+            expected="one process, or a device that torch.distributed has a back end for",
+            fix="run it without torchrun or accelerate launch, or with --device cpu",
+        )
 
 
 def alone(what: str) -> None:
@@ -55,18 +78,16 @@ def alone(what: str) -> None:
 
 
 def compute_device(recipe: Recipe) -> str:
-    """``cuda`` or ``cpu``: what the recipe's ``device`` means on this machine.
+    """The type of device that the recipe's ``device`` means on this machine.
 
     Raises:
         DeviceError: it is not there.
     """
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("recipe key 'device' is 'cuda', which this machine does not have", expected="cpu")
-    return "cuda" if _on_gpu(recipe) else "cpu"
+    return check_device(recipe.device)
 
 
 def choose_kernels(accelerator: Accelerator, *, d_model: int, n_experts: int, k: int, tokens: int) -> str | None:
-    """Puts the Triton kernels to use on a GPU if they beat plain torch on a step of this shape; says so in a line.
+    """Puts the Triton kernels to use, on a device for which there are any, if they beat plain torch on a step of this shape.
 
     Args:
         accelerator: of the run.
@@ -74,14 +95,18 @@ def choose_kernels(accelerator: Accelerator, *, d_model: int, n_experts: int, k:
         n_experts: its N; 0 where nothing has experts.
         k: its K.
         tokens: per step.
+
+    Returns:
+        What was found, in a line; None where there was nothing to try.
     """
-    if accelerator.device.type != "cuda" or n_experts == 0:
+    device = accelerator.device.type
+    if device not in _TRITON_DEVICES or n_experts == 0:
         return None
     if importlib.util.find_spec("triton") is None:
         return "plain torch: triton is not installed"
     from mxdsurgery.kernels import install_if_faster
 
-    return str(install_if_faster(d_model, n_experts, k, tokens))
+    return str(install_if_faster(d_model, n_experts, k, tokens, device))
 
 
 def computes_in_bf16(recipe: Recipe, d_model: int = 512, d_hidden: int = 2048) -> bool:
@@ -100,10 +125,6 @@ def _in_bf16(asked: str, recipe: Recipe, d_in: int, d_out: int) -> bool:
     if recipe.compute != "auto":
         return recipe.compute == "bfloat16"
     return training_dtype(compute_device(recipe), recipe.batch, d_in, max(1, d_out)).dtype == "bfloat16"
-
-
-def _on_gpu(recipe: Recipe) -> bool:
-    return recipe.device != "cpu" and torch.cuda.is_available()
 
 
 def _check_tracker(recipe: Recipe) -> None:

@@ -16,7 +16,7 @@ from mxdsurgery.adapter import (
     right_base,
     write_adapter,
 )
-from mxdsurgery.checkpoint import PLAN_FILE, load, read_config
+from mxdsurgery.checkpoint import PLAN_FILE, load, read_config, saved_recipe, settle
 from mxdsurgery.console import Reporter
 from mxdsurgery.errors import OutputError
 from mxdsurgery.export import check_output, check_reload, reference_outputs, write_code, written_whole
@@ -32,6 +32,7 @@ def apply(
     base: str | None = None,
     out: str | Path,
     overwrite: bool = False,
+    compute: str | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Writes the whole checkpoint that an adapter was made from, bit for bit. ``out`` appears whole or not at all.
@@ -44,6 +45,7 @@ def apply(
         base: hub id, local folder or demo model; default: the model that it was made from, at that revision.
         out: where to.
         overwrite: take the place of an earlier folder of ours.
+        compute: dtype in which the result is compared with what it should be; as `evaluate`'s.
         reporter: what to tell while working; default: nothing.
 
     Returns:
@@ -72,6 +74,7 @@ def apply(
         with reporter.progress("write", "bytes") as line:
             rebuild(folder, opened, weights, staging, line.update)
         converted = load(staging)
+        settle(converted, saved_recipe(staging, "cpu"), compute)
         write_code(converted.model, staging)
         differs = differing(opened, staging)
         wrong = [name for name in differs if name != CARD and not is_code(name)]
@@ -79,7 +82,7 @@ def apply(
             raise damaged(folder, f"{', '.join(wrong)} would not be what it was")
         vocabulary = converted.model.get_input_embeddings().weight.shape[0]
         ids = (torch.arange(_CHECKED[0] * _CHECKED[1]) * 7919 % vocabulary).view(_CHECKED)
-        differences = check_reload(staging, ids, reference_outputs(converted.model, ids), converted.model.device)
+        differences = check_reload(staging, reference_outputs(converted.model, ids))
     for name in differs:
         reporter.say(f"differs    {name}: written by another version of mxdsurgery, or edited since")
     return {

@@ -18,6 +18,7 @@ from mxdsurgery.cost import (
     make_groups,
     states_bytes,
 )
+from mxdsurgery.device import shares_host_memory
 from mxdsurgery.errors import MemoryBudgetError
 from mxdsurgery.memory import free_memory
 from mxdsurgery.recipe import Recipe
@@ -32,8 +33,8 @@ def stored(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine
     if recipe.inputs != "converted":
         return base
     offloaded = {"auto": (False, True), "none": (False,), "disk": (True,)}[recipe.offload]
-    # A GPU's host keeps the states; there its memory is the bound.
-    host = free_memory("cpu") * BUDGET_SHARE if machine.device == "cuda" else None
+    # The host of a device with a memory of its own keeps the states; there its memory is the bound.
+    host = None if shares_host_memory(machine.device) else free_memory("cpu") * BUDGET_SHARE
     on_disk = (False, True) if host is None or states_bytes(base, recipe) < host else (True,)
     choices = [
         dataclasses.replace(base, offloaded=first, states_on_disk=second)
@@ -93,7 +94,7 @@ def _remedies(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, mach
     if fitting:
         found.append(f"a smaller batch: --batch {fitting[0].batch}")
     in_order = dataclasses.replace(recipe, shuffle=0)
-    if machine.device == "cpu" and _fits(layers, base, in_order, machine):
+    if shares_host_memory(machine.device) and _fits(layers, base, in_order, machine):
         room = machine.memory - needed_bytes(layers, base, in_order, machine)
         found.append(f"a smaller buffer of text: --shuffle {_rounded_down(min(room // TEXT_BYTES, recipe.shuffle), 0)}")
     if recipe.inputs == "joint" or (recipe.inputs == "original" and not found):

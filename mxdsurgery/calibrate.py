@@ -5,6 +5,7 @@ the shortest counts: whatever else the machine does only adds to it.
 """
 
 import dataclasses
+import functools
 import itertools
 import os
 import statistics
@@ -24,13 +25,14 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from mxdsurgery.accelerator import choose_kernels, make_accelerator
 from mxdsurgery.activations import record_activations
 from mxdsurgery.cost import BaseModel, Group, LayerPlan, Machine, base_forward_flops, first_k, layer_flops, tokens_per_step
+from mxdsurgery.device import empty_cache
 from mxdsurgery.distill import LayerInTraining, active_experts, train_step
 from mxdsurgery.effort import EVALUATION_SHARE, Alone, Rates, evaluation_runs
 from mxdsurgery.initialize import layer_shape
 from mxdsurgery.metrics import known_predictions, next_token_scores
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.replacement import LAYER_KINDS
-from mxdsurgery.sparse import CHUNK_BYTES
+from mxdsurgery.sparse import chunk_bytes
 from mxdsurgery.timing import best_seconds
 
 # A measurement is repeated for so many seconds.
@@ -165,8 +167,7 @@ def calibrate(
         base_seconds = flops * tokens_per_step(recipe) / matmul_rate(machine.device, base.dtype)
     head_seconds = _measure_head(base, recipe, machine.device, seconds / 4)
     forward_seconds = _measure_forward(largest, base, recipe, machine.device, seconds / 4)
-    if machine.device == "cuda":
-        torch.cuda.empty_cache()
+    empty_cache(machine.device)
     return Calibration(
         step_seconds=statistics.mean(_schedule(k_seconds)),
         step_flops=sum(layer_flops(largest).values()),
@@ -194,9 +195,10 @@ def _schedule(k_seconds: Sequence[Sequence[float]]) -> list[float]:
     return [float(np.interp(k, ks, seconds)) for k in parts]
 
 
+@functools.cache  # it is the machine's, whatever is planned
 def matmul_rate(device: str, dtype: str) -> float:
     """FLOPs per second of one large matrix product."""
-    side = 8192 if device == "cuda" else 1024
+    side = 1024 if device == "cpu" else 8192
     a = torch.randn(side, side, device=device, dtype=getattr(torch, dtype))
     return 2 * side**3 / best_seconds(lambda: a @ a, 0.2)
 
@@ -228,7 +230,7 @@ def _measure_step(layer: LayerPlan, recipe: Recipe, device: str, seconds: float)
 
 def _training_step(layer: LayerPlan, recipe: Recipe, batch: int, device: str) -> Callable[[int, int], None]:
     """Takes a step of a new layer of this shape, with the given K on the given number of tokens."""
-    with torch.random.fork_rng(), torch.device(device):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         accelerator = make_accelerator(dataclasses.replace(recipe, tracker="none"))
         made = LAYER_KINDS[layer.kind](**layer_shape(layer))
         x, y = torch.randn(2, batch, layer.block.d_model)
@@ -248,7 +250,7 @@ def _measure_pass(
     """Seconds of the base model's pass over a whole batch; over fewer contexts, and scaled, where that takes too long."""
     blocks = [layer.block for layer in layers]
     contexts = recipe.batch // recipe.context
-    with torch.random.fork_rng(), torch.device(device):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, base.dtype)).eval()
         input_ids = torch.randint(base.vocabulary, (contexts, recipe.context))
 
@@ -264,7 +266,7 @@ def _measure_pass(
 def _measure_head(base: BaseModel, recipe: Recipe, device: str, seconds: float) -> float:
     """Seconds of the head, and of comparing what it predicts, on a whole batch; measured on as many tokens as go together."""
     batch = tokens_per_step(recipe)
-    rows = min(batch, max(1, CHUNK_BYTES[device] // (4 * base.vocabulary)))
+    rows = min(batch, max(1, chunk_bytes(device) // (4 * base.vocabulary)))
     with torch.random.fork_rng(), torch.device(device):
         head = nn.Linear(base.d_model, base.vocabulary, bias=False, dtype=getattr(torch, base.dtype))
         hidden, following = torch.randn(rows, base.d_model, dtype=head.weight.dtype), torch.randint(base.vocabulary, (rows,))

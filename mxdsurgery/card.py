@@ -55,10 +55,16 @@ def _print(value: float | None, form: str) -> str:
     return "n/a" if value is None else form.format(value)
 
 
+def computed_in(figures: dict[str, Any]) -> str:
+    """The dtype that figures were computed in, for a sentence; nothing where an older version wrote them."""
+    return f", computed in {figures['compute']}" if "compute" in figures else ""
+
+
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
     """For a terminal."""
     ce = evaluation["original"]["ce"]
-    title = f"On {evaluation['tokens']:,} held-out tokens{_alone(evaluation)}; original cross-entropy {ce:.4f} nats per token"
+    rests_on = f"{evaluation['tokens']:,} held-out tokens{_alone(evaluation)}{computed_in(evaluation)}"
+    title = f"On {rests_on}; original cross-entropy {ce:.4f} nats per token"
     table = Table("layer", title=title)
     shown = [0, *(1 + column for column, (name, _, _) in enumerate(FIGURES) if name in _SHORT)]
     for column in shown[1:]:
@@ -116,8 +122,9 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
             "",
             *_unedited(edits, evaluation),
             f"Measured on {evaluation['tokens']:,} tokens of held-out text ({evaluation['sequences']} contexts of "
-            f"{evaluation['context']}, position 0 left out){_alone(evaluation)}, against the original model, whose "
-            f"cross-entropy there is {evaluation['original']['ce']:.4f} nats per token. All layers together: ΔCE "
+            f"{evaluation['context']}, position 0 left out){_alone(evaluation)}{computed_in(evaluation)}, against the "
+            f"original model, whose cross-entropy there is {evaluation['original']['ce']:.4f} nats per token. All layers "
+            f"together: ΔCE "
             f"{evaluation['all']['delta_ce']:+.4f}, 95 % interval [{interval[0]:+.4f}, {interval[1]:+.4f}]. Intervals of all "
             "figures are in evaluation.json.",
             "",

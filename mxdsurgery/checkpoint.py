@@ -17,9 +17,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mxdsurgery.accelerator import compute_device
 from mxdsurgery.adapter import Adapter, is_adapter, merged, read_adapter, right_base
+from mxdsurgery.compute import model_dtype
 from mxdsurgery.cost import DTYPE_BYTES
+from mxdsurgery.dtypes import compute_in
 from mxdsurgery.errors import ModelNotFoundError, NotConvertedError, WeightsError, first_line
 from mxdsurgery.initialize import layer_shape
+from mxdsurgery.machine import model_shape
 from mxdsurgery.model import check_complete, model_name, own_code
 from mxdsurgery.outside import check_folder, check_types, foreign_code, read_json, shown, stored_shapes
 from mxdsurgery.plan import Plan
@@ -205,22 +208,65 @@ def _check_entry(entry: dict[str, Any]) -> None:
         raise ValueError(f"shape of layer {entry['layer']} is {shown(shape)[:200]}")
 
 
-def load_with_recipe(folder: str | Path, device: str | None = None, dtype: str = "auto") -> tuple[Converted, Recipe]:
-    """A converted model on the device that it is asked for on, and the recipe it was made by, with that device.
+def load_with_recipe(
+    folder: str | Path, device: str | None = None, compute: str | None = None, *, rows: int | None = None
+) -> tuple[Converted, Recipe]:
+    """A converted model on the device that it is asked for on, and the recipe it was made by, settled: see `settle`.
 
     Args:
         folder: what ``convert`` or ``edit`` wrote.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
-        dtype: as `load`'s.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: see `settle`.
+        rows: see `settle`.
 
     Raises:
         NotConvertedError, WeightsError: as `load`.
         DeviceError: the device is not there.
     """
     read_config(folder)
+    recipe = saved_recipe(folder, device)
+    converted = load(folder, device=compute_device(recipe))
+    return converted, settle(converted, recipe, compute, rows=rows)
+
+
+def saved_recipe(folder: str | Path, device: str | None = None) -> Recipe:
+    """The recipe that a converted model was made by, for another use of it: without its tracker, on a device if asked."""
     saved = Recipe(**load_recipe(Path(folder) / RECIPE_FILE))
-    recipe = dataclasses.replace(saved, device=device or saved.device, tracker="none")
-    return load(folder, device=compute_device(recipe), dtype=dtype), recipe
+    return dataclasses.replace(saved, device=device or saved.device, tracker="none")
+
+
+def chosen_dtype(converted: Converted, recipe: Recipe, rows: int | None = None) -> str:
+    """What a converted model is to compute in on a recipe's device: what the recipe asks for, or what is fastest.
+
+    Args:
+        converted: the model.
+        recipe: says where, and how many tokens at a time.
+        rows: texts that are written at a time, token by token, where that is what the model is for.
+
+    Raises:
+        DeviceError: the device is not there.
+    """
+    block = converted.plan.layers[0].block
+    shape = model_shape(converted.model.config, block, rows or recipe.batch, 1 if rows else recipe.context)
+    return model_dtype(converted.plan.dtype, recipe.compute, compute_device(recipe), shape).dtype
+
+
+def settle(converted: Converted, recipe: Recipe, compute: str | None = None, *, rows: int | None = None) -> Recipe:
+    """Lets a converted model compute in what was asked for, or is fastest; the recipe with that.
+
+    Args:
+        converted: the model.
+        recipe: see `chosen_dtype`.
+        compute: ``auto``, ``float32``, ``bfloat16`` or ``float16``; default: the recipe's.
+        rows: see `chosen_dtype`.
+
+    Raises:
+        RecipeError: another word for it.
+        DeviceError: the device is not there.
+    """
+    dtype = chosen_dtype(converted, dataclasses.replace(recipe, compute=compute or recipe.compute), rows)
+    compute_in(converted.model, getattr(torch, dtype))
+    return dataclasses.replace(recipe, compute=dtype)
 
 
 def fingerprint(converted: Converted) -> str:

@@ -27,7 +27,5 @@ LOCAL = 0.3
 BY = ("auto", "token", "text")
 # `coefficients`
 FORMS = ("parquet", "safetensors")
-# `effect`: to compute in.
-DTYPES = ("auto", "float32", "bfloat16")
 # `generate`: of the numbers of ``steer`` and ``clamp``. As in interventions.py, which travels and so imports nothing of this.
 UNITS = ("coefficient", "maximum")

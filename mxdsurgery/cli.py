@@ -10,14 +10,14 @@ import click
 from rich.console import Console
 
 import mxdsurgery
-from mxdsurgery.choices import BY, DEFAULT_K, DEFAULT_KINDS, DTYPES, FORMS, ONE_LAYER, UNITS
+from mxdsurgery.choices import BY, DEFAULT_K, DEFAULT_KINDS, FORMS, ONE_LAYER, UNITS
 from mxdsurgery.console import size
 from mxdsurgery.disclosure import masked, secrets_here
 from mxdsurgery.errors import EditError, MemoryBudgetError, MxDError
 from mxdsurgery.options import (
     AS_JSON,
     BASE,
-    DEVICE,
+    COMPUTE,
     KINDS_HELP,
     RESUME,
     THREADS,
@@ -28,6 +28,7 @@ from mxdsurgery.options import (
     edit_options,
     heal_options,
     labelled_options,
+    machine_options,
     recipe_options,
     text_options,
 )
@@ -169,8 +170,7 @@ def evaluate(folder: str, growth: bool, tokens_single: int | None, as_json: bool
 @RESUME
 @heal_options
 @BASE
-@DEVICE
-@THREADS
+@machine_options
 @click.option("--overwrite", is_flag=True, help="Take the place of an earlier folder of ours.")
 @AS_JSON
 def heal(folder: str, as_json: bool, **options: Any) -> None:
@@ -193,6 +193,7 @@ def heal(folder: str, as_json: bool, **options: Any) -> None:
 @main.command(name="apply")
 @click.argument("adapter")
 @click.option("--base", help="The base model; default: the one that the adapter names.")
+@COMPUTE
 @THREADS
 @click.option("--out", required=True, help="The folder to write.")
 @click.option("--overwrite", is_flag=True, help="Take the place of an earlier folder of ours.")
@@ -265,8 +266,7 @@ def dissect(folder: str, as_json: bool, **options: Any) -> None:
 @click.option("--overwrite", is_flag=True, help="Take the place of an earlier catalogue.")
 @RESUME
 @click.option("--checkpoint-every", type=Count(), help="Passes between two checkpoints; default: the recipe's.")
-@DEVICE
-@THREADS
+@machine_options
 @click.option("--seed", type=int, default=0, show_default=True)
 @AS_JSON
 def experts(folder: str, as_json: bool, **options: Any) -> None:
@@ -299,7 +299,7 @@ def plot(folder: str, as_json: bool, **options: Any) -> None:
 @click.option("--by", type=click.Choice(BY), default="auto", show_default=True, help="What QUERY is.")
 @click.option("--layer", type=int, help="Look in one layer only.")
 @click.option("--top", type=Count(), default=20, show_default=True, help="How many experts to show.")
-@THREADS
+@machine_options
 @AS_JSON
 def search(folder: str, query: str, as_json: bool, **options: Any) -> None:
     """Show which experts in DIR fire most specifically on QUERY, a token or an example text."""
@@ -362,9 +362,6 @@ def edit(folder: str, as_json: bool, **options: Any) -> None:
     "--contexts-per-expert", type=Count(), default=4, show_default=True, help="With --sweep: where each is measured."
 )
 @click.option("--top", type=Count(), default=20, show_default=True, help="Rows to show.")
-@click.option(
-    "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="To compute in; auto: as saved."
-)
 @click.option("--seed", type=int, default=0, show_default=True)
 @AS_JSON
 def effect(folder: str, edits: Any, sweep: int | None, as_json: bool, **options: Any) -> None:
@@ -395,8 +392,7 @@ def effect(folder: str, edits: Any, sweep: int | None, as_json: bool, **options:
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Default: 0.95.")
 @click.option("--samples", type=Count(), help="Default: 1; with --score, 10.")
 @click.option("--seed", type=int, help="Default: 0.")
-@DEVICE
-@THREADS
+@machine_options
 @click.option("--score", is_flag=True, help="Measure how good the steering of one expert is, beside that of others.")
 @click.option("--factors", type=Numbers(), help="With --score: try these multiples of the strength.")
 @click.option("--controls", type=click.IntRange(min=0), help="With --score: so many others. Default: 4.")

@@ -45,6 +45,7 @@ def coefficients(
     tokens: int | None = None,
     layers: str = "all",
     device: str | None = None,
+    compute: str | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Writes every expert coefficient of a converted model on a text.
@@ -56,7 +57,8 @@ def coefficients(
         data: the text; default: the recipe's held-out text.
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
         layers: which; as ``convert``'s.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         reporter: what to tell while working; default: nothing.
 
     Returns:
@@ -72,7 +74,7 @@ def coefficients(
     out = Path(out)
     if out.exists():
         raise OutputError(f"{str(out)!r} exists already", expected="a new folder", fix="give another --out")
-    converted, recipe = load_with_recipe(folder, device)
+    converted, recipe = load_with_recipe(folder, device, compute)
     chosen = layers_with_experts(converted, layers)
     ids = held_out(converted, recipe, data, tokens)
     rows = max(1, PART // ids.shape[1])

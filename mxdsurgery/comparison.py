@@ -151,11 +151,11 @@ def layer_file(out: Path, layer: int, kind: str, k: int | None) -> Path:
     return out / _LAYERS_FOLDER / f"layer{layer}-{kind}{f'-k{k}' if k is not None else ''}.safetensors"
 
 
-def save_layer(layer: nn.Module, planned: LayerPlan, out: Path) -> None:
-    """Keeps the weights, and in the file's header the kind and shape that they are of."""
+def save_layer(layer: nn.Module, planned: LayerPlan, out: Path, dtype: str) -> None:
+    """Keeps the weights, stored in a dtype, and in the file's header the kind and shape that they are of."""
     path = layer_file(out, *row_key(planned))
     path.parent.mkdir(exist_ok=True)
-    state = {name: tensor.cpu().contiguous() for name, tensor in layer.state_dict().items()}
+    state = {name: tensor.to("cpu", getattr(torch, dtype)).contiguous() for name, tensor in layer.state_dict().items()}
     save_file(state, path, metadata={"kind": planned.kind, "shape": json.dumps(layer_shape(planned))})
 
 

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from huggingface_hub import cached_assets_path
 from torch import nn
 
+from mxdsurgery.device import hardware, synchronise
+
 # A dtype has to be so many times as fast as the one that is preferred.
 _WORTH_IT = 1.1
 # A call has to take so many seconds before its rate is believed, if it has rows enough; so many calls of each size are made.
@@ -139,8 +141,7 @@ def _seconds_per_row(run: Callable[[int], Any], rows: int, device: str) -> float
     def seconds(count: int) -> float:
         start = time.perf_counter()
         run(count)
-        if device != "cpu":
-            torch.accelerator.synchronize()
+        synchronise(device)
         return time.perf_counter() - start
 
     count = min(rows, 8)
@@ -207,8 +208,7 @@ def _machine(device: str) -> str:
     if device == "cpu":
         name = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     else:
-        module = torch.get_device_module(device)
-        name = module.get_device_name() if hasattr(module, "get_device_name") else f"{device} of {platform.machine()}"
+        name = hardware(device)
     limits = (f"{name}={os.environ[name]}" for name in ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS") if name in os.environ)
     return ", ".join([name, f"torch {torch.__version__}", *limits])
 

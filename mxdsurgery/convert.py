@@ -22,7 +22,7 @@ from mxdsurgery.measure import Measurement
 from mxdsurgery.memory import PeakMemory
 from mxdsurgery.model import decoder_layers, load_model, load_tokenizer
 from mxdsurgery.offload import move, resident
-from mxdsurgery.parallel import check_parallel, first_ones, layer_shares, processes, rank
+from mxdsurgery.parallel import check_parallel, layer_shares, processes, rank
 from mxdsurgery.plan import WORTH_PREDICTING, Plan, plan, read_plan, with_layers, with_time
 from mxdsurgery.proof import prove_block
 from mxdsurgery.recipe import Recipe
@@ -85,15 +85,14 @@ def convert(
     if not resume:
         made.check_budget()
     start_processes(resolved)
-    run = RunFolder(out, resolved)
-    made = _as_begun(made, run, resume)
-    settled = made.settled(resolved)
-    accelerator = make_accelerator(settled)
     check_parallel(resolved)
     reporter = Reporter() if rank() else reporter
+    run = RunFolder(out, resolved)
     run.open(depends_on(resolved.to_dict()) | {"processes": processes()}, resume, resolved.overwrite)
     with run.working(reporter) as reporter:
-        made = _settled(made, resolved, run, reporter, resume)
+        settled = run.as_begun(made.settled(resolved), reporter.say)
+        accelerator = make_accelerator(settled)
+        made = _settled(made.computing_as(settled), resolved, run, reporter, resume)
         mine, shares = _my_share(made, resolved, run)
         for line in made.leaves():
             reporter.say(line)
@@ -130,24 +129,15 @@ def convert(
     return Conversion(out, made, resolved, evaluation, training.seconds)
 
 
-def _as_begun(made: Plan, run: RunFolder, resume: bool) -> Plan:
-    """The plan with what the run that goes on computes in, or else what the first of several processes measured."""
-    begun = run.path / PLAN_FILE
-    machine = _read_plan(begun).machine if resume and begun.is_file() else made.machine
-    if machine is None:  # of an older version
-        return made
-    chosen = first_ones({name: getattr(machine, name) for name in ("compute", "compute_why", "bf16", "selection")})
-    return dataclasses.replace(made, machine=dataclasses.replace(made.machine, **chosen))
-
-
 def _settled(made: Plan, recipe: Recipe, run: RunFolder, reporter: Reporter, resume: bool) -> Plan:
     """The plan that is carried out: that of the run that goes on, or this one, which has to fit. Says what it is."""
     if (run.path / PLAN_FILE).is_file():
-        made = _read_plan(run.path / PLAN_FILE)
+        begun = _read_plan(run.path / PLAN_FILE)
         step = 0 if run.resumed is None else run.resumed.state["step"]
         reporter.say(f"resume     from step {step}, in {run.path}")
-        if resume and made.machine is not None:  # also where there is no checkpoint yet
-            run.keep_threads(made.machine.threads, reporter.say)
+        if begun.machine is not None:  # also where there is no checkpoint yet
+            run.keep_threads(begun.machine.threads, reporter.say)
+        made = begun.computing_as(made.settled(recipe))
     elif rank() == 0:
         made.check_budget()  # not yet, where there was nothing to resume
         made = with_time(made, recipe, WORTH_PREDICTING)

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mxdsurgery.blocks import Block
+from mxdsurgery.device import shares_host_memory
 from mxdsurgery.layer import BATCH_TOP_K_LIMIT
 from mxdsurgery.offload import SHARD_BYTES
 from mxdsurgery.recipe import Recipe
-from mxdsurgery.sparse import CHUNK_BYTES, EXTRA_CANDIDATES, TOP_K_GROUP
+from mxdsurgery.sparse import EXTRA_CANDIDATES, TOP_K_GROUP, chunk_bytes
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 2**30
@@ -118,7 +119,7 @@ class Machine:
     """What the layers are trained on.
 
     Attributes:
-        device: ``cpu`` or ``cuda``.
+        device: its type, as ``cpu`` or ``cuda``.
         bf16: whether the layers in training compute under bf16 autocast.
         selection: whether their experts are ranked in bf16.
         memory: budget in bytes; None where it is not known, and nothing is limited.
@@ -276,7 +277,7 @@ def step_bytes(d: int, h: int, n: int, k: int, kind: str, batch: int, bf16: bool
         batch: tokens.
         bf16: under bf16 autocast.
         selection: whether the experts are ranked in bf16.
-        device: ``cpu`` or ``cuda``.
+        device: its type, as ``cpu`` or ``cuda``.
     """
     encoders = 2 if kind == "glu" else 1
     width = 2 if bf16 else 4  # bytes of a hidden unit
@@ -287,7 +288,7 @@ def step_bytes(d: int, h: int, n: int, k: int, kind: str, batch: int, bf16: bool
     ranking = 2 * (n + batch) * d if selection else 0
     # one chunk of pre-activations with its maxima, and the columns (index, position, value) that the top-k compares.
     row = max(1, n) * (2 if selection else 4)
-    rows = min(batch, max(1, CHUNK_BYTES[device] // row))
+    rows = min(batch, max(1, chunk_bytes(device) // row))
     chunk = rows * (row + row // (TOP_K_GROUP - 1) + candidates * TOP_K_GROUP * (8 + 8 + 4))
     # Then forward and backward. Autocast's bf16 copies of E, E_up and D, one bf16 gradient of a weight, and x in bf16:
     copies = 2 * ((encoders + 2) * d * h + batch * d) if bf16 else 0
@@ -340,7 +341,7 @@ def make_group(
     parameters = sum(layer.parameters for layer in layers)
     by_kind = [layer_flops(layer) for layer in layers]
     flops = {name: sum(row[name] for row in by_kind) for name in by_kind[0]}
-    on_host = machine.device == "cuda"  # what does not compute lies beside the GPU
+    on_host = not shares_host_memory(machine.device)  # what does not compute lies beside the device
     whole = recipe.inputs == "joint"  # one backward pass through all layers, with both models' logits
     logits = batch * base.vocabulary * 3 * base.element_bytes
     working = sum(steps) + logits if whole else max(*steps, forward_bytes(base, widest, batch), drawn)
@@ -397,7 +398,7 @@ def evaluation_bytes(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recip
     it is written.
     """
     batch, widest = tokens_per_step(recipe), max(layer.block.d_hidden for layer in layers)
-    rows = min(batch, max(1, CHUNK_BYTES[machine.device] // (4 * base.vocabulary)))
+    rows = min(batch, max(1, chunk_bytes(machine.device) // (4 * base.vocabulary)))
     variants = 4 * (len(layers) + 1) * batch * base.d_model * base.element_bytes
     logits = rows * base.vocabulary * (base.element_bytes + 5 * 4) + min(HELD_BYTES, variants)
     kept = batch * base.d_model * base.element_bytes * (len(base.layer_parameters) + len(layers))

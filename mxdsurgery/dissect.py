@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from mxdsurgery.console import Reporter
+from mxdsurgery.device import widest
 from mxdsurgery.labelled import Labelled, TokenBatch, read_labelled
 from mxdsurgery.layer import MxDLayer
 from mxdsurgery.metrics import frequency_decades
@@ -34,6 +35,7 @@ def dissect(
     context: int | None = None,
     base: str | None = None,
     device: str | None = None,
+    compute: str | None = None,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -48,7 +50,8 @@ def dissect(
         samples: texts, drawn at random; default: all.
         context: tokens that each text is cut after; default: the recipe's.
         base: the original model, where it is not found any more as the recipe names it.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         seed: of the samples and permutations.
         reporter: what to tell while working; default: nothing.
 
@@ -63,7 +66,7 @@ def dissect(
         BaseModelError: the original model is missing or another one.
     """
     reporter = reporter or Reporter()
-    opened = open_subjects(folder, layer, base=base, device=device)
+    opened = open_subjects(folder, layer, base=base, device=device, compute=compute)
     decoder = opened.block.decoder.weight(opened.model.base_model)
     result: dict[str, Any] = {"layer": opened.block.layer, "decoder_effective_rank": effective_rank(decoder)}
     result["subjects"] = [
@@ -82,7 +85,12 @@ def dissect(
 
 def effective_rank(matrix: Tensor) -> float:
     """``exp`` of the entropy of the normalised singular values (Roy & Vetterli, EUSIPCO 2007): 1 to min(shape)."""
-    return _entropy_rank(torch.linalg.svdvals(matrix.double()))
+    return _entropy_rank(torch.linalg.svdvals(_wide(matrix)))
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    """In float64; on the CPU where its own device has none."""
+    return (matrix if widest(matrix.device) == torch.float64 else matrix.cpu()).double()
 
 
 def _entropy_rank(singular_values: Tensor) -> float:
@@ -99,7 +107,7 @@ def expert_ranks(layer: nn.Module, seed: int = 0) -> dict[str, Any]:
     """
     if not isinstance(layer, MxDLayer):
         return {"experts": layer.gate.n_experts, "effective": {f"{q:.0%}": 1.0 for q in _QUANTILES}, "numerical_median": 1}
-    decoder, c = layer.decoder.weight.double(), layer.experts.weight.double()
+    decoder, c = _wide(layer.decoder.weight), _wide(layer.experts.weight)
     chosen = torch.randperm(len(c), generator=torch.Generator().manual_seed(seed))[:_RANKED].to(c.device)
     effective, numerical = [], []
     for row in c[chosen]:
@@ -131,7 +139,8 @@ def _nearest(rows: Tensor) -> dict[str, float]:
     nearest, start = [], 0
     for part in unit.split(max(1, _SIMILARITY_ELEMENTS // len(unit))):
         cosines = (part @ unit.T).abs()
-        cosines[torch.arange(len(part)), torch.arange(start, start + len(part))] = 0.0  # itself
+        own = torch.arange(len(part), device=part.device)
+        cosines[own, own + start] = 0.0
         nearest.append(cosines.amax(1))
         start += len(part)
     every = torch.cat(nearest).cpu().numpy()
@@ -159,7 +168,7 @@ def _used_on(
     tokens = torch.zeros(2, len(classes), dtype=torch.float64)
     for x, owner in block_inputs(opened.model, opened.block, batches, report):
         coefficients = {name: layer.coefficients(x) for name, layer in opened.layers.items()}
-        z = opened.block.hidden(opened.model.base_model, x).abs().double().cpu()
+        z = opened.block.hidden(opened.model.base_model, x).abs().cpu().double()
         for name, a in coefficients.items():
             fired[name] += torch.bincount(a.indices[a.values > 0].cpu(), minlength=len(fired[name]))
         for at, labels in enumerate(of_text[:, owner]):  # (n,), the class of each token
@@ -167,7 +176,7 @@ def _used_on(
             mass[HIDDEN_UNITS][at].T.index_add_(0, labels, z)
             for name, a in coefficients.items():
                 places = a.indices.cpu() * len(classes) + labels[:, None]
-                mass[name][at].view(-1).index_add_(0, places.flatten(), a.values.double().cpu().flatten())
+                mass[name][at].view(-1).index_add_(0, places.flatten(), a.values.cpu().double().flatten())
     for subject in subjects:
         frequency = fired[subject["name"]] / tokens[0].sum()
         subject["usage"] = {

@@ -18,6 +18,7 @@ from mxdsurgery.accelerator import selects_in_bf16
 from mxdsurgery.activations import Activations, ShuffledPositions
 from mxdsurgery.baselines import TopKSAE
 from mxdsurgery.cost import LayerPlan, first_k
+from mxdsurgery.device import widest
 from mxdsurgery.errors import DivergedError
 from mxdsurgery.layer import Experts, MxDLayer
 from mxdsurgery.parallel import agree, average_gradients, sum_of_all, text_shares
@@ -108,7 +109,7 @@ class LayerInTraining:
         n_experts = 0 if self.experts is None else len(self.experts.weight)
         self.last_fired = torch.zeros(n_experts, dtype=torch.int64, device=device)
         # Since the last look: the loss, the loss of an output of zero, ‖ŷ-y‖² and ‖y‖².
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(4, dtype=widest(device), device=device)
         self.first_loss: float | None = None
         self.last_loss, self.diverged = math.nan, False  # over the steps before the last look
 
@@ -247,7 +248,7 @@ def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_see
             fired = (a.values > 0).flatten() * tokens_seen
             job.last_fired.scatter_reduce_(0, a.indices.flatten(), fired, "amax")
         error, power = (y_hat - y).square().sum(), y.square().sum()
-        job.sums += torch.stack([loss.detach(), y.norm(dim=-1).mean(), error, power]).double()
+        job.sums += torch.stack([loss.detach(), y.norm(dim=-1).mean(), error, power])
 
 
 def _auxk_loss(job: LayerInTraining, x: Tensor, scale: Tensor, error: Tensor, y: Tensor, tokens_seen: int) -> Tensor | float:

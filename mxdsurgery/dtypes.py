@@ -26,19 +26,21 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
     Where that holds all that the weights do, they are cast to it, those on disk as they are read, and `as_stored` casts them
     back. Where it does not, they stay what they are, and the model runs under autocast.
     """
+    if dtype == computed_in(model):
+        return
+    model._stored_in = model.dtype
     # Some families keep single weights in float32.
     model._stored_wider = {name: held.dtype for name, held in _floats(model) if held.dtype != model.dtype}
     if not holds(dtype, model.dtype):
-        autocast, model._autocast_dtype = torch.autocast(execution_device(model).type, dtype), dtype
+        device, model._autocast_dtype = execution_device(model).type, dtype
         # Of a model whose weights lie on disk, they have a forward of their own already.
         model._without_autocast = {module: module.__dict__.get("forward") for module in _entrances(model)}
         for module in model._without_autocast:
-            module.forward = autocast(module.forward)
-    elif model.dtype != dtype:
-        stored = model.dtype
-        for _, held in _floats(model):
-            if held.dtype == stored:
-                held.data = held.data.to(dtype)
+            module.forward = torch.autocast(device, dtype)(module.forward)  # one each: they are entered within each other
+        return
+    for _, held in _floats(model):
+        if held.dtype == model._stored_in:
+            held.data = held.data.to(dtype)
 
 
 def computed_in(model: PreTrainedModel) -> torch.dtype:
@@ -46,7 +48,12 @@ def computed_in(model: PreTrainedModel) -> torch.dtype:
     return model._autocast_dtype if getattr(model, "_without_autocast", None) else model.dtype
 
 
-def as_stored(model: PreTrainedModel, stored: torch.dtype) -> None:
+def stored_in(model: PreTrainedModel) -> torch.dtype:
+    """What a model's weights are stored in, whatever it computes in."""
+    return getattr(model, "_stored_in", model.dtype)
+
+
+def as_stored(model: PreTrainedModel) -> None:
     """Brings a model's weights to what they are stored in, rounding those that were not read from there, and ends autocast."""
     for module, forward in getattr(model, "_without_autocast", {}).items():
         if forward is None:
@@ -58,7 +65,7 @@ def as_stored(model: PreTrainedModel, stored: torch.dtype) -> None:
     if wider is None:  # it computes in what it is stored in
         return
     for name, held in _floats(model):
-        held.data = held.data.to(wider.get(name, stored))
+        held.data = held.data.to(wider.get(name, model._stored_in))
 
 
 def _floats(model: nn.Module) -> list[tuple[str, Tensor]]:

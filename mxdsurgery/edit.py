@@ -27,6 +27,7 @@ from mxdsurgery.checkpoint import (
 )
 from mxdsurgery.console import Reporter
 from mxdsurgery.digest import file_digest
+from mxdsurgery.dtypes import compute_in, computed_in
 from mxdsurgery.edits import Edits, baked, check_for
 from mxdsurgery.errors import EditError, OutputError
 from mxdsurgery.evaluate import held_out
@@ -63,6 +64,7 @@ def edit(
     tokens: int | None = None,
     overwrite: bool = False,
     device: str | None = None,
+    compute: str | None = None,
     format: str = "checkpoint",
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -79,7 +81,8 @@ def edit(
         data: the text to compare on; default: the recipe's held-out text.
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
         overwrite: take the place of an earlier folder of ours.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         format: ``checkpoint``, or ``adapter``: only what differs from the base model.
         reporter: what to tell while working; default: nothing.
 
@@ -108,7 +111,7 @@ def edit(
             expected="ablate, drop, scale, steer, replace, copy or merge",
             fix="clamp while the model runs: with model.mxd.clamp(...)",
         )
-    before, recipe = load_with_recipe(folder, device)
+    before, recipe = load_with_recipe(folder, device, compute)
     check_for(edits, before)
     target = check_output(out, overwrite)
     ids = held_out(before, recipe, data, tokens)
@@ -118,13 +121,14 @@ def edit(
         _copy(folder, staging)
         _bake(before, named, staging, len(steps) + 1)
         after = load(staging, device=before.model.device)
+        compute_in(after.model, computed_in(before.model))
         with reporter.progress("compare", "contexts") as line:
             result = _compare(before.model, after.model, ids, recipe.batch, line.update)
         result = {"edits": edits.words(), "data": text_name(data or recipe.eval_data or recipe.data)} | result
         result |= {"samples": _samples(before, after, ids)}
         _note(staging, [*steps, result], after, recipe)
         check = ids[: max(1, min(4, len(ids)))]
-        check_reload(staging, check, reference_outputs(after.model, check), after.model.device)
+        check_reload(staging, reference_outputs(after.model, check))
     return result | {"out": str(target), "fingerprint": named.model}
 
 
@@ -137,7 +141,8 @@ def _copy(folder: Path, staging: Path) -> None:
 
 
 def _bake(before: Converted, edits: Edits, staging: Path, step: int) -> None:
-    """Puts the edits in the weights and the config, and what was there before beside them."""
+    """Puts the edits in the weights, as they are stored, and the config; what was there before beside them."""
+    stored = getattr(torch, before.plan.dtype)
     kept = staging / EDITS_FOLDER / str(step)
     kept.mkdir(parents=True)
     for path in _small_files(staging):
@@ -151,8 +156,10 @@ def _bake(before: Converted, edits: Edits, staging: Path, step: int) -> None:
     for layer in edits.layers:
         module = before.layers[layer]
         path = next(name for name, found in before.model.named_modules() if found is module)
-        for name, tensor in baked(edits, layer, module.experts.weight, module.gate.bias, module.experts.bias).items():
-            old = module.state_dict().get(name)
+        held = {name: tensor.to(stored) for name, tensor in module.state_dict().items()}
+        said = (held[name] for name in ("experts.weight", "gate.bias"))
+        for name, tensor in baked(edits, layer, *said, held.get("experts.bias")).items():
+            old = held.get(name)
             if old is None:  # experts.bias
                 entries[layer]["shape"]["expert_bias"] = True
                 rows[f"{path}.{name}:absent"] = torch.zeros(1)

@@ -58,7 +58,7 @@ def effect(
     top: int = 20,
     seed: int = 0,
     device: str | None = None,
-    dtype: str = "float32",
+    compute: str = "float32",
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Measures what edits do to next-token predictions, and what the same edits of other experts do.
@@ -73,9 +73,9 @@ def effect(
             whose firing frequency is nearest; for an expert that never fired, among others that never did.
         top: how many predictions, and how many next tokens, are listed.
         seed: of the controls.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
-        dtype: to compute in. ``auto``, as saved, takes half the memory where that is bfloat16, whose rounding is larger than
-            what most single experts do.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in. bfloat16 takes half the memory, but rounds more than most single experts do; ``auto``: as
+            stored, or float32 where that is faster on this device.
         reporter: what to tell while working; default: nothing.
 
     Returns:
@@ -94,7 +94,7 @@ def effect(
     reporter = reporter or Reporter()
     if not edits:
         raise EditError("no edits were given", expected="an edit file with --edits, or --ablate, --drop, --scale, ...")
-    opened = open_on_text(folder, data=data, tokens=tokens, text_column=text_column, device=device, dtype=dtype)
+    opened = open_on_text(folder, data=data, tokens=tokens, text_column=text_column, device=device, compute=compute)
     check_for(edits, opened.converted)
     with reporter.progress("effect", "passes") as line:
         step = _steps(line, len(opened.batches()) * (3 + controls))
@@ -188,8 +188,8 @@ def _measure(
                 record.add(ids, original, changed, a)
             else:
                 for _, delta_ce, kl in _rows(ids, original, changed):
-                    drawn[number - 1]["delta_ce"] += delta_ce.double().sum().item()
-                    drawn[number - 1]["kl"] += kl.double().sum().item()
+                    drawn[number - 1]["delta_ce"] += delta_ce.cpu().double().sum().item()
+                    drawn[number - 1]["kl"] += kl.cpu().double().sum().item()
             step()
     return record, drawn
 
@@ -239,8 +239,8 @@ class _Record:
         for row, ((before, after, p, next_ids), delta_ce, kl) in enumerate(_rows(ids, original, changed)):
             q = after.softmax(-1)
             fires = firing[row, 1:-1]
-            self.mass["all"] += torch.stack([p.sum(0), q.sum(0)]).double().cpu()
-            self.mass["firing"] += torch.stack([p[fires].sum(0), q[fires].sum(0)]).double().cpu()
+            self.mass["all"] += torch.stack([p.sum(0), q.sum(0)]).cpu()
+            self.mass["firing"] += torch.stack([p[fires].sum(0), q[fires].sum(0)]).cpu()
             figures = {
                 "ce": F.cross_entropy(before, next_ids, reduction="none"),
                 "delta_ce": delta_ce,
@@ -249,7 +249,7 @@ class _Record:
                 "tokens": torch.ones_like(kl),
             }
             for part, chosen in zip(PARTS, (torch.ones_like(fires), fires, ~fires), strict=True):
-                self.table.add(part, {name: value[chosen].double().sum().cpu()[None] for name, value in figures.items()})
+                self.table.add(part, {name: value[chosen].cpu().double().sum()[None] for name, value in figures.items()})
             for place in kl.topk(min(self.top, len(kl))).indices.tolist():
                 if kl[place] <= (self.most[-1]["kl"] if len(self.most) == self.top else 0):
                     break

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mxdsurgery.cost import LayerPlan, first_k
+from mxdsurgery.device import widest
 from mxdsurgery.distill import (
     LayerInTraining,
     Progress,
@@ -34,6 +35,7 @@ from mxdsurgery.distill import (
     learning_rate,
     tracked,
 )
+from mxdsurgery.dtypes import stored_in
 from mxdsurgery.errors import DivergedError
 from mxdsurgery.lora import Adapters
 from mxdsurgery.model import decoder_layers
@@ -84,7 +86,7 @@ class EndToEnd(Progress):
         kl: KL(original ‖ converted) on the training text since the last look, nats per token.
         validation: (step, KL) on the validation text, of the layers as they would be written; the first is of the start.
         best_step: where that was lowest; 0 is the start.
-        best: the layers' weights there, in the model's dtype, on the CPU.
+        best: the layers' weights there, rounded as they will be stored, on the CPU.
         best_adapters: those of the adapters.
         stopped: whether it ended early, for want of a new best.
     """
@@ -153,7 +155,7 @@ class _Standing(nn.Module):
         if self.watched:
             with torch.no_grad():
                 error, power = (flat - y).square().sum(), y.square().sum()
-                job.sums += torch.stack([loss.detach(), size, error, power]).double()
+                job.sums += torch.stack([loss.detach(), size, error, power])
                 if a is not None:
                     fired = (a.values > 0).flatten() * self.tokens_seen
                     job.last_fired.scatter_reduce_(0, a.indices.flatten(), fired, "amax")
@@ -286,7 +288,8 @@ class _Trainer:
         self.optimizers = [job.optimizer for job in self.jobs.values()]
         if adapters is not None:
             self.optimizers.append(torch.optim.Adam(adapters.parameters(), lr=recipe.lr, fused=True))
-        self.kl_sum, self.looked_at = torch.zeros((), dtype=torch.float64, device=accelerator.device), 0
+        device = accelerator.device
+        self.kl_sum, self.looked_at = torch.zeros((), dtype=widest(device), device=device), 0
 
     def step(self, step: int, examples: Iterator[Example]) -> None:
         """One optimiser step."""
@@ -352,7 +355,7 @@ class _Trainer:
             torch.autograd.backward([hidden, *own], gradients)
         for standing in self.standing.values():
             standing.target = standing.loss = None
-        self.kl_sum += kl.double() * share
+        self.kl_sum += kl.to(self.kl_sum) * share
 
     def look(self) -> None:
         """Brings the state's figures of the training text up to date; waits for the device."""
@@ -380,8 +383,8 @@ class _Trainer:
 
     def validate(self, validation: Sequence[Example]) -> None:
         """Looks at the validation text with the layers as they would be written, and keeps them if they are the best."""
-        state, dtype = self.state, self.model.dtype
-        written = {plan: _as_written(plan, job.layer, dtype) for plan, job in self.jobs.items()}
+        state = self.state
+        written = {plan: _as_written(plan, job.layer, self.model) for plan, job in self.jobs.items()}
         merged = contextlib.nullcontext() if self.adapters is None else self.adapters.as_written()
         with replaced(self.model, self.blocks, {plan.block.layer: layer for plan, layer in written.items()}), merged:
             kl = validation_kl(self.model, validation)
@@ -403,9 +406,9 @@ class _Trainer:
             self.adapters.load(self.state.best_adapters)
 
 
-def _as_written(plan: LayerPlan, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a layer in training, as it is after rounding to the model's dtype."""
-    made = copy.deepcopy(layer).to(dtype).eval().requires_grad_(False)
+def _as_written(plan: LayerPlan, layer: nn.Module, model: PreTrainedModel) -> nn.Module:
+    """A copy of a layer in training, as it computes in a model after rounding to what that is stored in."""
+    made = copy.deepcopy(layer).to(stored_in(model)).to(model.dtype).eval().requires_grad_(False)
     if hasattr(made, "gate"):
         made.gate.k, made.gate.selection = plan.k, None
     return made

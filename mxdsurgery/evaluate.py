@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxdsurgery.accelerator import make_accelerator
-from mxdsurgery.checkpoint import EVALUATION_FILE, RECIPE_FILE, Converted, load
+from mxdsurgery.checkpoint import EVALUATION_FILE, RECIPE_FILE, Converted, load, settle
 from mxdsurgery.console import Reporter
 from mxdsurgery.demo import DEMO_MODELS
+from mxdsurgery.dtypes import computed_in
 from mxdsurgery.effort import EVALUATION_SHARE, Alone
 from mxdsurgery.errors import BaseModelError, DataError, MxDError
 from mxdsurgery.export import write_evaluation
@@ -32,6 +33,7 @@ def evaluate(
     tokens_single: int | None = None,
     base: str | None = None,
     device: str | None = None,
+    compute: str | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Measures a converted model against its original on held-out text; saves the figures in its folder.
@@ -43,7 +45,8 @@ def evaluate(
         tokens_single: those that each layer alone is measured on; default: the recipe's ``eval_tokens_single``, or as many as
             the conversion chose, or else as many as keep this within a fifth of the training time.
         base: the original model, where it is not found any more as the recipe names it.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         reporter: what to tell while working; default: nothing.
 
     Returns:
@@ -59,9 +62,10 @@ def evaluate(
     converted = load(folder)
     saved = Recipe(**load_recipe(folder / RECIPE_FILE))
     recipe = dataclasses.replace(saved, eval_tokens=tokens or saved.eval_tokens, device=device or saved.device)
+    settled = settle(converted, recipe, compute)
     heldout = held_out(converted, saved, data, tokens)
-    accelerator = make_accelerator(dataclasses.replace(recipe, tracker="none"))
-    original = load_original(converted, base or recipe.model, recipe)
+    accelerator = make_accelerator(dataclasses.replace(settled, tracker="none"))
+    original = load_original(converted, base or recipe.model, settled)
     original.to(accelerator.device)
     for layer in converted.layers.values():
         layer.to(accelerator.device)
@@ -73,6 +77,7 @@ def evaluate(
     reporter.say(f"evaluate   {measurement.announcement()}")
     with reporter.progress("evaluate", "passes") as line:
         evaluation = measurement.run(line.update)[0]
+    evaluation["compute"] = settled.compute
     evaluation["data"] = data or recipe.eval_data or recipe.data
     edits = converted.model.config.mxd.get("edits", [])
     evaluation |= {"edits": len(edits)} if edits else {}
@@ -135,14 +140,19 @@ def _training_record(folder: Path) -> dict[str, Any]:
 
 
 def load_original(converted: Converted, name: str, recipe: Recipe) -> PreTrainedModel:
-    """The model that a converted one was made from, after making sure that it is that one.
+    """The model that a converted one was made from, computing in what that does, after making sure that it is it.
 
     Raises:
         BaseModelError: it is not there, or its weights outside the converted blocks, and what was healed, differ.
     """
     revision = None if Path(name).is_dir() or name in DEMO_MODELS else converted.plan.revision or recipe.revision
     try:
-        original = load_model(name, revision=revision, dtype=converted.plan.dtype)
+        original = load_model(
+            name,
+            revision=revision,
+            dtype=converted.plan.dtype,
+            compute=str(computed_in(converted.model)).removeprefix("torch."),
+        )
     except MxDError as error:
         raise BaseModelError(
             f"the original model of {str(converted.folder)!r} is needed to compare with: {error.found}",

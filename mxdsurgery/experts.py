@@ -65,6 +65,7 @@ def experts(
     resume: bool = False,
     checkpoint_every: int | None = None,
     device: str | None = None,
+    compute: str | None = None,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -84,7 +85,8 @@ def experts(
         overwrite: take the place of an earlier catalogue.
         resume: go on with the unfinished run in ``<out>.run``, if there is one.
         checkpoint_every: passes between two checkpoints; default: the recipe's, or by its checkpoint_minutes alone.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         seed: of what is drawn.
         reporter: what to tell while working; default: nothing.
 
@@ -103,7 +105,7 @@ def experts(
         Interrupted: Ctrl-C; a checkpoint is written first.
     """
     reporter = reporter or Reporter()
-    converted, recipe = load_with_recipe(folder, device)
+    converted, recipe = load_with_recipe(folder, device, compute)
     text, column = data or recipe.eval_data or recipe.data, text_column or recipe.text_column
     settings = _Settings(
         fingerprint=fingerprint(converted),

@@ -13,10 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -214,15 +214,15 @@ def export(
     start = time.perf_counter()
     with written_as(out, recipe.format, plan.model, plan.revision, within) as staging:
         with replaced(model, plan.blocks, layers):
-            reference, dtype = reference_outputs(model, check_ids), computed_in(model)
-            as_stored(model, getattr(torch, plan.dtype))
+            reference = reference_outputs(model, check_ids)
+            as_stored(model)
             _save_weights(model, plan, staging)
         tokenizer.save_pretrained(staging)
         write_code(model, staging)
         whole = dataclasses.replace(recipe, format="checkpoint")  # which an adapter gives back
         (staging / RECIPE_FILE).write_text(whole.to_yaml(), encoding="utf-8")
         write_json(staging / PLAN_FILE, plan.to_dict())
-        differences = check_reload(staging, check_ids, reference, execution_device(model), dtype, is_offloaded(model))
+        differences = check_reload(staging, reference, is_offloaded(model))
         if "training" in evaluation:
             evaluation["training"]["measured"]["export_seconds"] = round(time.perf_counter() - start, 1)
         write_evaluation(staging, evaluation, plan, whole)
@@ -307,20 +307,35 @@ def _module_in(folder: Path, made: type) -> str:
     return f".{file.stem}"
 
 
+class Reference(NamedTuple):
+    """What a model in memory computes for ids (B, T): ``logits`` and ``hidden`` states by name; where, and in what dtype."""
+
+    ids: Tensor
+    outputs: dict[str, Tensor]
+    device: torch.device
+    dtype: torch.dtype
+
+
 @torch.no_grad()
-def reference_outputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    """What a model in memory computes for ids (B, T): ``logits`` and ``hidden`` states, for `check_reload`."""
-    ids = ids.to(execution_device(model))
-    return {
-        "logits": model(input_ids=ids, use_cache=False).logits.cpu(),
-        "hidden": model.base_model(input_ids=ids, use_cache=False)[0].cpu(),  # logits, where a family has no base model
+def reference_outputs(model: PreTrainedModel, ids: Tensor) -> Reference:
+    """What `check_reload` compares with."""
+    device = execution_device(model)
+    here = ids.to(device)
+    outputs = {
+        "logits": model(input_ids=here, use_cache=False).logits.cpu(),
+        "hidden": model.base_model(input_ids=here, use_cache=False)[0].cpu(),  # logits, where a family has no base model
     }
+    return Reference(ids.cpu(), outputs, device, computed_in(model))
 
 
-def check_reload(
-    folder: Path, ids: Tensor, reference: dict[str, Tensor], device: torch.device, dtype: torch.dtype, offloaded: bool = False
-) -> dict[str, float]:
-    """Loads the folder in a fresh process without mxdsurgery and compares what it computes, in a dtype.
+def _run_reload(words: Sequence[str], environment: Mapping[str, str], folder: str) -> subprocess.CompletedProcess[str]:
+    """Runs `_RELOAD` with its words in a fresh interpreter, in a folder."""
+    command = (sys.executable, "-I", "-c", _RELOAD, *words)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, check=False)
+
+
+def check_reload(folder: Path, reference: Reference, offloaded: bool = False) -> dict[str, float]:
+    """Loads the folder in a fresh process without mxdsurgery and compares what it computes, where and as the reference did.
 
     Where the model is too large for the memory (``offloaded``), it reads its weights as it needs them there, too.
 
@@ -329,21 +344,10 @@ def check_reload(
     """
     with tempfile.TemporaryDirectory() as scratch:
         given, result = Path(scratch) / "given.safetensors", Path(scratch) / "result.safetensors"
-        save_file({"input_ids": ids.cpu().contiguous()}, given)
+        save_file({"input_ids": reference.ids.contiguous()}, given)
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "TQDM_DISABLE": "1"}
-        command: Sequence[str] = (
-            sys.executable,
-            "-I",
-            "-c",
-            _RELOAD,
-            str(folder),
-            str(given),
-            str(result),
-            str(device),
-            str(dtype).removeprefix("torch."),
-            *(["offloaded"] if offloaded else []),
-        )
-        process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch, check=False)
+        words = [str(folder), str(given), str(result), str(reference.device), str(reference.dtype).removeprefix("torch.")]
+        process = _run_reload([*words, *(["offloaded"] if offloaded else [])], environment, scratch)
         if process.returncode != 0:
             reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
             raise ExportError(
@@ -352,10 +356,10 @@ def check_reload(
             )
         reloaded = load_file(result)
     differences = {}
-    for name, wanted in reference.items():
+    for name, wanted in reference.outputs.items():
         difference = (reloaded[name].float() - wanted.float()).abs().max().item()
         differences[name] = difference
-        limit = 8 * torch.finfo(dtype).eps * wanted.float().abs().max().item()
+        limit = 8 * torch.finfo(reference.dtype).eps * wanted.float().abs().max().item()
         if not difference <= limit:
             raise ExportError(
                 f"the exported checkpoint, reloaded, gives other {name}: they differ by {difference:.3g}",

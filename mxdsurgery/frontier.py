@@ -7,17 +7,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mxdsurgery.accelerator import alone, make_accelerator
+from mxdsurgery.accelerator import alone, compute_device, make_accelerator, start_processes
 from mxdsurgery.blocks import Block
 from mxdsurgery.choices import DEFAULT_K, DEFAULT_KINDS, ONE_LAYER
 from mxdsurgery.comparison import FRONTIER_FILE, Frontier, read_frontier, row_key, save_layer
 from mxdsurgery.console import Reporter
 from mxdsurgery.cost import LayerPlan, layer_parameters, matched_n_experts, transcoder_parameters
 from mxdsurgery.distill import layer_key
+from mxdsurgery.dtypes import compute_in
 from mxdsurgery.errors import Interrupted, OutputError, RecipeError
 from mxdsurgery.measure import Measurement
 from mxdsurgery.model import load_model, load_tokenizer
@@ -86,13 +88,13 @@ def frontier(
     made = dataclasses.replace(with_time(made, resolved, WORTH_PREDICTING), export_seconds=None)  # nothing is exported
     for line in (f"recipe     {made.recipe_file}", *made.summary(resolved)[1:-1]):
         reporter.say(line)
-    accelerator = make_accelerator(resolved)
+    start_processes(resolved)
     alone("a frontier")
     train, heldout = open_texts(resolved, load_tokenizer(model, resolved.revision, resolved.trust_remote_code))
     trusted = {"trust_remote_code": resolved.trust_remote_code}
-    base = load_model(model, revision=resolved.revision, dtype=made.dtype, device=accelerator.device, **trusted)
+    base = load_model(model, revision=resolved.revision, dtype=made.dtype, device=compute_device(resolved), **trusted)
     reporter.say(f"proof      the block recomputed from its weights, relative error {prove_block(base, made.blocks[0]):.1e}")
-    remaining, digest = iter(todo), weights_digest(base)
+    remaining, digest, settled = iter(todo), weights_digest(base), made.settled(resolved)
     with _kept(out, resolved.overwrite):
         for group in made.groups:
             part = dataclasses.replace(made, layers=[next(remaining) for _ in group.layers], groups=[group])
@@ -100,7 +102,10 @@ def frontier(
             group_is = {"group": [layer_key(planned) for planned in part.layers], "base": digest}
             run.open(depends_on(settings) | group_is, resume, resolved.overwrite, f"delete {run.path}")
             with run.working(reporter) as recording:
-                found = _run_group(found, base, part, train, heldout, resolved, accelerator, recording, run)
+                settled = run.as_begun(settled, recording.say)  # and all groups that follow
+                compute_in(base, getattr(torch, settled.compute))
+                accelerator = make_accelerator(settled)
+                found = _run_group(found, base, part, train, heldout, settled, accelerator, recording, run)
                 found.write()
             run.finish(out)
     return found
@@ -145,7 +150,7 @@ def _run_group(
     training = Training(1)
     train_groups(base, made, train, recipe, accelerator, training, reporter, run=run)
     for planned, layer in training.layers.items():
-        save_layer(layer.to(accelerator.device), planned, found.out)
+        save_layer(layer.to(accelerator.device), planned, found.out, made.dtype)
     candidates = [{planned.block.layer: layer} for planned, layer in training.layers.items()]
     with reporter.progress("evaluate", "passes") as line:
         evaluations = Measurement(base, made.blocks[:1], candidates, heldout, recipe.batch).run(line.update)

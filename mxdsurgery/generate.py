@@ -31,6 +31,7 @@ def generate(
     samples: int = 1,
     seed: int = 0,
     device: str | None = None,
+    compute: str | None = None,
 ) -> list[str] | dict[str, Any]:
     """Samples continuations of a prompt; with edits, from the edited model beside the unedited one.
 
@@ -44,7 +45,8 @@ def generate(
         top_p: share of the probability mass that is sampled from.
         samples: how many continuations.
         seed: of the sampling.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
 
     Returns:
         Without edits the texts, prompt included. With edits ``prompt``, ``seed``, ``edits`` (a line each), and the texts as
@@ -56,7 +58,7 @@ def generate(
         CatalogueError: the unit is ``maximum``, and no maxima are known.
         RecipeError: a text of that length cannot be, or several samples at temperature 0.
     """
-    converted, _ = load_with_recipe(folder, device)
+    converted, _ = load_with_recipe(folder, device, compute, rows=samples)
     tokenizer = converted.tokenizer()
     inputs = prompt_ids(tokenizer, prompt)
     sampling = {"samples": samples, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}

@@ -5,7 +5,6 @@ alone and with all. Beside what that does to predictions stands the sum of what 
 far the residual stream is from the original's. Shapes: S contexts, B of them at a time, T tokens, D width.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,15 @@ from transformers import PreTrainedModel
 from mxdsurgery.accelerator import compute_device
 from mxdsurgery.activations import hidden_of
 from mxdsurgery.blocks import Block
-from mxdsurgery.checkpoint import RECIPE_FILE, Converted, load
+from mxdsurgery.card import computed_in
+from mxdsurgery.checkpoint import Converted, load, saved_recipe, settle
 from mxdsurgery.console import Reporter
+from mxdsurgery.device import widest
 from mxdsurgery.errors import BaseModelError
 from mxdsurgery.evaluate import held_out, load_original
 from mxdsurgery.lora import healed_maps
 from mxdsurgery.metrics import Sums, Table, error_sums, scored_predictions, with_interval
 from mxdsurgery.model import decoder_layers
-from mxdsurgery.recipe import Recipe, load_recipe
 from mxdsurgery.scoring import Original, prediction_sums, run_original
 from mxdsurgery.selection import write_layers
 from mxdsurgery.surgery import replaced, resumed_at
@@ -52,6 +52,7 @@ def growth(
     tokens: int | None = None,
     base: str | None = None,
     device: str | None = None,
+    compute: str | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Measures how the error of a converted model grows with the number of its layers; nothing is written.
@@ -61,7 +62,8 @@ def growth(
         data: the text; default: the recipe's held-out text.
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
         base: the original model, where it is not found any more as the recipe names it.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         reporter: what to tell while working; default: nothing.
 
     Returns:
@@ -81,10 +83,10 @@ def growth(
     reporter = reporter or Reporter()
     folder = Path(folder)
     converted = load(folder)
-    recipe = Recipe(**load_recipe(folder / RECIPE_FILE))
     _check_layers_only(converted)
+    recipe = settle(converted, saved_recipe(folder, device), compute)
     ids = held_out(converted, recipe, data, tokens)
-    where = compute_device(dataclasses.replace(recipe, device=device or recipe.device, tracker="none"))
+    where = compute_device(recipe)
     original = load_original(converted, base or recipe.model, recipe).to(where)
     layers = {index: layer.to(where) for index, layer in converted.layers.items()}
     with reporter.progress("growth", "passes") as line:
@@ -94,6 +96,7 @@ def growth(
     rests_on = {"tokens": scored * len(ids), "sequences": len(ids), "context": ids.shape[1]}
     rows = {name: [_figures(columns, which) for which in sets] for name, sets in _sets(sorted(layers)).items()}
     return {
+        "compute": recipe.compute,
         "data": text_name(data or recipe.eval_data or recipe.data),
         **rests_on,
         "original": with_interval("ce", columns, lambda s: s["original.ce"] / s["tokens"]),
@@ -185,10 +188,11 @@ def _stream(run: Original) -> list[Tensor]:
 
 
 def _stream_means(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> list[Tensor]:
-    """Of the original model, by decoder layer, (D,) float64; position 0 left out."""
+    """Of the original model, by decoder layer, (D,) in the `widest` dtype; position 0 left out."""
     sums: list[Tensor] = []
+    wide = widest(batches[0].device)
     for ids in batches:
-        found = [h[:, 1:].double().sum((0, 1)) for h in _stream(run_original(model, blocks, ids))]
+        found = [h[:, 1:].sum((0, 1), dtype=wide) for h in _stream(run_original(model, blocks, ids))]
         sums = [total + part for total, part in zip(sums, found, strict=True)] if sums else found
     return [total / sum(ids[:, 1:].numel() for ids in batches) for total in sums]
 
@@ -255,7 +259,7 @@ def _verdict(joint: dict[str, Any]) -> str:
 
 def growth_table(result: dict[str, Any]) -> list[Any]:
     """What `growth` returns, for a terminal."""
-    predictions = RichTable(title=f"On {result['tokens']:,} held-out tokens; layers in place")
+    predictions = RichTable(title=f"On {result['tokens']:,} held-out tokens{computed_in(result)}; layers in place")
     for heading in ("", "layers", "ΔCE", "95 % interval", "KL", "same top-1", "sum", "difference"):
         predictions.add_column(heading, justify="left" if heading in ("", "layers") else "right")
     for part, words in PARTS:

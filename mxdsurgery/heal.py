@@ -16,18 +16,20 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mxdsurgery.accelerator import make_accelerator
+from mxdsurgery.accelerator import make_accelerator, start_processes
 from mxdsurgery.adapter import ABOUT
-from mxdsurgery.checkpoint import Converted, load_with_recipe
+from mxdsurgery.checkpoint import Converted, chosen_dtype, load, saved_recipe
 from mxdsurgery.choices import HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
 from mxdsurgery.console import Reporter, compact, duration
 from mxdsurgery.cost import LayerPlan
+from mxdsurgery.dtypes import as_stored, compute_in, computed_in
 from mxdsurgery.endtoend import VALIDATION_TOKENS, EndToEnd, Settings, train_end_to_end
 from mxdsurgery.errors import DataError, HealError, OutputError
 from mxdsurgery.evaluate import evaluate, load_original
 from mxdsurgery.export import check_output, check_reload, reference_outputs, write_code, written_as
 from mxdsurgery.inputs import Read
 from mxdsurgery.lora import ADAPTER_FOLDER, Adapters, check_peft, healed_maps, projections
+from mxdsurgery.machine import settled_recipe
 from mxdsurgery.parallel import check_parallel, my_contexts, rank
 from mxdsurgery.recipe import CHECKPOINT_KEYS, Recipe
 from mxdsurgery.resume import weights_digest
@@ -129,6 +131,7 @@ def heal(
     out: str | Path,
     base: str | None = None,
     device: str | None = None,
+    compute: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
     reporter: Reporter | None = None,
@@ -143,7 +146,8 @@ def heal(
         folder: what ``convert`` or ``heal`` wrote; it is left as it is.
         out: where to.
         base: the original model, where it is not found any more as the recipe names it.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         overwrite: take the place of an earlier folder of ours.
         resume: go on with the unfinished run in ``<out>.run``, if there is one, as if it had not been interrupted.
         reporter: what to tell while working; default: nothing.
@@ -166,27 +170,25 @@ def heal(
         Interrupted: Ctrl-C; while training, a checkpoint is written first.
     """
     reporter, how = reporter or Reporter(), Healing(**options)
-    converted, saved = load_with_recipe(folder, device)
+    converted, saved = load(folder), saved_recipe(folder, device)
     _check_folder(converted, out, how)
     recipe = how.recipe(saved)
     size = _contexts_per_pass(recipe, how)
     target = check_output(out, overwrite)
-    accelerator = make_accelerator(recipe)
+    start_processes(recipe)
     check_parallel(recipe)
     reporter = Reporter() if rank() else reporter
     run = RunFolder(target, recipe)
-    identity = depends_on(recipe.to_dict()) | depends_on(asdict(how)) | {"source": weights_digest(converted.model)}
-    run.open(identity, resume, overwrite)
+    run.open(_identity(converted, recipe, how), resume, overwrite)
     with run.working(reporter) as reporter:
+        recipe = _settled(converted, recipe, compute, run, reporter)
+        accelerator = make_accelerator(recipe)
         train, validation = _texts(converted, saved, recipe, how.data)
         original = load_original(converted, base or recipe.model, recipe).to(accelerator.device)
         run.confirm(original=weights_digest(original))
         patient = _patient(converted, original, recipe, how, reporter)
         tokens = size * how.accumulate * recipe.context
-        state = EndToEnd(max(1, recipe.tokens // tokens), tokens)
-        if run.resumed is not None:
-            state.restore(run.resumed.state, patient.layers)
-            reporter.say(f"resume     from step {state.step}, in {run.path}")
+        state = _where_it_stands(EndToEnd(max(1, recipe.tokens // tokens), tokens), patient, run, reporter)
         texts = _texts_with_answers(original, patient, train, validation, size, run.scratch, how, recipe, state)
         if how.teacher == "cached":
             original = None
@@ -199,10 +201,32 @@ def heal(
         origin = (converted.plan.model, converted.plan.revision) if base is None else (base, None)
         with written_as(target, how.format, *origin, within=run.scratch) as checkpoint:
             _write(patient, checkpoint, step, how, validation[:_CHECK_CONTEXTS])
-            evaluation = evaluate(checkpoint, base=base, device=device, reporter=reporter)
+            evaluation = evaluate(checkpoint, base=base, device=device, compute=recipe.compute, reporter=reporter)
     run.finish(target)
     accelerator.end_training()
     return step | {"evaluation": evaluation, "out": str(target)}
+
+
+def _identity(converted: Converted, recipe: Recipe, how: Healing) -> dict[str, Any]:
+    """What the run depends on."""
+    return depends_on(recipe.to_dict()) | depends_on(asdict(how)) | {"source": weights_digest(converted.model)}
+
+
+def _settled(converted: Converted, recipe: Recipe, compute: str | None, run: RunFolder, reporter: Reporter) -> Recipe:
+    """The recipe with what is computed in, as the run began or is fastest here; the converted model computes so."""
+    asked = dataclasses.replace(recipe, compute=compute or recipe.compute)
+    settled = settled_recipe(asked, converted.plan.layers, chosen_dtype(converted, asked))
+    settled = run.as_begun(settled, reporter.say)
+    compute_in(converted.model, getattr(torch, settled.compute))
+    return settled
+
+
+def _where_it_stands(state: EndToEnd, patient: "_Patient", run: RunFolder, reporter: Reporter) -> EndToEnd:
+    """The training's state, of a run that goes on as it was kept."""
+    if run.resumed is not None:
+        state.restore(run.resumed.state, patient.layers)
+        reporter.say(f"resume     from step {state.step}, in {run.path}")
+    return state
 
 
 @dataclass
@@ -401,10 +425,15 @@ def _write(patient: _Patient, folder: Path, step: dict[str, Any], how: Healing, 
         adapters.save(folder / ADAPTER_FOLDER)
         adapters.remove()
     model = converted.model.eval().requires_grad_(False)
+    dtype = computed_in(model)
+    as_stored(model)  # and so rounded, before it is compared
+    compute_in(model, dtype)
+    reference = reference_outputs(model, check)
+    as_stored(model)
     model.config.mxd["healed"] = [*model.config.mxd.get("healed", []), step]
     model.save_pretrained(folder, max_shard_size="5GB", save_original_format=False)
     write_code(model, folder)
-    check_reload(folder, check, reference_outputs(model, check), model.device)
+    check_reload(folder, reference)
 
 
 def heal_table(result: dict[str, Any]) -> Table:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from mxdsurgery.dtypes import stored_in
 from mxdsurgery.errors import LoRAError
 from mxdsurgery.finding import find_blocks
 from mxdsurgery.model import decoder_layers
@@ -102,12 +103,14 @@ class Adapters:
 
     @contextmanager
     def as_written(self) -> Iterator[None]:
-        """While open, the adapters stand in the weights, rounded to their dtype; afterwards these are as they were."""
+        """While open, the adapters stand in the weights, rounded as they are stored; afterwards these are as they were."""
         layers = [self._model.base_model.get_submodule(path) for path in self._paths]
         before = [layer.get_base_layer().weight.detach().clone() for layer in layers]
         try:
             for layer in layers:
                 layer.merge()
+                weight = layer.get_base_layer().weight
+                weight.data = weight.to(stored_in(self._model)).to(weight.dtype)
             yield
         finally:
             for layer, weight in zip(layers, before, strict=True):

@@ -1,5 +1,6 @@
 """What a conversion runs on: the device, how much memory it may take there, and what is computed in."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -10,29 +11,33 @@ from mxdsurgery.blocks import Block
 from mxdsurgery.budget import BUDGET_SHARE
 from mxdsurgery.compute import Choice, Shape, model_dtype
 from mxdsurgery.cost import GIB, LayerPlan, Machine
+from mxdsurgery.device import devices, meant
 from mxdsurgery.memory import free_memory
 from mxdsurgery.recipe import Recipe
 
 
 def this_machine(recipe: Recipe, layers: Sequence[LayerPlan], config: PreTrainedConfig, dtype: str) -> Machine:
     """The recipe's device, also where it is not here, what is computed in there, and the memory budget."""
-    device = "cuda" if recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available()) else "cpu"
+    device = meant(recipe.device)
+    here = device in devices()
+    free = free_memory(device) if here else None
     if recipe.memory is not None:
         memory, source = int(recipe.memory * GIB), "recipe key 'memory'"
-    elif device == "cpu" or torch.cuda.is_available():
-        memory, source = int(BUDGET_SHARE * free_memory(device)), f"{BUDGET_SHARE:.0%} of what is free on {device}"
+    elif free is not None:
+        memory, source = int(BUDGET_SHARE * free), f"{BUDGET_SHARE:.0%} of what is free on {device}"
     else:
-        memory, source = None, "there is no GPU here: name one with --memory"
-    block = max((layer.block for layer in layers), key=lambda block: block.d_hidden)
-    n_experts = max(layer.n_experts for layer in layers)
-    if device != "cpu" and not torch.cuda.is_available():
-        chosen, bf16 = Choice(dtype, "as stored; not measured: there is no GPU here"), recipe.precision != "fp32"
+        why = f"{device} does not say what is free" if here else f"there is no {device} here"
+        memory, source = None, f"{why}: name one with --memory"
+    if not here:
+        chosen, bf16 = Choice(dtype, f"as stored; not measured: there is no {device} here"), recipe.precision != "fp32"
         return Machine(device, bf16, recipe.selection != "fp32", memory, source, None, chosen.dtype, chosen.why)
-    chosen = model_dtype(dtype, recipe.compute, device, model_shape(config, block, recipe.batch, recipe.context))
+    shape = model_shape(config, _widest(layers)[0], recipe.batch, recipe.context)
+    chosen = model_dtype(dtype, recipe.compute, device, shape)
+    settled = settled_recipe(recipe, layers, chosen.dtype)
     return Machine(
         device=device,
-        bf16=computes_in_bf16(recipe, block.d_model, block.d_hidden),
-        selection=selects_in_bf16(recipe, block.d_model, n_experts),
+        bf16=settled.precision == "bf16",
+        selection=settled.selection == "bf16",
         memory=memory,
         memory_source=source,
         threads=torch.get_num_threads(),
@@ -45,3 +50,23 @@ def model_shape(config: PreTrainedConfig, block: Block, tokens: int, context: in
     """What a model computes at a time, in forward passes of so many tokens."""
     heads = getattr(config.get_text_config(decoder=True), "num_attention_heads", None)
     return Shape(tokens, context, block.d_model, block.d_hidden, heads if isinstance(heads, int) else 1)
+
+
+def settled_recipe(recipe: Recipe, layers: Sequence[LayerPlan], compute: str) -> Recipe:
+    """The recipe with what is computed in on its device, in place of each ``auto``.
+
+    Args:
+        recipe: with what was asked for.
+        layers: new ones.
+        compute: of models.
+    """
+    block, n_experts = _widest(layers)
+    precision = "bf16" if computes_in_bf16(recipe, block.d_model, block.d_hidden) else "fp32"
+    selection = "bf16" if selects_in_bf16(recipe, block.d_model, n_experts) else "fp32"
+    return dataclasses.replace(recipe, compute=compute, precision=precision, selection=selection)
+
+
+def _widest(layers: Sequence[LayerPlan]) -> tuple[Block, int]:
+    """The block with the most hidden units, and the most experts."""
+    block = max((layer.block for layer in layers), key=lambda block: block.d_hidden)
+    return block, max(layer.n_experts for layer in layers)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from mxdsurgery.activations import record_activations, recording
 from mxdsurgery.blocks import Block
 from mxdsurgery.console import duration
+from mxdsurgery.device import synchronise, widest
 from mxdsurgery.effort import ON_ALL, Alone, Rates, Runs, evaluation_runs
 from mxdsurgery.errors import DataError
 from mxdsurgery.metrics import Sums, Table, error_sums, frequency_decades, scored_predictions, with_interval
@@ -171,14 +172,14 @@ def _statistics(
     ``s * m + r``; of a Mixture of Decoders, ``m = D z`` and ``r = b``.
     """
     sums: dict[tuple, Tensor | int] = defaultdict(int)
-    tokens = 0
+    tokens, wide = 0, widest(batches[0].device)
     for ids in batches:
         tokens += ids[:, 1:].numel()
         for index, (x, y) in record_activations(model, blocks, ids).items():
-            x, y = x[:, 1:].flatten(0, 1), y[:, 1:].flatten(0, 1).double()
+            x, y = x[:, 1:].flatten(0, 1), y[:, 1:].flatten(0, 1).to(wide)
             sums[index, "y"] = sums[index, "y"] + y.sum(0)
             for number, layers in enumerate(candidates):
-                m, r = (part.double().expand_as(y) for part in layers[index].dense_path(x))
+                m, r = (part.to(wide).expand_as(y) for part in layers[index].dense_path(x))
                 for name, value in (
                     ("my", (m * (y - r)).sum(0)),
                     ("mm", m.square().sum(0)),
@@ -231,8 +232,7 @@ def _rates(model: PreTrainedModel, blocks: Sequence[Block], layers: dict[int, nn
     def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
         start = time.perf_counter()
         result = run()
-        if ids.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronise(ids.device.type)
         return (time.perf_counter() - start) / len(ids), result
 
     hidden_states(model, ids[:1])  # the first run of all takes longer
@@ -347,7 +347,7 @@ def _usage_figures(usage: Sequence[_Usage]) -> dict[str, Any]:
 
     Nothing is known of experts where there are none.
     """
-    frequency = torch.cat([layer.fired.double() / layer.tokens for layer in usage])
+    frequency = torch.cat([layer.fired.cpu().double() / layer.tokens for layer in usage])
     if len(frequency) == 0:
         return {"l0": None, "dead_share": None, "firing_frequency": None}
     return {

@@ -6,15 +6,28 @@ from pathlib import Path
 import psutil
 import torch
 
+from mxdsurgery.device import empty_cache, shares_host_memory
+
 # A container's limit and use, where it has one (Linux, cgroup v2).
 _CONTAINER = Path("/sys/fs/cgroup")
 
 
-def free_memory(device: str) -> int:
-    """Bytes that are free on ``cpu`` or ``cuda``; in a container, of what it may use."""
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info()[0]
+def free_memory(device: str) -> int | None:
+    """Bytes that are free on a device; on the CPU in a container, of what it may use. None where the device does not say."""
+    if device == "cpu":
+        return _free_on_host()
+    empty_cache(device)
+    module = torch.get_device_module(device)
+    if device == "mps":
+        free = module.recommended_max_memory() - module.driver_allocated_memory()
+    elif hasattr(module, "mem_get_info"):
+        free = module.mem_get_info()[0]
+    else:
+        return None
+    return max(0, min(free, _free_on_host())) if shares_host_memory(device) else free
+
+
+def _free_on_host() -> int:
     free = psutil.virtual_memory().available
     try:
         limit, used = ((_CONTAINER / f"memory.{name}").read_text() for name in ("max", "current"))
@@ -26,27 +39,29 @@ def free_memory(device: str) -> int:
 class PeakMemory:
     """The most memory that was used at once, above what was used when this was made.
 
-    On CUDA, what tensors occupied. On the CPU the process's resident memory, which only Linux lets us reset and read.
+    On an accelerator, what tensors occupied, where torch counts that. On the CPU the process's resident memory, which only
+    Linux lets us reset and read.
     """
 
     def __init__(self, device: str) -> None:
         self.device = device
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self._before: int | None = torch.cuda.memory_allocated()
-            return
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is used now
-            self._before = _resident_peak()
-        except OSError:
+            if device == "cpu":
+                Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is used now
+            else:
+                torch.accelerator.reset_peak_memory_stats()
+            self._before: int | None = self._peak()
+        except (OSError, RuntimeError):
             self._before = None
 
     def bytes(self) -> int | None:
         """So far; None where it cannot be measured."""
-        if self._before is None:
-            return None
-        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else _resident_peak()
-        return max(0, peak - self._before)
+        return None if self._before is None else max(0, self._peak() - self._before)
+
+    def _peak(self) -> int:
+        return (
+            _resident_peak() if self.device == "cpu" else torch.accelerator.memory_stats().get("allocated_bytes.all.peak", 0)
+        )
 
 
 def _resident_peak() -> int:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mxdsurgery.device import widest
+
 _RESAMPLES = 2000
 _LEVEL = 0.95
 # Firing frequencies are binned by decade; the first bin holds what fired less often than 1e-5 of the tokens.
@@ -102,12 +104,9 @@ def scored_predictions(input_ids: Tensor) -> int:
 
 def error_sums(y_hat: Tensor, y: Tensor, mean_y: Tensor) -> Sums:
     """‖ŷ-y‖², ‖y‖² and ‖y-ȳ‖² summed over each sequence's positions but 0: y_hat, y (B, T, D), mean_y (D,)."""
-    y_hat, y = y_hat[:, 1:].double(), y[:, 1:].double()
-    return {
-        "error": (y_hat - y).square().sum((1, 2)).cpu(),
-        "power": y.square().sum((1, 2)).cpu(),
-        "variance": (y - mean_y).square().sum((1, 2)).cpu(),
-    }
+    y_hat, y = (part[:, 1:].to(widest(y.device)) for part in (y_hat, y))
+    sums = {"error": y_hat - y, "power": y, "variance": y - mean_y}
+    return {name: part.square().sum((1, 2)).cpu().double() for name, part in sums.items()}
 
 
 @dataclass

@@ -82,6 +82,7 @@ def recipe_options(*without: str) -> Callable[[Callable], Callable]:
 
 
 DEVICE = click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
+COMPUTE = click.option("--compute", type=RecipeValue("compute"), help=RECIPE_KEYS["compute"].doc)
 # On commands that are no conversion; of a conversion it is a key of the recipe, as all the rest.
 THREADS = click.option(
     "--threads",
@@ -90,6 +91,13 @@ THREADS = click.option(
     callback=lambda _ctx, _param, count: use_threads(count),
     help=RECIPE_KEYS["threads"].doc,
 )
+
+
+def machine_options(command: Callable) -> Callable:
+    """The flags of where and how a command that is no conversion computes."""
+    return DEVICE(COMPUTE(THREADS(command)))
+
+
 RESUME = click.option("--resume", is_flag=True, help="Go on with the unfinished run in OUT.run, if there is one.")
 BASE = click.option("--base", help="The original model, if it is not where the recipe says.")
 
@@ -104,8 +112,7 @@ def labelled_options(required: bool) -> Callable[[Callable], Callable]:
         click.option("--samples", type=Count(), help="Texts, drawn at random; default: all."),
         click.option("--context", type=Count(), help="Tokens that each text is cut after; default: the recipe's."),
         BASE,
-        DEVICE,
-        THREADS,
+        machine_options,
         click.option("--seed", type=int, default=0, show_default=True),
     )
     return lambda command: functools.reduce(lambda made, option: option(made), reversed(options), command)
@@ -181,8 +188,7 @@ def text_options(command: Callable) -> Callable:
     options = (
         click.option("--data", help="Text; default: the recipe's held-out text."),
         click.option("--tokens", type=Count(), help="How many of its tokens; default: the recipe's eval_tokens."),
-        DEVICE,
-        THREADS,
+        machine_options,
     )
     return functools.reduce(lambda made, option: option(made), reversed(options), command)
 

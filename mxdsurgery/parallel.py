@@ -124,8 +124,8 @@ def any_of(flags: Sequence[bool], shares: int) -> list[bool]:
     """Whether each is so in any of the processes that share the text."""
     if shares == 1:
         return list(flags)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    values = torch.tensor(flags, dtype=torch.int32, device=device)
+    works_on = dist.Backend.backend_capability.get(dist.get_backend(), ["cpu"])  # nccl on cuda alone, gloo also on the CPU
+    values = torch.tensor(flags, dtype=torch.int32, device="cpu" if "cpu" in works_on else works_on[0])
     agree(values, shares)
     return [bool(value) for value in values.tolist()]
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 from transformers import PreTrainedConfig
 
@@ -30,6 +29,7 @@ from mxdsurgery.cost import (
     tokens_per_step,
     transcoder_parameters,
 )
+from mxdsurgery.device import devices
 from mxdsurgery.dtypes import in_memory
 from mxdsurgery.errors import MemoryBudgetError, RecipeError
 from mxdsurgery.machine import this_machine
@@ -157,6 +157,13 @@ class Plan:
         return dataclasses.replace(
             recipe, compute=self.machine.compute or self.dtype, precision=precision, selection=selection
         )
+
+    def computing_as(self, settled: Recipe) -> "Plan":
+        """The plan with what a settled recipe computes in."""
+        chosen = {"compute": settled.compute, "bf16": settled.precision == "bf16", "selection": settled.selection == "bf16"}
+        if self.machine is None or self.machine.compute != settled.compute:
+            chosen["compute_why"] = "as the run began"
+        return dataclasses.replace(self, machine=self.machine and dataclasses.replace(self.machine, **chosen))
 
     def check_budget(self) -> None:
         """Raises MemoryBudgetError if the conversion does not fit the memory budget."""
@@ -388,9 +395,10 @@ def with_time(made: Plan, recipe: Recipe, worth_it: float = 0.0) -> Plan:
     base = dataclasses.replace(base, offloaded=made.offloaded, states_on_disk=made.states_on_disk)
     if made.refusal is not None:
         return dataclasses.replace(made, unmeasured="it does not fit the memory budget")
-    if machine.device == "cuda" and not torch.cuda.is_available():
-        return dataclasses.replace(made, unmeasured="there is no GPU here")
-    if needed_bytes(made.layers, base, recipe, machine) > free_memory(machine.device):
+    if machine.device not in devices():
+        return dataclasses.replace(made, unmeasured=f"there is no {machine.device} here")
+    free = free_memory(machine.device)
+    if free is not None and needed_bytes(made.layers, base, recipe, machine) > free:
         return dataclasses.replace(made, unmeasured="this machine has not enough memory free to measure one layer's step")
     share = 1.0
     if worth_it > 0.0:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxdsurgery.checkpoint import Converted, load_with_recipe
+from mxdsurgery.device import widest
 from mxdsurgery.evaluate import held_out
 from mxdsurgery.metrics import scored_predictions
 from mxdsurgery.model import decoder_layers
@@ -66,7 +67,7 @@ def open_on_text(
     tokens: int | None,
     text_column: str | None,
     device: str | None,
-    dtype: str,
+    compute: str,
 ) -> Opened:
     """Loads a converted model and the text that it is to be looked at on, as `evaluate` does.
 
@@ -75,7 +76,7 @@ def open_on_text(
         DataError: the text cannot be read or is too short.
         DeviceError: the device is not there.
     """
-    converted, recipe = load_with_recipe(folder, device, dtype)
+    converted, recipe = load_with_recipe(folder, device, compute)
     recipe = dataclasses.replace(recipe, text_column=text_column or recipe.text_column)
     ids = held_out(converted, recipe, data, tokens).to(converted.model.device)
     return Opened(converted, ids, recipe.batch, text_name(data or recipe.eval_data or recipe.data))
@@ -105,7 +106,7 @@ def prediction_shifts(original: Tensor, changed: Tensor, next_ids: Tensor, p: Te
     shift = changed - original
     shift -= torch.linalg.vecdot(p, shift)[:, None]
     if len(shift) and shift.amax() > _LARGEST_SHIFT:
-        log_p, log_q = original.double().log_softmax(-1), changed.double().log_softmax(-1)
+        log_p, log_q = (logits.log_softmax(-1, dtype=widest(logits.device)) for logits in (original, changed))
         lost = log_p - log_q
         return lost.gather(1, next_ids[:, None])[:, 0].to(p), (log_p.exp() * lost).sum(-1).to(p)
     at_next = shift.gather(1, next_ids[:, None])[:, 0]

@@ -51,6 +51,7 @@ def probe(
     context: int | None = None,
     base: str | None = None,
     device: str | None = None,
+    compute: str | None = None,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -67,7 +68,8 @@ def probe(
         samples: texts, drawn at random; default: all.
         context: tokens that each text is cut after; default: the recipe's.
         base: the original model, where it is not found any more as the recipe names it.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         seed: of the sample, the split and the permutations.
         reporter: what to tell while working; default: nothing.
 
@@ -82,7 +84,7 @@ def probe(
         BaseModelError: the original model is missing or another one.
     """
     reporter = reporter or Reporter()
-    opened = open_subjects(folder, layer, base=base, device=device)
+    opened = open_subjects(folder, layer, base=base, device=device, compute=compute)
     labelled = read_labelled(data, text_column, label_column, samples).sample(samples, seed)
     batches = opened.batches(labelled, context)
     read = torch.cat([batch.rows for batch in batches]) if batches else torch.empty(0, dtype=torch.int64)

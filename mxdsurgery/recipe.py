@@ -264,7 +264,12 @@ class Recipe:
         "dtype that the base model and the result are stored in; auto: the base checkpoint's",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    device: str = _key("auto", "text", "where to run; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    device: str = _key(
+        "auto",
+        "text",
+        "where to run; auto: what torch finds here beside the CPU, else the CPU",
+        choices=("auto", "cpu", "cuda", "mps", "xpu"),
+    )
     memory: float | None = _key(
         None,
         "number",
@@ -357,6 +362,8 @@ class Recipe:
 
 
 RECIPE_KEYS: dict[str, Key] = {f.name: f.metadata["key"] for f in dataclasses.fields(Recipe)}
+# What is computed in: auto is settled by measuring the device.
+COMPUTE_KEYS = ("compute", "precision", "selection")
 # When checkpoints are written: they change nothing of what is computed.
 CHECKPOINT_KEYS = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
 

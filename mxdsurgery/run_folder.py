@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import signal
@@ -22,8 +23,8 @@ from mxdsurgery.console import Reporter
 from mxdsurgery.errors import CheckpointError, DivergedError, Interrupted, MxDError, OutputError
 from mxdsurgery.journal import METRICS_FILE, Journal, Recording
 from mxdsurgery.outside import shown
-from mxdsurgery.parallel import any_of, rank, text_shares, wait
-from mxdsurgery.recipe import CHECKPOINT_KEYS, Recipe
+from mxdsurgery.parallel import any_of, first_ones, rank, text_shares, wait
+from mxdsurgery.recipe import CHECKPOINT_KEYS, COMPUTE_KEYS, Recipe
 from mxdsurgery.resume import Checkpoint, Checkpoints, Files
 from mxdsurgery.threads import asked_for, set_threads
 
@@ -92,6 +93,7 @@ class RunFolder:
         self.resumed: Checkpoint | None = None
         self.stop = Stop()
         self.at = 0  # the step of the last checkpoint
+        self.computes = {name: getattr(recipe, name) for name in COMPUTE_KEYS}
         self.anew = ""  # how to begin anew, for people
         self.made: list[Path] = []  # folders above that were not there before, from the lowest
 
@@ -99,6 +101,20 @@ class RunFolder:
     def scratch(self) -> Path | None:
         """A folder for what is gone with the process; on the file system of the result."""
         return None if self.path is None else self.path / f"scratch{self.own}"
+
+    def as_begun(self, chosen: Recipe, say: Callable[[str], None]) -> Recipe:
+        """The recipe with what the run that goes on computes in; or else with what the first of several processes chose.
+
+        Args:
+            chosen: with what would be computed in here, in place of each ``auto``.
+            say: is told, where the run computes in something else.
+        """
+        begun = None if self.resumed is None else self.resumed.state.get("computes")  # an older version's says nothing
+        settled = dataclasses.replace(chosen, **begun or first_ones({name: getattr(chosen, name) for name in COMPUTE_KEYS}))
+        if settled.compute != chosen.compute:
+            say(f"compute    {settled.compute}, as the run began; here it would have been {chosen.compute}")
+        self.computes = {name: getattr(settled, name) for name in COMPUTE_KEYS}
+        return settled
 
     def open(self, identity: Mapping[str, Any], resume: bool, overwrite: bool, anew: str = "--overwrite") -> None:
         """Begins the run, or goes on with it: ``resumed`` then is where it stood.
@@ -220,7 +236,7 @@ class RunFolder:
                 tensors()  # which brings together what all processes know
             self.at = step
             return
-        own = {"step": step, "identity": self.identity, "threads": torch.get_num_threads()}
+        own = {"step": step, "identity": self.identity, "threads": torch.get_num_threads(), "computes": self.computes}
         self.checkpoints.save(step, files, unchanging, own | dict(state))
         self.at = step
 

@@ -16,7 +16,7 @@ from mxdsurgery.blocks import Block
 from mxdsurgery.cost import HELD_BYTES
 from mxdsurgery.metrics import SCORES, Sums, known_predictions, next_token_scores, sum_sequences
 from mxdsurgery.model import decoder_layers
-from mxdsurgery.sparse import CHUNK_BYTES
+from mxdsurgery.sparse import chunk_bytes
 from mxdsurgery.teacher import hidden_states, parts, predict
 
 
@@ -60,7 +60,7 @@ def prediction_sums(
     for number, group in enumerate(_held(others)):
         ce: list[Tensor] = []
         scores: dict[Hashable, list[Tensor]] = {name: [] for name in group}
-        for rows in parts(len(following), vocabulary, CHUNK_BYTES[ids.device.type]):
+        for rows in parts(len(following), vocabulary, chunk_bytes(ids.device.type)):
             known = known_predictions(predict(model, known_states[rows]))
             ce.append(known.cross_entropy(following[rows]))
             for name, states in group.items():

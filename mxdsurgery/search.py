@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mxdsurgery.catalogue import Catalogue, catalogue_of
-from mxdsurgery.checkpoint import load
+from mxdsurgery.checkpoint import load_with_recipe
 from mxdsurgery.errors import DataError
 from mxdsurgery.experts import recorded_coefficients
 
@@ -30,6 +30,8 @@ def search(
     by: str = "auto",
     layer: int | None = None,
     top: int = 20,
+    device: str | None = None,
+    compute: str | None = None,
 ) -> dict[str, Any]:
     """Ranks experts by how specifically they fire on something.
 
@@ -46,6 +48,8 @@ def search(
         by: ``text``, ``token``, or ``auto``: by token if the query, alone or after a space, is one token of the vocabulary.
         layer: look in one layer only.
         top: how many experts to return.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
 
     Returns:
         ``by``, ``query``, ``tokens`` (of the query) and ``experts``, best first: ``layer``, ``expert``, ``score``, ``share``,
@@ -55,7 +59,7 @@ def search(
         NotConvertedError, CatalogueError: the folder or its catalogue is missing, or they do not belong together.
         DataError: the query has no token, or by token more than one.
     """
-    converted = load(folder)
+    converted, _ = load_with_recipe(folder, device, compute)
     catalogue = catalogue_of(converted)
     if layer is not None:
         catalogue.check_layer(layer)
@@ -73,10 +77,10 @@ def search(
         if ids.shape[1] == first:
             raise DataError("the query is empty", expected="a text or a token")
         with torch.no_grad(), recorded_coefficients(converted, layers) as seen:
-            converted.model.base_model(input_ids=ids, use_cache=False)
+            converted.model.base_model(input_ids=ids.to(converted.model.device), use_cache=False)
         found, tokens = [], ids[0, first:].tolist()
         for index in layers:
-            a = seen[index][0]
+            a = type(seen[index][0])(*(part.cpu() for part in seen[index][0]))
             fires = torch.zeros(catalogue.layers[index], dtype=torch.int64)
             mine = a.indices.reshape(ids.shape[1], -1)[first:][a.values.reshape(ids.shape[1], -1)[first:] > 0]
             found += _by_text(catalogue, index, fires.index_add_(0, mine, torch.ones_like(mine)), len(tokens))

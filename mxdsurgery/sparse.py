@@ -5,12 +5,14 @@ adds weighted vectors to rows. The gradients of `mix` are `dots` and `scatter`; 
 and `scatter`. `select` says which rows: it ranks all N in low precision, and the candidates near the top exactly.
 
 This file travels with every exported checkpoint: it imports torch only. Faster kernels for a device enter `KERNELS`
-(mxdsurgery.kernels does); without them everything runs in plain torch.
+(mxdsurgery.kernels does); without them everything runs in plain torch, on any device that torch knows.
 
 Shapes: n tokens, D model width, N rows (experts), K chosen rows per token; weight (N, D), indices (n, K) int64 in [0, N).
 """
 
+import functools
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -20,9 +22,10 @@ from torch import Tensor
 # By device type, a module with `mix`, `dots` and `scatter` of its own.
 KERNELS: dict[str, ModuleType] = {}
 
-# The pre-activations (tokens, N) are formed for so many bytes' worth of tokens at a time: as much as stays near the cores of
-# a CPU, and enough to keep a GPU busy.
-CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
+# The pre-activations (tokens, N) are formed for so many bytes' worth of tokens at a time, by device type: as much as stays
+# near the cores of a CPU, and enough to keep anything else busy.
+CHUNK_BYTES = {"cpu": 2**24}
+_CHUNK_BYTES_ELSEWHERE = 2**28
 # In low precision, so many more candidates than K are ranked again exactly. docs/performance.md has the measurement.
 EXTRA_CANDIDATES = 8
 # Elements per group where the top is found by group maxima.
@@ -61,14 +64,13 @@ def dots(x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
         return kernels.dots(x, indices, weight)
     if weight.device.type == "cpu" and indices.numel() > len(weight):
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # less work than widening every row that is taken
-    if weight.dtype in (torch.float32, torch.float64):
+    if weight.dtype in (torch.float32, torch.float64) and _sums_rows(weight.device.type, weight.dtype):
         # The derivative of `mix` by its values; on a CPU eight times as fast as gathering the rows.
         with torch.enable_grad():
             values = torch.zeros(indices.shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
             mixed = F.embedding_bag(indices, weight.detach(), per_sample_weights=values, mode="sum")
             return torch.autograd.grad(mixed, values, x.to(weight.dtype))[0]
-    parts = max(1, indices.numel() * weight.shape[1] // _GATHERED_ELEMENTS)
-    pairs = zip(x.chunk(parts), indices.chunk(parts), strict=True)
+    pairs = zip(*_parts(weight, indices, x, indices), strict=True)
     return torch.cat([torch.einsum("nd,nkd->nk", some.float(), weight[chosen].float()) for some, chosen in pairs])
 
 
@@ -81,10 +83,21 @@ def scatter(values: Tensor, indices: Tensor, x: Tensor, weight: Tensor) -> Tenso
     if weight.device.type == "cpu" and torch.backends.mkl.is_available() and weight.dtype in (torch.float32, torch.float64):
         out = torch.empty_like(weight)  # given, for otherwise torch makes and fills two
         return torch.addmm(out, _transposed_coefficients(values, indices, len(weight)), x, beta=0, out=out)
+    if not _sums_rows(weight.device.type, weight.dtype):
+        out = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for value, chosen, some in zip(*_parts(weight, indices, values, indices, x), strict=True):
+            out.index_add_(0, chosen.flatten(), (value[:, :, None] * some[:, None]).flatten(0, 1).to(out.dtype))
+        return out.to(weight.dtype)
     with torch.enable_grad():  # the derivative of `mix` by its rows
         rows = weight.detach().requires_grad_()
         mixed = F.embedding_bag(indices, rows, per_sample_weights=values, mode="sum")
         return torch.autograd.grad(mixed, rows, x)[0]
+
+
+def _parts(weight: Tensor, indices: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tensors of n tokens each in parts, for which the chosen rows are gathered at once."""
+    parts = max(1, indices.numel() * weight.shape[1] // _GATHERED_ELEMENTS)
+    return [tensor.chunk(parts) for tensor in tensors]
 
 
 def _transposed_coefficients(values: Tensor, indices: Tensor, n_rows: int) -> Tensor:
@@ -118,10 +131,10 @@ def select(x: Tensor, weight: Tensor, bias: Tensor, k: int, selection: torch.dty
     selection = selection or weight.dtype
     coarse = torch.finfo(selection).bits < 32
     candidates = min(k + EXTRA_CANDIDATES, len(weight)) if coarse else k
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         # A low-precision copy of a float32 matrix lives as long as this call.
         ranking, offset = weight.to(selection), bias.to(selection)
-        rows = max(1, CHUNK_BYTES.get(x.device.type, 2**28) // (len(weight) * ranking.element_size()))
+        rows = max(1, chunk_bytes(x.device.type) // (len(weight) * ranking.element_size()))
         chosen = [top_k(F.linear(chunk.to(selection), ranking, offset), candidates) for chunk in x.split(rows)]
     indices = torch.cat([indices for _, indices in chosen])
     if not coarse:
@@ -162,6 +175,36 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, columns.gather(1, chosen)
 
 
+def chunk_bytes(device: str) -> int:
+    """How many bytes of pre-activations are formed at a time, on a type of device."""
+    return CHUNK_BYTES.get(device, _CHUNK_BYTES_ELSEWHERE)
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """While open, nothing is computed in a lower precision than it comes in, on a type of device; some have no autocast."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _sums_rows(device: str, dtype: torch.dtype) -> bool:
+    """Whether torch's own `F.embedding_bag` does what `mix` is there for on a type of device, gradients included."""
+    return device in ("cpu", "cuda") or _tried_to_sum_rows(device, dtype)
+
+
+@functools.cache
+def _tried_to_sum_rows(device: str, dtype: torch.dtype) -> bool:
+    indices, values = torch.tensor([[0, 2], [2, 1]], device=device), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    values, rows = (part.to(device, dtype).requires_grad_() for part in (values, rows))
+    try:
+        with torch.enable_grad(), without_autocast(device):
+            mixed = F.embedding_bag(indices, rows, per_sample_weights=values, mode="sum")
+            by_value, by_row = torch.autograd.grad(mixed.sum(), (values, rows))
+        found = [part.tolist() for part in (mixed, by_value, by_row)]
+    except RuntimeError:  # it has no kernel for one of the three
+        return False
+    return found == [[[11, 14], [27, 34]], [[3, 11], [11, 7]], [[1, 1], [4, 4], [5, 5]]]
+
+
 def _kernels(weight: Tensor) -> ModuleType | None:
     return KERNELS.get(weight.device.type)
 
@@ -173,7 +216,11 @@ class _Mix(torch.autograd.Function):
         kernels = _kernels(weight)
         if kernels is not None:
             return kernels.mix(values, indices, weight)
-        return F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
+        values = values.to(weight.dtype)
+        if _sums_rows(weight.device.type, weight.dtype):
+            return F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
+        pairs = zip(*_parts(weight, indices, values, indices), strict=True)
+        return torch.cat([torch.einsum("nk,nkd->nd", some, weight[chosen]) for some, chosen in pairs])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

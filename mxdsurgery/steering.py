@@ -71,6 +71,7 @@ def steering(
     controls: int = 4,
     base: str | None = None,
     device: str | None = None,
+    compute: str | None = None,
     seed: int = 0,
     judge: Judge | None = None,
     reporter: Reporter | None = None,
@@ -89,7 +90,8 @@ def steering(
         top_p: share of the probability mass that is sampled from.
         controls: how many other experts, drawn at random among the 20 that fire about as often, are steered to compare.
         base: the original model, where it is not found any more as the recipe names it.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         seed: of the sampling and of the controls.
         judge: who rates texts besides; what is asked of it may cost money, (1 + factors) * samples times.
         reporter: what to tell while working; default: nothing.
@@ -109,7 +111,7 @@ def steering(
         JudgeError: the judge does not answer.
     """
     reporter = reporter or Reporter()
-    converted, recipe = load_with_recipe(folder, device)
+    converted, recipe = load_with_recipe(folder, device, compute, rows=samples)
     kind, layer, expert = _one_expert(edits)
     amount = getattr(in_coefficients(edits, converted, unit), kind)[layer][expert]
     catalogue = catalogue_of(converted)
@@ -246,7 +248,7 @@ class _Writer:
         start, nll = self.inputs.shape[1], []
         for rows in ids.split(_AT_ONCE):
             logits = self.original(input_ids=rows, use_cache=False).logits[:, start - 1 : -1].float()
-            nll.append(F.cross_entropy(logits.transpose(1, 2), rows[:, start:], reduction="none").double().sum(1).cpu())
+            nll.append(F.cross_entropy(logits.transpose(1, 2), rows[:, start:], reduction="none").cpu().double().sum(1))
         new = ids[:, start:].tolist()
         tokens = torch.full((len(new),), float(len(new[0])), dtype=torch.float64)
         return _Texts(self.tokenizer.batch_decode(new), self.concept.similarity(new), torch.cat(nll), tokens)

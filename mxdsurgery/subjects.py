@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mxdsurgery.accelerator import make_accelerator
 from mxdsurgery.activations import record_activations
 from mxdsurgery.blocks import Block
-from mxdsurgery.checkpoint import RECIPE_FILE, load
+from mxdsurgery.checkpoint import RECIPE_FILE, load, saved_recipe, settle
 from mxdsurgery.comparison import FRONTIER_FILE, layer_file, load_layer, read_frontier
 from mxdsurgery.errors import LayerSelectionError
 from mxdsurgery.evaluate import load_original
@@ -21,7 +21,7 @@ from mxdsurgery.export import write_json
 from mxdsurgery.labelled import Labelled, TokenBatch, token_batches
 from mxdsurgery.model import load_model, load_tokenizer
 from mxdsurgery.plan import plan
-from mxdsurgery.recipe import Recipe, load_recipe
+from mxdsurgery.recipe import Recipe
 from mxdsurgery.text import Packing
 
 # What experts are compared with: the original block's own.
@@ -53,7 +53,12 @@ class Subjects:
 
 
 def open_subjects(
-    folder: str | Path, layer: int | None = None, *, base: str | None = None, device: str | None = None
+    folder: str | Path,
+    layer: int | None = None,
+    *,
+    base: str | None = None,
+    device: str | None = None,
+    compute: str | None = None,
 ) -> Subjects:
     """Opens what ``convert`` or ``frontier`` wrote.
 
@@ -61,7 +66,8 @@ def open_subjects(
         folder: of either.
         layer: default: the first that has experts.
         base: the original model, where it is not found any more as the recipe names it.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
 
     Raises:
         NotConvertedError, OutputError: the folder is neither.
@@ -70,7 +76,7 @@ def open_subjects(
     """
     folder = Path(folder)
     opener = _of_frontier if (folder / FRONTIER_FILE).is_file() else _of_converted
-    return opener(folder, layer, base, device)
+    return opener(folder, layer, base, device, compute)
 
 
 def block_inputs(
@@ -107,10 +113,9 @@ def keep_beside(folder: str | Path, what: str, data: str | None, layer: int, res
     write_json(Path(folder) / what / name, result)
 
 
-def _of_converted(folder: Path, layer: int | None, base: str | None, device: str | None) -> Subjects:
+def _of_converted(folder: Path, layer: int | None, base: str | None, device: str | None, compute: str | None) -> Subjects:
     converted = load(folder)
-    saved = Recipe(**load_recipe(folder / RECIPE_FILE))
-    recipe = dataclasses.replace(saved, device=device or saved.device, tracker="none")
+    recipe = settle(converted, saved_recipe(folder, device), compute)
     planned = {entry.block.layer: entry for entry in converted.plan.layers if entry.n_experts}
     index = _chosen(layer, list(planned), folder)
     accelerator = make_accelerator(recipe)
@@ -119,17 +124,21 @@ def _of_converted(folder: Path, layer: int | None, base: str | None, device: str
     return Subjects(model, converted.tokenizer(), planned[index].block, layers, recipe)
 
 
-def _of_frontier(folder: Path, layer: int | None, base: str | None, device: str | None) -> Subjects:
+def _of_frontier(folder: Path, layer: int | None, base: str | None, device: str | None, compute: str | None) -> Subjects:
     found = read_frontier(folder)
     rows = [row for row in found.rows if row["k"] is not None]
     index = _chosen(layer, sorted({row["layer"] for row in rows}), folder)
     recipe = Recipe(**found.settings)
     recipe = dataclasses.replace(recipe, device=device or recipe.device, model=base or recipe.model)
-    made, _ = plan(recipe.model, recipe=folder / RECIPE_FILE, layers=str(index), k=1)
+    asked = {"layers": str(index), "k": 1, "device": recipe.device, "compute": compute or recipe.compute}
+    made, _ = plan(recipe.model, recipe=folder / RECIPE_FILE, **asked)
+    recipe = made.settled(recipe)
     accelerator = make_accelerator(recipe)
-    model = load_model(recipe.model, revision=recipe.revision, dtype=made.dtype, device=accelerator.device)
+    how = {"dtype": made.dtype, "compute": recipe.compute, "device": accelerator.device}
+    model = load_model(recipe.model, revision=recipe.revision, **how)
     paths = {f"{row['kind']}, K = {row['k']}": (row["kind"], row["k"]) for row in rows if row["layer"] == index}
-    layers = {name: load_layer(layer_file(folder, index, *which)).to(accelerator.device) for name, which in paths.items()}
+    kept = {name: load_layer(layer_file(folder, index, *which)) for name, which in paths.items()}
+    layers = {name: layer.to(accelerator.device, model.dtype) for name, layer in kept.items()}
     return Subjects(model, load_tokenizer(recipe.model, recipe.revision), made.blocks[0], layers, recipe)
 
 

@@ -51,7 +51,7 @@ def sweep(
     batch: int | None = None,
     seed: int = 0,
     device: str | None = None,
-    dtype: str = "float32",
+    compute: str = "float32",
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Ranks all experts of a layer by what ablating each one alone does to next-token predictions.
@@ -65,8 +65,8 @@ def sweep(
         contexts_per_expert: an expert that fires in more contexts is measured on so many of them, drawn at random.
         batch: tokens per forward pass; default: the recipe's.
         seed: of the drawing.
-        device: ``auto``, ``cpu`` or ``cuda``; default: the recipe's.
-        dtype: to compute in; see `effect`.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; see `effect`.
         reporter: what to tell while working; default: nothing.
 
     Returns:
@@ -85,7 +85,7 @@ def sweep(
         UnsupportedBlockError: the model's passes cannot be taken up at a layer.
     """
     reporter = reporter or Reporter()
-    opened = open_on_text(folder, data=data, tokens=tokens, text_column=text_column, device=device, dtype=dtype)
+    opened = open_on_text(folder, data=data, tokens=tokens, text_column=text_column, device=device, compute=compute)
     opened = dataclasses.replace(opened, batch=batch or opened.batch)
     (index,) = layers_with_experts(opened.converted, str(layer))
     draw = torch.Generator().manual_seed(seed)
@@ -329,7 +329,7 @@ class _Unedited:
                 before, p = self.logits[context, changes - 1 :], self.p[context, changes - 1 :]
                 after = widened(logits[number, changes - max(start, 1) :])
                 shifts = prediction_shifts(before, after, self.ids[context, changes + 1 :], p)
-                sums[:, number] = torch.stack([part.double().sum() for part in shifts])
+                sums[:, number] = torch.stack(shifts).cpu().double().sum(1)
         return sums[0], sums[1]
 
     def _resumed(self, y: Tensor, rows: Tensor, start: int) -> Tensor:

@@ -102,9 +102,10 @@ def _entries(name: str, values: Tensor, wanted: Tensor, largest: bool) -> pa.Lis
 def _similar(rows: Tensor, c: Tensor, used: Tensor) -> pa.ListArray:
     """The experts whose c_n point most nearly the same way, among those that fired."""
     unit = F.normalize(c, dim=1)
-    cosine = unit[rows.to(c.device)] @ unit.T
+    here = rows.to(c.device)
+    cosine = unit[here] @ unit.T
     cosine[:, ~used.to(c.device)] = -2
-    cosine[torch.arange(len(rows)), rows.to(c.device)] = -2  # itself
+    cosine[torch.arange(len(here), device=c.device), here] = -2  # itself
     found = cosine.topk(min(_ENTRIES, len(c)), dim=1)
     kept = (found.values > -2).cpu() & used[rows][:, None]
     indices, values = found.indices.cpu()[kept].int(), found.values.cpu()[kept].float()

@@ -20,6 +20,7 @@ from mxdsurgery.activations import recording
 from mxdsurgery.blocks import Block
 from mxdsurgery.model import decoder_layers
 from mxdsurgery.offload import execution_device
+from mxdsurgery.sparse import without_autocast
 from mxdsurgery.surgery import answering
 
 # Predictions (tokens, V) are formed for so many bytes' worth of tokens at a time, in fp32.
@@ -90,7 +91,7 @@ class FullTargets:
 
     def kl(self, logits: Tensor, rows: slice) -> Tensor:
         """See `Targets`."""
-        with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(logits.device.type):
             log_p = F.log_softmax(predict(self.model, self.hidden[rows]).float(), dim=-1)
         return F.kl_div(F.log_softmax(logits.float(), dim=-1), log_p, reduction="sum", log_target=True)
 

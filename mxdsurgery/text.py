@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mxdsurgery.demo import stdlib_documents
+from mxdsurgery.device import copies_from_pinned_memory
 from mxdsurgery.errors import DataError, first_line
 from mxdsurgery.packing import Packing
 from mxdsurgery.recipe import Recipe
@@ -292,7 +293,7 @@ class TextStream:
     def batches(self, size: int) -> Iterator[Tensor]:
         """Batches of shuffled contexts without end, pass after pass: yields int64 (B, T), B = size.
 
-        Reading, tokenising and packing run ahead in a thread of their own; where there is a GPU, in pinned memory.
+        Reading, tokenising and packing run ahead in a thread of their own; in pinned memory if a device copies faster from it.
         """
         for number, batch in run_ahead(self._batches(size)):
             self.passes = number
@@ -304,7 +305,7 @@ class TextStream:
         while True:
             numbers, contexts = zip(*itertools.islice(passes, size), strict=True)
             batch = torch.stack(contexts)
-            yield numbers[-1], batch.pin_memory() if torch.cuda.is_available() else batch
+            yield numbers[-1], batch.pin_memory() if copies_from_pinned_memory() else batch
 
     def _shuffled(self, number: int) -> Iterator[Tensor]:
         """One pass in random order: each context is drawn from a full buffer, the next of the text takes its place."""

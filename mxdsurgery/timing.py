@@ -1,13 +1,16 @@
-"""How long a call takes, by torch's own benchmark timer, and on what."""
+"""How long a call takes, by torch's own benchmark timer."""
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
 
+from mxdsurgery.device import devices, synchronise
+
 
 def median_seconds(function: Callable[[], object], min_run_time: float = 1.0) -> float:
-    """The median time of a call, a GPU waited for, on as many threads as torch has; the first call is not counted.
+    """The median time of a call, an accelerator waited for, on as many threads as torch has; the first call is not counted.
 
     Args:
         function: what to call.
@@ -25,10 +28,11 @@ def _times(function: Callable[[], object], min_run_time: float) -> list[float]:
     from torch.utils.benchmark import Timer
 
     function()
-    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    timer = Timer("function()", globals={"function": function}, timer=_now, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=min_run_time).times
 
 
-def hardware(device: str) -> str:
-    """What ``cpu`` or ``cuda`` is here, in words."""
-    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+def _now() -> float:
+    """The time when everything is done; torch's own clock waits for some devices only, in its older versions."""
+    synchronise(devices()[-1])
+    return time.perf_counter()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -69,6 +70,8 @@ def _hear_libraries(warned: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
+    if "transformers" in sys.modules:  # it has read that already
+        sys.modules["transformers"].logging.disable_progress_bar()
     logging.disable(logging.NOTSET if warned else logging.WARNING)  # no library need be loaded for that
     if warned:
         import transformers

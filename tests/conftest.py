@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
 
 import pytest
 import torch
+from forked import ForkingInterpreter
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -84,6 +85,45 @@ def shared() -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def float32_is_fast():
+    """The same machine everywhere, and the fastest for most: what a model computes in is float32, whatever it is stored in.
+
+    tests/test_compute.py has other machines, and measures this one.
+    """
+    from mxdsurgery import compute
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("layer_seconds", "product_seconds"):
+            patch.setattr(compute, name, lambda _device, dtype, *_shape: 1.0 if dtype == "float32" else 4.0)
+        yield
+
+
+@pytest.fixture(scope="session")
+def forking():
+    """Runs code in fresh processes without mxdsurgery that need not import transformers first."""
+    interpreter = ForkingInterpreter()
+    yield interpreter
+    interpreter.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_reloads(forking):
+    """`check_reload` does so in forks of one interpreter; yields its own way, an interpreter each time."""
+    from mxdsurgery import export
+
+    whole = export._run_reload
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "_run_reload", lambda *given: forking.run(export._RELOAD, *given))
+        yield whole
+
+
+@pytest.fixture
+def whole_reloads(forked_reloads, monkeypatch):
+    """Checkpoints are reloaded as they are for users: each command has a test that wants this."""
+    monkeypatch.setattr("mxdsurgery.export._run_reload", forked_reloads)
+
+
 @pytest.fixture
 def interrupted_in_layer_2(monkeypatch):
     """Ctrl-C comes when layer 2 begins to train."""
@@ -104,5 +144,6 @@ def converted(tmp_path_factory):
 
     out = tmp_path_factory.mktemp("converted") / "demo"
     return mxdsurgery.convert(
-        "demo-glu", layers="1-2", tokens=40_000, eval_tokens=4_000, n_experts=256, k=8, out=str(out), device="cpu"
-    )
+        "demo-glu", layers="1-2", tokens=40_000, eval_tokens=4_000, n_experts=256, k=8, shuffle=100_000, out=str(out),
+        device="cpu",
+    )  # fmt: skip

@@ -167,7 +167,7 @@ def test_an_edited_folder_comes_back_with_its_edits_and_not_with_what_was_found_
     assert not apart & {"experts", "report.html", "model.safetensors", "layer.py"}
 
 
-def test_what_is_applied_is_reloaded_without_mxdsurgery(made, tmp_path):
+def test_what_is_applied_is_reloaded_without_mxdsurgery(made, tmp_path, whole_reloads):
     """The base is found where the plan says."""
     applied = apply(made / "adapter", out=tmp_path / "out")
     assert applied["logits"] == applied["hidden"] == 0.0 and applied["tensors_from_base"] > 0

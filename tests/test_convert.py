@@ -101,7 +101,7 @@ def test_a_resumed_run_measures_single_layers_on_as_many_tokens_as_it_had_chosen
 
 def test_evaluate_does_not_reach_into_the_text_that_was_trained_on(tmp_path):
     out = str(tmp_path / "out")
-    options = {"layers": "0", "tokens": 5_000, "eval_tokens": 2_000, "n_experts": 64, "k": 4}
+    options = {"layers": "0", "tokens": 5_000, "eval_tokens": 2_000, "n_experts": 64, "k": 4, "shuffle": 20_000}
     made = mxdsurgery.convert("demo-glu", data="stdlib:train", out=out, **options)
     assert mxdsurgery.evaluate(out, tokens=1_000)["tokens"] < made.evaluation["tokens"]
     with pytest.raises(DataError, match="only the first 2,000 of 'stdlib:train' were held out"):
@@ -137,10 +137,10 @@ def test_analyze_and_plan_print_tables_and_json(model):
         assert len(parsed["layers"]) == 4
 
 
-def test_the_commands_do_what_the_functions_do(converted, tmp_path):
+def test_the_commands_do_what_the_functions_do(tmp_path, whole_reloads):
     out = tmp_path / "out"
-    options = ["--layers", "-1", "--tokens", "10k", "--eval-tokens", "2k", "--n-experts", "64", "--k", "4", "--out", str(out)]
-    made = CliRunner().invoke(main, ["convert", "demo-mlp", *options])
+    options = "--layers -1 --tokens 10k --eval-tokens 2k --n-experts 64 --k 4 --shuffle 20k --out".split()
+    made = CliRunner().invoke(main, ["convert", "demo-mlp", *options, str(out)])
     assert made.exit_code == 0, made.output
     assert "expert share" in made.output and str(out) in made.output
     measured = CliRunner().invoke(main, ["evaluate", str(out), "--json"])
@@ -163,6 +163,8 @@ def test_ctrl_c_says_what_is_there_and_writes_no_model(tmp_path):
         "0",
         "--n-experts",
         "64",
+        "--shuffle",
+        "100k",
     ]
     process = subprocess.Popen(
         [*command, "--out", str(out)],
@@ -191,17 +193,15 @@ def test_an_output_that_cannot_be_written_after_training_loses_no_layers(tmp_pat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mxdsurgery.export.write_code", full)
+    options = {"layers": "0", "tokens": 5_000, "eval_tokens": 1_000, "n_experts": 64, "k": 4, "shuffle": 20_000}
+    options["out"] = str(tmp_path / "out")
     with pytest.raises(OutputError, match="No space left(.|\n)*out.run; the same command with --resume"):
-        mxdsurgery.convert(
-            "demo-glu", layers="0", tokens=5_000, eval_tokens=1_000, n_experts=64, k=4, out=str(tmp_path / "out")
-        )
+        mxdsurgery.convert("demo-glu", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["out.run"]
     monkeypatch.undo()
     steps = []
     monkeypatch.setattr("mxdsurgery.distill.train_step", lambda *_: steps.append(1))
-    mxdsurgery.convert(
-        "demo-glu", layers="0", tokens=5_000, eval_tokens=1_000, n_experts=64, k=4, out=str(tmp_path / "out"), resume=True
-    )
+    mxdsurgery.convert("demo-glu", **options, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and not steps
 
 
@@ -275,7 +275,7 @@ def test_every_model_beside_the_project_converts_in_all_layers(name, shared, tmp
         layers="all",
         **stories(shared),
         tokens=40_000,
-        eval_tokens=3_000,
+        eval_tokens=1_000,
         n_experts=256,
         k=8,
         shuffle=100_000,
@@ -306,8 +306,8 @@ def test_a_relative_path_from_another_folder_still_evaluates(shared, tmp_path, m
 
 def test_the_tensorboard_tracker_gets_the_losses(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install 'mxdsurgery[tensorboard]'")
-    options = {"layers": "0", "tokens": 20_000, "eval_tokens": 1_000, "n_experts": 64, "k": 4, "tracker": "tensorboard"}
-    mxdsurgery.convert("demo-glu", out=str(tmp_path / "out"), **options)
+    options = {"layers": "0", "tokens": 20_000, "eval_tokens": 1_000, "n_experts": 64, "k": 4, "shuffle": 100_000}
+    mxdsurgery.convert("demo-glu", out=str(tmp_path / "out"), tracker="tensorboard", **options)
     events = next((tmp_path / "out.runs").rglob("events.out.tfevents.*"))
     assert b"nmse/layer_0_mxd_k" in events.read_bytes()
 

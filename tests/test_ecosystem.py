@@ -1,6 +1,7 @@
 """A converted model in others' hands: the examples with transformers' pipeline, PEFT, lm-evaluation-harness and Accelerate."""
 
 import dataclasses
+import os
 import re
 import runpy
 import subprocess
@@ -21,12 +22,16 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 WITHOUT = "import runpy, sys; sys.modules['mxdsurgery'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
 
 
-def run(name, *words):
-    """What an example prints."""
-    command = [sys.executable, "-c", WITHOUT, str(EXAMPLES / name), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(forking, tmp_path):
+    """What an example prints that is run with some words, in a process of its own."""
+
+    def printed(name, *words):
+        done = forking.run(WITHOUT, [str(EXAMPLES / name), *map(str, words)], os.environ, str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return printed
 
 
 def load(folder, **how):
@@ -45,7 +50,7 @@ def logits(model, ids=IDS):
     return model(ids).logits
 
 
-def test_the_pipeline_writes_what_the_model_does_with_and_without_experts(converted):
+def test_the_pipeline_writes_what_the_model_does_with_and_without_experts(converted, run):
     prompts = ["def read(path):\n    with open(", "class Queue:\n    def __init__(self", "import os"]
     every = ",".join(map(str, range(256)))
     printed = run("text_pipeline.py", converted.out, "--layer", 1, "--experts", every, "--tokens", 8, "--prompt", *prompts)
@@ -65,7 +70,7 @@ def test_the_pipeline_writes_what_the_model_does_with_and_without_experts(conver
     assert changed and f"changed {changed} of 3 continuations" in printed
 
 
-def test_lora_learns_is_reloaded_and_merged_and_leaves_the_experts_alone(converted, tmp_path):
+def test_lora_learns_is_reloaded_and_merged_and_leaves_the_experts_alone(converted, tmp_path, run):
     printed = run("lora_finetune.py", converted.out, "--out", tmp_path / "a", "--steps", 15, "--context", 32, "--mxd")
     tokens, before = numbers(r"Loss on ([\d,]+) held-out tokens before: ([\d.]+) nats", printed)
     (after,) = numbers(r"after 15 steps: ([\d.]+) nats", printed)
@@ -92,7 +97,7 @@ def test_lora_on_a_module_that_is_not_there_is_refused(converted, tmp_path, monk
     assert "the model has no module c_attn" in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 
-def test_the_harness_scores_both_models_on_every_example(converted):
+def test_the_harness_scores_both_models_on_every_example(converted, run):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'mxdsurgery[test]'")
     printed = run("lm_eval_task.py", converted.out, "--original", model_source("demo-glu"))
     count = len((EXAMPLES / "lm_eval_tasks" / "python_pairs.jsonl").read_text().splitlines())
@@ -109,7 +114,7 @@ def test_the_example_with_the_harness_says_what_it_needs(converted):
     assert done.returncode == 2 and done.stderr.startswith("this example needs lm-evaluation-harness")
 
 
-def test_blocks_on_disk_compute_the_same_with_less_in_memory(converted):
+def test_blocks_on_disk_compute_the_same_with_less_in_memory(converted, run):
     printed = run("offload.py", converted.out, "--disk", 3)
     assert "3 of 4 blocks are on disk" in printed and "the MxD layers [1, 2]" in printed
     kept, whole = numbers(r"In memory: ([\d.]+) MB of ([\d.]+) MB", printed)

@@ -87,7 +87,7 @@ def test_live_and_baked_edits_give_equal_logits(family, kind, layers, tmp_path, 
     torch.testing.assert_close(logits(model, IDS), live, rtol=1e-4, atol=1e-5)
 
 
-def test_every_kind_of_edit_in_a_folder_is_what_it_is_live(folder, tmp_path):
+def test_every_kind_of_edit_in_a_folder_is_what_it_is_live(folder, tmp_path, whole_reloads):
     ids, out = ids_of(folder), tmp_path / "edited"
     edits = edits_from({"layers": {1: ONE_OF_EACH, 2: {"steer": {0: 5.0}}}}, "here")
     result = edit(folder, out=out, edits=edits)

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from mxdsurgery.checkpoint import load
 from mxdsurgery.errors import ExportError, NotConvertedError, OutputError, WeightsError
-from mxdsurgery.export import check_output, check_reload, export, written_whole
+from mxdsurgery.export import Reference, check_output, check_reload, export, reference_outputs, written_whole
 from mxdsurgery.finding import find_blocks
 from mxdsurgery.initialize import initial_layer, measure_statistics
 from mxdsurgery.measure import measure
@@ -225,13 +225,35 @@ def test_a_newer_format_and_missing_weights_are_refused_by_name(folder, tmp_path
         load(partial)
 
 
-def test_the_reload_check_notices_other_weights_and_broken_code(folder):
-    reference = {"logits": torch.zeros(2, 16, 64), "hidden": torch.zeros(2, 16, 32)}
+@pytest.fixture(params=["forked", "whole"])
+def both_ways(request):
+    """The test runs with reloads in forks, as most do, and with reloads as users have them."""
+    if request.param == "whole":
+        request.getfixturevalue("whole_reloads")
+
+
+def test_the_reload_check_notices_other_weights_and_broken_code(folder, both_ways):
+    outputs = {"logits": torch.zeros(2, 16, 64), "hidden": torch.zeros(2, 16, 32)}
+    reference = Reference(IDS, outputs, torch.device("cpu"), torch.float32)
     with pytest.raises(ExportError, match="gives other logits"):
-        check_reload(folder, IDS, reference, torch.device("cpu"), torch.float32)
+        check_reload(folder, reference)
 
 
-def test_broken_code_is_an_export_error_and_leaves_no_folder(tmp_path, monkeypatch):
+def test_the_reload_check_notices_a_spoilt_checkpoint(folder, tmp_path, both_ways):
+    spoilt = shutil.copytree(folder, tmp_path / "spoilt")
+    reference = reference_outputs(load(folder).model, IDS)
+    assert check_reload(spoilt, reference) == {"logits": 0.0, "hidden": 0.0}
+    tensors = load_file(spoilt / "model.safetensors")
+    tensors["model.layers.1.mlp.decoder.weight"][3] += 1
+    save_file(tensors, spoilt / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match="gives other logits"):
+        check_reload(spoilt, reference)
+    (spoilt / "layer.py").unlink()
+    with pytest.raises(ExportError, match="does not load without mxdsurgery: .*layer"):
+        check_reload(spoilt, reference)
+
+
+def test_broken_code_is_an_export_error_and_leaves_no_folder(tmp_path, monkeypatch, both_ways):
     monkeypatch.setattr("mxdsurgery.export._MODELING", "import mxdsurgery\n")
     with pytest.raises(ExportError, match="does not load without mxdsurgery"):
         export_tiny("llama", tmp_path / "out")

@@ -48,9 +48,11 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def layers_only(source, text, tmp_path_factory):
+def layers_only(source, text, tmp_path_factory, forked_reloads):
     out = tmp_path_factory.mktemp("heal") / "mxd"
-    return heal(source, out=out, data=text, accumulate=2, **QUICK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mxdsurgery.export._run_reload", forked_reloads)  # as for users
+        return heal(source, out=out, data=text, accumulate=2, **QUICK)
 
 
 @pytest.fixture(scope="module")

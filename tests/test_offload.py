@@ -61,7 +61,7 @@ def test_a_new_layer_on_disk_computes_the_same_through_every_door(tmp_path):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_a_conversion_gives_the_same_bits_wherever_the_base_models_weights_are(tmp_path):
+def test_a_conversion_gives_the_same_bits_wherever_the_base_models_weights_are(tmp_path, whole_reloads):
     options = {"layers": "1-2", "tokens": 20_000, "eval_tokens": 2_000, "n_experts": 64, "k": 4, "device": "cpu"}
     options |= {"inputs": "converted", "shuffle": 100_000}
     made = [

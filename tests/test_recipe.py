@@ -55,7 +55,7 @@ def plan_real_model(tmp_path, recipe):
         (f"tokens: {'9' * 400}", "'tokens'", "999", "a whole number"),
         ("unit_norm: 1", "'unit_norm'", "1", "true or false"),
         ("init: foo", "'init'", "'foo'", "one of encoder, random, pretrained"),
-        ("device: tpu", "'device'", "'tpu'", "one of auto, cpu, cuda"),
+        ("device: tpu", "'device'", "'tpu'", "one of auto, cpu, cuda, mps, xpu"),
         ("layers: [1, 2]", "'layers'", "[1, 2]", "text"),
         ("data: ''", "'data'", "''", "text, or nothing (null)"),
         ("seed: -1", "'seed'", "-1", "from 0 to"),

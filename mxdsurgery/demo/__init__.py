@@ -4,6 +4,8 @@ The models are trained by ``scripts/train_demo_models.py`` and committed beside 
 library of the Python that is running: nothing to download, nothing to ship.
 """
 
+import functools
+import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -23,14 +25,22 @@ def stdlib_documents(split: str) -> Iterator[str]:
     Args:
         split: ``train`` or ``heldout``. Files are split by a hash of their path, so a file is always on one side.
     """
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = [
-        path.relative_to(root)
-        for path in root.rglob("*.py")
-        if not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
-    ]
-    # Ordered by hash: neighbours in a folder are spread out, and the order is the same on every machine.
-    for digest, path in sorted((zlib.crc32(path.as_posix().encode()), path) for path in paths):
+    root = sysconfig.get_path("stdlib")
+    for digest, path in _source_files(root):
         heldout = digest % _HELDOUT_ONE_IN == 0
         if heldout == (split == "heldout"):
-            yield (root / path).read_text(encoding="utf-8", errors="replace")
+            yield Path(root, path).read_text(encoding="utf-8", errors="replace")
+
+
+@functools.cache  # a text is begun several times in a conversion
+def _source_files(root: str) -> list[tuple[int, str]]:
+    """A hash of each file's path, and the path in the library's folder, in the order of the hashes.
+
+    By that order neighbours in a folder are spread out, and it is the same on every machine.
+    """
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]  # packages beside the library are many files
+        paths = (Path(folder, file).relative_to(root).as_posix() for file in files if file.endswith(".py"))
+        found += [(zlib.crc32(path.encode()), path) for path in paths]
+    return sorted(found)
