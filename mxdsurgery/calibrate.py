@@ -48,6 +48,8 @@ _PROBE_TOKENS = 256
 # What is written to see how fast the disk is, and what a process imports that reloads a checkpoint.
 _WRITTEN_BYTES = 2**26
 _RELOADS = "import torch; from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM"
+# A matrix product that takes so long is no matter of launching it.
+_BUSY = 2e-3
 # Base models whose weights take more than this are not built: their pass is computed from the rate of a matrix product.
 _LARGEST_BUILT = 2 * 2**30
 
@@ -197,10 +199,13 @@ def _schedule(k_seconds: Sequence[Sequence[float]]) -> list[float]:
 
 @functools.cache  # it is the machine's, whatever is planned
 def matmul_rate(device: str, dtype: str) -> float:
-    """FLOPs per second of one large matrix product."""
-    side = 1024 if device == "cpu" else 8192
-    a = torch.randn(side, side, device=device, dtype=getattr(torch, dtype))
-    return 2 * side**3 / best_seconds(lambda: a @ a, 0.2)
+    """FLOPs per second of one matrix product, as large as it takes to keep the device busy."""
+    for side in (1024, 8192):
+        a = torch.randn(side, side, device=device, dtype=getattr(torch, dtype))
+        seconds = best_seconds(lambda a=a: a @ a, 0.2)
+        if seconds > _BUSY:
+            break
+    return 2 * side**3 / seconds
 
 
 def _measure_step(layer: LayerPlan, recipe: Recipe, device: str, seconds: float) -> tuple[list[list[float]], int]:

@@ -48,6 +48,12 @@ def computed_in(model: PreTrainedModel) -> torch.dtype:
     return model._autocast_dtype if getattr(model, "_without_autocast", None) else model.dtype
 
 
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Casts a module's weights, those on disk as they are read."""
+    for _, held in _floats(module):
+        held.data = held.data.to(dtype)
+
+
 def stored_in(model: PreTrainedModel) -> torch.dtype:
     """What a model's weights are stored in, whatever it computes in."""
     return getattr(model, "_stored_in", model.dtype)

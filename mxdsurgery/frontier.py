@@ -93,7 +93,6 @@ def frontier(
     train, heldout = open_texts(resolved, load_tokenizer(model, resolved.revision, resolved.trust_remote_code))
     trusted = {"trust_remote_code": resolved.trust_remote_code}
     base = load_model(model, revision=resolved.revision, dtype=made.dtype, device=compute_device(resolved), **trusted)
-    reporter.say(f"proof      the block recomputed from its weights, relative error {prove_block(base, made.blocks[0]):.1e}")
     remaining, digest, settled = iter(todo), weights_digest(base), made.settled(resolved)
     with _kept(out, resolved.overwrite):
         for group in made.groups:
@@ -104,6 +103,9 @@ def frontier(
             with run.working(reporter) as recording:
                 settled = run.as_begun(settled, recording.say)  # and all groups that follow
                 compute_in(base, getattr(torch, settled.compute))
+                if group is made.groups[0]:
+                    worst = prove_block(base, made.blocks[0])
+                    recording.say(f"proof      the block recomputed from its weights, relative error {worst:.1e}")
                 accelerator = make_accelerator(settled)
                 found = _run_group(found, base, part, train, heldout, settled, accelerator, recording, run)
                 found.write()

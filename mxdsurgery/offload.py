@@ -60,7 +60,7 @@ def resident(module: nn.Module) -> Iterator[None]:
 def on_disk(layer: nn.Module, path: Path, device: torch.device) -> nn.Module:
     """Moves a new layer's weights to a safetensors file: it computes as before, and each of its parts reads what it needs.
 
-    Vectors stay in memory: they are small, and code that runs outside the layer's own ``forward`` reads them.
+    Vectors stay in memory, on the device: they are small, and code outside the layer's own ``forward`` reads them.
 
     Args:
         layer: frozen.
@@ -78,7 +78,9 @@ def on_disk(layer: nn.Module, path: Path, device: torch.device) -> nn.Module:
         if has_offloaded_params(part) and all(weight.dim() < 2 for weight in part.parameters(recurse=False)):
             hook = part._hf_hook
             hook.pre_forward(part)
-            remove_hook_from_module(part)
+            remove_hook_from_module(part)  # which puts the weights back where they were
+            for name, weight in part.named_parameters(recurse=False):
+                part.register_parameter(name, nn.Parameter(weight.to(device), requires_grad=False))
     return layer
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from mxdsurgery.choices import DEFAULT_KINDS, HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
-from mxdsurgery.recipe import CHECKPOINT_KEYS, RECIPE_KEYS, Recipe, parse_count
+from mxdsurgery.keys import parse_count
+from mxdsurgery.recipe import CHECKPOINT_KEYS, RECIPE_KEYS, Recipe
 from mxdsurgery.threads import use_threads
 
 

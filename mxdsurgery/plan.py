@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from transformers import PreTrainedConfig
 
 from mxdsurgery.analyze import analyze
 from mxdsurgery.blocks import Block, Part
@@ -30,13 +29,12 @@ from mxdsurgery.cost import (
     transcoder_parameters,
 )
 from mxdsurgery.device import devices
-from mxdsurgery.dtypes import in_memory
 from mxdsurgery.errors import MemoryBudgetError, RecipeError
 from mxdsurgery.machine import this_machine
 from mxdsurgery.memory import free_memory
-from mxdsurgery.model import decoder_layers, load_config, model_skeleton
+from mxdsurgery.model import load_config
 from mxdsurgery.recipe import Recipe
-from mxdsurgery.resolve import resolve_recipe
+from mxdsurgery.resolve import base_model, resolve_recipe
 from mxdsurgery.selection import write_layers
 from mxdsurgery.threads import use_threads
 
@@ -348,7 +346,7 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
         unmeasured="it was not measured",
         left=left,
     )
-    made = _with_layers(made, layers, resolved, _base_model(config, made))
+    made = _with_layers(made, layers, resolved, base_model(config, made.dtype, made.machine.compute))
     resolved = dataclasses.replace(resolved, revision=made.revision or resolved.revision)
     return (with_time(made, resolved) if measure else made), resolved
 
@@ -356,7 +354,10 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
 def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe) -> Plan:
     """The plan with other layers, several of which may stand for the same block, and what they take."""
     return _with_layers(
-        made, layers, recipe, _base_model(load_config(made.model, recipe.revision, recipe.trust_remote_code), made)
+        made,
+        layers,
+        recipe,
+        base_model(load_config(made.model, recipe.revision, recipe.trust_remote_code), made.dtype, made.machine.compute),
     )
 
 
@@ -391,7 +392,7 @@ def with_time(made: Plan, recipe: Recipe, worth_it: float = 0.0) -> Plan:
         worth_it: measure only if the run takes more seconds than this at the rate of a matrix product.
     """
     config, machine = load_config(made.model, recipe.revision, recipe.trust_remote_code), made.machine
-    recipe, base = made.settled(recipe), _base_model(config, made)
+    recipe, base = made.settled(recipe), base_model(config, made.dtype, made.machine.compute)
     base = dataclasses.replace(base, offloaded=made.offloaded, states_on_disk=made.states_on_disk)
     if made.refusal is not None:
         return dataclasses.replace(made, unmeasured="it does not fit the memory budget")
@@ -415,19 +416,6 @@ def with_time(made: Plan, recipe: Recipe, worth_it: float = 0.0) -> Plan:
         made,
         evaluation_seconds=calibration.evaluation_seconds(made.layers, base, recipe, made.seconds),
         export_seconds=calibration.export_seconds(made.checkpoint_bytes),
-    )
-
-
-def _base_model(config: PreTrainedConfig, made: Plan) -> BaseModel:
-    skeleton = model_skeleton(config)
-    _, layers = decoder_layers(skeleton)
-    text_config = config.get_text_config(decoder=True)
-    return BaseModel(
-        parameters=skeleton.num_parameters(),
-        layer_parameters=tuple(sum(weight.numel() for weight in layer.parameters()) for layer in layers),
-        d_model=text_config.hidden_size,
-        vocabulary=text_config.vocab_size,
-        dtype=in_memory(made.dtype, made.machine.compute),
     )
 
 

@@ -1,4 +1,4 @@
-"""Which recipe a conversion goes by: defaults, the file made for the model or named, and what was given besides."""
+"""What a conversion goes by: the recipe, from defaults, files and what was given besides; and the base model's shape."""
 
 import dataclasses
 import os
@@ -7,8 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from mxdsurgery.cost import BaseModel
 from mxdsurgery.demo import DEMO_MODELS
+from mxdsurgery.dtypes import in_memory
 from mxdsurgery.errors import RecipeError
+from mxdsurgery.model import decoder_layers, model_skeleton
 from mxdsurgery.recipe import Recipe, check_names, find_recipe, load_recipe
 
 
@@ -34,3 +37,17 @@ def resolve_recipe(
     texts = {name: getattr(resolved, name) for name in ("data", "eval_data")}
     files = {name: os.path.abspath(text) for name, text in texts.items() if text is not None and os.path.isfile(text)}
     return dataclasses.replace(resolved, **files), Path(recipe)
+
+
+def base_model(config: PreTrainedConfig, stored: str, compute: str | None) -> BaseModel:
+    """What the arithmetic needs to know of a base model whose weights are stored in one dtype and computed with in another."""
+    skeleton = model_skeleton(config)
+    _, layers = decoder_layers(skeleton)
+    text_config = config.get_text_config(decoder=True)
+    return BaseModel(
+        parameters=skeleton.num_parameters(),
+        layer_parameters=tuple(sum(weight.numel() for weight in layer.parameters()) for layer in layers),
+        d_model=text_config.hidden_size,
+        vocabulary=text_config.vocab_size,
+        dtype=in_memory(stored, compute),
+    )

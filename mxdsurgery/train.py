@@ -18,6 +18,7 @@ from mxdsurgery.accelerator import choose_kernels
 from mxdsurgery.console import ProgressLine, Reporter, compact, duration
 from mxdsurgery.cost import LayerPlan, tokens_per_step
 from mxdsurgery.distill import Progress, batches_taken, distill, layer_key
+from mxdsurgery.dtypes import cast
 from mxdsurgery.endtoend import VALIDATION_TOKENS, EndToEnd, Settings, train_end_to_end
 from mxdsurgery.initialize import initial_layers, layer_shape
 from mxdsurgery.inputs import ConvertedInputs, OriginalInputs, Read
@@ -276,9 +277,9 @@ def _freeze(
     device = execution_device(base)
     for planned in layers:
         layer = training.layers[planned].to(device="cpu", dtype=getattr(torch, stored)).eval().requires_grad_(False)
-        layer.to(base.dtype)
         if folder is not None:
             on_disk(layer, folder / f"layer_{planned.block.layer}.safetensors", device)
+        cast(layer, base.dtype)
     return {planned: training.layers[planned] for planned in layers}
 
 

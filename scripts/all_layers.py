@@ -26,8 +26,8 @@ from mxdsurgery.console import ConsoleReporter, compact, size
 from mxdsurgery.export import write_json
 from mxdsurgery.generate import prompt_ids, sample
 from mxdsurgery.growth import LEGEND, PARTS, growth
+from mxdsurgery.keys import parse_count
 from mxdsurgery.model import load_model
-from mxdsurgery.recipe import parse_count
 from mxdsurgery.selection import write_layers
 
 KEPT = Path(__file__).parents[1] / "docs" / "all-layers"

@@ -23,7 +23,7 @@ from typing import Any
 import click
 
 from mxdsurgery.console import ProgressLine, Reporter
-from mxdsurgery.recipe import parse_count
+from mxdsurgery.keys import parse_count
 
 PRECISIONS = {"default": {}, "fp32": {"precision": "fp32", "selection": "fp32"}}
 # Whether waiting threads sleep, for each number of threads; a single one waits for nobody.

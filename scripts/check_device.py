@@ -31,7 +31,7 @@ from mxdsurgery.layer import MxDLayer
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
 
 EXACT = {"dtype": "float32", "precision": "fp32", "selection": "fp32"}
-SHAPE = {"n_experts": 64, "batch": 1024, "shuffle": 0, "eval_tokens": 2_000}
+SHAPE = {"n_experts": 64, "batch": 1024, "shuffle": 0, "eval_tokens": 1_000}
 CHANGED = Edits(ablate={1: [3]}, drop={2: [1]}, scale={2: {5: 2.0}}, steer={1: {7: 3.0}})
 TEXTS = ("def f(x): return x + {}", "class A{}: import os")
 # The largest relative difference: of what a pass gives, and of what many steps of training come to.
@@ -71,13 +71,14 @@ def heal(device: str, folder: Path, out: Path, tokens: int, **options: Any) -> d
 
 
 def passes(device: str, folder: Path, out: Path, _tokens: int) -> dict[str, float]:
-    """All that measures predictions."""
+    """All that measures a model or a machine."""
     text = {"tokens": 1_000, "device": device}
     figures = mxdsurgery.evaluate(folder, device=device)["all"]
     found = {name: figures[name] for name in ("kl", "nmse", "expert_share", "l0")}
     found |= {f"stream {row['layer']}": row["fvu"] for row in mxdsurgery.growth(folder, **text)["stream"]}
     found |= {"effect": mxdsurgery.effect(folder, edits=CHANGED, controls=1, **text)["all"]["kl"]}
     found |= {"edit": mxdsurgery.edit(folder, out=out, edits=CHANGED, **text)["kl"]}
+    found |= {"flops": sum(mxdsurgery.plan("demo-glu", measure=True, device=device)[0].flops.values())}
     swept = mxdsurgery.sweep(folder, layer=1, contexts_per_expert=1, **text)["experts"]
     return found | {"sweep": sum(row["kl"] for row in swept)}
 
@@ -111,7 +112,7 @@ CHECKS: dict[str, tuple[Callable[[str, Path, Path, int], dict[str, float]], floa
     "every kind of layer": (kinds, TRAINED),
     "heal": (functools.partial(heal, checkpointing=True, local=0.1), TRAINED),
     "heal, LoRA too, from kept predictions": (functools.partial(heal, mode="both", teacher="cached"), TRAINED),
-    "evaluate, growth, effect, edit, sweep": (passes, PASS),
+    "plan, evaluate, growth, effect, edit, sweep": (passes, PASS),
     "experts, coefficients, probe, dissect, steering, generate": (experts, PASS),
 }
 

@@ -16,6 +16,7 @@ import torch
 import torchgen
 import yaml
 from accelerate import PartialState
+from accelerate.utils import offload
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -46,7 +47,9 @@ class Tensor(torch.Tensor):
     held: torch.Tensor
 
     @staticmethod
-    def __new__(cls, held: torch.Tensor) -> "Tensor":
+    def __new__(cls, held: torch.Tensor, requires_grad: bool | None = None) -> torch.Tensor:
+        if requires_grad is not None:  # Accelerate lets a weight's class make the one, wherever, that takes its place
+            return torch.nn.Parameter(held, requires_grad)
         if held.dtype in (torch.float64, torch.complex128):
             raise TypeError(f"Cannot convert a {NAME} Tensor to {held.dtype}: the device does not support it")
         if held.layout != torch.strided:
@@ -141,11 +144,13 @@ def install() -> None:
     torch.__future__.set_swap_module_params_on_conversion(True)  # so that tied weights stay tied, as on a real device
     _EVERYTHING.fallback(_run, "PrivateUse1")
     _ATEN.impl("_copy_from", _copy_from, "PrivateUse1")
-    PartialState.default_device = property(lambda _: torch.device(NAME, 0))  # Accelerate knows its devices by name
+    # Accelerate and safetensors know devices by name.
+    PartialState.default_device = property(lambda _: torch.device(NAME, 0))
+    offload.safe_open = functools.partial(lambda real, *args, device, **kwargs: real(*args, **kwargs), offload.safe_open)
 
 
 def main() -> None:
-    """Every check of scripts/check_device.py there and on the CPU, a line of JSON each, and what the device was given."""
+    """Every check of scripts/check_device.py there and on the CPU, a line of JSON each, and what was done there."""
     install()
     import check_device
 

@@ -9,7 +9,8 @@ from transformers import GPT2Config
 
 import mxdsurgery
 from mxdsurgery.errors import RecipeError
-from mxdsurgery.recipe import RECIPES_FOLDER, Recipe, find_recipe, load_recipe, parse_count
+from mxdsurgery.keys import parse_count
+from mxdsurgery.recipe import RECIPES_FOLDER, Recipe, find_recipe, load_recipe
 
 RECIPES = sorted(RECIPES_FOLDER.glob("*.yaml"))
 
