@@ -46,8 +46,8 @@ def machine(monkeypatch):
 
     def make(**seconds):
         rate = {"float32": 1.0, "float16": 40.0} | seconds
-        monkeypatch.setattr(compute, "layer_seconds", lambda _device, dtype, _shape: rate[dtype])
-        monkeypatch.setattr(compute, "product_seconds", lambda _device, dtype, *_shape: rate[dtype])
+        monkeypatch.setattr(compute, "layer_seconds", lambda _device, _dtypes, _shape: rate)
+        monkeypatch.setattr(compute, "product_seconds", lambda _device, _dtypes, *_shape: rate)
 
     return make
 
@@ -86,32 +86,32 @@ def test_layers_in_training_compute_in_the_faster_of_both(machine):
 
 def test_rates_are_measured_once_on_a_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(compute, "_rates_path", lambda: tmp_path / "rates.json")
-    calls = []
+    calls, seconds = [], {"float32": 0.5, "bfloat16": 0.25}
 
     def timed():
         calls.append(1)
-        return 0.5
+        return seconds
 
     for process in range(3):
         rates = compute._Rates()
-        assert rates("one machine", "a product", timed) == rates("one machine", "a product", timed) == 0.5, process
+        assert rates("one machine", "a product", timed) == rates("one machine", "a product", timed) == seconds, process
     assert len(calls) == 1
-    assert compute._Rates()("another machine", "a product", timed) == 0.5 and len(calls) == 2
+    assert compute._Rates()("another machine", "a product", timed) == seconds and len(calls) == 2
     assert json.loads((tmp_path / "rates.json").read_text()).keys() == {"one machine", "another machine"}
     (tmp_path / "rates.json").write_text("[1, 2")
-    assert compute._Rates()("one machine", "a product", timed) == 0.5 and len(calls) == 3
+    assert compute._Rates()("one machine", "a product", timed) == seconds and len(calls) == 3
     monkeypatch.setattr(compute, "_rates_path", lambda: tmp_path / "nowhere" / "rates.json")
-    assert compute._Rates()("one machine", "a product", timed) == 0.5 and len(calls) == 4, "what cannot be kept is measured"
+    assert compute._Rates()("one machine", "a product", timed) == seconds and len(calls) == 4, "what cannot be kept"
 
 
 def test_what_is_measured_is_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(compute, "_measured", compute._Rates())
     monkeypatch.setattr(compute, "_rates_path", lambda: tmp_path / "rates.json")
-    found = [layer_seconds("cpu", dtype, SHAPE) for dtype in ("float32", "bfloat16", "float16")]
-    found += [layer_seconds("cpu", "float32", dataclasses.replace(SHAPE, tokens=2, context=1, heads=5))]  # 32 is no 5 x n
-    found += [product_seconds("cpu", dtype, 64, 32, 128) for dtype in ("float32", "bfloat16")]
-    assert all(0 < seconds < 1 for seconds in found)
-    assert len(json.loads((tmp_path / "rates.json").read_text()).popitem()[1]) == len(found)
+    found = [layer_seconds("cpu", (dtype, "float32"), SHAPE) for dtype in ("bfloat16", "float16")]
+    odd = dataclasses.replace(SHAPE, tokens=2, context=1, heads=5)  # 32 is no multiple of 5
+    found += [layer_seconds("cpu", ("bfloat16", "float32"), odd), product_seconds("cpu", ("float32", "bfloat16"), 64, 32, 128)]
+    assert all(len(rates) == 2 and all(0 < seconds < 1 for seconds in rates.values()) for rates in found)
+    assert list(json.loads((tmp_path / "rates.json").read_text()).popitem()[1].values()) == found
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
