@@ -116,10 +116,9 @@ class Measurement:
     def announcement(self) -> str:
         """For people: on what, and how long it will take."""
         scored, contexts = scored_predictions(self.input_ids), len(self.input_ids)
-        what = "all layers together" if len(self.blocks) > 1 else "one layer"
-        alone = ""
-        if self.contexts_alone < contexts and (len(self.blocks) > 1 or self.maps):
-            alone = f", each alone on {scored * self.contexts_alone:,}"
+        several, fewer = len(self.blocks) > 1, self.contexts_alone < contexts
+        what = "one layer" if not several else "all layers together" if fewer else "all layers together and each alone"
+        alone = f", each alone on {scored * self.contexts_alone:,}" if several and fewer else ""
         return f"{what} on {scored * contexts:,} tokens{alone}: about {duration(self.seconds)}"
 
     @torch.no_grad()

@@ -39,7 +39,7 @@ from mxdsurgery.selection import write_layers
 from mxdsurgery.threads import use_threads
 
 # A run that takes fewer seconds, at the rate of a matrix product, starts at once: its time is not predicted.
-WORTH_PREDICTING = 5.0
+WORTH_PREDICTING = 2.0
 # One that takes fewer than these is measured for a shorter time.
 _WORTH_ALL_OF_IT = 60.0
 
