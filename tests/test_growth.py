@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mxdsurgery.checkpoint import load
+from mxdsurgery.checkpoint import load, settle
 from mxdsurgery.errors import BaseModelError
 from mxdsurgery.evaluate import held_out
 from mxdsurgery.growth import _sets, _verdict, growth, growth_table
@@ -73,9 +73,11 @@ def test_the_stream_is_the_originals_below_the_first_new_layer_and_not_above(gro
 def test_the_streams_error_is_the_distance_of_two_models_hidden_states(grown, folder):
     converted, recipe = load(folder), Recipe(**load_recipe(folder / "recipe.yaml"))
     ids = held_out(converted, recipe)
+    settle(converted, recipe, grown["compute"])
+    original = load_model("demo-glu", compute=grown["compute"])
     with torch.no_grad():
         new = converted.model(input_ids=ids, output_hidden_states=True).hidden_states[3][:, 1:].double()
-        old = load_model("demo-glu")(input_ids=ids, output_hidden_states=True).hidden_states[3][:, 1:].double()
+        old = original(input_ids=ids, output_hidden_states=True).hidden_states[3][:, 1:].double()
     error, variance = (new - old).square().sum(), (old - old.mean((0, 1))).square().sum()
     row = grown["stream"][2]  # entry 0 of hidden_states is the embedding
     assert row["error"] == pytest.approx((error / old.square().sum()).item(), rel=1e-4)
