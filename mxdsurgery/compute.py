@@ -27,12 +27,13 @@ from mxdsurgery.device import hardware, synchronise
 
 # A dtype has to be so many times as fast as the one that is preferred.
 _WORTH_IT = 1.1
-# A call has to take so many seconds before its rate is believed, if it has rows enough; so many calls of each size are made.
-_LONG_ENOUGH, _CALLS = 0.004, 4
+# On as many rows as it takes for the slower dtype to need so many seconds, if there are as many; the best of so many calls.
+_LONG_ENOUGH, _CALLS = 0.01, 4
 # Wider matrices have the rate of these.
-_WIDEST = 2048
-# A machine is this one when all of these are the same.
+_WIDEST = 1024
+# Where rates are kept: seconds by machine, by what was measured, and by dtype.
 _RATES_FILE = "rates-1.json"
+Known = dict[str, dict[str, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,18 @@ def model_dtype(stored: str, asked: str, device: str, shape: Shape) -> Choice:
         return Choice(asked, "as asked for")
     if stored == "float32":
         return Choice(stored, "as stored")
-    return _faster(stored, "float32", lambda dtype: layer_seconds(device, dtype, shape), device)
+    return _faster(stored, "float32", layer_seconds(device, (stored, "float32"), shape), device)
 
 
 def training_dtype(device: str, tokens: int, d_in: int, d_out: int) -> Choice:
     """What products of tokens with float32 weights (d_out, d_in) compute in: float32, or bfloat16 where that is faster."""
-    return _faster("float32", "bfloat16", lambda dtype: product_seconds(device, dtype, tokens, d_in, d_out), device)
+    dtypes = ("float32", "bfloat16")
+    return _faster(*dtypes, product_seconds(device, dtypes, tokens, d_in, d_out), device)
 
 
-def _faster(first: str, second: str, seconds: Callable[[str], float], device: str) -> Choice:
+def _faster(first: str, second: str, seconds: dict[str, float], device: str) -> Choice:
     """The first of two dtypes, or the second where that is clearly faster."""
-    ratio = seconds(second) / seconds(first)
+    ratio = seconds[second] / seconds[first]
     where = "this processor" if device == "cpu" else "this device"
     if ratio < 1 / _WORTH_IT:
         return Choice(second, f"{first} takes {1 / ratio:.2g} times as long on {where}")
@@ -97,48 +99,60 @@ def _faster(first: str, second: str, seconds: Callable[[str], float], device: st
     return Choice(first, f"{second} is no faster on {where}")
 
 
-def layer_seconds(device: str, dtype: str, shape: Shape) -> float:
-    """Seconds per token of a decoder layer of a shape, of torch's own making, in a dtype; kept for this machine."""
+def layer_seconds(device: str, dtypes: tuple[str, ...], shape: Shape) -> dict[str, float]:
+    """Seconds per token of a decoder layer of a shape, of torch's own making, in some dtypes; kept for this machine."""
     d, h = min(shape.d_model, _WIDEST), min(shape.d_hidden, 2 * _WIDEST)
     heads = max(1, min(shape.heads, shape.heads * d // shape.d_model))
     heads = heads if d % heads == 0 else 1
+    contexts = max(1, shape.tokens // shape.context)
 
-    def timed() -> float:
+    def layer_in(dtype: torch.dtype) -> Callable[[int], Any]:
+        # In training mode, or torch would take a path that no language model takes.
         layer = nn.TransformerEncoderLayer(d, heads, h, dropout=0.0, norm_first=True, batch_first=True, device="meta")
-        layer = layer.to_empty(device=device).to(getattr(torch, dtype))
+        layer = layer.to(dtype).to_empty(device=device)
         for weight in layer.parameters():
             nn.init.constant_(weight, 0.01)
-        mask = nn.Transformer.generate_square_subsequent_mask(shape.context, device=device, dtype=getattr(torch, dtype))
-        x = torch.full((max(1, shape.tokens // shape.context), shape.context, d), 0.1, device=device, dtype=mask.dtype)
+        mask = nn.Transformer.generate_square_subsequent_mask(shape.context, device=device, dtype=dtype)
+        x = torch.full((contexts, shape.context, d), 0.1, device=device, dtype=dtype)
 
         def run(tokens: int) -> None:
             part = x[: max(1, tokens // shape.context), : min(tokens, shape.context)]
             length = part.shape[1]
             layer(part, src_mask=mask[:length, :length], is_causal=True)
 
-        # In training mode, or torch would take a path that no language model takes.
-        return _seconds_per_row(run, x.shape[0] * shape.context, device)
+        return run
 
-    return _kept(device, f"layer {dtype} tokens {shape.tokens} of {shape.context}, D {d}, H {h}, heads {heads}", timed)
+    what = f"layer, tokens {shape.tokens} of {shape.context}, D {d}, H {h}, heads {heads}"
+    return _kept(device, what, dtypes, layer_in, contexts * shape.context)
 
 
-def product_seconds(device: str, dtype: str, tokens: int, d_in: int, d_out: int) -> float:
+def product_seconds(device: str, dtypes: tuple[str, ...], tokens: int, d_in: int, d_out: int) -> dict[str, float]:
     """Seconds per token of a product with a float32 matrix that is cast to a dtype first, as autocast does; kept."""
-    d_in, d_out = min(d_in, _WIDEST), min(d_out, 2 * _WIDEST)
+    d_in, d_out = min(d_in, _WIDEST), min(d_out, 4 * _WIDEST)
 
-    def timed() -> float:
+    def product_in(dtype: torch.dtype) -> Callable[[int], Any]:
         x, weight = torch.full((tokens, d_in), 0.1, device=device), torch.full((d_out, d_in), 0.01, device=device)
-        to = getattr(torch, dtype)
-        return _seconds_per_row(lambda rows: F.linear(x[:rows].to(to), weight.to(to)), tokens, device)
+        return lambda rows: F.linear(x[:rows].to(dtype), weight.to(dtype))
 
-    return _kept(device, f"product {dtype} tokens {tokens}, {d_in} to {d_out}", timed)
+    return _kept(device, f"product, tokens {tokens}, {d_in} to {d_out}", dtypes, product_in, tokens)
+
+
+def _kept(
+    device: str, what: str, dtypes: tuple[str, ...], made: Callable[[torch.dtype], Callable[[int], Any]], rows: int
+) -> dict[str, float]:
+    """Seconds per row of something in some dtypes on this machine, measured now or in an earlier process."""
+
+    def timed() -> dict[str, float]:
+        return _seconds_per_row({dtype: made(getattr(torch, dtype)) for dtype in dtypes}, rows, device)
+
+    return _measured(_machine(device), f"{what}, {' or '.join(dtypes)}", timed)
 
 
 @torch.no_grad()
-def _seconds_per_row(run: Callable[[int], Any], rows: int, device: str) -> float:
-    """Seconds of a call per row of its input, the best of a few; on fewer rows than asked for where it takes long."""
+def _seconds_per_row(runs: dict[str, Callable[[int], Any]], rows: int, device: str) -> dict[str, float]:
+    """Seconds of calls per row of their input, all on as many rows: on fewer than there are where that takes long."""
 
-    def seconds(count: int) -> float:
+    def seconds(run: Callable[[int], Any], count: int) -> float:
         start = time.perf_counter()
         run(count)
         synchronise(device)
@@ -146,24 +160,23 @@ def _seconds_per_row(run: Callable[[int], Any], rows: int, device: str) -> float
 
     count = min(rows, 8)
     while True:
-        best = min(seconds(count) for _ in range(_CALLS))
-        if count == rows or best > _LONG_ENOUGH:
-            return best / count
+        best = {name: seconds(run, count) for name, run in runs.items()}
+        for _ in range(_CALLS):
+            # One that has taken long already is known well enough.
+            again = {name: run for name, run in runs.items() if best[name] < 8 * _LONG_ENOUGH}
+            best |= {name: min(best[name], seconds(run, count)) for name, run in again.items()}
+        if count == rows or max(best.values()) > _LONG_ENOUGH:
+            return {name: taken / count for name, taken in best.items()}
         count = min(rows, 4 * count)
-
-
-def _kept(device: str, what: str, timed: Callable[[], float]) -> float:
-    """What was measured of something on this machine, now or in an earlier process."""
-    return _measured(_machine(device), what, timed)
 
 
 class _Rates:
     """What was measured in this process, and in earlier ones on the same machine: a file in the hub's cache folder."""
 
     def __init__(self) -> None:
-        self.known: dict[str, dict[str, float]] | None = None
+        self.known: Known | None = None
 
-    def __call__(self, machine: str, what: str, timed: Callable[[], float]) -> float:
+    def __call__(self, machine: str, what: str, timed: Callable[[], dict[str, float]]) -> dict[str, float]:
         if self.known is None:
             self.known = _read_rates()
         found = self.known.get(machine, {}).get(what)
@@ -180,16 +193,19 @@ def _rates_path() -> Path:
     return cached_assets_path(library_name="mxdsurgery", namespace="compute", subfolder="rates") / _RATES_FILE
 
 
-def _read_rates() -> dict[str, dict[str, float]]:
+def _read_rates() -> Known:
     """What earlier processes measured; nothing where it is not there, or is not what one of them wrote."""
     try:
         known = json.loads(_rates_path().read_text(encoding="utf-8"))
-        return {machine: {what: float(value) for what, value in rates.items()} for machine, rates in known.items()}
+        return {
+            machine: {what: {dtype: float(value) for dtype, value in found.items()} for what, found in rates.items()}
+            for machine, rates in known.items()
+        }
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
 
 
-def _write_rates(new: dict[str, dict[str, float]]) -> None:
+def _write_rates(new: Known) -> None:
     """Adds to what later processes will know; where the cache folder cannot be written, they measure again."""
     try:
         path, known = _rates_path(), _read_rates()

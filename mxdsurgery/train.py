@@ -18,7 +18,7 @@ from mxdsurgery.accelerator import choose_kernels
 from mxdsurgery.console import ProgressLine, Reporter, compact, duration
 from mxdsurgery.cost import LayerPlan, tokens_per_step
 from mxdsurgery.distill import Progress, batches_taken, distill, layer_key
-from mxdsurgery.dtypes import cast
+from mxdsurgery.dtypes import cast, stored_in
 from mxdsurgery.endtoend import VALIDATION_TOKENS, EndToEnd, Settings, train_end_to_end
 from mxdsurgery.initialize import initial_layers, layer_shape
 from mxdsurgery.inputs import ConvertedInputs, OriginalInputs, Read
@@ -191,7 +191,8 @@ class _Work:
     def _weights(self, layers: Sequence[LayerPlan]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for plan in layers:
-            tensors |= prefixed(weights_of(self.training.layers[plan]), layer_key(plan))
+            held, dtype = weights_of(self.training.layers[plan]), stored_in(self.base)
+            tensors |= prefixed({name: tensor.to(dtype) for name, tensor in held.items()}, layer_key(plan))
         return tensors
 
     def take_finished(self, number: int, layers: Sequence[LayerPlan]) -> bool:

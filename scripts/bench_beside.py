@@ -42,7 +42,7 @@ class _Stopwatch(Reporter):
         self.tokens, self.done, self.seconds = tokens, 0, 0.0
 
     @contextlib.contextmanager
-    def progress(self, label: str, unit: str) -> Iterator[ProgressLine]:
+    def progress(self, label: str, unit: str, _cost: object = None) -> Iterator[ProgressLine]:
         start, line = time.perf_counter(), ProgressLine()
 
         def update(done: float, _total: float, _note: str = "") -> None:

@@ -20,7 +20,7 @@ import click
 import torch
 
 import mxdsurgery
-from mxdsurgery.timing import hardware
+from mxdsurgery.device import hardware
 
 SETTINGS = ("auto", "float32", "bfloat16")
 CONVERT = {"layers": "all", "tokens": 40_000, "eval_tokens": 4_000, "device": "cpu", "shuffle": 100_000, "overwrite": True}

@@ -1,6 +1,7 @@
 """Runs the benchmarks and prints docs/performance.md from what they measured.
 
     python scripts/performance.py measure --device cpu --shared ../shared      # about half an hour on two cores
+    python scripts/performance.py measure --device cpu --only "any: " --kind AVX2   # what any processor should measure
     python scripts/performance.py measure --device cuda --yardstick PATH       # needs nothing but a GPU; about ten minutes
     python scripts/performance.py measure --device cuda --tiny --on cpu        # the GPU's list at a tiny scale, anywhere
     python scripts/performance.py page > docs/performance.md
@@ -63,8 +64,16 @@ def cpu_benches() -> Iterator[Bench]:
     yield Bench("selection books-llama-6m", f"bench_selection.py {model} --layer 3 --tokens 1M")
     yield Bench("kernels GPT-2 cpu", "bench_kernels.py --d 768 --n 21490 --device cpu")
     yield Bench("pass gpt2 cpu", "bench_pass.py --model gpt2 --device cpu --steps 5 --warm-up 2 --dtype float32")
+    yield from any_benches()
     for dtype in ("float32", "bfloat16"):
         yield Bench(f"inference gpt2 cpu {dtype}", f"bench_inference.py --model gpt2 --device cpu --dtype {dtype}")
+
+
+def any_benches() -> Iterator[Bench]:
+    """What every kind of processor should measure."""
+    yield Bench("any: commands", "bench_commands.py")
+    yield Bench("any: plan demo-glu", "bench_plan.py demo-glu")
+    yield Bench("any: beside", "bench_beside.py --precision default")
 
 
 def gpu_benches(device: str, tiny: bool) -> Iterator[Bench]:
@@ -101,8 +110,9 @@ def main() -> None:
 @click.option("--shared", default="../shared", show_default=True, help="Folder with models/, text/ and bench/.")
 @click.option("--yardstick", help="Default: bench/dense_reference.py in the shared folder.")
 @click.option("--only", default="", help="Benchmarks whose names contain this.")
+@click.option("--kind", default="bf16", show_default=True, help="Of the processor; what `any:` measures is kept for each.")
 @click.option("--tiny", is_flag=True, help="The GPU's list at a tiny scale; nothing is kept.")
-def measure(device: str, on: str, shared: str, yardstick: str | None, only: str, tiny: bool) -> None:
+def measure(device: str, on: str, shared: str, yardstick: str | None, only: str, kind: str, tiny: bool) -> None:
     """Run the benchmarks of a device and keep their lines."""
     benches = cpu_benches() if device == "cpu" else gpu_benches(on, tiny)
     paths = {"shared": shared, "yardstick": yardstick or f"{shared}/bench/dense_reference.py"}
@@ -116,11 +126,12 @@ def measure(device: str, on: str, shared: str, yardstick: str | None, only: str,
         if done.returncode != 0:
             click.echo(f"   failed with exit code {done.returncode}; nothing is kept of it", err=True)
             continue
-        line = done.stdout.splitlines()[-1]
-        click.echo(line)
+        lines = list(map(json.loads, done.stdout.splitlines()))
+        click.echo(done.stdout)
         if not tiny:
-            record = {"name": bench.name, "command": f"python scripts/{command}", "result": json.loads(line)}
-            records = kept() | {bench.name: record}
+            name = f"{bench.name} ({kind})" if bench.name.startswith("any: ") else bench.name
+            record = {"name": name, "command": f"python scripts/{command}", "result": lines if len(lines) > 1 else lines[0]}
+            records = kept() | {name: record}
             RESULTS.write_text("".join(json.dumps(r) + "\n" for r in records.values()), encoding="utf-8")
 
 
@@ -203,6 +214,34 @@ def parts_table(records: dict[str, dict[str, Any]]) -> str:
     return table(f"model | dtype | N | tokens | {headings}", rows)
 
 
+def any_section(records: dict[str, dict[str, Any]]) -> str:
+    """For each kind of processor: what is chosen, commands in each dtype, beside a busy process, planned and measured."""
+    parts = []
+    kinds = dict.fromkeys(name.rpartition(" (")[2].rstrip(")") for name in records if name.startswith("any: "))
+    for kind in kinds:
+        commands, plan, beside = (
+            records.get(f"any: {bench} ({kind})", {}).get("result") for bench in ("commands", "plan demo-glu", "beside")
+        )
+        parts.append(f"### {kind}")
+        if commands:
+            parts.append(f"{commands['hardware']}, torch {commands['torch']}. Of demo-glu: compute {commands['compute']}.")
+            rows = [[f"`{name}`", *times.values()] for name, times in commands["commands"].items()]
+            parts.append(table("seconds | chosen | float32 | bfloat16 | chosen / better of both", rows))
+        if beside:
+            waiting = [("asleep" if row["sleeping"] else "spinning") if row["threads"] > 1 else "-" for row in beside]
+            rows = [[r["threads"], how, r["alone"], r["beside"]] for r, how in zip(beside, waiting, strict=True)]
+            words = f"seconds of the first {beside[0]['tokens']:,} tokens: threads | waiting | alone | beside a busy process"
+            parts.append(table(words, rows))
+        if plan:
+            rows = [[stage, plan["planned"][stage], plan["measured"][stage]] for stage in plan["planned"]]
+            parts.append(
+                f"{plan['model']}, {plan['layers']} layers, {plan['tokens']:,} tokens; evaluated on {plan['eval_tokens']:,} "
+                f"tokens, single layers on {plan['eval_tokens_single']:,}:"
+            )
+            parts.append(table("seconds | planned | measured", rows))
+    return "\n\n".join(parts)
+
+
 def blocks(records: dict[str, dict[str, Any]], prefix: str) -> str:
     """Results as they are, for what fits no table."""
     found = [r for name, r in records.items() if name.startswith(prefix)]
@@ -214,6 +253,17 @@ PAGE = """# Performance
 Printed by `python scripts/performance.py page` from docs/performance.jsonl, which `python scripts/performance.py measure`
 writes; each line there holds the command that measured it. Times are medians. Cores are shared: a ratio within a row was
 measured in one run, absolute times vary by a fifth from day to day. Hardware of the CPU rows: {hardware}. {gpu}
+
+## Any processor
+
+What a model's weights are stored in, and what is computed in, are two things: the second is chosen by timing this machine
+once, in some tens of milliseconds: a decoder layer of the model's shape, and the products of a new layer. A model stored in
+bfloat16 computes so, or in float32 where that is more than a tenth faster. Each command below ran on demo-glu in turn in the
+chosen dtype and in either; the fastest of two runs counts. Where a kind is emulated, torch, oneDNN and MKL were told to use
+AVX2 only (`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2`): bf16 products are then 8 times as
+slow as fp32 ones; on a real processor without bf16 instructions they are 40 times as slow.
+
+{any_kind}
 
 ## One training step
 
@@ -277,6 +327,7 @@ def page() -> None:
             scaling=scaling_table(records),
             convert=blocks(records, "convert "),
             passes=blocks(records, "pass "),
+            any_kind=any_section(records),
             selection=blocks(records, "selection "),
             kernels=blocks(records, "kernels "),
             largest="; ".join(largest),

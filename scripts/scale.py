@@ -63,7 +63,7 @@ def rows() -> Iterator[str]:
                 **values, tie_word_embeddings=shape.tied, dtype="bfloat16", architectures=["LlamaForCausalLM"]
             )
             config.save_pretrained(folder)
-            options = {"layers": "all", "device": "cpu", "data": "stdlib", "precision": "bf16", "selection": "bf16"}
+            options = {"layers": "all", "device": "cpu", "data": "stdlib", "compute": "bfloat16"}
             whole, _ = plan(folder, **options, memory=10**6)
             single, _ = plan(folder, **options, memory=_SMALL, inputs="converted", offload="disk")
         adam, finished = 12 * whole.trained_parameters, 2 * whole.trained_parameters

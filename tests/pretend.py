@@ -6,8 +6,8 @@ Apple's devices, the poorest that it knows, by torch's own table of operations.
 """
 
 import functools
+import importlib
 import json
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,7 +197,7 @@ def main() -> None:
     import check_device
 
     for module in ("export", "edit", "heal"):  # no fresh process has the device
-        sys.modules[f"mxdsurgery.{module}"].check_reload = lambda *_, **__: {"logits": 0.0, "hidden": 0.0}
+        importlib.import_module(f"mxdsurgery.{module}").check_reload = lambda *_, **__: {"logits": 0.0, "hidden": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         for row in check_device.compared(Path(folder), "auto", 2_048):
             print(json.dumps(row), flush=True)

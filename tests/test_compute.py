@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -46,8 +47,8 @@ def machine(monkeypatch):
 
     def make(**seconds):
         rate = {"float32": 1.0, "float16": 40.0} | seconds
-        monkeypatch.setattr(compute, "layer_seconds", lambda _device, dtype, _shape: rate[dtype])
-        monkeypatch.setattr(compute, "product_seconds", lambda _device, dtype, *_shape: rate[dtype])
+        monkeypatch.setattr(compute, "layer_seconds", lambda _device, _dtypes, _shape: rate)
+        monkeypatch.setattr(compute, "product_seconds", lambda _device, _dtypes, *_shape: rate)
 
     return make
 
@@ -86,32 +87,32 @@ def test_layers_in_training_compute_in_the_faster_of_both(machine):
 
 def test_rates_are_measured_once_on_a_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(compute, "_rates_path", lambda: tmp_path / "rates.json")
-    calls = []
+    calls, seconds = [], {"float32": 0.5, "bfloat16": 0.25}
 
     def timed():
         calls.append(1)
-        return 0.5
+        return seconds
 
     for process in range(3):
         rates = compute._Rates()
-        assert rates("one machine", "a product", timed) == rates("one machine", "a product", timed) == 0.5, process
+        assert rates("one machine", "a product", timed) == rates("one machine", "a product", timed) == seconds, process
     assert len(calls) == 1
-    assert compute._Rates()("another machine", "a product", timed) == 0.5 and len(calls) == 2
+    assert compute._Rates()("another machine", "a product", timed) == seconds and len(calls) == 2
     assert json.loads((tmp_path / "rates.json").read_text()).keys() == {"one machine", "another machine"}
     (tmp_path / "rates.json").write_text("[1, 2")
-    assert compute._Rates()("one machine", "a product", timed) == 0.5 and len(calls) == 3
+    assert compute._Rates()("one machine", "a product", timed) == seconds and len(calls) == 3
     monkeypatch.setattr(compute, "_rates_path", lambda: tmp_path / "nowhere" / "rates.json")
-    assert compute._Rates()("one machine", "a product", timed) == 0.5 and len(calls) == 4, "what cannot be kept is measured"
+    assert compute._Rates()("one machine", "a product", timed) == seconds and len(calls) == 4, "what cannot be kept"
 
 
 def test_what_is_measured_is_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(compute, "_measured", compute._Rates())
     monkeypatch.setattr(compute, "_rates_path", lambda: tmp_path / "rates.json")
-    found = [layer_seconds("cpu", dtype, SHAPE) for dtype in ("float32", "bfloat16", "float16")]
-    found += [layer_seconds("cpu", "float32", dataclasses.replace(SHAPE, tokens=2, context=1, heads=5))]  # 32 is no 5 x n
-    found += [product_seconds("cpu", dtype, 64, 32, 128) for dtype in ("float32", "bfloat16")]
-    assert all(0 < seconds < 1 for seconds in found)
-    assert len(json.loads((tmp_path / "rates.json").read_text()).popitem()[1]) == len(found)
+    found = [layer_seconds("cpu", (dtype, "float32"), SHAPE) for dtype in ("bfloat16", "float16")]
+    odd = dataclasses.replace(SHAPE, tokens=2, context=1, heads=5)  # 32 is no multiple of 5
+    found += [layer_seconds("cpu", ("bfloat16", "float32"), odd), product_seconds("cpu", ("float32", "bfloat16"), 64, 32, 128)]
+    assert all(len(rates) == 2 and all(0 < seconds < 1 for seconds in rates.values()) for rates in found)
+    assert list(json.loads((tmp_path / "rates.json").read_text()).popitem()[1].values()) == found
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
@@ -181,10 +182,18 @@ def test_a_conversion_computes_in_what_is_fast_and_stores_what_was_stored(kind, 
     assert len(same) > 20 and all(torch.equal(tensors[name], base[name]) for name in same)
 
 
-def test_the_figures_say_what_they_were_computed_in(converted):
-    assert mxdsurgery.evaluate(converted.out, tokens=1_000, compute="float32")["compute"] == "float32"
-    card = (converted.out / "README.md").read_text()
-    assert "computed in float32" in card
+@pytest.fixture(scope="module")
+def folder(converted, tmp_path_factory):
+    """The converted demo model, to be changed, with a catalogue."""
+    out = tmp_path_factory.mktemp("compute") / "demo"
+    shutil.copytree(converted.out, out)
+    mxdsurgery.experts(out, tokens=2_000)
+    return out
+
+
+def test_the_figures_say_what_they_were_computed_in(folder):
+    assert mxdsurgery.evaluate(folder, tokens=1_000, compute="bfloat16")["compute"] == "bfloat16"
+    assert "computed in bfloat16" in (folder / "README.md").read_text()
 
 
 def test_a_narrower_dtype_that_was_asked_for_leaves_the_stored_weights(machine, tmp_path):
@@ -200,12 +209,6 @@ def test_a_narrower_dtype_that_was_asked_for_leaves_the_stored_weights(machine, 
     assert all(torch.equal(tensor, base[name]) for name, tensor in tensors.items() if name in base)
     experts = tensors["model.layers.1.mlp.experts.weight"]
     assert not torch.equal(experts, experts.bfloat16().float()), "new layers are not rounded to what was computed in"
-
-
-@pytest.fixture(scope="module")
-def catalogued(converted):
-    mxdsurgery.experts(converted.out, tokens=2_000, overwrite=True)
-    return converted.out
 
 
 LABELLED = [{"text": f"def f{n}(x):\n    return x + {n}\n", "label": "a" if n % 2 else "b"} for n in range(40)]
@@ -236,10 +239,10 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_computes_in_what_is_fast(command, kind, catalogued, tmp_path):
+def test_every_command_computes_in_what_is_fast(command, kind, folder, tmp_path):
     (tmp_path / "labelled.jsonl").write_text("\n".join(json.dumps(row) for row in LABELLED))
     with Products() as products:
-        COMMANDS[command](catalogued, tmp_path)
+        COMMANDS[command](folder, tmp_path)
     if kind == torch.float32:
         assert products.work[torch.bfloat16] == 0, products.work
     else:  # some things are exact on purpose: the ranking of the best experts, what vectors say of the next token

@@ -63,7 +63,7 @@ def folder(converted, labelled, tmp_path_factory):
 @pytest.fixture(scope="module")
 def dense(folder):
     """Layer 1 on the catalogue's contexts: all coefficients (S, T, N), ``D z`` (S, T, D), and the layer."""
-    loaded, catalogue = load(folder), open_catalogue(folder)
+    loaded, catalogue = load(folder, dtype="float32"), open_catalogue(folder)  # as the catalogue was computed
     ids = torch.from_numpy(np.stack(catalogue.input_ids.to_numpy())).long()
     layer, seen = loaded.layers[1], {}
     layer.gate.register_forward_hook(lambda _m, _a, a: seen.update(a=a))
@@ -330,7 +330,7 @@ def test_coefficients_are_the_models_in_either_form(converted, tmp_path, form, m
                 for key, tensor in load_file(path).items():
                     columns[key] = torch.cat([columns[key], tensor]) if key in columns else tensor
     assert len(columns["token"]) == made["tokens"] == len(columns["experts"]) and columns["position"].min() == 0
-    loaded = load(converted.recipe.out)
+    loaded = load(converted.recipe.out, dtype="float32")  # as they were computed
     context = columns["token"][columns["context"] == 3].long()
     seen = []
     loaded.layers[2].gate.register_forward_hook(lambda _m, _a, a: seen.append(a))

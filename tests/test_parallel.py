@@ -24,8 +24,7 @@ OPTIONS = {
     "k": 4,
     "batch": 1_024,
     "shuffle": 4_000,
-    "precision": "fp32",
-    "selection": "fp32",
+    "compute": "float32",
     "device": "cpu",
 }
 
