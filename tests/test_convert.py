@@ -1,5 +1,6 @@
 """The main job from end to end, as a library and as a command, on the embedded demo model."""
 
+import importlib
 import json
 import shutil
 import signal
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import mxdsurgery
 from mxdsurgery.cli import main
+from mxdsurgery.console import duration
 from mxdsurgery.errors import BaseModelError, DataError, OutputError
 
 
@@ -87,7 +89,7 @@ def test_a_resumed_run_measures_single_layers_on_as_many_tokens_as_it_had_chosen
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mxdsurgery.effort.fewest_contexts_alone", lambda *_: 20)
-    monkeypatch.setattr("mxdsurgery.convert.EVALUATION_SHARE", 0.0)
+    monkeypatch.setattr(importlib.import_module("mxdsurgery.convert"), "EVALUATION_SHARE", 0.0)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match="A checkpoint of step 2 is in"):
         patched.setattr("mxdsurgery.measure.Measurement.run", interrupted)
         mxdsurgery.convert("demo-glu", **options)
@@ -234,14 +236,22 @@ def test_layers_trained_in_groups_are_bit_for_bit_those_trained_together(tmp_pat
 def test_the_plan_stands_beside_what_was_measured(converted):
     training = converted.evaluation["training"]
     stages = ("seconds", "evaluation_seconds", "export_seconds")
-    assert training["planned"] == dict.fromkeys(stages) | {"peak_bytes": converted.plan.peak_bytes}
+    planned = {stage: getattr(converted.plan, stage) for stage in stages}  # None where it was too short to be measured first
+    planned = {stage: seconds and round(seconds, 1) for stage, seconds in planned.items()}
+    assert training["planned"] == planned | {"peak_bytes": converted.plan.peak_bytes}
     assert all(training["measured"][stage] > 0 for stage in stages)
     assert training["measured"]["seconds"] == training["seconds"] > 0
     peak = training["measured"]["peak_bytes"]
     assert peak is None or peak > 0
     card = (converted.out / "README.md").read_text()
-    assert "| training | planned | measured |" in card and "| time | n/a | " in card
-    assert "| time to evaluate | n/a | " in card and "| time to export | n/a | " in card
+    assert "| training | planned | measured |" in card and "| time | " in card
+    for words, stage in (
+        ("time", "seconds"),
+        ("time to evaluate", "evaluation_seconds"),
+        ("time to export", "export_seconds"),
+    ):
+        cell = "n/a" if planned[stage] is None else duration(planned[stage])
+        assert f"| {words} | {cell} | {duration(training['measured'][stage])} |" in card
 
 
 def test_an_interrupted_run_keeps_the_groups_that_are_finished(tmp_path, interrupted_in_layer_2):
