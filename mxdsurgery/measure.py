@@ -312,7 +312,8 @@ class _Work:
 
 def _spread(input_ids: Tensor, contexts: int) -> Tensor:
     """So many of the contexts (S, T), evenly over all of them."""
-    return input_ids[(torch.arange(contexts) + 0.5).mul(len(input_ids) / contexts).long()]
+    chosen = (torch.arange(contexts) + 0.5).mul(len(input_ids) / contexts).long()
+    return input_ids[chosen.to(input_ids.device)]
 
 
 def _figures(columns: Sums, number: int) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def passes(device: str, folder: Path, out: Path, _tokens: int) -> dict[str, floa
     found |= {f"stream {row['layer']}": row["fvu"] for row in mxdsurgery.growth(folder, **text)["stream"]}
     found["effect"] = mxdsurgery.effect(folder, edits=CHANGED, controls=1, **text)["all"]["kl"]
     found["edit"] = mxdsurgery.edit(folder, out=out, edits=CHANGED, **text)["kl"]
-    found["flops"] = sum(mxdsurgery.plan("demo-glu", measure=True, device=device)[0].flops.values())
+    found["flops"] = sum(mxdsurgery.plan("demo-glu", measure=True, device=device, **EXACT)[0].flops.values())
     swept = mxdsurgery.sweep(folder, layer=1, contexts_per_expert=1, **text)["experts"]
     return found | {"sweep": sum(row["kl"] for row in swept)}
 

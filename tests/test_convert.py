@@ -61,7 +61,8 @@ def test_single_layers_can_be_measured_on_fewer_tokens_and_every_row_says_on_how
     assert [entry["tokens"] for entry in fewer["layers"]] == [10 * 126] * 2
     assert [entry["tokens"] for entry in every["layers"]] == [31 * 126] * 2  # fewer than 8k: all of them
     assert converted.plan.eval_tokens_single == 31 * 128
-    assert "position 0 left out), each layer alone on 1,260 of them, against" in (folder / "README.md").read_text()
+    rests_on = "position 0 left out), each layer alone on 1,260 of them, computed in float32, against"
+    assert rests_on in (folder / "README.md").read_text()
     assert "each layer alone" not in (converted.out / "README.md").read_text()
     refused = CliRunner().invoke(main, ["evaluate", str(folder), "--tokens-single", "1280", "--growth"])
     assert refused.exit_code == 2 and "--tokens-single does not go with --growth" in refused.output
