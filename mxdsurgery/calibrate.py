@@ -274,7 +274,7 @@ def _measure_head(base: BaseModel, recipe: Recipe, device: str, seconds: float) 
     """Seconds of the head, and of comparing what it predicts, on a whole batch; measured on as many tokens as go together."""
     batch = tokens_per_step(recipe)
     rows = min(batch, max(1, chunk_bytes(device) // (4 * base.vocabulary)))
-    with torch.random.fork_rng(), torch.device(device):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         head = nn.Linear(base.d_model, base.vocabulary, bias=False, dtype=getattr(torch, base.dtype))
         hidden, following = torch.randn(rows, base.d_model, dtype=head.weight.dtype), torch.randint(base.vocabulary, (rows,))
     known = known_predictions(head(hidden))
@@ -285,7 +285,7 @@ def _measure_head(base: BaseModel, recipe: Recipe, device: str, seconds: float) 
 def _measure_forward(layer: LayerPlan, base: BaseModel, recipe: Recipe, device: str, seconds: float) -> float:
     """Seconds of a new layer's forward pass on a whole batch; over fewer tokens, and scaled, where that takes too long."""
     batch, dtype = tokens_per_step(recipe), getattr(torch, base.dtype)
-    with torch.random.fork_rng(), torch.device(device):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         made = LAYER_KINDS[layer.kind](**layer_shape(layer)).to(dtype).eval()
         x = torch.randn(batch, layer.block.d_model, dtype=dtype)
     few = best_seconds(lambda: made(x[:_PROBE_TOKENS]), seconds / 4)
