@@ -224,7 +224,8 @@ def any_section(records: dict[str, dict[str, Any]]) -> str:
         )
         parts.append(f"### {kind}")
         if commands:
-            parts.append(f"{commands['hardware']}, torch {commands['torch']}. Of demo-glu: compute {commands['compute']}.")
+            words = f"{commands['hardware']}, torch {commands['torch']}. Of demo-glu, chosen: {commands['compute']}."
+            parts.append(f"`{records[f'any: commands ({kind})']['command']}`: {words}")
             rows = [[f"`{name}`", *times.values()] for name, times in commands["commands"].items()]
             parts.append(table("seconds | chosen | float32 | bfloat16 | chosen / better of both", rows))
         if beside:
@@ -259,8 +260,9 @@ measured in one run, absolute times vary by a fifth from day to day. Hardware of
 What a model's weights are stored in, and what is computed in, are two things: the second is chosen by timing this machine
 once, in some tens of milliseconds: a decoder layer of the model's shape, and the products of a new layer. A model stored in
 bfloat16 computes so, or in float32 where that is more than a tenth faster. Each command below ran on demo-glu in turn in the
-chosen dtype and in either; the fastest of two runs counts. Where a kind is emulated, torch, oneDNN and MKL were told to use
-AVX2 only (`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2`): bf16 products are then 8 times as
+chosen dtype and in either; the fastest of `--rounds` runs counts, of which the first may pay for imports. All of it on one
+thread, with another such job on the other core. Where a kind is emulated, torch, oneDNN and MKL were told to use AVX2 only
+(`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2`): bf16 products are then 8 times as
 slow as fp32 ones; on a real processor without bf16 instructions they are 40 times as slow.
 
 {any_kind}
