@@ -64,7 +64,7 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
     """For a terminal."""
     ce = evaluation["original"]["ce"]
     rests_on = f"{evaluation['tokens']:,} held-out tokens{_alone(evaluation)}{computed_in(evaluation)}"
-    title = f"On {rests_on}; original cross-entropy {ce:.4f} nats per token"
+    title = f"On {rests_on};\noriginal cross-entropy {ce:.4f} nats per token"
     table = Table("layer", title=title)
     shown = [0, *(1 + column for column, (name, _, _) in enumerate(FIGURES) if name in _SHORT)]
     for column in shown[1:]:
