@@ -124,8 +124,7 @@ def any_of(flags: Sequence[bool], shares: int) -> list[bool]:
     """Whether each is so in any of the processes that share the text."""
     if shares == 1:
         return list(flags)
-    works_on = dist.Backend.backend_capability.get(dist.get_backend(), ["cpu"])  # nccl on cuda alone, gloo also on the CPU
-    values = torch.tensor(flags, dtype=torch.int32, device="cpu" if "cpu" in works_on else works_on[0])
+    values = torch.tensor(flags, dtype=torch.int32, device=_between())
     agree(values, shares)
     return [bool(value) for value in values.tolist()]
 
@@ -134,14 +133,28 @@ def first_ones(values: Any) -> Any:
     """Plain data as the first process has it, in all of them."""
     if processes() == 1:
         return values
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    written = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8).to(device)
-    length = torch.tensor([len(written)], device=device)
+    written = _as_bytes(values).to(_between())
+    length = torch.tensor([len(written)], device=written.device)
     with _together():
         dist.broadcast(length, 0)
-        here = written if rank() == 0 else torch.empty(int(length), dtype=torch.uint8, device=device)
+        here = written if rank() == 0 else torch.empty(int(length), dtype=torch.uint8, device=written.device)
         dist.broadcast(here, 0)
-    return json.loads(bytes(here.cpu().numpy()))
+    return _from_bytes(here)
+
+
+def _between() -> str:
+    """The type of device on which tensors go from process to process: the CPU, where the back end can."""
+    works_on = dist.Backend.backend_capability.get(dist.get_backend(), ["cpu"])  # nccl on cuda alone, gloo also on the CPU
+    return "cpu" if "cpu" in works_on else works_on[0]
+
+
+def _as_bytes(values: Any) -> Tensor:
+    """Plain data as a tensor, uint8."""
+    return torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
+
+
+def _from_bytes(written: Tensor) -> Any:
+    return json.loads(bytes(written.cpu().numpy()))
 
 
 def wait() -> None:
@@ -167,7 +180,7 @@ def receive(like: Tensor, source: int, device: torch.device) -> Tensor:
 
 def send_values(values: Any, device: torch.device) -> None:
     """Plain data to the first process."""
-    written = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
+    written = _as_bytes(values)
     send(torch.tensor([len(written)]), device)
     send(written, device)
 
@@ -175,4 +188,4 @@ def send_values(values: Any, device: torch.device) -> None:
 def receive_values(source: int, device: torch.device) -> Any:
     """Plain data from a process."""
     length = int(receive(torch.zeros(1, dtype=torch.int64), source, device))
-    return json.loads(bytes(receive(torch.zeros(length, dtype=torch.uint8), source, device).numpy()))
+    return _from_bytes(receive(torch.zeros(length, dtype=torch.uint8), source, device))
