@@ -11,6 +11,8 @@ from forked import ForkingInterpreter
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from mxdsurgery.console import Reporter
+
 _COMMON = {
     "hidden_size": 32,
     "intermediate_size": 80,
@@ -71,6 +73,28 @@ def tiny_model(family: str, seed: int = 0, **changes):
     return model.requires_grad_(False)
 
 
+class Said(Reporter):
+    """Keeps the lines that a command says."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def interrupt_layer_2(patch: pytest.MonkeyPatch) -> None:
+    """Lets Ctrl-C come when layer 2 begins to train."""
+    from mxdsurgery.distill import distill
+
+    def interrupted(layers, *rest):
+        if any(planned.block.layer == 2 for planned in layers):
+            raise KeyboardInterrupt
+        distill(layers, *rest)
+
+    patch.setattr("mxdsurgery.train.distill", interrupted)
+
+
 def shared_folder() -> Path | None:
     """The material beside the project: ../shared, or where MXD_SHARED points."""
     path = Path(os.environ.get("MXD_SHARED", Path(__file__).parents[2] / "shared"))
@@ -126,15 +150,7 @@ def whole_reloads(forked_reloads, monkeypatch):
 
 @pytest.fixture
 def interrupted_in_layer_2(monkeypatch):
-    """Ctrl-C comes when layer 2 begins to train."""
-    from mxdsurgery.distill import distill
-
-    def interrupted(layers, *rest):
-        if any(planned.block.layer == 2 for planned in layers):
-            raise KeyboardInterrupt
-        distill(layers, *rest)
-
-    monkeypatch.setattr("mxdsurgery.train.distill", interrupted)
+    interrupt_layer_2(monkeypatch)
 
 
 @pytest.fixture(scope="session")

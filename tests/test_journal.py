@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from conftest import Said
 from rich.console import Console
 
 import mxdsurgery
@@ -21,14 +22,6 @@ from mxdsurgery.journal import LOG_FILE, METRICS_FILE, Journal, Recording
 
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
 TOKEN = "hf_" + "aB3dE5gH7j" * 3
-
-
-class Said(Reporter):
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
 
 
 def log(folder):

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import Said, tiny_model
 from hub_stub import TOKEN, Hub, Repository
 from huggingface_hub import constants, snapshot_download
 from rich.console import Console
@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 
 from mxdsurgery.adapter import ADAPTER_FILE
 from mxdsurgery.apply import apply, make_adapter
-from mxdsurgery.console import Reporter
 from mxdsurgery.disclosure import disclosures, redacted
 from mxdsurgery.errors import HubError, NotConvertedError, PushError, WeightsError
 from mxdsurgery.model import load_tokenizer
@@ -227,14 +226,6 @@ def test_a_catalogue_that_is_not_there_is_asked_for(hub, made):
     with pytest.raises(PushError, match="no catalogue"):
         push(made / "whole", "someone/model", include_experts=True)
     assert hub.requests == []
-
-
-class Said(Reporter):
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
 
 
 # The licence

@@ -10,11 +10,11 @@ from unittest.mock import patch
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import Said
 
 import mxdsurgery
 from mxdsurgery import distill, threads
 from mxdsurgery.cli import main
-from mxdsurgery.console import Reporter
 from mxdsurgery.errors import CheckpointError, Interrupted, RecipeError
 
 TINY = {"layers": "1", "tokens": 4_096, "eval_tokens": 1_000, "n_experts": 64, "k": 4, "batch": 512, "shuffle": 2_000}
@@ -28,16 +28,6 @@ def as_before(monkeypatch):
     with patch.dict(os.environ):
         yield
     torch.set_num_threads(before)
-
-
-class Lines(Reporter):
-    """Keeps what was said."""
-
-    def __init__(self):
-        self.said = []
-
-    def say(self, text):
-        self.said.append(text)
 
 
 def test_before_torch_is_loaded_and_in_processes_that_are_started_from_here():
@@ -107,10 +97,10 @@ def test_a_resumed_run_keeps_its_own(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="holds a run on 2 CPU threads, and 1 were asked for"):
         mxdsurgery.convert("demo-glu", **TINY, out=str(out), resume=True, threads=1)
     monkeypatch.setattr(threads, "_asked_for", None)
-    lines = Lines()
-    mxdsurgery.convert("demo-glu", **TINY, out=str(out), resume=True, reporter=lines)
+    said = Said()
+    mxdsurgery.convert("demo-glu", **TINY, out=str(out), resume=True, reporter=said)
     assert torch.get_num_threads() == 2 and threads.asked_for() is None
-    assert [line for line in lines.said if line.startswith("threads")] == [
+    assert [line for line in said.lines if line.startswith("threads")] == [
         "threads    2, as the run began; here it would have been 1"
     ]
     assert json.loads((out / "plan.json").read_text())["machine"]["threads"] == 2
