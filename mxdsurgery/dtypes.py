@@ -1,6 +1,7 @@
 """A model that computes in another dtype than its weights are stored in, and the way back."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,24 @@ def in_memory(stored: str, compute: str | None) -> str:
     return compute if wider else stored
 
 
+@dataclass
+class _Stored:
+    """How a model's weights are stored, while it computes in another dtype.
+
+    Attributes:
+        dtype: of nearly all of them.
+        wider: that of the single weights that some families keep in float32, by name.
+        autocast: what it computes in, where that does not hold the weights and they stay what they are.
+        forwards: the modules that run under autocast; of a model whose weights lie on disk, with the forward of their own that
+            they had already.
+    """
+
+    dtype: torch.dtype
+    wider: dict[str, torch.dtype]
+    autocast: torch.dtype | None = None
+    forwards: dict[nn.Module, Callable | None] = field(default_factory=dict)
+
+
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Lets a model compute in a dtype.
 
@@ -28,50 +47,57 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     if dtype == computed_in(model):
         return
-    model._stored_in = model.dtype
-    # Some families keep single weights in float32.
-    model._stored_wider = {name: held.dtype for name, held in _floats(model) if held.dtype != model.dtype}
-    if not holds(dtype, model.dtype):
-        device, model._autocast_dtype = execution_device(model).type, dtype
-        # Of a model whose weights lie on disk, they have a forward of their own already.
-        model._without_autocast = {module: module.__dict__.get("forward") for module in _entrances(model)}
-        for module in model._without_autocast:
-            module.forward = torch.autocast(device, dtype)(module.forward)  # one each: they are entered within each other
+    as_stored(model)
+    if dtype == model.dtype:
         return
-    for _, held in _floats(model):
-        if held.dtype == model._stored_in:
-            held.data = held.data.to(dtype)
+    wider = {name: held.dtype for name, held in _floats(model) if held.dtype != model.dtype}
+    kept = model._stored = _Stored(model.dtype, wider)
+    if holds(dtype, kept.dtype):
+        for _, held in _floats(model):
+            if held.dtype == kept.dtype:
+                held.data = held.data.to(dtype)
+        return
+    device, kept.autocast = execution_device(model).type, dtype
+    for module in _entrances(model):
+        kept.forwards[module] = module.__dict__.get("forward")
+        module.forward = torch.autocast(device, dtype)(module.forward)  # one each: they are entered within each other
 
 
 def computed_in(model: PreTrainedModel) -> torch.dtype:
     """What a model computes in."""
-    return model._autocast_dtype if getattr(model, "_without_autocast", None) else model.dtype
+    kept = _kept(model)
+    return model.dtype if kept is None or kept.autocast is None else kept.autocast
+
+
+def stored_in(model: PreTrainedModel) -> torch.dtype:
+    """What a model's weights are stored in, whatever it computes in."""
+    kept = _kept(model)
+    return model.dtype if kept is None else kept.dtype
+
+
+def as_stored(model: PreTrainedModel) -> None:
+    """Brings a model's weights to what they are stored in, rounding those that were not read from there, and ends autocast."""
+    kept = _kept(model)
+    if kept is None:  # it computes in what it is stored in
+        return
+    for module, forward in kept.forwards.items():
+        if forward is None:
+            del module.forward
+        else:
+            module.forward = forward
+    for name, held in _floats(model):
+        held.data = held.data.to(kept.wider.get(name, kept.dtype))
+    del model._stored
+
+
+def _kept(model: PreTrainedModel) -> _Stored | None:
+    return getattr(model, "_stored", None)
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Casts a module's weights, those on disk as they are read."""
     for _, held in _floats(module):
         held.data = held.data.to(dtype)
-
-
-def stored_in(model: PreTrainedModel) -> torch.dtype:
-    """What a model's weights are stored in, whatever it computes in."""
-    return getattr(model, "_stored_in", model.dtype)
-
-
-def as_stored(model: PreTrainedModel) -> None:
-    """Brings a model's weights to what they are stored in, rounding those that were not read from there, and ends autocast."""
-    for module, forward in getattr(model, "_without_autocast", {}).items():
-        if forward is None:
-            del module.forward
-        else:
-            module.forward = forward
-    model._without_autocast = {}
-    wider = getattr(model, "_stored_wider", None)
-    if wider is None:  # it computes in what it is stored in
-        return
-    for name, held in _floats(model):
-        held.data = held.data.to(wider.get(name, model._stored_in))
 
 
 def _floats(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -21,6 +21,7 @@ from mxdsurgery.catalogue import CATALOGUE_FILE, CATALOGUE_VERSION
 from mxdsurgery.checkpoint import Converted, fingerprint, load_with_recipe
 from mxdsurgery.console import ProgressLine, Reporter, size
 from mxdsurgery.corpus import CLASSES_FILE, Corpus, Source, read_corpus
+from mxdsurgery.dtypes import compute_in
 from mxdsurgery.errors import LayerSelectionError, MemoryBudgetError, OutputError
 from mxdsurgery.export import write_json
 from mxdsurgery.interventions import MAXIMUM_FILE
@@ -120,6 +121,7 @@ def experts(
     run.open(asdict(settings), resume, overwrite)
     packing = Packing(converted.tokenizer(), recipe.context, recipe.prepend_bos)
     with run.working(reporter) as reporter:
+        compute_in(converted.model, getattr(torch, run.as_begun(recipe, reporter.say).compute))
         try:
             summary = _catalogued(converted, settings, packing, run, out, reporter)
         except (OSError, SafetensorError) as error:

@@ -1,23 +1,27 @@
 """What is computed in: chosen by measuring, apart from what weights are stored in, on every kind of machine."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 from collections import Counter
 
 import pytest
 import torch
+from conftest import Said, interrupt_layer_2
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mxdsurgery
-from mxdsurgery import compute, train
+from mxdsurgery import compute
 from mxdsurgery.compute import Shape, layer_seconds, model_dtype, product_seconds, training_dtype
 from mxdsurgery.console import Reporter
-from mxdsurgery.dtypes import as_stored, compute_in, computed_in
+from mxdsurgery.dtypes import as_stored, compute_in, computed_in, stored_in
 from mxdsurgery.edits import edits_from_flags
+from mxdsurgery.errors import Interrupted
 from mxdsurgery.model import load_model
+from mxdsurgery.tally import Tally
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "mkldnn_linear", "_scaled_dot_product_flash_attention_for_cpu"}
 SHAPE = Shape(tokens=64, context=16, d_model=32, d_hidden=64, heads=4)
@@ -127,6 +131,16 @@ def test_weights_come_back_as_they_were_stored(stored):
     after = model.state_dict()
     assert all(after[name].dtype == tensor.dtype and torch.equal(after[name], tensor) for name, tensor in before.items())
     assert {name: tensor.dtype for name, tensor in model.named_buffers()} == buffers
+
+
+def test_what_is_computed_in_can_change_again():
+    model = load_model("demo-glu", dtype="float16")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.float16):
+        compute_in(model, dtype)
+        assert computed_in(model) == dtype and stored_in(model) == torch.float16
+    after = model.state_dict()
+    assert all(after[name].dtype == tensor.dtype and torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_weights_that_a_dtype_does_not_hold_stay_and_the_model_runs_under_autocast():
@@ -292,25 +306,37 @@ def test_a_run_goes_on_in_what_it_began_with(machine, tmp_path, monkeypatch):
     machine(bfloat16=43.0)
     how = OPTIONS | {"inputs": "converted", "tokens": 4_000}
     whole = mxdsurgery.convert("demo-glu", out=str(tmp_path / "whole"), **how)
-    distill = train.distill
-
-    def interrupted(layers, *rest):
-        if any(planned.block.layer == 2 for planned in layers):
-            raise KeyboardInterrupt
-        distill(layers, *rest)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "distill", interrupted)
+        interrupt_layer_2(patch)
         mxdsurgery.convert("demo-glu", out=str(tmp_path / "out"), **how)
     machine(bfloat16=0.3)
-    said = []
-
-    class Heard(Reporter):
-        def say(self, line):
-            said.append(line)
-
-    made = mxdsurgery.convert("demo-glu", out=str(tmp_path / "out"), resume=True, reporter=Heard(), **how)
-    assert "compute    float32, as the run began; here it would have been bfloat16" in said
+    said = Said()
+    made = mxdsurgery.convert("demo-glu", out=str(tmp_path / "out"), resume=True, reporter=said, **how)
+    assert "compute    float32, as the run began; here it would have been bfloat16" in said.lines
     assert made.plan.machine.compute == "float32" and not made.plan.machine.bf16
     first, second = (load_file(folder / "model.safetensors") for folder in (whole.out, made.out))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_catalogue_goes_on_in_what_it_began_with(folder, machine, tmp_path, monkeypatch):
+    how = {"tokens": 2_000, "checkpoint_every": 1}
+    machine(bfloat16=43.0)
+    monkeypatch.setattr(importlib.import_module("mxdsurgery.experts"), "_BATCH", 512)
+    mxdsurgery.experts(folder, out=tmp_path / "whole", **how)
+    add, calls = Tally.add, []
+
+    def interrupted(self, *args):
+        calls.append(None)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        add(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Tally, "add", interrupted)
+        mxdsurgery.experts(folder, out=tmp_path / "parts", **how)
+    machine(bfloat16=0.3)
+    said = Said()
+    mxdsurgery.experts(folder, out=tmp_path / "parts", resume=True, reporter=said, **how)
+    assert "compute    float32, as the run began; here it would have been bfloat16" in said.lines
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes(), path.name
