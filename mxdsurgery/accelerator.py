@@ -28,7 +28,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         RecipeError: the tracker is not installed.
     """
     _check_tracker(recipe)
-    device = compute_device(recipe)
+    device = check_device(recipe.device)
     # A second run in the same process may want another precision, or another device.
     AcceleratorState._reset_state(reset_partial_state=processes() == 1)
     start_processes(recipe)
@@ -49,7 +49,7 @@ def start_processes(recipe: Recipe) -> None:
     Raises:
         DeviceError: the recipe's device is not there.
     """
-    PartialState(cpu=compute_device(recipe) == "cpu", timeout=_PATIENCE)
+    PartialState(cpu=check_device(recipe.device) == "cpu", timeout=_PATIENCE)
 
 
 def _check_agrees(accelerator: Accelerator, device: str) -> None:
@@ -75,15 +75,6 @@ def alone(what: str) -> None:
         raise DeviceError(
             f"{processes()} processes were launched for {what}", expected="one", fix="run it without accelerate launch"
         )
-
-
-def compute_device(recipe: Recipe) -> str:
-    """The type of device that the recipe's ``device`` means on this machine.
-
-    Raises:
-        DeviceError: it is not there.
-    """
-    return check_device(recipe.device)
 
 
 def choose_kernels(accelerator: Accelerator, *, d_model: int, n_experts: int, k: int, tokens: int) -> str | None:
@@ -124,7 +115,7 @@ def _in_bf16(asked: str, recipe: Recipe, d_in: int, d_out: int) -> bool:
         return asked == "bf16"
     if recipe.compute != "auto":
         return recipe.compute == "bfloat16"
-    return training_dtype(compute_device(recipe), recipe.batch, d_in, max(1, d_out)).dtype == "bfloat16"
+    return training_dtype(check_device(recipe.device), recipe.batch, d_in, max(1, d_out)).dtype == "bfloat16"
 
 
 def _check_tracker(recipe: Recipe) -> None:

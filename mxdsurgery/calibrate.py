@@ -24,7 +24,17 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from mxdsurgery.accelerator import choose_kernels, make_accelerator
 from mxdsurgery.activations import record_activations
-from mxdsurgery.cost import BaseModel, Group, LayerPlan, Machine, base_forward_flops, first_k, layer_flops, tokens_per_step
+from mxdsurgery.cost import (
+    BaseModel,
+    Group,
+    LayerPlan,
+    Machine,
+    base_forward_flops,
+    first_k,
+    largest_layer,
+    layer_flops,
+    tokens_per_step,
+)
 from mxdsurgery.device import empty_cache
 from mxdsurgery.distill import LayerInTraining, active_experts, train_step
 from mxdsurgery.effort import EVALUATION_SHARE, Alone, Rates, evaluation_runs
@@ -45,11 +55,11 @@ _LONGEST = 4.0
 _FEW_TOKENS = 16
 # Tokens of the step that tells how many more can be afforded.
 _PROBE_TOKENS = 256
-# What is written to see how fast the disk is, and what a process imports that reloads a checkpoint.
+# What is written to see how fast the disk is.
 _WRITTEN_BYTES = 2**26
-# Where that is not worth measuring: seconds until it can.
-_USUAL_START = 6.0
+# What a process imports that reloads a checkpoint, and the seconds that takes where they are not worth measuring.
 _RELOADS = "import torch; from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM"
+_USUAL_START = 6.0
 # A matrix product that takes so long is no matter of launching it.
 _BUSY = 2e-3
 # Base models whose weights take more than this are not built: their pass is computed from the rate of a matrix product.
@@ -185,11 +195,6 @@ def calibrate(
         start_seconds=_measure_start() if share == 1.0 else _USUAL_START,
         bytes_per_second=_measure_disk(Path(recipe.out)),
     )
-
-
-def largest_layer(layers: Sequence[LayerPlan]) -> LayerPlan:
-    """The one that takes the most FLOPs."""
-    return max(layers, key=lambda layer: sum(layer_flops(layer).values()))
 
 
 def _schedule(k_seconds: Sequence[Sequence[float]]) -> list[float]:

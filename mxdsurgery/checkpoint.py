@@ -15,10 +15,10 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mxdsurgery.accelerator import compute_device
 from mxdsurgery.adapter import Adapter, is_adapter, merged, read_adapter, right_base
 from mxdsurgery.compute import model_dtype
 from mxdsurgery.cost import DTYPE_BYTES
+from mxdsurgery.device import check_device
 from mxdsurgery.dtypes import compute_in
 from mxdsurgery.errors import ModelNotFoundError, NotConvertedError, WeightsError, first_line
 from mxdsurgery.initialize import layer_shape
@@ -225,7 +225,7 @@ def load_with_recipe(
     """
     read_config(folder)
     recipe = saved_recipe(folder, device)
-    converted = load(folder, device=compute_device(recipe))
+    converted = load(folder, device=check_device(recipe.device))
     return converted, settle(converted, recipe, compute, rows=rows)
 
 
@@ -246,9 +246,9 @@ def chosen_dtype(converted: Converted, recipe: Recipe, rows: int | None = None) 
     Raises:
         DeviceError: the device is not there.
     """
-    block = converted.plan.layers[0].block
-    shape = model_shape(converted.model.config, block, rows or recipe.batch, 1 if rows else recipe.context)
-    return model_dtype(converted.plan.dtype, recipe.compute, compute_device(recipe), shape).dtype
+    plan, config = converted.plan, converted.model.config
+    shape = model_shape(config, plan.layers, rows or recipe.batch, 1 if rows else recipe.context)
+    return model_dtype(plan.dtype, recipe.compute, check_device(recipe.device), shape).dtype
 
 
 def settle(converted: Converted, recipe: Recipe, compute: str | None = None, *, rows: int | None = None) -> Recipe:

@@ -6,8 +6,14 @@ from mxdsurgery.recipe import RECIPE_KEYS
 DEFAULT_K = (16, 32, 64, 128, 256)
 DEFAULT_KINDS = ("mxd", "transcoder", "skip-transcoder")
 # One layer at a time is looked at, so there are no others to feed it.
-ONE_LAYER = {"inputs": "original", "target": "stream", "kept_tokens": None, "offload": "none", "format": "checkpoint"}
-ONE_LAYER |= {"eval_tokens_single": None}
+ONE_LAYER = {
+    "inputs": "original",
+    "target": "stream",
+    "kept_tokens": None,
+    "offload": "none",
+    "format": "checkpoint",
+    "eval_tokens_single": None,
+}
 
 # `heal`; the first is the default.
 HEAL_CHOICES = {

@@ -182,7 +182,7 @@ class _Rates:
         found = self.known.get(machine, {}).get(what)
         if found is None:
             found = self.known.setdefault(machine, {})[what] = timed()
-            _write_rates({machine: {what: found}})
+            _write_rate(machine, what, found)
         return found
 
 
@@ -205,12 +205,11 @@ def _read_rates() -> Known:
         return {}
 
 
-def _write_rates(new: Known) -> None:
+def _write_rate(machine: str, what: str, seconds: dict[str, float]) -> None:
     """Adds to what later processes will know; where the cache folder cannot be written, they measure again."""
     try:
         path, known = _rates_path(), _read_rates()
-        for machine, rates in new.items():
-            known[machine] = known.get(machine, {}) | rates
+        known.setdefault(machine, {})[what] = seconds
         aside = path.with_suffix(f".{os.getpid()}.tmp")
         aside.write_text(json.dumps(known, indent=1), encoding="utf-8")
         os.replace(aside, path)
@@ -230,10 +229,11 @@ def _machine(device: str) -> str:
 
 
 def _processor() -> str:
-    """The processor's name and its instructions: machines of one name can have others."""
+    """The processor's name, model and stepping, where Linux says them: several have one name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        fields = dict(line.split(":", 1) for line in lines if ":" in line)
-        return " ".join(value.strip() for key, value in fields.items() if key.strip() in ("model name", "model", "stepping"))
     except (OSError, ValueError):
-        return platform.processor() or platform.machine()
+        lines = []
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    named = (value.strip() for key, value in fields.items() if key.strip() in ("model name", "model", "stepping"))
+    return " ".join(named) or platform.processor() or platform.machine()

@@ -232,6 +232,11 @@ def layer_flops(layer: LayerPlan) -> dict[str, int]:
     }
 
 
+def largest_layer(layers: Sequence[LayerPlan]) -> LayerPlan:
+    """The one that takes the most FLOPs."""
+    return max(layers, key=lambda layer: sum(layer_flops(layer).values()))
+
+
 def base_forward_flops(base: BaseModel, last: int, context: int, first: int = 0) -> int:
     """Per token: the base model's pass from layer ``first`` up to ``last``; products with weights, and attention."""
     layers = base.layer_parameters[first : last + 1]

@@ -11,12 +11,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mxdsurgery.accelerator import alone, compute_device, make_accelerator, start_processes
+from mxdsurgery.accelerator import alone, make_accelerator, start_processes
 from mxdsurgery.blocks import Block
 from mxdsurgery.choices import DEFAULT_K, DEFAULT_KINDS, ONE_LAYER
 from mxdsurgery.comparison import FRONTIER_FILE, Frontier, read_frontier, row_key, save_layer
 from mxdsurgery.console import Reporter
 from mxdsurgery.cost import LayerPlan, layer_parameters, matched_n_experts, transcoder_parameters
+from mxdsurgery.device import check_device
 from mxdsurgery.distill import layer_key
 from mxdsurgery.errors import Interrupted, OutputError, RecipeError
 from mxdsurgery.measure import Measurement
@@ -91,7 +92,7 @@ def frontier(
     train, heldout = open_texts(resolved, load_tokenizer(model, resolved.revision, resolved.trust_remote_code))
     settled = RunFolder(out, resolved).as_begun(made.settled(resolved), reporter.say, resume)
     trusted = {"trust_remote_code": resolved.trust_remote_code}
-    how = {"dtype": made.dtype, "compute": settled.compute, "device": compute_device(resolved)} | trusted
+    how = {"dtype": made.dtype, "compute": settled.compute, "device": check_device(resolved.device)} | trusted
     base = load_model(model, revision=resolved.revision, **how)
     reporter.say(f"proof      the block recomputed from its weights, relative error {prove_block(base, made.blocks[0]):.1e}")
     remaining, digest = iter(todo), weights_digest(base)

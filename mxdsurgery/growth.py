@@ -15,13 +15,12 @@ from rich.text import Text
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mxdsurgery.accelerator import compute_device
 from mxdsurgery.activations import hidden_of
 from mxdsurgery.blocks import Block
 from mxdsurgery.card import computed_in
 from mxdsurgery.checkpoint import Converted, load, saved_recipe, settle
 from mxdsurgery.console import Reporter
-from mxdsurgery.device import widest
+from mxdsurgery.device import check_device, widest
 from mxdsurgery.errors import BaseModelError
 from mxdsurgery.evaluate import held_out, load_original
 from mxdsurgery.lora import healed_maps
@@ -86,7 +85,7 @@ def growth(
     _check_layers_only(converted)
     recipe = settle(converted, saved_recipe(folder, device), compute)
     ids = held_out(converted, recipe, data, tokens)
-    where = compute_device(recipe)
+    where = check_device(recipe.device)
     original = load_original(converted, base or recipe.model, recipe).to(where)
     layers = {index: layer.to(where) for index, layer in converted.layers.items()}
     with reporter.progress("growth", "passes") as line:

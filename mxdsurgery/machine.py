@@ -7,10 +7,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from mxdsurgery.accelerator import computes_in_bf16, selects_in_bf16
-from mxdsurgery.blocks import Block
 from mxdsurgery.budget import BUDGET_SHARE
 from mxdsurgery.compute import Choice, Shape, model_dtype
-from mxdsurgery.cost import GIB, LayerPlan, Machine
+from mxdsurgery.cost import GIB, LayerPlan, Machine, largest_layer
 from mxdsurgery.device import devices, meant
 from mxdsurgery.memory import free_memory
 from mxdsurgery.recipe import Recipe
@@ -31,7 +30,7 @@ def this_machine(recipe: Recipe, layers: Sequence[LayerPlan], config: PreTrained
     if not here:
         chosen, bf16 = Choice(dtype, f"as stored; not measured: there is no {device} here"), recipe.precision != "fp32"
         return Machine(device, bf16, recipe.selection != "fp32", memory, source, None, chosen.dtype, chosen.why)
-    shape = model_shape(config, _widest(layers)[0], recipe.batch, recipe.context)
+    shape = model_shape(config, layers, recipe.batch, recipe.context)
     chosen = model_dtype(dtype, recipe.compute, device, shape)
     settled = settled_recipe(recipe, layers, chosen.dtype)
     return Machine(
@@ -46,8 +45,9 @@ def this_machine(recipe: Recipe, layers: Sequence[LayerPlan], config: PreTrained
     )
 
 
-def model_shape(config: PreTrainedConfig, block: Block, tokens: int, context: int) -> Shape:
-    """What a model computes at a time, in forward passes of so many tokens."""
+def model_shape(config: PreTrainedConfig, layers: Sequence[LayerPlan], tokens: int, context: int) -> Shape:
+    """What a model computes at a time, in forward passes of so many tokens, where new layers stand for its blocks."""
+    block = largest_layer(layers).block
     heads = getattr(config.get_text_config(decoder=True), "num_attention_heads", None)
     return Shape(tokens, context, block.d_model, block.d_hidden, heads if isinstance(heads, int) else 1)
 
@@ -60,13 +60,7 @@ def settled_recipe(recipe: Recipe, layers: Sequence[LayerPlan], compute: str) ->
         layers: new ones.
         compute: of models.
     """
-    block, n_experts = _widest(layers)
-    precision = "bf16" if computes_in_bf16(recipe, block.d_model, block.d_hidden) else "fp32"
-    selection = "bf16" if selects_in_bf16(recipe, block.d_model, n_experts) else "fp32"
+    largest = largest_layer(layers)
+    precision = "bf16" if computes_in_bf16(recipe, largest.block.d_model, largest.block.d_hidden) else "fp32"
+    selection = "bf16" if selects_in_bf16(recipe, largest.block.d_model, largest.n_experts) else "fp32"
     return dataclasses.replace(recipe, compute=compute, precision=precision, selection=selection)
-
-
-def _widest(layers: Sequence[LayerPlan]) -> tuple[Block, int]:
-    """The block with the most hidden units, and the most experts."""
-    block = max((layer.block for layer in layers), key=lambda block: block.d_hidden)
-    return block, max(layer.n_experts for layer in layers)

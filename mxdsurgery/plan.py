@@ -158,10 +158,12 @@ class Plan:
 
     def computing_as(self, settled: Recipe) -> "Plan":
         """The plan with what a settled recipe computes in."""
+        if self.machine is None:  # of an older version
+            return self
         chosen = {"compute": settled.compute, "bf16": settled.precision == "bf16", "selection": settled.selection == "bf16"}
-        if self.machine is None or self.machine.compute != settled.compute:
+        if self.machine.compute != settled.compute:
             chosen["compute_why"] = "as the run began"
-        return dataclasses.replace(self, machine=self.machine and dataclasses.replace(self.machine, **chosen))
+        return dataclasses.replace(self, machine=dataclasses.replace(self.machine, **chosen))
 
     def check_budget(self) -> None:
         """Raises MemoryBudgetError if the conversion does not fit the memory budget."""

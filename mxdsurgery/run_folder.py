@@ -31,8 +31,17 @@ from mxdsurgery.threads import asked_for, set_threads
 # The file of a checkpoint with what is in training.
 TRAINING_FILE = "training.safetensors"
 # A run may go on with other values of these: they do not change what is trained, or `RunFolder.keep_threads` sees to it.
-_FREE_KEYS = {*CHECKPOINT_KEYS, "overwrite", "out", "tracker", "memory", "device", "threads", "trust_remote_code"}
-_FREE_KEYS |= {"eval_tokens_single"}
+_FREE_KEYS = {
+    *CHECKPOINT_KEYS,
+    "overwrite",
+    "out",
+    "tracker",
+    "memory",
+    "device",
+    "threads",
+    "trust_remote_code",
+    "eval_tokens_single",
+}
 
 
 class Stop:

@@ -16,6 +16,7 @@ from mxdsurgery.catalogue import Catalogue, catalogue_of
 from mxdsurgery.checkpoint import load_with_recipe
 from mxdsurgery.errors import DataError
 from mxdsurgery.experts import recorded_coefficients
+from mxdsurgery.layer import Coefficients
 
 # Experts that fired on fewer tokens say nothing yet.
 _LEAST_FIRED = 5
@@ -80,7 +81,7 @@ def search(
             converted.model.base_model(input_ids=ids.to(converted.model.device), use_cache=False)
         found, tokens = [], ids[0, first:].tolist()
         for index in layers:
-            a = type(seen[index][0])(*(part.cpu() for part in seen[index][0]))
+            a = Coefficients(*(part.cpu() for part in seen[index][0]))
             fires = torch.zeros(catalogue.layers[index], dtype=torch.int64)
             mine = a.indices.reshape(ids.shape[1], -1)[first:][a.values.reshape(ids.shape[1], -1)[first:] > 0]
             found += _by_text(catalogue, index, fires.index_add_(0, mine, torch.ones_like(mine)), len(tokens))
