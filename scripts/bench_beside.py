@@ -26,8 +26,8 @@ from mxdsurgery.console import ProgressLine, Reporter
 from mxdsurgery.keys import parse_count
 
 PRECISIONS = {"default": {}, "fp32": {"precision": "fp32", "selection": "fp32"}}
-# Whether waiting threads sleep, for each number of threads; a single one waits for nobody.
-WAITING = {1: [True], 2: [False, True]}
+# How threads wait for each other, for each number of them; a single one waits for nobody.
+WAITING = {1: ["-"], 2: ["spinning", "asleep"]}
 BUSY = "while True: pass"
 
 
@@ -66,10 +66,10 @@ def train(tokens: int, precision: str, threads: int) -> dict[str, Any]:
     return {"tokens": watch.done, "seconds": watch.seconds}
 
 
-def measured(tokens: int, precision: str, threads: int, sleeping: bool, beside: bool) -> dict[str, Any]:
+def measured(tokens: int, precision: str, threads: int, waiting: str, beside: bool) -> dict[str, Any]:
     """In a process of its own, maybe beside a busy one."""
     # Without the policy: torch is there before mxdsurgery could say anything.
-    load = "" if sleeping else "import torch; "
+    load = "import torch; " if waiting == "spinning" else ""
     code = f"{load}import json, bench_beside; print(json.dumps(bench_beside.train({tokens}, {precision!r}, {threads})))"
     environment = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")}
     environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -86,10 +86,10 @@ def rows(tokens: int, precisions: list[str], threads: list[int], rounds: int) ->
     """One for each precision, number of threads and way of waiting: seconds alone and beside, and tokens."""
     for precision in precisions:
         for count in threads:
-            for sleeping in WAITING[count]:
-                row: dict[str, Any] = {"precision": precision, "threads": count, "sleeping": sleeping}
+            for waiting in WAITING[count]:
+                row: dict[str, Any] = {"precision": precision, "threads": count, "waiting": waiting}
                 for place in ("alone", "beside"):
-                    runs = [measured(tokens, precision, count, sleeping, place == "beside") for _ in range(rounds)]
+                    runs = [measured(tokens, precision, count, waiting, place == "beside") for _ in range(rounds)]
                     row |= {"tokens": runs[0]["tokens"], place: round(statistics.median(run["seconds"] for run in runs), 1)}
                 yield row
 
@@ -99,8 +99,7 @@ def table(measurements: list[dict[str, Any]]) -> Iterator[str]:
     yield f"| first {measurements[0]['tokens']:,} tokens | threads | waiting | alone | beside one busy process |"
     yield "|---|--:|---|--:|--:|"
     for row in measurements:
-        waiting = "-" if row["threads"] == 1 else "asleep" if row["sleeping"] else "spinning"
-        yield f"| {row['precision']} | {row['threads']} | {waiting} | {row['alone']} s | {row['beside']} s |"
+        yield f"| {row['precision']} | {row['threads']} | {row['waiting']} | {row['alone']} s | {row['beside']} s |"
 
 
 @click.command(help=__doc__)

@@ -229,8 +229,7 @@ def any_section(records: dict[str, dict[str, Any]]) -> str:
             rows = [[f"`{name}`", *times.values()] for name, times in commands["commands"].items()]
             parts.append(table("seconds | chosen | float32 | bfloat16 | chosen / better of both", rows))
         if beside:
-            waiting = [("asleep" if row["sleeping"] else "spinning") if row["threads"] > 1 else "-" for row in beside]
-            rows = [[r["threads"], how, r["alone"], r["beside"]] for r, how in zip(beside, waiting, strict=True)]
+            rows = [[row[column] for column in ("threads", "waiting", "alone", "beside")] for row in beside]
             words = f"seconds of the first {beside[0]['tokens']:,} tokens: threads | waiting | alone | beside a busy process"
             parts.append(table(words, rows))
         if plan:
