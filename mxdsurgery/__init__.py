@@ -14,8 +14,10 @@ from typing import Any
 
 # On Linux, torch then asks for huge pages: the CPU's training step spends a tenth of its time on page faults otherwise.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# OpenMP's threads then sleep soon while they wait for each other: beside other programs, spinning costs more than it saves.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP's threads then spin for a moment while they wait for each other, and sleep: beside other programs, long spinning costs
+# many times what it saves; alone, none at all costs an eighth (docs/tried.md).
+if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+    os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="2000")
 
 __version__ = "0.1.0"
 

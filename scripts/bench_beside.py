@@ -4,9 +4,9 @@
     python scripts/bench_beside.py --tokens 41k --rounds 3 --json
 
 Two threads wait for each other many times a step. OpenMP's own way is to spin, which takes the core from whoever could work in
-the meantime; with OMP_WAIT_POLICY=PASSIVE, as mxdsurgery has it unless it is told otherwise, a waiting thread sleeps. Every
-run is a process of its own, measured from when its layers are ready to train; of several rounds the median counts. A
-Markdown table, in seconds; with --json a line for each row.
+the meantime; as mxdsurgery has it unless it is told otherwise (OMP_WAIT_POLICY, GOMP_SPINCOUNT), a waiting thread sleeps
+after a moment. Every run is a process of its own, measured from when its layers are ready to train; of several rounds the
+median counts. A Markdown table, in seconds; with --json a line for each row.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def measured(tokens: int, precision: str, threads: int, waiting: str, beside: bo
     # Without the policy: torch is there before mxdsurgery could say anything.
     load = "import torch; " if waiting == "spinning" else ""
     code = f"{load}import json, bench_beside; print(json.dumps(bench_beside.train({tokens}, {precision!r}, {threads})))"
-    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(os.path.abspath(__file__)), *sys.path])
     with contextlib.ExitStack() as stack:

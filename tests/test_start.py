@@ -40,15 +40,17 @@ for command in commands:
         except SystemExit as end:
             code = end.code
     said.append([" ".join(command), code, errors.getvalue(), loaded()])
-print(json.dumps([said, os.environ["OMP_WAIT_POLICY"]]))
+print(json.dumps([said, {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}]))
 """
 
 
 def loaded_by(commands, first="", **environment):
     """In a fresh process: of the import and each command, its exit code, stderr and all heavy libraries loaded so far."""
     given = json.dumps([first, commands, sorted(HEAVY)])
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | environment
-    done = subprocess.run([sys.executable, "-c", RUN, given], capture_output=True, text=True, env=environment, check=True)
+    others = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, given], capture_output=True, text=True, env=others | environment, check=True
+    )
     return json.loads(done.stdout)
 
 
@@ -66,12 +68,12 @@ def test_help_version_and_mistakes_in_flags_load_nothing_heavy():
         "--sweep was given together": ["effect", "nowhere", "--sweep", "1", "--ablate", "1:2"],
         "MetricsError": ["plot", "nowhere"],
     }
-    (imported, *said), policy = loaded_by([*helped, *mistaken.values()])
+    (imported, *said), waiting = loaded_by([*helped, *mistaken.values()])
     assert [(command, code, errors) for command, code, errors, _ in said[: len(helped)] if code or errors] == []
     for (command, code, errors, _), words in zip(said[len(helped) :], mistaken, strict=True):
         assert code == 2 and words in errors, (command, errors)
     assert [(command, loaded) for command, *_, loaded in [imported, *said] if loaded] == []
-    assert policy == "PASSIVE"
+    assert waiting == {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 
 def test_a_command_loads_only_what_it_uses(converted):
@@ -85,10 +87,10 @@ def test_a_command_loads_only_what_it_uses(converted):
     ]
     # what transformers loads for any model at all, of what is installed, is its own choice
     any_model = "import accelerate.hooks, transformers.models.llama.modeling_llama, transformers.pytorch_utils, tokenizers"
-    (_, *said), policy = loaded_by(commands, any_model, OMP_WAIT_POLICY="ACTIVE")
+    (_, *said), waiting = loaded_by(commands, any_model, OMP_WAIT_POLICY="ACTIVE")
     assert [(command, code, errors) for command, code, errors, _ in said if code] == []
     assert [(command, loaded) for command, *_, loaded in said if loaded] == []
-    assert policy == "ACTIVE"  # the user's own
+    assert waiting == {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": None}  # the user's own
 
 
 def test_plot_loads_matplotlib_and_no_torch(converted, tmp_path):
