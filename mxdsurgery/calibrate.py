@@ -39,9 +39,9 @@ from mxdsurgery.device import empty_cache
 from mxdsurgery.distill import LayerInTraining, active_experts, train_step
 from mxdsurgery.effort import EVALUATION_SHARE, Alone, Rates, evaluation_runs
 from mxdsurgery.initialize import layer_shape
-from mxdsurgery.metrics import known_predictions, next_token_scores
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.replacement import LAYER_KINDS
+from mxdsurgery.scores import known_predictions, next_token_scores
 from mxdsurgery.sparse import chunk_bytes
 from mxdsurgery.timing import best_seconds
 

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from mxdsurgery.activations import hooked, recording
 from mxdsurgery.blocks import Block
 from mxdsurgery.cost import HELD_BYTES
-from mxdsurgery.metrics import SCORES, Sums, known_predictions, next_token_scores, sum_sequences
+from mxdsurgery.metrics import Sums, sum_sequences
 from mxdsurgery.model import decoder_layers
+from mxdsurgery.scores import SCORES, known_predictions, next_token_scores
 from mxdsurgery.sparse import chunk_bytes
 from mxdsurgery.teacher import hidden_states, parts, predict
 

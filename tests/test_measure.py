@@ -13,8 +13,9 @@ from mxdsurgery.activations import record_activations
 from mxdsurgery.effort import Alone
 from mxdsurgery.finding import find_blocks
 from mxdsurgery.measure import Measurement, measure
-from mxdsurgery.metrics import likeliest, with_interval
+from mxdsurgery.metrics import with_interval
 from mxdsurgery.model import decoder_layers
+from mxdsurgery.scores import likeliest
 from mxdsurgery.scoring import run_original
 from mxdsurgery.sparse import CHUNK_BYTES
 from mxdsurgery.surgery import ConstantOutput, replaced, resumed_at

@@ -9,14 +9,15 @@ PACKAGE = Path(__file__).parents[1] / "mxdsurgery"
 # activations, layer, training, what it takes, plan, surgery, measuring, export, and the commands on top.
 ORDER = [
     "errors", "threads", "device", "timing", "compute", "demo", "outside", "selection", "disclosure", "keys", "recipe",
-    "choices", "console", "journal", "digest", "parallel", "offload", "dtypes", "families", "hub", "model", "blocks", "proof",
-    "finding", "analyze", "packing", "text", "sparse", "layer", "baselines", "interventions", "replacement", "kernels",
-    "accelerator", "activations", "memory", "cost", "effort", "budget", "machine", "resolve", "resume", "run_folder",
-    "initialize", "distill", "metrics", "calibrate", "plan", "surgery", "inputs", "lora", "teacher", "endtoend", "train",
-    "card", "scoring", "measure", "adapter", "checkpoint", "export", "apply", "convert", "chart", "plot", "comparison",
-    "frontier", "evaluate", "heal", "growth", "labelled", "subjects", "probe", "dissect", "catalogue", "corpus", "tally",
-    "unembedding", "tables", "experts", "search", "coefficients", "edits", "generate", "edit", "report", "predictions",
-    "effect", "sweep", "judge", "steering", "parcel", "push", "__init__", "options", "voice", "cli", "__main__",
+    "choices", "console", "journal", "digest", "parallel", "offload", "dtypes", "families", "hub", "model", "blocks",
+    "proof", "finding", "analyze", "packing", "text", "sparse", "layer", "baselines", "interventions", "replacement",
+    "kernels", "accelerator", "activations", "memory", "cost", "effort", "budget", "machine", "resolve", "resume",
+    "run_folder", "initialize", "distill", "scores", "metrics", "calibrate", "plan", "surgery", "inputs", "lora",
+    "teacher", "endtoend", "train", "card", "scoring", "measure", "adapter", "checkpoint", "export", "apply", "convert",
+    "chart", "plot", "comparison", "frontier", "evaluate", "heal", "growth", "labelled", "subjects", "probe", "dissect",
+    "catalogue", "corpus", "tally", "unembedding", "tables", "experts", "search", "coefficients", "edits", "generate",
+    "edit", "report", "predictions", "effect", "sweep", "judge", "steering", "parcel", "push", "__init__", "options",
+    "voice", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -1,0 +1,63 @@
+"""What a prediction is worth beside the original's, position by position: cross-entropy, KL and agreement."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Of a prediction beside the original's: cross-entropy, KL(original ‖ it), and whether the likeliest token is the same.
+SCORES = ("ce", "kl", "agree")
+# Logits per group where the likeliest token is found by groups.
+_ARGMAX_GROUP = 64
+
+
+class Known(NamedTuple):
+    """What the original predicts at n positions, computed once for all that is compared with it."""
+
+    log_p: Tensor  # (n, V) fp32
+    p: Tensor  # (n, V) fp32
+    likeliest: Tensor  # (n,) int64
+
+    def cross_entropy(self, following: Tensor) -> Tensor:
+        """Of the tokens (n,) that follow: (n,) fp32."""
+        return -self.log_p.gather(1, following[:, None])[:, 0]
+
+
+def known_predictions(logits: Tensor) -> Known:
+    """From the original's logits (n, V)."""
+    logits = logits.float()
+    log_p = F.log_softmax(logits, dim=-1)
+    return Known(log_p, log_p.exp(), likeliest(logits))
+
+
+def next_token_scores(logits: Tensor, known: Known, following: Tensor) -> Tensor:
+    """Cross-entropy, KL(original ‖ logits) and top-1 agreement at n positions, in nats, from one pass over the logits.
+
+    Args:
+        logits: (n, V).
+        known: what the original predicts there.
+        following: (n,), the tokens that follow.
+
+    Returns:
+        (3, n) fp32, by `SCORES`.
+    """
+    logits = logits.float()
+    log_q = F.log_softmax(logits, dim=-1)
+    ce = -log_q.gather(1, following[:, None])[:, 0]
+    agree = (likeliest(logits) == known.likeliest).float()
+    kl = log_q.neg_().add_(known.log_p).mul_(known.p).sum(-1)  # in place: memory that is new costs more than the sums
+    return torch.stack([ce, kl, agree])
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """``logits.argmax(-1)``, (n, V) -> (n,), in groups: their maxima first. On a CPU four times as fast."""
+    n, vocabulary = logits.shape
+    groups = vocabulary // _ARGMAX_GROUP
+    whole = groups * _ARGMAX_GROUP
+    maxima = logits[:, :whole].unflatten(1, (groups, _ARGMAX_GROUP)).amax(-1)
+    if whole < vocabulary:
+        maxima = torch.cat([maxima, logits[:, whole:].amax(-1, keepdim=True)], dim=1)
+    places = _ARGMAX_GROUP * maxima.argmax(-1, keepdim=True) + torch.arange(_ARGMAX_GROUP, device=logits.device)
+    places = places.clamp_max(vocabulary - 1)
+    return places.gather(1, logits.gather(1, places).argmax(-1, keepdim=True))[:, 0]
