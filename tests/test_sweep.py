@@ -76,9 +76,10 @@ def coefficients(opened, layer):
 
 
 def check_all_experts(opened, layer, sums, experts=range(N)):
+    # to fp64's rounding, and to fp32's of a small part where a family attends in it (GPT-Neo)
     for expert in experts:
         delta_ce, kl = without(opened.model, opened.input_ids, layer, expert)
-        assert sums.delta_ce[expert].item() == pytest.approx(delta_ce.sum().item(), abs=1e-9)
+        assert sums.delta_ce[expert].item() == pytest.approx(delta_ce.sum().item(), abs=1e-9, rel=1e-8)
         assert sums.kl[expert].item() == pytest.approx(kl.sum().item(), rel=1e-6, abs=1e-10)
         assert sums.kl_squares[expert].item() == pytest.approx(kl.square().sum().item(), rel=1e-6, abs=1e-10)
 
