@@ -12,16 +12,17 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 WIDTH, HIDDEN, LAYERS, VOCABULARY, CONTEXT = 32, 80, 4, 320, 128
 
-# The names that one size has in configs, and its tiny value.
+# The names that one size has in configs: how many layers, how many tokens, and all others with their tiny value.
+_LAYERS = """num_hidden_layers n_layer n_layers num_layers num_blocks encoder_layers decoder_layers num_encoder_layers
+    num_decoder_layers max_window_layers"""
+_VOCABULARY = "vocab_size vocab_size_per_layer_input unpadded_vocab_size ngram_vocab_size_base"
 _SIZES: dict[int, str] = {
     WIDTH: """hidden_size n_embd d_model embedding_size emb_dim embedding_dim word_embed_proj_dim attention_hidden_size
         lru_width adapter_in_dim
         adapter_out_dim adapter_input_size adapter_output_size""",
     HIDDEN: """intermediate_size ffn_dim ffn_hidden_size dim_ff dff feed_forward_size encoder_ffn_dim decoder_ffn_dim
         intermediate_size_mlp shared_intermediate_size dense_intermediate_size""",
-    LAYERS: """num_hidden_layers n_layer n_layers num_layers num_blocks encoder_layers decoder_layers num_encoder_layers
-        num_decoder_layers max_window_layers
-        num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads
+    4: """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads
         num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads linear_num_value_heads
         linear_num_heads n_mamba_heads num_query_groups
         num_experts n_routed_experts num_local_experts moe_num_experts mamba_n_heads mamba_num_heads hc_lowrank
@@ -36,7 +37,6 @@ _SIZES: dict[int, str] = {
         num_experts_per_tok num_experts_per_token moe_topk moe_k index_topk""",
     1: """n_group topk_group num_expert_group n_shared_experts num_shared_experts moe_num_shared_experts
         first_k_dense_replace mamba_n_groups n_groups mamba_ngroups""",
-    VOCABULARY: "vocab_size vocab_size_per_layer_input unpadded_vocab_size ngram_vocab_size_base",
     CONTEXT: "max_position_embeddings n_positions n_ctx max_seq_len model_max_length context_length",
     64: "sliding_window sliding_window_size window_size attention_window_size attention_chunk_size local_attention",
 }
@@ -44,6 +44,7 @@ SIZES = {name: value for value, names in _SIZES.items() for name in names.split(
 
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
+# Where single layers are named, they are those of `LAYERS`.
 NEEDS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10_000.0}}},
@@ -85,47 +86,52 @@ NEEDS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(family: str) -> PreTrainedConfig:
-    """A config of `LAYERS` layers, `WIDTH` wide, and, where the family mixes kinds of layers, some of each."""
-    return _shrunk(CONFIG_MAPPING[family]().to_dict(), family)
+def tiny_config(family: str, layers: int = LAYERS, vocabulary: int = VOCABULARY, **changes: Any) -> PreTrainedConfig:
+    """A config of so many layers, `WIDTH` wide, and, where the family mixes kinds of layers, some of each.
+
+    ``changes`` are further values of the config, by the family's own names.
+    """
+    sizes = SIZES | dict.fromkeys(_LAYERS.split(), layers) | dict.fromkeys(_VOCABULARY.split(), vocabulary)
+    return CONFIG_MAPPING[family](**_shrunk(CONFIG_MAPPING[family]().to_dict(), family, sizes) | changes)
 
 
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(family: str, seed: int = 0, noise: float = 0.05, **changes: Any) -> PreTrainedModel:
     """A random model of `tiny_config`, in fp32, with biases and norms that are not at their trivial start."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+            parameter.add_(torch.randn_like(parameter) * noise)
     return model.requires_grad_(False)
 
 
-def _shrunk(values: dict[str, Any], family: str) -> PreTrainedConfig:
-    """The config with these values, every size small."""
+def _shrunk(values: dict[str, Any], family: str, sizes: dict[str, int]) -> dict[str, Any]:
+    """These values of a config, every size small."""
     layers = next(
         (values[name] for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if name in values), None
     )
+    few = sizes["num_hidden_layers"]
     small: dict[str, Any] = {}
     for name, value in values.items():
         if name in ("transformers_version", "architectures", "model_type", "per_layer_config"):
             continue
-        if isinstance(value, dict) and value.get("model_type") in CONFIG_MAPPING:
-            small[name] = _shrunk(value, value["model_type"])
+        if isinstance(value, dict) and (inner := value.get("model_type")) in CONFIG_MAPPING:
+            small[name] = CONFIG_MAPPING[inner](**_shrunk(value, inner, sizes))
         elif name == "mlp_layer_types" and "sparse" in (value or ["sparse"]):
-            small[name] = ["dense", *["sparse"] * (LAYERS - 1)]
+            small[name] = ["dense", *["sparse"] * (few - 1)]
         elif isinstance(value, list) and len(value) == layers:  # one of each kind first
             kinds = list(dict.fromkeys(value)) if all(isinstance(each, (str, int, float)) for each in value) else []
-            small[name] = [_small(name, each) for each in (kinds + value)[:LAYERS]]
+            small[name] = [_small(name, each, sizes) for each in (kinds + value)[:few]]
         elif name.endswith("_token_id") and isinstance(value, int):
             small[name] = TOKENS.get(name, 0)
         else:
-            small[name] = _small(name, value)
+            small[name] = _small(name, value, sizes)
     if values.get("num_key_value_heads", 0) in (None, values.get("num_attention_heads")):
-        small["num_key_value_heads"] = SIZES["num_attention_heads"]
+        small["num_key_value_heads"] = sizes["num_attention_heads"]
     if "head_dim" in values and values["head_dim"] is None:
-        small["head_dim"] = SIZES["head_dim"]
-    return CONFIG_MAPPING[family](**small | NEEDS.get(family, {}))
+        small["head_dim"] = sizes["head_dim"]
+    return small | NEEDS.get(family, {})
 
 
-def _small(name: str, value: Any) -> Any:
-    return SIZES[name] if name in SIZES and isinstance(value, int) and not isinstance(value, bool) else value
+def _small(name: str, value: Any, sizes: dict[str, int]) -> Any:
+    return sizes[name] if name in sizes and isinstance(value, int) and not isinstance(value, bool) else value
