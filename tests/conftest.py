@@ -1,4 +1,4 @@
-"""Small deterministic models for the tests, and the way to the material that may lie beside the project."""
+"""What tests are given: the material beside the project, processes, and a converted model."""
 
 import os
 from pathlib import Path
@@ -6,99 +6,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
 
 import pytest
-import torch
 from forked import ForkingInterpreter
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-from mxdsurgery.console import Reporter
-
-_COMMON = {
-    "hidden_size": 32,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 64,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
-_GPT2_NAMES = {
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 64,
-    "vocab_size": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-_OPT_NAMES = {"hidden_size": 32, "ffn_dim": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32}
-_NEO_NAMES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
-_VOCAB = {"vocab_size": 64, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-
-# family: (config values, kind, activation)
-FAMILIES = {
-    "gpt2": (_GPT2_NAMES, "mlp", "gelu_new"),
-    "gpt_neo": (_NEO_NAMES | _VOCAB, "mlp", "gelu_new"),
-    "gpt_neox": (_COMMON, "mlp", "gelu"),
-    "opt": (_OPT_NAMES | _VOCAB, "mlp", "relu"),
-    "phi": (_COMMON, "mlp", "gelu_new"),
-    "phi3": (_COMMON, "glu", "silu"),
-    "llama": (_COMMON, "glu", "silu"),
-    "mistral": (_COMMON, "glu", "silu"),
-    "qwen2": (_COMMON, "glu", "silu"),
-    "qwen3": (_COMMON, "glu", "silu"),
-    "gemma": (_COMMON, "glu", "gelu_pytorch_tanh"),
-    "gemma2": (_COMMON, "glu", "gelu_pytorch_tanh"),
-    "olmo2": (_COMMON, "glu", "silu"),
-}
-
-
-def tiny_config(family: str, **changes):
-    """A config of two layers, 32 wide, of any family."""
-    values = FAMILIES[family][0] if family in FAMILIES else _COMMON
-    return CONFIG_MAPPING[family](**values | changes)
-
-
-def tiny_model(family: str, seed: int = 0, **changes):
-    """A random model of `tiny_config`, in fp32, with biases and norms that are not at their trivial start."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.requires_grad_(False)
-
-
-class Said(Reporter):
-    """Keeps the lines that a command says."""
-
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-
-def interrupt_layer_2(patch: pytest.MonkeyPatch) -> None:
-    """Lets Ctrl-C come when layer 2 begins to train."""
-    from mxdsurgery.distill import distill
-
-    def interrupted(layers, *rest):
-        if any(planned.block.layer == 2 for planned in layers):
-            raise KeyboardInterrupt
-        distill(layers, *rest)
-
-    patch.setattr("mxdsurgery.train.distill", interrupted)
-
-
-def shared_folder() -> Path | None:
-    """The material beside the project: ../shared, or where MXD_SHARED points."""
-    path = Path(os.environ.get("MXD_SHARED", Path(__file__).parents[2] / "shared"))
-    return path if (path / "models").is_dir() else None
+from running import interrupt_layer_2, shared_folder
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import tiny_models
 import torch
-from conftest import tiny_model
+from tiny import tiny_model
 
 from mxdsurgery.activations import Activations, ShuffledPositions, hooked, record_activations, recording
 from mxdsurgery.errors import UnsupportedBlockError

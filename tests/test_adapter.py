@@ -7,10 +7,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_export import IDS, RECIPE, export_tiny
+from tiny import IDS, RECIPE, export_tiny, tiny_model
 
 from mxdsurgery.adapter import ADAPTER_FILE, read_adapter
 from mxdsurgery.apply import apply, make_adapter

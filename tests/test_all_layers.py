@@ -9,10 +9,9 @@ from pathlib import Path
 import all_layers
 import pytest
 from click.testing import CliRunner
+from running import ROOT
 
 import mxdsurgery
-
-ROOT = Path(__file__).parents[1]
 
 
 def row(kind, way, delta_ce, share, k=16, model="stories260K", **others):

@@ -12,8 +12,8 @@ import huggingface_hub
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import tiny_config
 from huggingface_hub.utils._http import default_client_factory
+from tiny import tiny_config
 from transformers import BertConfig, T5Config, ViTConfig
 
 from mxdsurgery.cli import main

@@ -5,10 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import tiny_model
-from test_distill import batches, nmse, train
-from test_export import IDS, export_tiny
-from test_export import RECIPE as EXPORT_RECIPE
+from tiny import IDS, RECIPE, batches, export_tiny, nmse, tiny_model, train
 
 import mxdsurgery
 from mxdsurgery.checkpoint import load
@@ -103,7 +100,7 @@ def test_every_kind_learns_on_text_it_has_not_seen(kind):
 @KINDS
 @pytest.mark.parametrize("sparsity", ["topk", "batchtopk"])
 def test_every_kind_is_exported_and_reloaded(kind, sparsity, tmp_path):
-    recipe = dataclasses.replace(EXPORT_RECIPE, kind=kind, sparsity=sparsity)
+    recipe = dataclasses.replace(RECIPE, kind=kind, sparsity=sparsity)
     model, blocks, layers, differences = export_tiny("llama", tmp_path / "out", recipe=recipe)
     assert differences == {"logits": 0.0, "hidden": 0.0}
     loaded = load(tmp_path / "out")

@@ -3,7 +3,7 @@
 import pytest
 import tiny_models
 import torch
-from conftest import FAMILIES, tiny_config, tiny_model
+from tiny import FAMILIES, tiny_config, tiny_model
 from torch import nn
 
 from mxdsurgery import families, register_family
@@ -16,7 +16,7 @@ from mxdsurgery.proof import TOLERANCE, prove_block
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layers_block_is_found_from_the_config_and_proven_on_the_weights(family):
-    _, kind, activation = FAMILIES[family]
+    kind, activation = FAMILIES[family]
     findings = find_blocks(model_skeleton(tiny_config(family)))
     model = tiny_model(family)
     assert [finding.layer for finding in findings] == [0, 1]
@@ -118,7 +118,7 @@ def test_the_proof_on_the_weights_fails_when_the_weights_tell_otherwise():
 
 
 def test_a_mixture_of_experts_is_refused():
-    finding = find_blocks(model_skeleton(tiny_config("mixtral", num_local_experts=4)))[0]
+    finding = find_blocks(model_skeleton(tiny_config("mixtral")))[0]
     assert finding.block is None and finding.reason.startswith("is a mixture of experts")
 
 

@@ -2,12 +2,12 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import compatibility
 import pytest
 import torch
 from click.testing import CliRunner
+from running import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +16,7 @@ from mxdsurgery.checkpoint import FORMAT_VERSION, load_with_recipe
 from mxdsurgery.errors import NotConvertedError
 from mxdsurgery.layer import MxDLayer
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = ROOT / "tests" / "fixtures"
 FOLDERS = sorted(path for path in FIXTURES.glob("format_*") if path.is_dir())
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import Said, interrupt_layer_2
+from running import Said, interrupt_layer_2
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -6,11 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from running import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -268,7 +268,7 @@ def test_an_interrupted_run_keeps_the_groups_that_are_finished(tmp_path, interru
 
 def test_the_example_runs_on_a_converted_model_without_mxdsurgery(converted):
     code = "import sys, runpy; sys.modules['mxdsurgery'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
-    example = str(Path(__file__).parents[1] / "examples" / "ablate_expert.py")
+    example = str(ROOT / "examples" / "ablate_expert.py")
     done = subprocess.run([sys.executable, "-c", code, example, str(converted.out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ablated, the mean loss where it fired goes from" in done.stdout

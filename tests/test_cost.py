@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import tiny_model
+from tiny import tiny_model
 
 from mxdsurgery import budget, cost
 from mxdsurgery.cost import BaseModel, LayerPlan, Machine

@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import check_device
 import pytest
 import torch
 from accelerate import PartialState
+from running import ROOT
 from torch.utils import backend_registration
 
 import mxdsurgery
@@ -20,7 +20,7 @@ from mxdsurgery.errors import DeviceError
 from mxdsurgery.layer import MxDLayer
 from mxdsurgery.recipe import Recipe
 
-TESTS = Path(__file__).parent
+TESTS = ROOT / "tests"
 ON_CPU = Recipe(model="demo-glu", device="cpu")
 
 needs_python_backends = pytest.mark.skipif(
@@ -31,7 +31,7 @@ needs_python_backends = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def pretended():
     """What tests/pretend.py prints: it needs a process of its own, whose accelerator it is."""
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent / "scripts"), *sys.path])
+    paths = os.pathsep.join([str(TESTS), str(ROOT / "scripts"), *sys.path])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(TESTS / "pretend.py")],
         env=os.environ | {"PYTHONPATH": paths},

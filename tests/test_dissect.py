@@ -5,11 +5,11 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from test_layer import make_layer
+from running import ROOT
+from tiny import make_layer
 
 import mxdsurgery
 from mxdsurgery.baselines import Transcoder
@@ -76,7 +76,7 @@ def test_a_converted_model_is_dissected(converted, tmp_path):
 
 
 def test_the_example_shows_what_it_says():
-    script = Path(__file__).parents[1] / "examples" / "rank_one_experts.py"
+    script = ROOT / "examples" / "rank_one_experts.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ranks of the experts: {16}; of D: 16" in done.stdout and "rank-1 experts differ by" in done.stdout

@@ -1,14 +1,12 @@
 """Training: the loss and schedule of the paper, real learning on a real model, and named errors when it goes wrong."""
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import tiny_model
+from tiny import RECIPE, batches, fed, nmse, tiny_model, train
 
-from mxdsurgery.activations import record_activations, stream_activations
 from mxdsurgery.cost import first_k
 from mxdsurgery.distill import Progress, active_experts, distill, distillation_loss, frozen_gain, learning_rate
 from mxdsurgery.errors import DivergedError
@@ -17,39 +15,6 @@ from mxdsurgery.initialize import initial_layer, measure_statistics
 from mxdsurgery.measure import measure
 from mxdsurgery.plan import plan_layer
 from mxdsurgery.recipe import Recipe
-
-RECIPE = Recipe(k=4, n_experts=64, data="stdlib", batch=512, context=16, lr=3e-3)
-
-
-def batches(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield torch.randint(1, 64, (32, 16), generator=generator)
-
-
-def fed(model, blocks, stream=None):
-    return stream_activations(model, blocks, stream or batches(), torch.device("cpu"))
-
-
-def train(model, recipe=RECIPE, steps=60, layers=(0, 1), stream=None, reports=None):
-    blocks = [find_blocks(model)[layer].block for layer in layers]
-    statistics = measure_statistics(model, blocks, list(itertools.islice(batches(), 2)))
-    made = {
-        plan: initial_layer(model, plan, recipe, statistics[plan.block.layer])
-        for plan in (plan_layer(block, recipe) for block in blocks)
-    }
-    progress = Progress(steps, 512)
-    report = (lambda p: reports.append(list(p.nmse.values()))) if reports is not None else (lambda p: None)
-    distill(made, fed(model, blocks, stream), recipe, Accelerator(cpu=True), progress, report)
-    return {plan.block.layer: layer for plan, layer in made.items()}, progress, blocks
-
-
-def nmse(model, blocks, layers):
-    recorded = record_activations(model, blocks, next(batches(seed=99)))
-    errors = {}
-    for layer, (x, y) in recorded.items():
-        errors[layer] = ((layers[layer](x) - y).square().sum() / y.square().sum()).item()
-    return errors
 
 
 def test_the_loss_is_the_squared_error_over_the_norm():

@@ -6,18 +6,18 @@ import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook
+from running import ROOT
 from safetensors.torch import load_file
-from test_export import IDS, RECIPE, export_tiny
+from tiny import IDS, RECIPE, export_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mxdsurgery.model import model_source
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 # As on a machine that has never heard of mxdsurgery.
 WITHOUT = "import runpy, sys; sys.modules['mxdsurgery'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
 

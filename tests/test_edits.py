@@ -11,7 +11,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from test_export import IDS, RECIPE, export_tiny
+from tiny import IDS, RECIPE, export_tiny
 from transformers import AutoModelForCausalLM
 
 from mxdsurgery.checkpoint import fingerprint, load

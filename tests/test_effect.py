@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from test_sweep import S, T, coefficients, tiny_opened
+from tiny import S, T, coefficients, tiny_opened
 
 import mxdsurgery.effect
 from mxdsurgery.checkpoint import load

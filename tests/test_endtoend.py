@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import tiny_model
-from test_distill import RECIPE, batches
+from tiny import RECIPE, batches, tiny_model
 
 from mxdsurgery import teacher
 from mxdsurgery.endtoend import EndToEnd, Settings, kl_and_gradient, train_end_to_end, validation_kl

@@ -6,15 +6,15 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import tiny_model
+from running import ROOT
 from safetensors.torch import load_file
+from tiny import tiny_model
 
 from mxdsurgery import coefficients, experts, search
 from mxdsurgery.catalogue import SCHEMA, open_catalogue
@@ -243,7 +243,7 @@ def test_the_command_prints_a_table_and_json(folder, labelled, tmp_path):
 
 
 def test_the_example_erases_a_kind_of_text(folder, labelled):
-    script = Path(__file__).parents[1] / "examples" / "erase_capability.py"
+    script = ROOT / "examples" / "erase_capability.py"
     flags = [
         "--kind",
         "code",

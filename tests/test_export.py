@@ -8,42 +8,14 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
 from safetensors.torch import load_file, save_file
-from test_distill import RECIPE
+from tiny import FAMILIES, IDS, export_tiny
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from mxdsurgery.checkpoint import load
 from mxdsurgery.errors import ExportError, NotConvertedError, OutputError, WeightsError
-from mxdsurgery.export import Reference, check_output, check_reload, export, reference_outputs, written_whole
-from mxdsurgery.finding import find_blocks
-from mxdsurgery.initialize import initial_layer, measure_statistics
-from mxdsurgery.measure import measure
-from mxdsurgery.model import load_tokenizer
-from mxdsurgery.plan import Plan, plan_layer
+from mxdsurgery.export import Reference, check_output, check_reload, reference_outputs, written_whole
 from mxdsurgery.surgery import replaced
-
-IDS = torch.randint(1, 64, (2, 16), generator=torch.Generator().manual_seed(0))
-
-
-def export_tiny(family, out, layers=(0, 1), dtype=torch.float32, recipe=RECIPE, **changes):
-    """A tiny model with untrained but busy new layers, exported; the model, its layers and the differences."""
-    model = tiny_model(family, **changes).to(dtype)
-    blocks = [find_blocks(model)[layer].block for layer in layers]
-    statistics = measure_statistics(model, blocks, [IDS])
-    made = {}
-    for block in blocks:
-        layer = initial_layer(model, plan_layer(block, recipe), recipe, statistics[block.layer])
-        for weight in layer.parameters():
-            if not weight.any():
-                torch.nn.init.normal_(weight)
-        made[block.layer] = layer.to(dtype).eval().requires_grad_(False)
-    plans = [plan_layer(block, recipe) for block in blocks]
-    name = str(dtype).removeprefix("torch.")
-    plan = Plan(family, None, family, type(model).__name__, name, model.num_parameters(), "small.yaml", 1, plans)
-    evaluation = measure(model, blocks, made, IDS, batch=64)
-    differences = export(model, made, plan, recipe, evaluation, load_tokenizer("demo-glu"), IDS, out)
-    return model, blocks, made, differences
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "phi3"])

@@ -4,20 +4,20 @@ import math
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
 from rich.console import Console
+from running import ROOT
 from safetensors.torch import save_file
+from tiny import tiny_model
 
 import mxdsurgery
 from mxdsurgery.edits import Edits
 from mxdsurgery.errors import CatalogueError, DeviceError, EditError, NotConvertedError, RecipeError
 from mxdsurgery.generate import in_coefficients, sample, side_by_side
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 PROMPT = {"prompt": "def read(path):\n", "max_new_tokens": 12, "device": "cpu"}
 
 

@@ -10,9 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import dispatch_model
-from conftest import tiny_model
-from test_distill import RECIPE
-from test_export import export_tiny
+from tiny import RECIPE, export_tiny, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 

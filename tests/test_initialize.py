@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+from tiny import FAMILIES, tiny_model
 
 from mxdsurgery.activations import record_activations
 from mxdsurgery.errors import MxDWarning

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+from tiny import FAMILIES, tiny_model
 from torch import nn
 
 from mxdsurgery.activations import hooked, record_activations

@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from test_export import IDS, export_tiny
+from tiny import IDS, export_tiny
 from transformers import AutoModelForCausalLM
 
 from mxdsurgery.interventions import MAXIMUM_FILE

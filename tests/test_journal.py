@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from conftest import Said
 from rich.console import Console
+from running import Said
 
 import mxdsurgery
 from mxdsurgery.cli import main

@@ -4,22 +4,12 @@ import copy
 
 import pytest
 import torch
+from tiny import make_layer
 from torch.nn.utils import parameters_to_vector
 
 from mxdsurgery.layer import Coefficients, Gate, MxDLayer
 
 KINDS = pytest.mark.parametrize(("kind", "activation", "encoder_bias"), [("mlp", "gelu_new", True), ("glu", "silu", False)])
-
-
-def make_layer(kind="glu", activation="silu", encoder_bias=False, dtype=torch.float64, n_experts=40, k=5):
-    torch.manual_seed(0)
-    layer = MxDLayer(
-        d_model=12, d_hidden=20, n_experts=n_experts, k=k, kind=kind, activation=activation, encoder_bias=encoder_bias
-    ).to(dtype)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.5)
-    return layer
 
 
 def explicit_mixture(layer, x):

@@ -6,8 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
-from test_distill import batches, train
+from tiny import batches, tiny_model, train
 
 from mxdsurgery.activations import record_activations
 from mxdsurgery.effort import Alone

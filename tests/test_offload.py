@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import tiny_model
 from safetensors.torch import load_file
+from tiny import tiny_model
 
 import mxdsurgery
 from mxdsurgery.layer import MxDLayer

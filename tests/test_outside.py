@@ -13,7 +13,7 @@ import fuzz
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import tiny_model
+from tiny import tiny_model
 
 import mxdsurgery
 from mxdsurgery.adapter import ADAPTER_FILE, read_adapter

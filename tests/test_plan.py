@@ -6,8 +6,8 @@ import re
 
 import pytest
 from click.testing import CliRunner
-from conftest import tiny_config
-from test_recipe import REAL_CONFIGS
+from real_configs import REAL_CONFIGS
+from tiny import tiny_config
 
 import mxdsurgery
 from mxdsurgery import calibrate

@@ -10,12 +10,12 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from conftest import Said, tiny_model
 from hub_stub import TOKEN, Hub, Repository
 from huggingface_hub import constants, snapshot_download
 from rich.console import Console
+from running import Said
 from safetensors.torch import load_file, save_file
-from test_export import IDS, export_tiny
+from tiny import IDS, export_tiny, tiny_model
 from transformers import AutoModelForCausalLM
 
 from mxdsurgery.adapter import ADAPTER_FILE

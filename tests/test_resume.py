@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from running import ROOT
 from safetensors.torch import load_file, save_file
 
 import mxdsurgery
@@ -368,7 +368,7 @@ def test_a_checkpoint_keeps_every_dtype_bit_for_bit(tmp_path):
 
 
 def test_runs_killed_at_random_instants_end_as_if_they_had_not_been(tmp_path):
-    script = Path(__file__).parents[1] / "scripts" / "reliability.py"
+    script = ROOT / "scripts" / "reliability.py"
     work = "import json, reliability, pathlib, sys; print(json.dumps(reliability.measure_kills(2, pathlib.Path(sys.argv[1]))))"
     command = [sys.executable, "-c", work, str(tmp_path)]  # a process of its own: it forks
     environment = os.environ | {"PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1"}

@@ -5,11 +5,9 @@ import json
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from running import ROOT
 
 
 def run(script, *words):

@@ -1,9 +1,10 @@
 """The house: imports flow one way, functions stay short, names say something."""
 
 import ast
-from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "mxdsurgery"
+from running import ROOT
+
+PACKAGE = ROOT / "mxdsurgery"
 
 # A module imports only from those before it. The list is the data's path: errors and words, model, blocks, text and
 # activations, layer, training, what it takes, plan, surgery, measuring, export, and the commands on top.

@@ -4,50 +4,17 @@ import dataclasses
 import importlib
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, tiny_model
+from tiny import FAMILIES, N, S, T, coefficients, tiny_opened
 
-from mxdsurgery.checkpoint import converted_config_class, converted_model_class, load
+from mxdsurgery.checkpoint import load
 from mxdsurgery.console import ProgressLine, Reporter
 from mxdsurgery.errors import LayerSelectionError, UnsupportedBlockError
 from mxdsurgery.evaluate import held_out
-from mxdsurgery.finding import find_blocks
-from mxdsurgery.predictions import Opened
 from mxdsurgery.sweep import _Counts, _ranked, _Unedited, ablate_each, survey_layer, sweep, sweep_table
-
-S, T, N, K = 4, 20, 24, 3
-
-
-def tiny_opened(family="llama", kind="mxd", batch=3 * T, **changes):
-    """A random model of two layers, both of them converted, in float64, and random text."""
-    base = tiny_model(family, **changes)
-    blocks = [finding.block for finding in find_blocks(base)]
-    entries = []
-    for block in blocks:
-        shape = {"d_model": block.d_model, "n_experts": N, "k": K}
-        if kind in ("mxd", "topk-sae"):
-            shape |= {name: getattr(block, name) for name in ("d_hidden", "kind", "activation", "encoder_bias")}
-        bypass = list(block.bypass)
-        entries.append({"layer": block.layer, "path": block.path, "bypass": bypass, "kind": kind, "shape": shape})
-    config_class = converted_config_class(type(base.config))
-    values = {name: value for name, value in base.config.to_dict().items() if name not in ("model_type", "architectures")}
-    model = converted_model_class(type(base), config_class)(config_class(**values, mxd={"layers": entries}))
-    mine = model.state_dict()
-    weights = base.state_dict().items()
-    model.load_state_dict({n: w for n, w in weights if n in mine and mine[n].shape == w.shape}, strict=False)
-    torch.manual_seed(1)
-    layers = {block.layer: model.base_model.get_submodule(block.path) for block in blocks}
-    for layer in layers.values():
-        for parameter in layer.parameters():
-            parameter.data.normal_(std=0.3)
-    model.double().eval().requires_grad_(False)
-    converted = SimpleNamespace(model=model, layers=layers, plan=SimpleNamespace(blocks=blocks))
-    ids = torch.randint(1, 64, (S, T), generator=torch.Generator().manual_seed(2))
-    return Opened(converted, ids, batch, "random")
 
 
 def swept(opened, layer, most=S, seed=0):
@@ -63,16 +30,6 @@ def without(model, ids, layer, expert):
         log_q = model(input_ids=ids, use_cache=False).logits[:, 1:-1].double().log_softmax(-1)
     ce = [-log.gather(2, ids[:, 2:, None]).sum((1, 2)) for log in (log_p, log_q)]
     return ce[1] - ce[0], (log_p.exp() * (log_p - log_q)).sum((1, 2))
-
-
-def coefficients(opened, layer):
-    """(S, T, N), as the gate gives them when the whole model runs."""
-    seen = []
-    module = opened.converted.layers[layer]
-    handle = module.gate.register_forward_hook(lambda _m, _x, a: seen.append(a))
-    opened.model(input_ids=opened.input_ids)
-    handle.remove()
-    return seen[0].dense(N).view(S, T, N)
 
 
 def check_all_experts(opened, layer, sums, experts=range(N)):

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import Said
+from running import Said
 
 import mxdsurgery
 from mxdsurgery import distill, threads

@@ -1,0 +1,38 @@
+"""For tests that run commands, scripts and examples: where files are, what a command said, and Ctrl-C when it is wanted."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mxdsurgery.console import Reporter
+
+ROOT = Path(__file__).parents[1]  # of the project
+
+
+class Said(Reporter):
+    """Keeps the lines that a command says."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def interrupt_layer_2(patch: pytest.MonkeyPatch) -> None:
+    """Lets Ctrl-C come when layer 2 begins to train."""
+    from mxdsurgery.distill import distill
+
+    def interrupted(layers, *rest):
+        if any(planned.block.layer == 2 for planned in layers):
+            raise KeyboardInterrupt
+        distill(layers, *rest)
+
+    patch.setattr("mxdsurgery.train.distill", interrupted)
+
+
+def shared_folder() -> Path | None:
+    """The material beside the project: ../shared, or where MXD_SHARED points."""
+    path = Path(os.environ.get("MXD_SHARED", ROOT.parent / "shared"))
+    return path if (path / "models").is_dir() else None
