@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
+from pages import SCRIPTS
 
 from mxdsurgery.console import ProgressLine, Reporter
 from mxdsurgery.keys import parse_count
@@ -73,7 +74,7 @@ def measured(tokens: int, precision: str, threads: int, waiting: str, beside: bo
     code = f"{load}import json, bench_beside; print(json.dumps(bench_beside.train({tokens}, {precision!r}, {threads})))"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(os.path.abspath(__file__)), *sys.path])
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPTS), *sys.path])
     with contextlib.ExitStack() as stack:
         if beside:
             busy = stack.enter_context(subprocess.Popen([sys.executable, "-c", BUSY]))

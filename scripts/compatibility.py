@@ -22,9 +22,10 @@ from pathlib import Path
 
 import click
 import torch
+from pages import ROOT
 from safetensors.torch import load_file, save_file
 
-FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures"
+FIXTURES = ROOT / "tests" / "fixtures"
 NEWEST = "newest"
 # The oldest that pyproject.toml allows, what constraints.txt pins, and the newest.
 TRANSFORMERS, TORCH = ("5.17.0", NEWEST), ("2.9.1", "2.13.0", NEWEST)

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+from material import shared_option
+from pages import DOCS, ROOT
 
-ROOT = Path(__file__).parents[1]
-KEPT = ROOT / "docs" / "experts"
+KEPT = DOCS / "experts"
 
 _BOOKS = "--layers all --k 16 --data train.jsonl.gz --eval-data heldout.jsonl.gz --tokens 2M --eval-tokens 20k"
 _STORIES = "--layers all --k 16 --data tinystories-train.txt --eval-data tinystories-heldout.txt --tokens 1M --specialise 0.01"
@@ -169,7 +170,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--shared", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
+@shared_option
 @click.option("--models", type=click.Path(file_okay=False, path_type=Path), required=True)
 @click.option("--only", help="Names of steps, with commas between them; default: all but the conversions that are there.")
 def measure(shared: Path, models: Path, only: str | None) -> None:

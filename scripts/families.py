@@ -29,6 +29,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
 
 import torch
 import transformers
+from pages import DOCS, ROOT, cells, read_json, table
 from tiny_models import tiny_config, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -40,9 +41,8 @@ from mxdsurgery.families import family_of
 from mxdsurgery.model import load_model
 from mxdsurgery.proof import prove_block
 
-ROOT = Path(__file__).parents[1]
-FIGURES = ROOT / "docs" / "families" / "figures.json"
-INTRODUCTION = ROOT / "docs" / "families" / "introduction.md"
+FIGURES = DOCS / "families" / "figures.json"
+INTRODUCTION = DOCS / "families" / "introduction.md"
 FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 HANDFUL = 8  # families in one process
@@ -183,7 +183,7 @@ def check_all(families: list[str]) -> Iterator[dict[str, Any]]:
 
 def measure(families: list[str], jobs: int = 1) -> None:
     """Checks families, a handful in each process, and puts what came of them into docs/families/figures.json."""
-    figures = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.is_file() else {"rows": {}}
+    figures = read_json(FIGURES, {"rows": {}})
     figures |= {"transformers": transformers.__version__, "torch": torch.__version__}
     handfuls = [families[start : start + HANDFUL] for start in range(0, len(families), HANDFUL)]
     with ThreadPoolExecutor(jobs) as pool:
@@ -204,7 +204,7 @@ def _in_a_process(families: list[str]) -> dict[str, dict[str, Any]]:
 
 def page() -> Iterator[str]:
     """docs/families.md."""
-    figures = json.loads(FIGURES.read_text(encoding="utf-8"))
+    figures = read_json(FIGURES)
     rows = list(figures["rows"].values())
     done = [row for row in rows if row["verdict"] == "converted"]
     refused = [row for row in rows if row["verdict"] == "refused"]
@@ -219,24 +219,20 @@ def page() -> Iterator[str]:
     yield ""
     yield "## Converted"
     yield ""
-    yield "| family | class | kind | activation | layers | block | error | left as it is |"
-    yield "|---|---|---|---|---:|---|---:|---|"
-    for row in done:
-        cells = [row["family"], row["class"], row["kind"], row["activation"], f"{row['able']} of {row['layers']}"]
-        yield _row(*cells, f"`{row['block']}`", f"{row['error']:.0e}", "; ".join(row["left"]) or "-")
+    names = "family | class | kind | activation | layers | block | error | left as it is"
+    yield from table(names, map(_converted, done), right=("layers", "error")).splitlines()
     for title, some in (("Refused", refused), ("Neither", wrong)):
         if some:
             yield ""
             yield f"## {title}"
             yield ""
-            yield "| family | class | reason |"
-            yield "|---|---|---|"
-            for row in some:
-                yield _row(row["family"], row.get("class", "-"), row["reason"])
+            rows = (cells(row["family"], row.get("class", "-"), row["reason"]) for row in some)
+            yield from table("family | class | reason", rows).splitlines()
 
 
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+def _converted(row: dict[str, Any]) -> str:
+    start = (row["family"], row["class"], row["kind"], row["activation"], f"{row['able']} of {row['layers']}")
+    return cells(*start, f"`{row['block']}`", f"{row['error']:.0e}", "; ".join(row["left"]) or "-")
 
 
 def main() -> None:

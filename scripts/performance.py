@@ -16,13 +16,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
+from pages import DOCS, ROOT, SCRIPTS, cells, read_lines, table, write_lines
 
-HERE = Path(__file__).parent
-RESULTS = HERE.parent / "docs" / "performance.jsonl"
+RESULTS = DOCS / "performance.jsonl"
 
 # The layer's shapes with the paper's N: D, H, N, and --glu where the block is one.
 SHAPES = {
@@ -95,8 +94,7 @@ def gpu_benches(device: str, tiny: bool) -> Iterator[Bench]:
 
 def kept() -> dict[str, dict[str, Any]]:
     """The results so far, by name."""
-    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.is_file() else []
-    return {record["name"]: record for record in map(json.loads, lines)}
+    return {record["name"]: record for record in read_lines(RESULTS)}
 
 
 @click.group(help=__doc__)
@@ -119,10 +117,10 @@ def measure(device: str, on: str, shared: str, yardstick: str | None, only: str,
     for bench in benches:
         if only not in bench.name:
             continue
-        command = f"{bench.command.format(**paths)} --json"
-        click.echo(f"-- {bench.name}: python scripts/{command}", err=True)
-        script, *words = shlex.split(command)
-        done = subprocess.run([sys.executable, str(HERE / script), *words], stdout=subprocess.PIPE, text=True)
+        script, *words = shlex.split(f"{bench.command.format(**paths)} --json")
+        command = shlex.join(["python", str((SCRIPTS / script).relative_to(ROOT)), *words])
+        click.echo(f"-- {bench.name}: {command}", err=True)
+        done = subprocess.run([sys.executable, str(SCRIPTS / script), *words], stdout=subprocess.PIPE, text=True)
         if done.returncode != 0:
             click.echo(f"   failed with exit code {done.returncode}; nothing is kept of it", err=True)
             continue
@@ -130,15 +128,8 @@ def measure(device: str, on: str, shared: str, yardstick: str | None, only: str,
         click.echo(done.stdout)
         if not tiny:
             name = f"{bench.name} ({kind})" if bench.name.startswith("any: ") else bench.name
-            record = {"name": name, "command": f"python scripts/{command}", "result": lines if len(lines) > 1 else lines[0]}
-            records = kept() | {name: record}
-            RESULTS.write_text("".join(json.dumps(r) + "\n" for r in records.values()), encoding="utf-8")
-
-
-def table(headings: str, rows: list[list[object]]) -> str:
-    """Markdown."""
-    lines = [f"| {headings} |", "|---" * len(headings.split("|")) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+            record = {"name": name, "command": command, "result": lines if len(lines) > 1 else lines[0]}
+            write_lines(RESULTS, (kept() | {name: record}).values())
 
 
 def step_table(records: dict[str, dict[str, Any]]) -> str:
@@ -148,23 +139,14 @@ def step_table(records: dict[str, dict[str, Any]]) -> str:
     for name in names:
         result = records.get(name, {}).get("result")
         if result is None:
-            rows.append([name.removeprefix("step "), *[""] * 10])
+            rows.append(cells(name.removeprefix("step "), *[""] * 10))
             continue
         ours, dense = result["ours"], result["yardstick"]
         rows.append(
-            [
-                name.removeprefix("step "),
-                result["batch"],
-                f"{ours['seconds_per_step']:.4g}",
-                f"{dense['seconds_per_step']:.4g}",
-                f"**{result['speedup']:.1f}**",
-                f"{ours['tokens_per_second']:,}",
-                f"{ours['above_state_mib']:,}",
-                f"{dense['above_state_mib']:,}",
-                f"{result['memory_ratio']:.2f}",
-                f"{result['loss_difference']:.0e}",
-                f"{result['floor_ratio']:.2f}",
-            ]
+            f"{name.removeprefix('step ')} | {result['batch']} | {ours['seconds_per_step']:.4g} "
+            f"| {dense['seconds_per_step']:.4g} | **{result['speedup']:.1f}** | {ours['tokens_per_second']:,} "
+            f"| {ours['above_state_mib']:,} | {dense['above_state_mib']:,} | {result['memory_ratio']:.2f} "
+            f"| {result['loss_difference']:.0e} | {result['floor_ratio']:.2f}"
         )
     headings = (
         "shape and device | batch | s/step | yardstick | speedup | tokens/s | MiB above state | yardstick's | ratio "
@@ -179,8 +161,10 @@ def scaling_table(records: dict[str, dict[str, Any]]) -> str:
         if name.startswith("scaling "):
             r = record["result"]
             ours = r["ours"]
-            figures = [f"{ours['seconds_per_step']:.3f}", f"{ours['peak_mib']:,}", f"{ours['above_state_mib']:,}"]
-            rows.append([name.split()[1], r["d"], r["h"], r["n"], r["k"], *figures, r["floor_ratio"]])
+            rows.append(
+                f"{name.split()[1]} | {r['d']} | {r['h']} | {r['n']} | {r['k']} | {ours['seconds_per_step']:.3f} "
+                f"| {ours['peak_mib']:,} | {ours['above_state_mib']:,} | {r['floor_ratio']}"
+            )
     return table("varied | D | H | N | K | s/step | peak MiB | above state | step / floor", rows)
 
 
@@ -192,11 +176,11 @@ def inference_table(records: dict[str, dict[str, Any]]) -> str:
             original = r["original"]
             start = [r["model"], r["device"], r["dtype"]]
             speed = [f"{original['prefill_tokens_per_second']:,}", original["decode_tokens_per_second"]]
-            rows.append([*start, "original", *speed, "", "", f"{original['weight_bytes'] / 2**20:,.0f}"])
+            rows.append(cells(*start, "original", *speed, "", "", f"{original['weight_bytes'] / 2**20:,.0f}"))
             for n, at in r["by_n"].items():
                 speed = [f"{at['prefill_tokens_per_second']:,}", at["decode_tokens_per_second"]]
                 slower = [f"{at['prefill_slowdown']:.2f}", f"{at['decode_slowdown']:.2f}"]
-                rows.append([*start, n, *speed, *slower, f"{at['weight_bytes'] / 2**20:,.0f}"])
+                rows.append(cells(*start, n, *speed, *slower, f"{at['weight_bytes'] / 2**20:,.0f}"))
     return table("model | device | dtype | N | prefill tokens/s | decode tokens/s | prefill x | decode x | weights MiB", rows)
 
 
@@ -209,8 +193,8 @@ def parts_table(records: dict[str, dict[str, Any]]) -> str:
             n, at = list(r["by_n"].items())[-1]
             for call in ("microseconds_one_token", "microseconds_prompt"):
                 tokens = 1 if call.endswith("token") else r["prompt"]
-                headings = " | ".join(key.replace("_", " ") for key in at[call])
-                rows.append([r["model"], r["dtype"], n, tokens, *(f"{value:,.0f}" for value in at[call].values())])
+                headings = cells(*at[call]).replace("_", " ")
+                rows.append(cells(r["model"], r["dtype"], n, tokens, *(f"{value:,.0f}" for value in at[call].values())))
     return table(f"model | dtype | N | tokens | {headings}", rows)
 
 
@@ -226,14 +210,14 @@ def any_section(records: dict[str, dict[str, Any]]) -> str:
         if commands:
             words = f"{commands['hardware']}, torch {commands['torch']}. Of demo-glu, chosen: {commands['compute']}."
             parts.append(f"`{records[f'any: commands ({kind})']['command']}`: {words}")
-            rows = [[f"`{name}`", *times.values()] for name, times in commands["commands"].items()]
+            rows = (cells(f"`{name}`", *times.values()) for name, times in commands["commands"].items())
             parts.append(table("seconds | chosen | float32 | bfloat16 | chosen / better of both", rows))
         if beside:
-            rows = [[row[column] for column in ("threads", "waiting", "alone", "beside")] for row in beside]
+            rows = (f"{row['threads']} | {row['waiting']} | {row['alone']} | {row['beside']}" for row in beside)
             words = f"seconds of the first {beside[0]['tokens']:,} tokens: threads | waiting | alone | beside a busy process"
             parts.append(table(words, rows))
         if plan:
-            rows = [[stage, plan["planned"][stage], plan["measured"][stage]] for stage in plan["planned"]]
+            rows = (cells(stage, plan["planned"][stage], plan["measured"][stage]) for stage in plan["planned"])
             parts.append(
                 f"{plan['model']}, {plan['layers']} layers, {plan['tokens']:,} tokens; evaluated on {plan['eval_tokens']:,} "
                 f"tokens, single layers on {plan['eval_tokens_single']:,}:"

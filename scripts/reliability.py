@@ -29,6 +29,7 @@ from typing import Any
 
 import click
 import torch
+from pages import DOCS, cells, read_json, table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -36,7 +37,7 @@ import mxdsurgery
 from mxdsurgery.errors import MxDError
 from mxdsurgery.export import write_json
 
-KEPT = Path(__file__).parents[1] / "docs" / "reliability"
+KEPT = DOCS / "reliability"
 CONVERT = {
     "layers": "0-2",
     "tokens": 24_576,
@@ -59,7 +60,7 @@ def digest(folder: Path) -> str | None:
     if not folder.exists():
         return None
     found = hashlib.sha256((folder / "model.safetensors").read_bytes())
-    found.update(json.dumps(json.loads((folder / "evaluation.json").read_text())["all"]).encode())
+    found.update(json.dumps(read_json(folder / "evaluation.json")["all"]).encode())
     return found.hexdigest()
 
 
@@ -285,7 +286,7 @@ def apart(first: Path, second: Path) -> dict[str, float]:
         ((tensor.float() - other[name].float()).norm() / tensor.float().norm().clamp_min(1e-9)).item()
         for name, tensor in one.items()
     )
-    kl = [json.loads((folder / "evaluation.json").read_text())["all"]["kl"] for folder in (first, second)]
+    kl = [read_json(folder / "evaluation.json")["all"]["kl"] for folder in (first, second)]
     same = all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     return {"same_bits": same, "largest_distance": distance, "kl": kl}
 
@@ -310,24 +311,15 @@ def measure_processes(runs: Path) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def kept(name: str) -> dict[str, Any] | None:
-    """What was measured; None before it is."""
-    path = KEPT / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
 def kills_section(found: dict[str, Any]) -> Iterator[str]:
     """How many kills there were, and what came of them."""
     rows = found["rows"]
     yield "## Killed runs\n"
     yield "`python scripts/reliability.py kills --count 50 --runs DIR`\n"
-    yield "| run | runs | SIGKILLs | result torn | ended well | same weights and figures as uninterrupted | left behind |"
-    yield "|---|---|---|---|---|---|---|"
-    for name in RUNS:
-        mine = [row for row in rows if row["run"] == name]
-        counts = [sum(row["kills"] for row in mine), sum(row["torn"] for row in mine)]
-        counts += [sum(row["exit"] == 0 for row in mine), sum(row["same"] for row in mine)]
-        yield f"| {name} | {len(mine)} | " + " | ".join(map(str, counts)) + f" | {sum(len(r['left_behind']) for r in mine)} |"
+    yield table(
+        "run | runs | SIGKILLs | result torn | ended well | same weights and figures as uninterrupted | left behind",
+        (_kills_row(name, [row for row in rows if row["run"] == name]) for name in RUNS),
+    )
     every = [step for row in rows for step in row["last_checkpoints"]]
     yield (
         f"\nAt the moment of the kill there was no checkpoint {every.count(0)} times; otherwise the newest was of steps "
@@ -335,16 +327,21 @@ def kills_section(found: dict[str, Any]) -> Iterator[str]:
     )
 
 
+def _kills_row(name: str, rows: list[dict[str, Any]]) -> str:
+    sums = [sum(row[what] for row in rows) for what in ("kills", "torn")]
+    sums += [sum(row["exit"] == 0 for row in rows), sum(row["same"] for row in rows)]
+    return cells(name, len(rows), *sums, sum(len(row["left_behind"]) for row in rows))
+
+
 def faults_section(found: dict[str, Any]) -> Iterator[str]:
     """Each fault and what came of it."""
     yield "## Faults\n"
     yield "`python scripts/reliability.py faults --runs DIR`\n"
-    yield "| fault | exit code | what was said | result half written | goes on to the same bits |"
-    yield "|---|---|---|---|---|"
+    rows = []
     for row in found["rows"]:
-        said = row["said"].replace("|", "/")
         half, same = ("no" if row["nothing_half_written"] else "**yes**"), ("yes" if row["same"] else "**no**")
-        yield f"| {row['fault']} | {row['exit']} | {said} | {half} | {same} |"
+        rows.append(cells(row["fault"], row["exit"], row["said"], half, same))
+    yield table("fault | exit code | what was said | result half written | goes on to the same bits", rows)
     yield ""
 
 
@@ -352,14 +349,14 @@ def processes_section(found: dict[str, Any]) -> Iterator[str]:
     """How far from one process several are."""
     yield "## Several processes\n"
     yield "`python scripts/reliability.py processes --runs DIR`, in fp32, against one process:\n"
-    yield "| command | parallel | processes | same bits | largest relative distance of a tensor | KL, one process | KL |"
-    yield "|---|---|---|---|---|---|---|"
-    for row in found["rows"]:
-        same = "yes" if row["same_bits"] else "no"
-        yield (
-            f"| {row['command']} | {row['parallel']} | {row['processes']} | {same} | {row['largest_distance']:.1e} "
-            f"| {row['kl'][0]:.5f} | {row['kl'][1]:.5f} |"
-        )
+    rows = (
+        f"{row['command']} | {row['parallel']} | {row['processes']} | {'yes' if row['same_bits'] else 'no'} "
+        f"| {row['largest_distance']:.1e} | {row['kl'][0]:.5f} | {row['kl'][1]:.5f}"
+        for row in found["rows"]
+    )
+    yield table(
+        "command | parallel | processes | same bits | largest relative distance of a tensor | KL, one process | KL", rows
+    )
     yield ""
 
 
@@ -403,7 +400,7 @@ def sections() -> Iterator[str]:
     """Of the page, as far as they are measured."""
     found = {"kills.json": kills_section, "faults.json": faults_section, "processes.json": processes_section}
     for name, section in found.items():
-        if (measured := kept(name)) is not None:
+        if (measured := read_json(KEPT / name)) is not None:
             yield from section(measured)
     for title, name, command in (
         ("Input from outside", "fuzz.md", "python scripts/fuzz.py --minutes 5"),

@@ -6,38 +6,23 @@ Each conversion is kept under --runs and not repeated: delete its folder to meas
 models/ and text/ (CONTRIBUTING.md says what they are for); two CPU cores take about an hour for everything.
 """
 
-import json
-import platform
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import torch
+from material import BOOKS, STORIES, Subject, shared_option
+from pages import cells, machine, read_json, table
 
 import mxdsurgery
 from mxdsurgery.card import FIGURES, LEGEND, figure_rows
 from mxdsurgery.console import ConsoleReporter, compact
 
 INITS, KS = ("encoder", "random", "pretrained"), (16, 64)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model with its texts, and how many tokens its tables rest on."""
-
-    model: str
-    data: str
-    eval_data: str
-    tokens: int
-    eval_tokens: int
-
-
 SUBJECTS = (
-    Subject("books-llama-6m", "train.jsonl.gz", "heldout.jsonl.gz", 500_000, 18_432),
-    Subject("tinystories-chat-gpt2-3M", "tinystories-train.txt", "tinystories-heldout.txt", 500_000, 18_432),
-    Subject("stories260K", "tinystories-train.txt", "tinystories-heldout.txt", 500_000, 18_432),
+    Subject("books-llama-6m", *BOOKS, 18_432),
+    Subject("tinystories-chat-gpt2-3M", *STORIES, 18_432),
+    Subject("stories260K", *STORIES, 18_432),
 )
+TOKENS = 500_000
 # K constant and no penalty, so that the starts alone are compared; docs/training.md has what these two change.
 PLAIN = {"k_start": 1, "specialise": 0.0}
 # One middle layer, trained longer and measured on more text. Over more steps a constant learning rate kills experts.
@@ -49,25 +34,20 @@ def converted(subject: Subject, shared: Path, out: Path, **options: object) -> d
     if not (out / "evaluation.json").is_file():
         click.echo(f"-- {out.name}", err=True)
         mxdsurgery.convert(
-            str(shared / "models" / subject.model),
-            data=str(shared / "text" / subject.data),
-            eval_data=str(shared / "text" / subject.eval_data),
+            **subject.paths(shared),
             dtype="float32",
             device="cpu",
             out=str(out),
             reporter=ConsoleReporter(),
             **PLAIN,
-            **{"tokens": subject.tokens, "eval_tokens": subject.eval_tokens, **options},
+            **{"tokens": TOKENS, "eval_tokens": subject.eval_tokens, **options},
         )
-    return json.loads((out / "evaluation.json").read_text()) | {"plan": json.loads((out / "plan.json").read_text())}
+    return read_json(out / "evaluation.json") | {"plan": read_json(out / "plan.json")}
 
 
-def table(evaluation: dict) -> Iterator[str]:
-    """A Markdown table: a row per layer and one for all."""
-    yield "| layer | " + " | ".join(heading for _, heading, _ in FIGURES) + " |"
-    yield "|---" * (len(FIGURES) + 1) + "|"
-    for row in figure_rows(evaluation):
-        yield "| " + " | ".join(row) + " |"
+def by_layer(evaluation: dict) -> str:
+    """A row per layer and one for all."""
+    return table(cells("layer", *(heading for _, heading, _ in FIGURES)), (cells(*row) for row in figure_rows(evaluation)))
 
 
 def spent(evaluation: dict) -> str:
@@ -83,7 +63,7 @@ def spent(evaluation: dict) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--shared", type=click.Path(path_type=Path, exists=True), required=True)
+@shared_option
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs/results"), show_default=True)
 @click.option("--only", help="Only models whose name contains this.")
 def main(shared: Path, runs: Path, only: str | None) -> None:
@@ -96,28 +76,27 @@ def main(shared: Path, runs: Path, only: str | None) -> None:
     }
     click.echo("# Results on small models\n")
     click.echo("Printed by `python scripts/results.py --shared ../shared > docs/results.md`")
-    threads = torch.get_num_threads()
-    machine = f"torch {torch.__version__.split('+')[0]}, {platform.machine()}, CPU threads: {threads}"
-    click.echo(f"({machine}; base models and all figures in fp32; layers trained under bf16 autocast if the CPU has AMX).\n")
+    click.echo(f"({machine()}; base models and all figures in fp32; layers trained under bf16 autocast if the CPU has AMX).\n")
     click.echo("K is constant and the penalty `specialise` is 0: docs/training.md has what these two change.\n")
     click.echo(LEGEND + "\n")
     click.echo("## All layers at once, by `init` and K\n")
-    click.echo("| model | init | K | ΔCE | KL | same top-1 | NMSE | ΔCE if zeroed | expert share | tokens | minutes |")
-    click.echo("|---|---|---|---|---|---|---|---|---|---|---|")
+    rows = []
     for (model, init, k), evaluation in results.items():
         every, training = evaluation["all"], evaluation["training"]
-        click.echo(
-            f"| {model} | {init} | {k} | {every['delta_ce']:+.4f} | {every['kl']:.4f} | {every['top1_agreement']:.1%} "
+        rows.append(
+            f"{model} | {init} | {k} | {every['delta_ce']:+.4f} | {every['kl']:.4f} | {every['top1_agreement']:.1%} "
             f"| {every['nmse']:.4f} | {every['zero_delta_ce']:+.4f} | {every['expert_share']:.2f} "
-            f"| {compact(training['tokens'])} | {training['seconds'] / 60:.1f} |"
+            f"| {compact(training['tokens'])} | {training['seconds'] / 60:.1f}"
         )
+    names = "model | init | K | ΔCE | KL | same top-1 | NMSE | ΔCE if zeroed | expert share | tokens | minutes"
+    click.echo(table(names, rows))
     if any(subject.model == "books-llama-6m" for subject in subjects):
         long = converted(SUBJECTS[0], shared, runs / "books-llama-6m_layer3_long", **LONG)
         click.echo("\n## One middle layer, trained longer: books-llama-6m, layer 3, K = 16, `encoder`, decay 0.9\n")
-        click.echo("\n".join(table(long)) + "\n\n" + spent(long))
+        click.echo(by_layer(long) + "\n\n" + spent(long))
     for (model, init, k), evaluation in results.items():
         click.echo(f"\n## {model}, `{init}`, K = {k}\n")
-        click.echo("\n".join(table(evaluation)) + "\n\n" + spent(evaluation))
+        click.echo(by_layer(evaluation) + "\n\n" + spent(evaluation))
 
 
 if __name__ == "__main__":

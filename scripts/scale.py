@@ -8,15 +8,15 @@ No weights are loaded and nothing is measured: the shapes are those of the model
 import dataclasses
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import click
+from pages import DOCS, table
 from transformers import LlamaConfig
 
 from mxdsurgery import plan
 from mxdsurgery.console import compact, size
 
-INTRODUCTION = Path(__file__).parents[1] / "docs" / "scale" / "introduction.md"
+INTRODUCTION = DOCS / "scale" / "introduction.md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,22 +40,11 @@ SHAPES = (
 )
 # GiB that a conversion may take, one decoder layer at a time: hidden states that do not fit beside it lie on disk.
 _SMALL = 32
+NAMES = "model | parameters | N | become | all layers together: peak | checkpoint | one at a time: peak | checkpoint"
 
 
 def rows() -> Iterator[str]:
-    """A line for each model and way."""
-    names = (
-        "model",
-        "parameters",
-        "N",
-        "become",
-        "all layers together: peak",
-        "checkpoint",
-        "one at a time: peak",
-        "checkpoint",
-    )
-    yield "| " + " | ".join(names) + " |"
-    yield "|---" * len(names) + "|"
+    """One for each model."""
     for shape in SHAPES:
         with tempfile.TemporaryDirectory() as folder:
             values = {name: value for name, value in dataclasses.asdict(shape).items() if name not in ("name", "tied")}
@@ -68,9 +57,9 @@ def rows() -> Iterator[str]:
             single, _ = plan(folder, **options, memory=_SMALL, inputs="converted", offload="disk")
         adam, finished = 12 * whole.trained_parameters, 2 * whole.trained_parameters
         yield (
-            f"| {shape.name} | {compact(whole.original_parameters)} | {whole.layers[0].n_experts:,} "
+            f"{shape.name} | {compact(whole.original_parameters)} | {whole.layers[0].n_experts:,} "
             f"| {compact(whole.parameters)} | {size(whole.peak_bytes)} | {size(adam)} "
-            f"| {size(single.peak_bytes)} | {size(adam / shape.num_hidden_layers + finished)} |"
+            f"| {size(single.peak_bytes)} | {size(adam / shape.num_hidden_layers + finished)}"
         )
 
 
@@ -79,16 +68,16 @@ def main() -> None:
     """Prints what large models take."""
 
 
-@main.command()
-def table() -> None:
+@main.command("table")
+def print_table() -> None:
     """Print the table."""
-    click.echo("\n".join(rows()))
+    click.echo(table(NAMES, rows()))
 
 
 @main.command()
 def page() -> None:
     """Print docs/scale.md."""
-    click.echo(INTRODUCTION.read_text(encoding="utf-8") + "\n".join(rows()))
+    click.echo(INTRODUCTION.read_text(encoding="utf-8") + table(NAMES, rows()))
 
 
 if __name__ == "__main__":

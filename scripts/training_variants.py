@@ -10,7 +10,6 @@ docs/frontier/training.jsonl, a line per variant, which takes the place of an ea
 """
 
 import itertools
-import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -20,7 +19,9 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from material import BOOKS, Subject, shared_option
 from matplotlib.figure import Figure
+from pages import DOCS, interval, read_lines, table, unused, write_lines
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -39,7 +40,7 @@ from mxdsurgery.probe import pool, probe_units
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.text import Packing, open_texts
 
-KEPT = Path(__file__).parents[1] / "docs" / "frontier"
+KEPT = DOCS / "frontier"
 RESULTS = KEPT / "training.jsonl"
 MODEL, LAYER, K = "books-llama-6m", 3, 16
 PROBING = {"languages": 2000, "ag_news": 2000}
@@ -250,10 +251,9 @@ def resample(job: LayerInTraining, x: Tensor, y: Tensor, seen: int) -> None:
 
 def run(names: list[str], shared: Path, tokens: int, eval_tokens: int) -> Iterator[dict[str, Any]]:
     """Trains the variants side by side and judges each."""
-    texts = {"data": str(shared / "text/train.jsonl.gz"), "eval_data": str(shared / "text/heldout.jsonl.gz")}
     tokens = VARIANTS[names[0]].recipe.get("tokens", tokens)
     common = {"layers": str(LAYER), "k": K, "tokens": tokens, "eval_tokens": eval_tokens, "device": "cpu", "dtype": "float32"}
-    made, recipe = plan(str(shared / "models" / MODEL), **common, **texts)
+    made, recipe = plan(**Subject(MODEL, *BOOKS, eval_tokens).paths(shared), **common)
     accelerator, tokenizer, block = make_accelerator(recipe), load_tokenizer(recipe.model), made.blocks[0]
     train, heldout = open_texts(recipe, tokenizer)
     base = load_model(recipe.model, dtype=made.dtype)
@@ -296,8 +296,7 @@ def probing(base: PreTrainedModel, block: Any, layers: dict, tokenizer: Any, sha
 
 def results() -> dict[str, dict[str, Any]]:
     """What was measured, in the order of VARIANTS."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else []
-    read = {row["name"]: row for row in map(json.loads, lines)}
+    read = {row["name"]: row for row in read_lines(RESULTS)}
     return {name: read[name] for name in VARIANTS if name in read}
 
 
@@ -334,7 +333,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--shared", type=click.Path(path_type=Path, exists=True), required=True)
+@shared_option
 @click.option("--only", help="Names, between semicolons; default: all.")
 @click.option("--tokens", default=2_000_000, show_default=True)
 @click.option("--eval-tokens", default=18_432, show_default=True)
@@ -355,25 +354,23 @@ def measure_part(names: list[str], shared: Path, tokens: int, eval_tokens: int) 
     """One pass, kept."""
     for row in run(names, shared, tokens, eval_tokens):
         known = results() | {row["name"]: row}
-        RESULTS.write_text("".join(json.dumps(known[name]) + "\n" for name in VARIANTS if name in known))
+        write_lines(RESULTS, (known[name] for name in VARIANTS if name in known))
         click.echo(f"{row['name']:30} ΔCE {row['delta_ce']:+.4f} NMSE {row['nmse']:.4f} share {row['expert_share']:.2f}")
 
 
 @main.command()
 def page() -> None:
     """Print docs/training.md."""
-    rows = results()
     click.echo((KEPT / "training.md").read_text())
-    click.echo("| variant | what | ΔCE | 95 % interval | KL | NMSE | share | unused | F1 languages | F1 news | tokens |")
-    click.echo("|---|---|---|---|---|---|---|---|---|---|---|---|")
-    for number, (name, row) in enumerate(rows.items(), start=1):
-        low, high = row["delta_ce_ci"]
-        click.echo(
-            f"| {number} | {name}{' ¹' if row.get('first_form') else ''} | {VARIANTS[name].why} "
-            f"| {row['delta_ce']:+.4f} | {low:+.4f} to {high:+.4f} "
-            f"| {row['kl']:.4f} | {row['nmse']:.4f} | {row['expert_share']:.2f} | {row['dead_share']:.0%} "
-            f"| {row['f1_languages']:.2f} | {row['f1_ag_news']:.2f} | {compact(row['train_tokens'])}, {row['tokens']:,} |"
-        )
+    names = "variant | what | ΔCE | 95 % interval | KL | NMSE | share | unused | F1 languages | F1 news | tokens"
+    rows = (
+        f"{number} | {name}{' ¹' if row.get('first_form') else ''} | {VARIANTS[name].why} "
+        f"| {row['delta_ce']:+.4f} | {interval(row, 'delta_ce')} "
+        f"| {row['kl']:.4f} | {row['nmse']:.4f} | {row['expert_share']:.2f} | {unused(row)} "
+        f"| {row['f1_languages']:.2f} | {row['f1_ag_news']:.2f} | {compact(row['train_tokens'])}, {row['tokens']:,}"
+        for number, (name, row) in enumerate(results().items(), start=1)
+    )
+    click.echo(table(names, rows))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from running import ROOT
+from pages import DOCS, SCRIPTS
 
 
 def run(script, *words):
     """The last line that a script printed, as JSON."""
-    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, words), "--json"]
+    command = [sys.executable, str(SCRIPTS / script), *map(str, words), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -69,10 +69,10 @@ def test_a_conversion_is_timed_alone_and_beside_a_busy_process():
 def test_a_page_of_figures_is_what_its_script_prints(script, page, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, "page"])
     try:
-        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        runpy.run_path(str(SCRIPTS / script), run_name="__main__")
     except SystemExit as ended:  # as click leaves
         assert not ended.code
-    assert capsys.readouterr().out == (ROOT / "docs" / page).read_text()
+    assert capsys.readouterr().out == (DOCS / page).read_text()
 
 
 def test_every_way_of_training_runs_and_is_judged(shared, tmp_path, monkeypatch):

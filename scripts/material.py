@@ -1,0 +1,33 @@
+"""What the scripts measure on: models and texts of the shared folder (CONTRIBUTING.md says where that is)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+# Texts to train on and held-out ones.
+BOOKS = ("train.jsonl.gz", "heldout.jsonl.gz")
+STORIES = ("tinystories-train.txt", "tinystories-heldout.txt")
+
+shared_option = click.option(
+    "--shared",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="Folder with models/, text/ and probing/.",
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its texts, and how many held-out tokens its figures rest on."""
+
+    model: str
+    data: str
+    eval_data: str
+    eval_tokens: int
+
+    def paths(self, shared: Path) -> dict[str, str]:
+        """As `convert` and others take them."""
+        text = shared / "text"
+        model = str(shared / "models" / self.model)
+        return {"model": model, "data": str(text / self.data), "eval_data": str(text / self.eval_data)}
