@@ -9,72 +9,39 @@ the page needs is kept in docs/all-layers/; `collect --runs DIR` writes it anew.
 scripts/bench_memory.py, whose lines are docs/all-layers/memory.jsonl.
 """
 
-import json
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
+import material
+from continuations import BOOK_PROMPTS, NEW_TOKENS, STORY_PROMPTS, continuations
+from material import BOOKS, STORIES, shared_option
+from pages import DOCS, interval, machine, read_json, read_lines, table, unused
 
 import mxdsurgery
 from mxdsurgery.console import ConsoleReporter, compact, size
 from mxdsurgery.export import write_json
-from mxdsurgery.generate import prompt_ids, sample
 from mxdsurgery.growth import LEGEND, PARTS, growth
 from mxdsurgery.keys import parse_count
-from mxdsurgery.model import load_model
 from mxdsurgery.selection import write_layers
 
-KEPT = Path(__file__).parents[1] / "docs" / "all-layers"
-
-BOOK_PROMPTS = (
-    "It was a dark and stormy night, and the",
-    "The old man looked at the sea and",
-    "In the year of our Lord",
-    '"I do not believe you," said the',
-    "The history of the city begins with",
-    "She opened the letter with trembling hands, and",
-    "The film tells the story of a young man who",
-    "The President of the United States",
-    "When the army reached the river, the general",
-    "def __init__(self, name):\n",
-)
-STORY_PROMPTS = (
-    "Once upon a time there was a little girl named",
-    "One day, a boy found a big red ball in the",
-    "The cat wanted to play with the",
-    "Lily and Tom went to the park with their mom. They",
-    "The little bird was sad because",
-    '"Can I have a cookie?" asked',
-    "It was a sunny day and the dog",
-    "The bear was very hungry. He",
-    'Mom said, "It is time to go to bed." But',
-    "They saw a big tree and",
-)
-NEW_TOKENS = 40
+KEPT = DOCS / "all-layers"
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model, its texts, and how the texts begin that it continues."""
+class Subject(material.Subject):
+    """And how the texts begin that it continues."""
 
-    model: str
-    data: str
-    eval_data: str
-    eval_tokens: int
     prompts: tuple[str, ...]
 
 
-STORIES = ("tinystories-train.txt", "tinystories-heldout.txt", 20_000, STORY_PROMPTS)
 SUBJECTS = (
-    Subject("stories260K", *STORIES),
-    Subject("tinystories-chat-gpt2-3M", *STORIES),
-    Subject("books-llama-6m", "train.jsonl.gz", "heldout.jsonl.gz", 40_000, BOOK_PROMPTS),
+    Subject("stories260K", *STORIES, 20_000, STORY_PROMPTS),
+    Subject("tinystories-chat-gpt2-3M", *STORIES, 20_000, STORY_PROMPTS),
+    Subject("books-llama-6m", *BOOKS, 40_000, BOOK_PROMPTS),
 )
 
 
@@ -168,32 +135,8 @@ def make(subject: Subject, way: Way, k: int, tokens: int, shared: Path, runs: Pa
             raise mxdsurgery.MxDError(f"{before.name} is not there yet", fix="measure it first, then this")
         mxdsurgery.heal(before, out=out, reporter=say, **({"tokens": tokens} | way.heal))
         return
-    texts = {"data": str(shared / "text" / subject.data), "eval_data": str(shared / "text" / subject.eval_data)}
     keys = {"kind": way.kind, "layers": "all", "k": k, "tokens": tokens, "eval_tokens": subject.eval_tokens, "out": out}
-    mxdsurgery.convert(str(shared / "models" / subject.model), reporter=say, **(texts | keys | way.recipe))
-
-
-def continuations(subject: Subject, folder: Path, original: Path) -> dict[str, Any]:
-    """How fixed prompts go on in the original and in the converted model, the likeliest token each time."""
-    converted, rows = mxdsurgery.load(folder), []
-    tokenizer = converted.tokenizer()
-    models = (load_model(str(original), dtype=converted.plan.dtype), converted.model)
-    for prompt in subject.prompts:
-        ids = prompt_ids(tokenizer, prompt)
-        made = [sample(model, tokenizer, ids, max_new_tokens=NEW_TOKENS, temperature=0)[0, ids.shape[1] :] for model in models]
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*(new.tolist() for new in made), strict=False)))
-        texts = tokenizer.batch_decode(made, skip_special_tokens=True)
-        longest = max(map(len, made))
-        row = {"prompt": prompt, "original": texts[0], "converted": texts[1], "same": same, "of": longest}
-        rows.append(row | {"chosen": agreeing_choices(converted.model, ids, made[0]), "choices": len(made[0])})
-    return {"model": subject.model, "run": folder.name, "rows": rows}
-
-
-@torch.no_grad()
-def agreeing_choices(model: torch.nn.Module, ids: torch.Tensor, continuation: torch.Tensor) -> int:
-    """How many tokens of a continuation (M,) of ids (1, P) are the model's likeliest, given all that stands before them."""
-    logits = model(input_ids=torch.cat([ids, continuation[None]], 1), use_cache=False).logits[0, ids.shape[1] - 1 : -1]
-    return int((logits.argmax(-1) == continuation).sum())
+    mxdsurgery.convert(**(subject.paths(shared) | keys | way.recipe), reporter=say)
 
 
 def pieces(tokens: int, shared: Path, runs: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
@@ -208,13 +151,13 @@ def pieces(tokens: int, shared: Path, runs: Path) -> Iterator[tuple[Path, Callab
                 yield path, lambda f=folder, p=path: write_json(p, growth(f, reporter=ConsoleReporter()))
     for subject in SUBJECTS:
         folder, path = runs / f"{subject.model}-mxd-k{SHOWN_K}-{BEST}", runs / f"{subject.model}.continuations.json"
-        original = shared / "models" / subject.model
-        yield path, lambda s=subject, f=folder, p=path, o=original: write_json(p, continuations(s, f, o))
+        texts, original = subject.prompts, shared / "models" / subject.model
+        yield path, lambda t=texts, f=folder, p=path, o=original: write_json(p, continuations(t, f, o))
 
 
 def row_of(subject: Subject, way: Way, k: int, runs: Path) -> dict[str, Any]:
     """A run's figures, and what it took: the conversion, and the healing where it was healed."""
-    evaluation = json.loads((runs / run_name(subject, way, k) / "evaluation.json").read_text())
+    evaluation = read_json(runs / run_name(subject, way, k) / "evaluation.json")
     training, healed = evaluation["training"], evaluation.get("healed", [])
     tokens, seconds = (sum(took[name] for took in (training, *healed)) for name in ("tokens", "seconds"))
     figures = {name: value for name, value in evaluation["all"].items() if name != "firing_frequency"}
@@ -230,37 +173,22 @@ def row_of(subject: Subject, way: Way, k: int, runs: Path) -> dict[str, Any]:
 def collected(runs: Path) -> None:
     """Writes what the page needs into docs/all-layers."""
     rows = [row_of(s, w, k, runs) for s, w, k, name in all_runs() if (runs / name / "evaluation.json").is_file()]
-    threads = torch.get_num_threads()
-    machine = f"torch {torch.__version__.split('+')[0]}, {platform.machine()}, CPU threads: {threads}"
-    write_json(KEPT / "runs.json", {"machine": machine, "rows": rows})
+    write_json(KEPT / "runs.json", {"machine": machine(), "rows": rows})
     for what in ("growth", "continuations"):
         found = {path.name.removesuffix(f".{what}.json"): path for path in sorted(runs.glob(f"*.{what}.json"))}
-        write_json(KEPT / f"{what}.json", {name: json.loads(path.read_text()) for name, path in found.items()})
+        write_json(KEPT / f"{what}.json", {name: read_json(path) for name, path in found.items()})
 
 
-def kept(name: str, nothing: Any) -> Any:
-    """What was measured; ``nothing`` before it is."""
-    path = KEPT / name
-    return json.loads(path.read_text()) if path.is_file() else nothing
-
-
-def heading(*names: str) -> Iterator[str]:
-    """Of a Markdown table."""
-    yield "| " + " | ".join(names) + " |"
-    yield "|---" * len(names) + "|"
-
-
-def interval(row: dict[str, Any], name: str, form: str = "+.4f") -> str:
-    low, high = row[f"{name}_ci"]
-    return f"{row[name]:{form}} ({low:{form}} to {high:{form}})"
+def figure(row: dict[str, Any], name: str, form: str = "+.4f") -> str:
+    """With its interval."""
+    return f"{row[name]:{form}} ({interval(row, name, form)})"
 
 
 def runs_section(rows: list[dict[str, Any]]) -> Iterator[str]:
     """All ways, a table per model."""
     yield "## All ways\n"
-    yield from heading("way", "how", "command, before `--k K` and the texts")
-    for way in WAYS:
-        yield f"| {_label(way.kind, way.name)} | {way.words} | `{way.command()}` |"
+    ways = (f"{_label(way.kind, way.name)} | {way.words} | `{way.command()}`" for way in WAYS)
+    yield table("way | how | command, before `--k K` and the texts", ways)
     order = {(way.kind, way.name): number for number, way in enumerate(WAYS)}
     for subject in SUBJECTS:
         mine = [row for row in rows if row["model"] == subject.model and (row["kind"], row["way"]) in order]
@@ -271,14 +199,15 @@ def runs_section(rows: list[dict[str, Any]]) -> Iterator[str]:
             f"\n### {subject.model}\n\nOn {first['eval_tokens']:,} held-out tokens of {first['eval_data']}; original "
             f"cross-entropy {first['original_ce']:.4f} nats per token.\n"
         )
-        yield from heading("K", "way", "ΔCE", "KL", "same top-1", "expert share", "unused", "tokens", "minutes")
-        for row in sorted(mine, key=lambda row: (row["k"], order[row["kind"], row["way"]])):
-            unused = "-" if row["dead_share"] is None else f"{row['dead_share']:.0%}"
-            yield (
-                f"| {row['k']} | {_label(row['kind'], row['way'])} | {interval(row, 'delta_ce')} | {row['kl']:.4f} "
-                f"| {row['top1_agreement']:.1%} | {row['expert_share']:.2f} | {unused} | {compact(row['tokens'])} "
-                f"| {row['seconds'] / 60:.1f} |"
-            )
+        yield table(
+            "K | way | ΔCE | KL | same top-1 | expert share | unused | tokens | minutes",
+            (
+                f"{row['k']} | {_label(row['kind'], row['way'])} | {figure(row, 'delta_ce')} | {row['kl']:.4f} "
+                f"| {row['top1_agreement']:.1%} | {row['expert_share']:.2f} | {unused(row)} | {compact(row['tokens'])} "
+                f"| {row['seconds'] / 60:.1f}"
+                for row in sorted(mine, key=lambda row: (row["k"], order[row["kind"], row["way"]]))
+            ),
+        )
     yield ""
 
 
@@ -319,34 +248,39 @@ def aims_section(rows: list[dict[str, Any]]) -> Iterator[str]:
         "many parameters, healed as long, and, a weaker aim, of transcoders that were not healed; an expert share not below\n"
         "that of the independent conversion at the same K.\n"
     )
-    names = ("over healed transcoders'", "at most 1/10", "over unhealed ones'", "at most 1/10")
-    yield from heading("model", "K", "way", "ΔCE", "at most 0.02", *names, "expert share", "independent", "not below")
-    for aim in aims(rows):
-        row = aim["row"]
-        healed, unhealed = ("-" if ratio is None else f"{ratio:.2f}" for ratio in aim["ratios"])
-        yield (
-            f"| {row['model']} | {row['k']} | `{row['way']}` | {row['delta_ce']:+.4f} | {_answer(aim['faithful'])} "
-            f"| {healed} | {_answer(aim['tenth'][0])} | {unhealed} | {_answer(aim['tenth'][1])} "
-            f"| {row['expert_share']:.2f} | {aim['independent_share']:.2f} | {_answer(aim['share'])} |"
-        )
+    yield table(
+        "model | K | way | ΔCE | at most 0.02 | over healed transcoders' | at most 1/10 | over unhealed ones' | at most 1/10 "
+        "| expert share | independent | not below",
+        map(_aim_row, aims(rows)),
+    )
     yield ""
+
+
+def _aim_row(aim: dict[str, Any]) -> str:
+    row = aim["row"]
+    healed, unhealed = ("-" if ratio is None else f"{ratio:.2f}" for ratio in aim["ratios"])
+    return (
+        f"{row['model']} | {row['k']} | `{row['way']}` | {row['delta_ce']:+.4f} | {_answer(aim['faithful'])} "
+        f"| {healed} | {_answer(aim['tenth'][0])} | {unhealed} | {_answer(aim['tenth'][1])} "
+        f"| {row['expert_share']:.2f} | {aim['independent_share']:.2f} | {_answer(aim['share'])}"
+    )
 
 
 def curve_section(rows: list[dict[str, Any]]) -> Iterator[str]:
     """ΔCE against tokens of healing."""
     yield "## Against tokens\n"
     yield f"`{BEST}` at K = {SHOWN_K}, by tokens of healing: `mxdsurgery heal DIR --tokens TOKENS --out DIR2`.\n"
-    figures = ("ΔCE", "at most 0.02", "KL", "same top-1", "expert share", "minutes, all")
-    yield from heading("model", "tokens of healing", *figures)
+    lines = []
     for subject in SUBJECTS:
         mine = [row for row in rows if row["model"] == subject.model and row["k"] == SHOWN_K and row["kind"] == "mxd"]
         shown = [row for row in mine if row["way"] in {"converted", BEST, *(way.name for way in CURVE_WAYS)}]
-        for row in sorted(shown, key=lambda row: row["healing_tokens"]):
-            yield (
-                f"| {subject.model} | {compact(row['healing_tokens'])} | {interval(row, 'delta_ce')} "
-                f"| {_answer(row['delta_ce'] <= 0.02)} | {row['kl']:.4f} | {row['top1_agreement']:.1%} "
-                f"| {row['expert_share']:.2f} | {row['seconds'] / 60:.1f} |"
-            )
+        lines += [
+            f"{subject.model} | {compact(row['healing_tokens'])} | {figure(row, 'delta_ce')} "
+            f"| {_answer(row['delta_ce'] <= 0.02)} | {row['kl']:.4f} | {row['top1_agreement']:.1%} "
+            f"| {row['expert_share']:.2f} | {row['seconds'] / 60:.1f}"
+            for row in sorted(shown, key=lambda row: row["healing_tokens"])
+        ]
+    yield table("model | tokens of healing | ΔCE | at most 0.02 | KL | same top-1 | expert share | minutes, all", lines)
     yield ""
 
 
@@ -355,20 +289,25 @@ def growth_section(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield "## How the error grows\n\nEach table by `mxdsurgery evaluate DIR --growth`.\n\n" + LEGEND + "\n"
     for name, result in found.items():
         yield f"### {name}\n\n{result['verdict']} ({result['tokens']:,} held-out tokens)\n"
-        yield from heading("", "layers in place", "ΔCE", "KL", "same top-1", "sum", "difference")
-        for part, words in PARTS:
-            for row in result[part]:
-                sums = f"{row['singles_delta_ce']:+.4f} | {interval(row, 'excess_delta_ce')}" if part != "alone" else " | "
-                yield (
-                    f"| {words} | {write_layers(row['layers'])} | {interval(row, 'delta_ce')} | {row['kl']:.4f} "
-                    f"| {row['top1_agreement']:.1%} | {sums} |"
-                )
+        yield table(" | layers in place | ΔCE | KL | same top-1 | sum | difference", _growth_rows(result))
         yield ""
-        yield from heading("decoder layer", "stream error, all in place", "FVU", "own")
-        for row in result["stream"]:
-            own = "-" if row["own_error"] is None else f"{row['own_error']:.5f}"
-            yield f"| {row['layer']} | {interval(row, 'error', '.5f')} | {row['fvu']:.5f} | {own} |"
+        yield table("decoder layer | stream error, all in place | FVU | own", map(_stream_row, result["stream"]))
         yield ""
+
+
+def _growth_rows(result: dict[str, Any]) -> Iterator[str]:
+    for part, words in PARTS:
+        for row in result[part]:
+            sums = f"{row['singles_delta_ce']:+.4f} | {figure(row, 'excess_delta_ce')}" if part != "alone" else " | "
+            yield (
+                f"{words} | {write_layers(row['layers'])} | {figure(row, 'delta_ce')} | {row['kl']:.4f} "
+                f"| {row['top1_agreement']:.1%} | {sums}"
+            )
+
+
+def _stream_row(row: dict[str, Any]) -> str:
+    own = "-" if row["own_error"] is None else f"{row['own_error']:.5f}"
+    return f"{row['layer']} | {figure(row, 'error', '.5f')} | {row['fvu']:.5f} | {own}"
 
 
 def continuations_section(found: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -387,10 +326,14 @@ def continuations_section(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         chosen = sum(row["chosen"] for row in rows) / sum(row["choices"] for row in rows)
         yield f"### {result['run']}\n"
         yield f"{whole} of {len(rows)} the same to the end, {mean:.1f} tokens on average; {chosen:.0%} the same choice.\n"
-        yield from heading("prompt", "original", "converted", "same", "same choice")
-        for row in rows:
-            cells = (_cell(row[name]) for name in ("prompt", "original", "converted"))
-            yield "| " + " | ".join(cells) + f" | {row['same']} of {row['of']} | {row['chosen']} of {row['choices']} |"
+        yield table(
+            "prompt | original | converted | same | same choice",
+            (
+                " | ".join(_cell(row[name]) for name in ("prompt", "original", "converted"))
+                + f" | {row['same']} of {row['of']} | {row['chosen']} of {row['choices']}"
+                for row in rows
+            ),
+        )
         yield ""
 
 
@@ -413,12 +356,16 @@ def memory_section(lines: list[dict[str, Any]]) -> Iterator[str]:
         "of its own, above what that had before. Reload: the fresh process that loads the result and runs it, libraries and\n"
         "all. By `python scripts/bench_memory.py --layers 0,12,23 --batch 256 --tokens 1024 --eval-tokens 256`.\n"
     )
-    yield from heading("way", "peak", "of the largest", "training alone", "planned for it", "reload", "minutes")
     largest = max(line["peak_bytes"] for line in lines)
-    for line in lines:
-        cells = [size(line[name]) for name in ("training_bytes", "planned_bytes", "reload_bytes")]
-        cells = [size(line["peak_bytes"]), f"{line['peak_bytes'] / largest:.0%}", *cells, f"{line['seconds'] / 60:.1f}"]
-        yield f"| {line['way']} | {' | '.join(cells)} |"
+    yield table(
+        "way | peak | of the largest | training alone | planned for it | reload | minutes",
+        (
+            f"{line['way']} | {size(line['peak_bytes'])} | {line['peak_bytes'] / largest:.0%} "
+            f"| {size(line['training_bytes'])} | {size(line['planned_bytes'])} | {size(line['reload_bytes'])} "
+            f"| {line['seconds'] / 60:.1f}"
+            for line in lines
+        ),
+    )
     yield ""
 
 
@@ -428,7 +375,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--shared", type=click.Path(path_type=Path, exists=True), required=True)
+@shared_option
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs/all-layers"), show_default=True)
 @click.option("--only", help="Only what has this in its name, for example stories260K-mxd-k16, or growth.")
 @click.option("--tokens", default="1M", show_default=True, help="Of a conversion, and of healing.")
@@ -462,18 +409,16 @@ def collect(runs: Path) -> None:
 @main.command()
 def page() -> None:
     """Print docs/all-layers.md."""
-    found = kept("runs.json", {"machine": "not measured", "rows": []})
-    memory = KEPT / "memory.jsonl"
-    lines = [json.loads(line) for line in memory.read_text().splitlines()] if memory.is_file() else []
+    found = read_json(KEPT / "runs.json", {"machine": "not measured", "rows": []})
     click.echo((KEPT / "introduction.md").read_text())
     click.echo(f"Measured with {found['machine']}.\n")
     for section, content in (
         (aims_section, found["rows"]),
         (runs_section, found["rows"]),
         (curve_section, found["rows"]),
-        (growth_section, kept("growth.json", {})),
-        (continuations_section, kept("continuations.json", {})),
-        (memory_section, lines),
+        (growth_section, read_json(KEPT / "growth.json", {})),
+        (continuations_section, read_json(KEPT / "continuations.json", {})),
+        (memory_section, read_lines(KEPT / "memory.jsonl")),
     ):
         click.echo("\n".join(section(content)))
 
