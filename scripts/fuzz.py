@@ -7,7 +7,6 @@ by hypothesis; tests/test_fuzz.py runs the same with few examples. Prints how ma
 them, the slowest one and the minutes.
 """
 
-import itertools
 import json
 import os
 import resource
@@ -25,9 +24,9 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
 
 import click
+import fuzz_inputs as inputs
 import torch
 import transformers
-import yaml
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -43,10 +42,11 @@ from mxdsurgery.edits import check_for, edits_from_flags, read_edits
 from mxdsurgery.errors import MxDError
 from mxdsurgery.model import load_tokenizer
 from mxdsurgery.outside import INDEX_FILE, stored_shapes
-from mxdsurgery.recipe import RECIPE_KEYS, Key, Recipe, load_recipe
+from mxdsurgery.recipe import Recipe, load_recipe
 from mxdsurgery.selection import select_layers
 from mxdsurgery.text import Packing, documents
 
+TRICKS = inputs.TRICKS
 # No input may take longer than this, on a slow machine with others at work on it.
 SLOWEST = 20.0
 # Address space that the script may take: what asks for more fails, and is seen.
@@ -58,158 +58,6 @@ OPTIONS = {
     "suppress_health_check": list(HealthCheck),
     "report_multiple_bugs": False,
 }
-
-# What is fed
-
-_NUMBERS = st.sampled_from([-(10**12), -1, 0, 1, 2, 3, 63, 2**31, 2**40, 10**12, 2**60, 2**63, 10**30, 10**400])
-_NAMES = ["../../etc/passwd", "/etc/passwd", "..", "", ".", "C:\\x", "a\0b", "\ud800", "x" * 5000, "mlp", "*a", "&a"]
-_SECRETS = ["hf_" + "a1" * 20, "https://me:word@host/x"]
-_LEAVES = st.one_of(
-    st.none(),
-    st.booleans(),
-    _NUMBERS,
-    st.integers(-10, 300),
-    st.floats(),
-    st.sampled_from(_NAMES + _SECRETS),
-    st.sampled_from(["auto", "gelu", "silu", "float32", "cuda", "all", "1k", "1e400", ".nan", "evil.Evil", "org/kernel"]),
-    st.text(max_size=20),
-)
-_VALUES = st.recursive(
-    _LEAVES,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8) | st.integers(0, 3), inner, max_size=4),
-    max_leaves=8,
-)
-_DEEP = st.builds(lambda depth, left: left * depth + "]" * depth, st.integers(1, 3000), st.sampled_from("[{"))
-_LAUGHS = ["a: &a [1, 1]", *(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise("abcdefghi"))]
-TRICKS = ["\n".join(_LAUGHS), "!!python/object/apply:os.system [echo]", "<<: *a", "k: 0x" + "f" * 5000, "k: " + "1:" * 9000]
-_TEXTS = st.one_of(
-    st.binary(max_size=200),
-    st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")),
-    st.text("{}[]:,-&*!|>'\"#%@?\n\t 0123456789abcxelk.~", max_size=200).map(str.encode),
-    _DEEP.map(str.encode),
-    st.sampled_from(TRICKS).map(str.encode),
-)
-
-
-def _written(values: Any) -> bytes:
-    """As YAML; what YAML cannot write is left as Python writes it."""
-    try:
-        return yaml.safe_dump(values, sort_keys=False).encode("utf-8", "surrogatepass")
-    except (yaml.YAMLError, ValueError):
-        return ascii(values)[:10_000].encode()
-
-
-def _allowed(key: Key) -> st.SearchStrategy:
-    """Values that a recipe key may have."""
-    if key.choices:
-        return st.sampled_from(key.choices)
-    low = key.low or 0
-    counts = st.integers(int(low), int(key.high or low + 50)) | st.integers(int(low), int(key.high or 10**18 - 1))
-    return {
-        "count": counts,
-        "number": st.floats(low, min(key.high or 1e17, low + 0.3)) | st.floats(low, key.high or 1e17),
-        "text": st.sampled_from(["stdlib", "0", "1-1", "all"]),
-        "flag": st.booleans(),
-    }[key.kind]
-
-
-_RECIPES = st.dictionaries(st.sampled_from([*RECIPE_KEYS, "match", "n_expert"]) | st.text(max_size=9), _VALUES, max_size=5)
-_GOOD_RECIPES = st.fixed_dictionaries({}, optional={name: _allowed(key) for name, key in RECIPE_KEYS.items()})
-_NEARLY_GOOD_RECIPES = st.builds(lambda good, other: good | other, _GOOD_RECIPES, _RECIPES)
-_PLANNED = st.fixed_dictionaries(
-    {"data": st.just("stdlib"), "layers": st.sampled_from(["all", "0", "1"])},
-    optional={
-        name: _allowed(key)
-        for name, key in RECIPE_KEYS.items()
-        if (key.kind in ("count", "number") or key.choices) and name != "threads"  # which would stay for all that follow
-    },
-)
-_SELECTIONS = st.text("0123456789,- al", max_size=30) | st.text(max_size=20) | _DEEP | st.just("0-" + "9" * 5000)
-_EXPERTS = st.integers(0, 15) | st.integers(0, 15) | st.integers(0, 15) | _NUMBERS
-_OF_EXPERTS = st.one_of(
-    st.lists(_EXPERTS, max_size=4),
-    st.lists(st.lists(_EXPERTS, max_size=4), max_size=3),
-    st.dictionaries(_EXPERTS, st.floats() | _EXPERTS | st.lists(st.floats(), max_size=40), max_size=3),
-    _VALUES,
-)
-_KINDS = st.sampled_from(["ablate", "drop", "scale", "steer", "replace", "copy", "merge", "clamp", "zork"])
-_EDITS = st.fixed_dictionaries(
-    {"layers": st.dictionaries(_EXPERTS | st.text(max_size=3), st.dictionaries(_KINDS, _OF_EXPERTS, max_size=3), max_size=3)},
-    optional={"model": _LEAVES},
-)
-_FEW = st.lists(st.integers(0, 15), min_size=1, max_size=3)
-
-
-def _of_few(values: st.SearchStrategy) -> st.SearchStrategy:
-    return st.dictionaries(st.integers(0, 15), values, min_size=1, max_size=2)
-
-
-_GOOD_EDITS = st.fixed_dictionaries(
-    {},
-    optional={
-        **{kind: _FEW for kind in ("ablate", "drop")},
-        **{kind: _of_few(st.floats(-10, 10)) for kind in ("scale", "steer", "clamp")},
-        "copy": _of_few(st.integers(0, 15)),
-        "merge": st.lists(_FEW, max_size=2),
-        "replace": _of_few(st.lists(st.floats(-9, 9), min_size=32, max_size=32)),
-    },
-).map(lambda layer: {"layers": {1: layer}})
-_FLAGS = st.dictionaries(
-    st.sampled_from(["ablate", "drop", "scale", "steer", "clamp"]),
-    st.text("0123456789:=,.-e ", max_size=20)
-    | st.from_regex(r"[01]:[0-9]{1,2}(=-?[0-9.]{1,4})?", fullmatch=True)
-    | _SELECTIONS,
-    max_size=3,
-)
-_ROWS = st.fixed_dictionaries({}, optional={"text": st.text(max_size=80) | _VALUES, "other": _VALUES})
-_JSON_LINES = st.lists(_ROWS.map(lambda row: _json(row)) | _TEXTS, max_size=6).map(b"\n".join)
-
-# A change of JSON: where (a path of choices among keys), what is done there, and with what.
-_CHANGES = st.lists(
-    st.tuples(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.sampled_from(["set", "set", "cut", "add"]), _VALUES),
-    min_size=1,
-    max_size=3,
-)
-_HEADERS = st.one_of(
-    st.tuples(st.just("json"), _CHANGES),
-    st.tuples(st.just("length"), st.sampled_from([0, 1, 7, 2**20, 10**8, 10**9, 2**40, 2**60, 2**63, 2**64 - 1])),
-    st.tuples(st.just("bytes"), st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), min_size=1, max_size=8)),
-    st.tuples(st.just("cut"), st.integers(0, 6000)),
-)
-_ADDED = ["k", "quantization_config", "auto_map", "attn_implementation", "transformers_weights", "rope_scaling", "to_dict"]
-
-
-def _json(values: Any) -> bytes:
-    try:
-        return json.dumps(values).encode()
-    except (ValueError, TypeError):  # keys of two kinds, numbers of thousands of digits
-        return ascii(values)[:10_000].encode()
-
-
-def changed(values: Any, changes: list[tuple[list[int], str, Any]]) -> Any:
-    """A copy of what a JSON file holds, with entries set to something else, cut out or added."""
-    values = json.loads(json.dumps(values))
-    for path, what, new in changes:
-        holder, key = None, None
-        inner = values
-        for choice in path:
-            if not isinstance(inner, dict | list) or not inner:
-                break
-            holder = inner
-            key = list(inner)[choice % len(inner)] if isinstance(inner, dict) else choice % len(inner)
-            inner = inner[key]
-        if holder is None:
-            continue
-        if what == "cut":
-            del holder[key]
-        elif what == "add" and isinstance(holder, dict):
-            holder[_ADDED[path[0] % len(_ADDED)]] = new
-        else:
-            holder[key] = new
-    return values
-
-
-# What it is fed to
 
 
 class Place:
@@ -234,7 +82,7 @@ class Place:
         shard = "model-00001-of-00001.safetensors"
         (self.sharded / "model.safetensors").rename(self.sharded / shard)
         index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(stored_shapes(self.whole), shard)}
-        (self.sharded / INDEX_FILE).write_bytes(_json(index))
+        (self.sharded / INDEX_FILE).write_bytes(inputs.as_json(index))
         self.converted: Converted = load(self.whole)
         self.packing = Packing(self.converted.tokenizer(), 16)
 
@@ -246,6 +94,11 @@ class Place:
         (other / name).unlink()
         (other / name).write_bytes(content)
         return other
+
+    def changed(self, folder: Path, name: str, changes: list) -> Path:
+        """The same, for JSON with changes in it."""
+        given = json.loads((folder / name).read_text(encoding="utf-8"))
+        return self.spoilt(folder, name, inputs.as_json(inputs.changed(given, changes)))
 
     def written(self, suffix: str, content: bytes) -> Path:
         """A file of its own."""
@@ -262,7 +115,7 @@ def _recipe(place: Place, content: bytes) -> None:
 
 
 def _plan(place: Place, values: dict) -> None:
-    mxdsurgery.plan(str(place.base), recipe=place.written(".yaml", _written(values)))
+    mxdsurgery.plan(str(place.base), recipe=place.written(".yaml", inputs.as_yaml(values)))
 
 
 def _layers(place: Place, text: str) -> None:
@@ -293,19 +146,17 @@ def _plain_text(place: Place, content: bytes) -> None:
 
 def _file_of_the_converted(name: str) -> Callable[[Place, Any], None]:
     def run(place: Place, changes: list) -> None:
-        given = json.loads((place.whole / name).read_text(encoding="utf-8"))
-        load(place.spoilt(place.whole, name, _json(changed(given, changes)))).tokenizer()
+        load(place.changed(place.whole, name, changes)).tokenizer()
 
     return run
 
 
 def _index(place: Place, changes: list) -> None:
-    given = json.loads((place.sharded / INDEX_FILE).read_text(encoding="utf-8"))
-    load(place.spoilt(place.sharded, INDEX_FILE, _json(changed(given, changes))))
+    load(place.changed(place.sharded, INDEX_FILE, changes))
 
 
 def _saved_recipe(place: Place, values: dict) -> None:
-    load_with_recipe(place.spoilt(place.whole, RECIPE_FILE, _written(values)))
+    load_with_recipe(place.spoilt(place.whole, RECIPE_FILE, inputs.as_yaml(values)))
 
 
 def _header(place: Place, spoiling: tuple[str, Any]) -> None:
@@ -313,7 +164,7 @@ def _header(place: Place, spoiling: tuple[str, Any]) -> None:
     whole = (place.whole / "model.safetensors").read_bytes()
     length = int.from_bytes(whole[:8], "little")
     if what == "json":
-        header = _json(changed(json.loads(whole[8 : 8 + length]), how))
+        header = inputs.as_json(inputs.changed(json.loads(whole[8 : 8 + length]), how))
         content = len(header).to_bytes(8, "little") + header + whole[8 + length :]
     elif what == "length":
         content = how.to_bytes(8, "little") + whole[8:]
@@ -327,15 +178,13 @@ def _header(place: Place, spoiling: tuple[str, Any]) -> None:
 
 
 def _adapter(place: Place, changes: list) -> None:
-    given = json.loads((place.adapter / ADAPTER_FILE).read_text(encoding="utf-8"))
-    folder = place.spoilt(place.adapter, ADAPTER_FILE, _json(changed(given, changes)))
+    folder = place.changed(place.adapter, ADAPTER_FILE, changes)
     read_adapter(folder)
     load(folder, base=str(place.base))
 
 
 def _base_config(place: Place, changes: list) -> None:
-    given = json.loads((place.base / "config.json").read_text(encoding="utf-8"))
-    analyze(str(place.spoilt(place.base, "config.json", _json(changed(given, changes)))))
+    analyze(str(place.changed(place.base, "config.json", changes)))
 
 
 @dataclass
@@ -369,25 +218,25 @@ class Kind:
 
 
 KINDS = {
-    "recipe, any text": Kind(_TEXTS, _recipe),
-    "recipe, keys and values": Kind((_RECIPES | _GOOD_RECIPES | _NEARLY_GOOD_RECIPES).map(_written), _recipe),
-    "recipe, planned": Kind(_PLANNED, _plan),
-    "layers": Kind(_SELECTIONS, _layers),
-    "edit file, any text": Kind(_TEXTS, _edit_file),
-    "edit file": Kind((_EDITS | _GOOD_EDITS).map(_written), _edit_file),
-    "edit flags": Kind(_FLAGS, _edit_flags),
-    "jsonl": Kind(_JSON_LINES, _json_lines),
-    "txt": Kind(_TEXTS, _plain_text),
-    "config.json": Kind(_CHANGES, _file_of_the_converted("config.json")),
-    "plan.json": Kind(_CHANGES, _file_of_the_converted(PLAN_FILE)),
-    "generation_config.json": Kind(_CHANGES, _file_of_the_converted("generation_config.json")),
-    "tokenizer_config.json": Kind(_CHANGES, _file_of_the_converted("tokenizer_config.json")),
-    "tokenizer.json": Kind(_CHANGES, _file_of_the_converted("tokenizer.json")),
-    "recipe.yaml of a model": Kind(_NEARLY_GOOD_RECIPES, _saved_recipe),
-    "safetensors header": Kind(_HEADERS, _header),
-    "index of weights": Kind(_CHANGES, _index),
-    "adapter's json": Kind(_CHANGES, _adapter),
-    "base model's config.json": Kind(_CHANGES, _base_config),
+    "recipe, any text": Kind(inputs.TEXTS, _recipe),
+    "recipe, keys and values": Kind(inputs.RECIPES, _recipe),
+    "recipe, planned": Kind(inputs.PLANNED, _plan),
+    "layers": Kind(inputs.SELECTIONS, _layers),
+    "edit file, any text": Kind(inputs.TEXTS, _edit_file),
+    "edit file": Kind(inputs.EDITS, _edit_file),
+    "edit flags": Kind(inputs.FLAGS, _edit_flags),
+    "jsonl": Kind(inputs.JSON_LINES, _json_lines),
+    "txt": Kind(inputs.TEXTS, _plain_text),
+    "config.json": Kind(inputs.CHANGES, _file_of_the_converted("config.json")),
+    "plan.json": Kind(inputs.CHANGES, _file_of_the_converted(PLAN_FILE)),
+    "generation_config.json": Kind(inputs.CHANGES, _file_of_the_converted("generation_config.json")),
+    "tokenizer_config.json": Kind(inputs.CHANGES, _file_of_the_converted("tokenizer_config.json")),
+    "tokenizer.json": Kind(inputs.CHANGES, _file_of_the_converted("tokenizer.json")),
+    "recipe.yaml of a model": Kind(inputs.NEARLY_GOOD_RECIPES, _saved_recipe),
+    "safetensors header": Kind(inputs.HEADERS, _header),
+    "index of weights": Kind(inputs.CHANGES, _index),
+    "adapter's json": Kind(inputs.CHANGES, _adapter),
+    "base model's config.json": Kind(inputs.CHANGES, _base_config),
 }
 
 
