@@ -362,7 +362,7 @@ def measure_part(names: list[str], shared: Path, tokens: int, eval_tokens: int) 
 def page() -> None:
     """Print docs/training.md."""
     click.echo((KEPT / "training.md").read_text())
-    names = "variant | what | ΔCE | 95 % interval | KL | NMSE | share | unused | F1 languages | F1 news | tokens"
+    names = "# | variant | what | ΔCE | 95 % interval | KL | NMSE | share | unused | F1 languages | F1 news | tokens"
     rows = (
         f"{number} | {name}{' ¹' if row.get('first_form') else ''} | {VARIANTS[name].why} "
         f"| {row['delta_ce']:+.4f} | {interval(row, 'delta_ce')} "
