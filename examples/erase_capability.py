@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from mxdsurgery.catalogue import Catalogue, open_catalogue
-from mxdsurgery.checkpoint import Converted, load_with_recipe
-from mxdsurgery.console import ProgressLine
-from mxdsurgery.corpus import Corpus, Source, draw_corpus
-from mxdsurgery.text import Packing
+from mxdsurgery.catalogue.contexts import Corpus, Source, draw_corpus
+from mxdsurgery.catalogue.files import Catalogue, open_catalogue
+from mxdsurgery.checkpoint.converted import Converted, load_with_recipe
+from mxdsurgery.terminal.console import ProgressLine
+from mxdsurgery.text.sources import Packing
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("folder", help="a converted model with its catalogue")

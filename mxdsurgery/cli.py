@@ -11,7 +11,6 @@ from rich.console import Console
 
 import mxdsurgery
 from mxdsurgery.choices import BY, DEFAULT_K, DEFAULT_KINDS, FORMS, ONE_LAYER, UNITS
-from mxdsurgery.console import size
 from mxdsurgery.disclosure import masked, secrets_here
 from mxdsurgery.errors import EditError, MemoryBudgetError, MxDError
 from mxdsurgery.options import (
@@ -33,7 +32,8 @@ from mxdsurgery.options import (
     text_options,
 )
 from mxdsurgery.recipe import RECIPE_KEYS
-from mxdsurgery.voice import Command, console_reporter, level_options
+from mxdsurgery.terminal.console import size
+from mxdsurgery.terminal.voice import Command, console_reporter, level_options
 
 _INTERRUPTED = 130  # what a shell expects of a process that Ctrl-C ended
 _FIRST_SPEAKS = 5.0  # seconds that the other processes of a run wait before they say what they found
@@ -115,7 +115,7 @@ def convert(model: str, recipe: str | None, **overrides: Any) -> None:
 
     Every flag is a key of the recipe; what is not given comes from the recipe made for the model, or from --recipe.
     """
-    from mxdsurgery.card import LEGEND, evaluation_table
+    from mxdsurgery.checkpoint.card import LEGEND, evaluation_table
 
     made = mxdsurgery.convert(model, recipe=recipe, reporter=console_reporter(), **overrides)
     if made is not None:  # the first of several processes says it
@@ -153,12 +153,12 @@ def evaluate(folder: str, growth: bool, tokens_single: int | None, as_json: bool
     if growth:
         if tokens_single is not None:
             raise click.UsageError("--tokens-single does not go with --growth")
-        from mxdsurgery.growth import growth_table
+        from mxdsurgery.measuring.growth import growth_table
 
         result = mxdsurgery.growth(folder, reporter=console_reporter(), **options)
         _print_json(result) if as_json else _print_table(*growth_table(result))
         return
-    from mxdsurgery.card import LEGEND, evaluation_table
+    from mxdsurgery.checkpoint.card import LEGEND, evaluation_table
 
     figures = mxdsurgery.evaluate(folder, tokens_single=tokens_single, reporter=console_reporter(), **options)
     _print_json(figures) if as_json else _print_table(evaluation_table(figures), LEGEND)
@@ -178,8 +178,8 @@ def heal(folder: str, as_json: bool, **options: Any) -> None:
 
     What learns keeps its form and K. The best weights on text that is not trained on are written.
     """
-    from mxdsurgery.card import LEGEND, evaluation_table
-    from mxdsurgery.heal import heal_table
+    from mxdsurgery.checkpoint.card import LEGEND, evaluation_table
+    from mxdsurgery.conversion.heal import heal_table
 
     result = mxdsurgery.heal(folder, reporter=console_reporter(), **options)
     if result is None:
@@ -216,7 +216,7 @@ def apply_(adapter: str, as_json: bool, **options: Any) -> None:
 @AS_JSON
 def push(folder: str, repo: str, as_json: bool, **options: Any) -> None:
     """Upload the model or adapter in DIR to the hub, with its card, if nothing in it has to stay private."""
-    from mxdsurgery.push import push_table
+    from mxdsurgery.sharing.push import push_table
 
     result = mxdsurgery.push(folder, repo, reporter=console_reporter(), **options)
     _print_json(result) if as_json else _print_table(push_table(result), f"\nIt is at {result['url']}")
@@ -231,7 +231,7 @@ def probe(folder: str, as_json: bool, **options: Any) -> None:
 
     DIR is what convert or frontier wrote.
     """
-    from mxdsurgery.probe import probe_tables
+    from mxdsurgery.measuring.probe import probe_tables
 
     result = mxdsurgery.probe(folder, reporter=console_reporter(), **options)
     _print_json(result) if as_json else _print_table(*probe_tables(result))
@@ -246,7 +246,7 @@ def dissect(folder: str, as_json: bool, **options: Any) -> None:
 
     DIR is what convert or frontier wrote. Usage needs labelled text, --data; without it, weights alone are looked at.
     """
-    from mxdsurgery.dissect import dissection_table
+    from mxdsurgery.measuring.dissect import dissection_table
 
     result = mxdsurgery.dissect(folder, reporter=console_reporter(), **options)
     _print_json(result) if as_json else _print_table(dissection_table(result))
@@ -271,7 +271,7 @@ def dissect(folder: str, as_json: bool, **options: Any) -> None:
 @AS_JSON
 def experts(folder: str, as_json: bool, **options: Any) -> None:
     """Write down of every expert in DIR when it fires and what it does: for search, report and steering."""
-    from mxdsurgery.experts import experts_table
+    from mxdsurgery.catalogue.experts import experts_table
 
     result = mxdsurgery.experts(folder, reporter=console_reporter(), **options)
     _print_json(result) if as_json else _print_table(experts_table(result), f"\nThe catalogue is in {result['out']}")
@@ -286,7 +286,7 @@ def plot(folder: str, as_json: bool, **options: Any) -> None:
 
     DIR is what convert, heal or frontier wrote, or is writing; a layer that went wrong is named.
     """
-    from mxdsurgery.plot import plot_table
+    from mxdsurgery.runs.plot import plot_table
 
     result = mxdsurgery.plot(folder, reporter=console_reporter(), **options)
     drawn = f"\nThe figures are {' and '.join(result['figures'])}"
@@ -303,7 +303,7 @@ def plot(folder: str, as_json: bool, **options: Any) -> None:
 @AS_JSON
 def search(folder: str, query: str, as_json: bool, **options: Any) -> None:
     """Show which experts in DIR fire most specifically on QUERY, a token or an example text."""
-    from mxdsurgery.search import search_table
+    from mxdsurgery.catalogue.search import search_table
 
     result = mxdsurgery.search(folder, query, **options)
     _print_json(result) if as_json else _print_table(search_table(result))
@@ -343,7 +343,7 @@ def coefficients(folder: str, **options: Any) -> None:
 @AS_JSON
 def edit(folder: str, as_json: bool, **options: Any) -> None:
     """Edit experts of DIR for good, in a new folder, and say what that changed."""
-    from mxdsurgery.edit import edit_table
+    from mxdsurgery.editing.edit import edit_table
 
     result = mxdsurgery.edit(folder, reporter=console_reporter(), **options)
     _print_json(result) if as_json else _print_table(*edit_table(result), f"\nThe model is in {result['out']}")
@@ -368,14 +368,14 @@ def effect(folder: str, edits: Any, sweep: int | None, as_json: bool, **options:
     """Measure what edits of experts in DIR do to its predictions, and what the same edits of others do."""
     per_expert = options.pop("contexts_per_expert")
     if sweep is None:
-        from mxdsurgery.effect import effect_tables
+        from mxdsurgery.editing.effect import effect_tables
 
         result = mxdsurgery.effect(folder, edits=edits, reporter=console_reporter(), **options)
         _print_json(result) if as_json else _print_table(*effect_tables(result))
         return
     if edits:
         raise EditError("--sweep was given together with edits", expected="one of them: it ablates each expert alone")
-    from mxdsurgery.sweep import sweep_table
+    from mxdsurgery.editing.sweep import sweep_table
 
     top, _ = options.pop("top"), options.pop("controls")
     ranked = mxdsurgery.sweep(folder, layer=sweep, contexts_per_expert=per_expert, reporter=console_reporter(), **options)
@@ -404,8 +404,8 @@ def generate(folder: str, score: bool, judge_url: str | None, judge_model: str |
     """Continue a prompt with the converted model in DIR; with edits, beside the unedited model."""
     given = {name: value for name, value in options.items() if value is not None}
     if score:
-        from mxdsurgery.judge import judge_from_flags
-        from mxdsurgery.steering import steering_table
+        from mxdsurgery.editing.judge import judge_from_flags
+        from mxdsurgery.editing.steering import steering_table
 
         judge = judge_from_flags(judge_url, judge_model)
         result = mxdsurgery.steering(folder, judge=judge, reporter=console_reporter(), **given)
@@ -415,7 +415,7 @@ def generate(folder: str, score: bool, judge_url: str | None, judge_model: str |
         raise click.UsageError("--factors, --controls, --base and --judge go with --score")
     if "prompt" not in given:
         raise click.UsageError("--prompt is needed")
-    from mxdsurgery.generate import side_by_side
+    from mxdsurgery.editing.generate import side_by_side
 
     result = mxdsurgery.generate(folder, **given)
     if as_json or isinstance(result, dict):

@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from mxdsurgery.choices import DEFAULT_KINDS, HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
+from mxdsurgery.hardware.threads import use_threads
 from mxdsurgery.keys import parse_count
 from mxdsurgery.recipe import CHECKPOINT_KEYS, RECIPE_KEYS, Recipe
-from mxdsurgery.threads import use_threads
 
 
 class RecipeValue(click.ParamType):
@@ -133,7 +133,7 @@ def edit_options(command: Callable) -> Callable:
 
     @functools.wraps(command)
     def with_edits(*args: Any, edit_file: str | None, **given: Any) -> Any:
-        from mxdsurgery.edits import edits_from_flags
+        from mxdsurgery.editing.edits import edits_from_flags
 
         flags = {kind: given.pop(kind) for kind in ("ablate", "drop", "scale", "steer", "clamp")}
         return command(*args, edits=edits_from_flags(edit_file, **flags), **given)

@@ -25,11 +25,11 @@ from safetensors.torch import load_file
 
 import mxdsurgery
 from mxdsurgery import Edits
-from mxdsurgery.accelerator import make_accelerator
-from mxdsurgery.device import check_device, hardware
-from mxdsurgery.distill import LayerInTraining, train_step
-from mxdsurgery.layer import MxDLayer
+from mxdsurgery.hardware.device import check_device, hardware
+from mxdsurgery.layers.layer import MxDLayer
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
+from mxdsurgery.training.accelerator import make_accelerator
+from mxdsurgery.training.distill import LayerInTraining, train_step
 
 EXACT = {"dtype": "float32", "precision": "fp32", "selection": "fp32"}
 SHAPE = {"n_experts": 64, "batch": 1024, "shuffle": 0, "eval_tokens": 1_000}

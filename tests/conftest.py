@@ -22,9 +22,9 @@ def shared() -> Path:
 def float32_is_fast():
     """The same machine everywhere, and the fastest for most: what a model computes in is float32, whatever it is stored in.
 
-    tests/test_compute.py has other machines, and measures this one.
+    tests/hardware/test_compute.py has other machines, and measures this one.
     """
-    from mxdsurgery import compute
+    from mxdsurgery.hardware import compute
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("layer_seconds", "product_seconds"):
@@ -43,7 +43,7 @@ def forking():
 @pytest.fixture(scope="session", autouse=True)
 def forked_reloads(forking):
     """`check_reload` does so in forks of one interpreter; yields its own way, an interpreter each time."""
-    from mxdsurgery import export
+    from mxdsurgery.checkpoint import export
 
     whole = export._run_reload
     with pytest.MonkeyPatch.context() as patch:
@@ -54,7 +54,7 @@ def forked_reloads(forking):
 @pytest.fixture
 def whole_reloads(forked_reloads, monkeypatch):
     """Checkpoints are reloaded as they are for users: each command has a test that wants this."""
-    monkeypatch.setattr("mxdsurgery.export._run_reload", forked_reloads)
+    monkeypatch.setattr("mxdsurgery.checkpoint.export._run_reload", forked_reloads)
 
 
 @pytest.fixture

@@ -171,8 +171,8 @@ def refusals() -> dict[str, str]:
 
 def without_sums_of_rows() -> dict[str, list[float]]:
     """A layer's output and gradients where the device has no `F.embedding_bag`, and on the CPU."""
-    from mxdsurgery.layer import MxDLayer
-    from mxdsurgery.sparse import _tried_to_sum_rows
+    from mxdsurgery.layers.layer import MxDLayer
+    from mxdsurgery.layers.sparse import _tried_to_sum_rows
 
     REFUSED.add("aten::_embedding_bag")  # an error in a thread of the backward pass would end the process
     torch.manual_seed(0)

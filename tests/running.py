@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mxdsurgery.console import Reporter
+from mxdsurgery.terminal.console import Reporter
 
 ROOT = Path(__file__).parents[1]  # of the project
 
@@ -22,14 +22,14 @@ class Said(Reporter):
 
 def interrupt_layer_2(patch: pytest.MonkeyPatch) -> None:
     """Lets Ctrl-C come when layer 2 begins to train."""
-    from mxdsurgery.distill import distill
+    from mxdsurgery.training.distill import distill
 
     def interrupted(layers, *rest):
         if any(planned.block.layer == 2 for planned in layers):
             raise KeyboardInterrupt
         distill(layers, *rest)
 
-    patch.setattr("mxdsurgery.train.distill", interrupted)
+    patch.setattr("mxdsurgery.conversion.train.distill", interrupted)
 
 
 def shared_folder() -> Path | None:

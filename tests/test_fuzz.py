@@ -1,4 +1,4 @@
-"""Whatever comes from outside, in a file or a flag, is read or refused by name: the inputs of scripts/fuzz.py, a few of each.
+"""Whatever comes from outside, in a file or a flag, is read or refused by name: the inputs of scripts/measure/fuzz.py, a few of each.
 
 Always the same ones; the script makes others, for as long as one likes.
 """
@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("mxdsurgery.export.check_reload", lambda *_: {"logits": 0.0})  # other tests do it
+        patched.setattr("mxdsurgery.checkpoint.export.check_reload", lambda *_: {"logits": 0.0})  # other tests do it
         return fuzz.Place(tmp_path_factory.mktemp("fuzz"))
 
 

@@ -15,19 +15,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import mxdsurgery
-from mxdsurgery import packing
-from mxdsurgery.activations import record_activations
-from mxdsurgery.checkpoint import load
+from mxdsurgery.base.activations import record_activations
+from mxdsurgery.base.finding import find_blocks
+from mxdsurgery.base.model import check_context, load_config, load_model, load_tokenizer
+from mxdsurgery.base.offload import execution_device, is_offloaded
+from mxdsurgery.base.proof import prove_block
+from mxdsurgery.checkpoint.converted import load
 from mxdsurgery.errors import DataError, NotCausalLMError, RecipeError, WeightsError
-from mxdsurgery.finding import find_blocks
-from mxdsurgery.initialize import initial_layer, measure_statistics
-from mxdsurgery.measure import measure
-from mxdsurgery.model import check_context, load_config, load_model, load_tokenizer
-from mxdsurgery.offload import execution_device, is_offloaded
-from mxdsurgery.packing import Packing
-from mxdsurgery.plan import plan_layer
-from mxdsurgery.proof import prove_block
-from mxdsurgery.text import TextStream, documents, token_strings
+from mxdsurgery.measuring.fidelity import measure
+from mxdsurgery.planning.plan import plan_layer
+from mxdsurgery.text import packing
+from mxdsurgery.text.packing import Packing
+from mxdsurgery.text.sources import TextStream, documents, token_strings
+from mxdsurgery.training.initialize import initial_layer, measure_statistics
 
 # A conversion of a second: one layer, 20 steps.
 QUICK = {"layers": "0", "context": 16, "batch": 256, "tokens": 5120, "eval_tokens": 512, "n_experts": 16, "k": 4}
@@ -36,7 +36,7 @@ QUICK = {"layers": "0", "context": 16, "batch": 256, "tokens": 5120, "eval_token
 @pytest.fixture(autouse=True)
 def not_reloaded(monkeypatch):
     """Other tests reload what is exported in a process of its own; here one does."""
-    monkeypatch.setattr("mxdsurgery.export.check_reload", lambda *_: {"logits": 0.0, "hidden": 0.0})
+    monkeypatch.setattr("mxdsurgery.checkpoint.export.check_reload", lambda *_: {"logits": 0.0, "hidden": 0.0})
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def _without_the_text(path):
 
 
 def test_a_long_line_of_text_is_read_as_several_documents(monkeypatch, tmp_path):
-    monkeypatch.setattr("mxdsurgery.text._MOST_CHARACTERS", 1000)
+    monkeypatch.setattr("mxdsurgery.text.sources._MOST_CHARACTERS", 1000)
     path = tmp_path / "text.txt"
     path.write_text("a" * 2500 + "\n<|endoftext|>\nend\n")
     found = list(documents(str(path)))

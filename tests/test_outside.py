@@ -16,12 +16,14 @@ from click.testing import CliRunner
 from tiny import tiny_model
 
 import mxdsurgery
-from mxdsurgery.adapter import ADAPTER_FILE, read_adapter
-from mxdsurgery.card import model_card
-from mxdsurgery.checkpoint import PLAN_FILE, load
+from mxdsurgery.base.model import load_config, load_model, load_tokenizer, model_skeleton
+from mxdsurgery.checkpoint.adapter import ADAPTER_FILE, read_adapter
+from mxdsurgery.checkpoint.card import model_card
+from mxdsurgery.checkpoint.converted import PLAN_FILE, load
 from mxdsurgery.cli import main
 from mxdsurgery.disclosure import masked, secret_in
-from mxdsurgery.edits import Edits, edits_from, read_edits
+from mxdsurgery.editing.edits import Edits, edits_from, read_edits
+from mxdsurgery.editing.judge import Judge
 from mxdsurgery.errors import (
     EditError,
     JudgeError,
@@ -31,8 +33,6 @@ from mxdsurgery.errors import (
     UnknownFamilyError,
     WeightsError,
 )
-from mxdsurgery.judge import Judge
-from mxdsurgery.model import load_config, load_model, load_tokenizer, model_skeleton
 from mxdsurgery.outside import INDEX_FILE, check_types, inside, read_json, read_text, read_yaml
 from mxdsurgery.recipe import Recipe, load_recipe
 
@@ -42,7 +42,7 @@ TOKEN = "hf_" + "Ab1" * 12
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("mxdsurgery.export.check_reload", lambda *_: {"logits": 0.0})  # other tests do it
+        patched.setattr("mxdsurgery.checkpoint.export.check_reload", lambda *_: {"logits": 0.0})  # other tests do it
         return fuzz.Place(tmp_path_factory.mktemp("outside"))
 
 

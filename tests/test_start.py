@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import mxdsurgery
-from mxdsurgery import choices, interventions
+from mxdsurgery import choices
 from mxdsurgery.cli import main
+from mxdsurgery.layers import interventions
 
 HEAVY = {
     *("torch", "transformers", "accelerate", "numpy", "scipy", "sklearn", "matplotlib", "pandas", "datasets", "pyarrow"),
@@ -101,14 +102,14 @@ def test_plot_loads_matplotlib_and_no_torch(converted, tmp_path):
 
 
 ORDERS = {
-    "the package alone": "import mxdsurgery; made = mxdsurgery.plot",
+    "the package alone": "import mxdsurgery; made = mxdsurgery.runs.plot",
     "from the package": "from mxdsurgery import plot as made",
-    "the module first": "import mxdsurgery.plot; made = mxdsurgery.plot",
-    "the module under another name": "import mxdsurgery.plot as made",
+    "the module first": "import mxdsurgery.plot; made = mxdsurgery.runs.plot",
+    "the module under another name": "import mxdsurgery.runs.plot as made",
     "the module first, then from the package": "import mxdsurgery.plot; from mxdsurgery import plot as made",
-    "from the module first": "from mxdsurgery.plot import read_metrics; import mxdsurgery; made = mxdsurgery.plot",
-    "the function first, then the module": "from mxdsurgery import plot; import mxdsurgery.plot; made = mxdsurgery.plot",
-    "by name": "import importlib; importlib.import_module('mxdsurgery.plot'); import mxdsurgery; made = mxdsurgery.plot",
+    "from the module first": "from mxdsurgery.runs.plot import read_metrics; import mxdsurgery; made = mxdsurgery.runs.plot",
+    "the function first, then the module": "from mxdsurgery import plot; import mxdsurgery.plot; made = mxdsurgery.runs.plot",
+    "by name": "import importlib; importlib.import_module('mxdsurgery.runs.plot'); import mxdsurgery; made = mxdsurgery.runs.plot",
 }
 
 
@@ -128,7 +129,7 @@ def afresh():
 def test_a_function_takes_the_place_of_its_module_whichever_is_loaded_first(order, afresh):
     names = {}
     exec(ORDERS[order], names)
-    module = sys.modules["mxdsurgery.plot"]
+    module = sys.modules["mxdsurgery.runs.plot"]
     assert names["made"] is module.plot is sys.modules["mxdsurgery"].plot
     assert names["made"].__name__ == "plot" and callable(names["made"])
 
@@ -142,7 +143,7 @@ def test_all_public_names_are_there_and_the_stub_says_the_same():
     for name in mxdsurgery.__all__:
         found = getattr(mxdsurgery, name)
         assert callable(found) and found.__name__ == name
-    assert mxdsurgery.calibrate.__name__ == "mxdsurgery.calibrate"  # other modules of ours, as ever
+    assert mxdsurgery.planning.calibrate.__name__ == "mxdsurgery.planning.calibrate"  # other modules of ours, as ever
     with pytest.raises(AttributeError, match="'mxdsurgery' has no attribute 'zork'"):
         mxdsurgery.zork  # noqa: B018
     with pytest.raises(ImportError):

@@ -7,18 +7,18 @@ import tiny_models
 import torch
 from accelerate import Accelerator
 
-from mxdsurgery.activations import record_activations, stream_activations
-from mxdsurgery.checkpoint import converted_config_class, converted_model_class
-from mxdsurgery.distill import Progress, distill
-from mxdsurgery.export import export
-from mxdsurgery.finding import find_blocks
-from mxdsurgery.initialize import initial_layer, measure_statistics
-from mxdsurgery.layer import MxDLayer
-from mxdsurgery.measure import measure
-from mxdsurgery.model import load_tokenizer
-from mxdsurgery.plan import Plan, plan_layer
-from mxdsurgery.predictions import Opened
+from mxdsurgery.base.activations import record_activations, stream_activations
+from mxdsurgery.base.finding import find_blocks
+from mxdsurgery.base.model import load_tokenizer
+from mxdsurgery.checkpoint.converted import converted_config_class, converted_model_class
+from mxdsurgery.checkpoint.export import export
+from mxdsurgery.editing.predictions import Opened
+from mxdsurgery.layers.layer import MxDLayer
+from mxdsurgery.measuring.fidelity import measure
+from mxdsurgery.planning.plan import Plan, plan_layer
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.training.distill import Progress, distill
+from mxdsurgery.training.initialize import initial_layer, measure_statistics
 
 # The families that tests run over one by one: kind and activation of their blocks.
 FAMILIES = {

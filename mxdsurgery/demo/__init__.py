@@ -1,6 +1,6 @@
 """The embedded demo: two small language models of Python source, and the text they were trained on.
 
-The models are trained by ``scripts/train_demo_models.py`` and committed beside this file. The text is the standard
+The models are trained by ``scripts/measure/train_demo_models.py`` and committed beside this file. The text is the standard
 library of the Python that is running: nothing to download, nothing to ship.
 """
 

@@ -1,0 +1,138 @@
+"""``analyze``: which MLP blocks a model has, from its config alone."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from mxdsurgery.base.blocks import Block
+from mxdsurgery.base.finding import Finding, find_blocks
+from mxdsurgery.base.model import load_config, model_skeleton
+from mxdsurgery.base.selection import select_layers, write_layers
+from mxdsurgery.errors import UnsupportedBlockError
+from mxdsurgery.terminal.console import compact
+
+_CONVERTIBLE = "an MLP (out act(in x)) or GLU (down (act(gate x) * up x)) block whose output can be recomputed"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A model's decoder layers and the block in each.
+
+    Attributes:
+        model: as it was named.
+        revision: the commit on the hub, where it came from there.
+        model_type: transformers' name of the architecture.
+        architecture: the causal language model's class.
+        d_model: D.
+        parameters: of the whole model, tied weights counted once.
+        layers: what each decoder layer holds.
+    """
+
+    model: str
+    revision: str | None
+    model_type: str
+    architecture: str
+    d_model: int
+    parameters: int
+    layers: list[Finding]
+
+    def select(self, selection: str) -> tuple[list[Block], dict[str, str]]:
+        """The blocks that a ``layers`` value names, and what ``all`` leaves: by reason, the layers as a selection.
+
+        Models mix kinds of layers: ``all`` means all that can be converted, a layer that is named has to be one of them.
+
+        Raises:
+            LayerSelectionError: a layer that the model does not have.
+            UnsupportedBlockError: a layer that cannot be converted, or there is no other.
+        """
+        chosen = select_layers(selection, len(self.layers))
+        left: dict[str, list[int]] = {}
+        if selection.strip() == "all":
+            for finding in self.layers:
+                if finding.block is None:
+                    left.setdefault(finding.reason, []).append(finding.layer)
+            chosen = [finding.layer for finding in self.layers if finding.block is not None]
+        reasons = {reason: write_layers(layers) for reason, layers in left.items()}
+        if not chosen:
+            raise UnsupportedBlockError(
+                f"no layer of {self.model!r} can be converted: "
+                + "; ".join(f"layers {layers}: {reason}" for reason, layers in reasons.items()),
+                expected=_CONVERTIBLE,
+            )
+        return [self._block(index) for index in chosen], reasons
+
+    def _block(self, index: int) -> Block:
+        finding = self.layers[index]
+        if finding.block is None:
+            able = [other.layer for other in self.layers if other.block is not None]
+            raise UnsupportedBlockError(
+                f"layer {index} ({finding.path}) of {self.model!r} cannot be converted: {finding.reason}",
+                expected=_CONVERTIBLE,
+                fix=f"choose among the others: --layers {write_layers(able)}" if able else None,
+            )
+        return finding.block
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: a row per layer, with ``reason`` in place of a block where it cannot be converted."""
+        rows = []
+        for finding in self.layers:
+            row: dict[str, Any] = {
+                "layer": finding.layer,
+                "path": finding.path,
+                "convertible": finding.block is not None,
+            }
+            if finding.block is None:
+                row["reason"] = finding.reason
+            else:
+                block = dataclasses.asdict(finding.block)
+                row |= block | {"share": finding.block.parameters / self.parameters, "proof_error": finding.error}
+            rows.append(row)
+        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "layers": rows}
+
+    def table(self) -> Table:
+        """For a terminal."""
+        title = f"{self.model}: {self.architecture}, {compact(self.parameters)} parameters, D = {self.d_model}"
+        table = Table("layer", "block", "kind", "activation", "H", "biases", "parameters", "share", title=title)
+        for finding in self.layers:
+            block = finding.block
+            if block is None:
+                table.add_row(str(finding.layer), finding.path, "-", f"[red]{finding.reason}[/red]")
+                continue
+            biases = "+".join(n for n, has in (("in", block.encoder_bias), ("out", block.decoder_bias)) if has) or "none"
+            table.add_row(
+                str(block.layer),
+                block.path,
+                block.kind,
+                block.activation,
+                str(block.d_hidden),
+                biases,
+                compact(block.parameters),
+                f"{block.parameters / self.parameters:.1%}",
+            )
+        return table
+
+
+def analyze(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Analysis:
+    """Finds the MLP block of each decoder layer, on the meta device: no weights are read, a 70 B model takes seconds.
+
+    Args:
+        model: hub id, local folder, ``demo-glu`` or ``demo-mlp``.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: see `mxdsurgery.base.model.load_config`.
+
+    Raises:
+        ModelNotFoundError, GatedModelError, UnknownFamilyError, NotCausalLMError: see `mxdsurgery.base.model.load_config`.
+    """
+    config = load_config(model, revision, trust_remote_code)
+    skeleton = model_skeleton(config)
+    return Analysis(
+        model=model,
+        revision=getattr(config, "_commit_hash", None),
+        model_type=config.model_type,
+        architecture=type(skeleton).__name__,
+        d_model=config.get_text_config(decoder=True).hidden_size,
+        parameters=skeleton.num_parameters(),
+        layers=find_blocks(skeleton),
+    )

@@ -1,0 +1,56 @@
+"""What a vector in a model's residual stream does to the next token directly: through the last norm and the unembedding."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mxdsurgery.base.model import decoder_layers
+
+
+@dataclass(frozen=True)
+class Unembedding:
+    """The linear map from a direction of the residual stream to logits, up to the last norm's scale.
+
+    The norm divides by a size that depends on the whole stream, not on the direction; what is left of it is linear: a gain for
+    each dimension and, in a LayerNorm, taking out the mean.
+
+    Attributes:
+        weight: (V, D), the gain in it.
+        centred: whether the mean is taken out first.
+    """
+
+    weight: Tensor
+    centred: bool
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: PreTrainedModel) -> "Unembedding":
+        """Of a causal language model. The last norm is found by structure, its gain by running it."""
+        weight = model.get_output_embeddings().weight.float()
+        path, _ = decoder_layers(model)
+        last = None
+        for name, module in model.base_model.named_modules():
+            outside = not name.startswith(f"{path}.")
+            if outside and getattr(module, "weight", None) is not None and module.weight.shape == weight.shape[1:]:
+                last = module
+        if last is None:
+            return cls(weight, centred=False)
+        signs = torch.ones_like(weight[0])
+        signs[1::2] = -1  # of mean zero and size one, so that a norm leaves its gain
+        gain = (_run(last, signs) - _run(last, -signs)) / 2 * signs
+        centred = isinstance(last, nn.LayerNorm) or torch.allclose(_run(last, signs + 3), _run(last, signs), atol=1e-3)
+        return cls(weight * gain, centred)
+
+    def logits(self, directions: Tensor) -> Tensor:
+        """What directions (n, D) add to the logits: (n, V) float32, each less its mean over the vocabulary."""
+        directions = directions.float()
+        if self.centred:
+            directions = directions - directions.mean(-1, keepdim=True)
+        logits = directions @ self.weight.T
+        return logits - logits.mean(-1, keepdim=True)
+
+
+def _run(norm: nn.Module, x: Tensor) -> Tensor:
+    return norm(x.to(norm.weight.dtype)).float()

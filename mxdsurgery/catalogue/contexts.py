@@ -1,0 +1,130 @@
+"""The contexts on which experts are looked at: drawn evenly from a text and kept as a file, with each token's class."""
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from mxdsurgery.catalogue.files import CONTEXTS_FILE, list_array
+from mxdsurgery.checkpoint.export import write_json
+from mxdsurgery.errors import DataError
+from mxdsurgery.terminal.console import ProgressLine, Reporter
+from mxdsurgery.text.sources import Packing, documents_with_fields
+
+CLASSES_FILE = "classes.json"
+# Without a name, the first of these fields that a text has is its class.
+_LABEL_FIELDS = ("label", "kind")
+_MOST_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where contexts come from.
+
+    Attributes:
+        data: the text; see `mxdsurgery.text.sources`.
+        tokens: how many of them to draw.
+        text_column: column or field with the text.
+        label_column: column or field with each document's class; None: ``label`` or ``kind``, where there is one.
+        spread: they are drawn from so many times as much text.
+        seed: of the drawing.
+    """
+
+    data: str
+    tokens: int
+    text_column: str
+    label_column: str | None
+    spread: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Contexts.
+
+    Attributes:
+        ids: token ids, (S, T) int32.
+        classes: each token's class, (S, T) int16; -1 for none.
+        names: of the classes.
+    """
+
+    ids: Tensor
+    classes: Tensor
+    names: list[str]
+
+    @property
+    def tokens(self) -> int:
+        """Those that figures rest on: all but position 0 of each context."""
+        return self.ids[:, 1:].numel()
+
+
+def read_corpus(folder: Path, source: Source, packing: Packing, reporter: Reporter) -> Corpus:
+    """Draws contexts and keeps them in ``folder``; where they lie there already, reads them.
+
+    Raises:
+        DataError: the text cannot be read, does not fill one context, or lacks the class that was asked for.
+    """
+    path = folder / CONTEXTS_FILE
+    if not path.is_file():
+        with reporter.progress("read", "contexts") as line:
+            drawn = draw_corpus(source, packing, line)
+        write_json(folder / CLASSES_FILE, drawn.names)
+        columns = {"input_ids": drawn.ids} | ({"classes": drawn.classes} if drawn.names else {})
+        aside = path.with_suffix(".tmp")
+        pq.write_table(pa.table({name: list_array(rows) for name, rows in columns.items()}), aside, compression="zstd")
+        os.replace(aside, path)
+    table, names = pq.read_table(path), json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8"))
+    ids = torch.from_numpy(np.stack(table["input_ids"].to_numpy()))
+    classes = torch.from_numpy(np.stack(table["classes"].to_numpy())) if names else torch.full_like(ids, -1)
+    return Corpus(ids, classes, names)
+
+
+def draw_corpus(source: Source, packing: Packing, line: ProgressLine) -> Corpus:
+    """A reservoir of contexts: each of the first ``spread`` times as many has the same chance to be in it."""
+    names: dict[str, int] = {}
+    wanted = max(1, source.tokens // packing.context)
+    held: list[tuple[Tensor, Tensor]] = []
+    draw, number = random.Random(source.seed), 0
+    for number, (ids, classes) in enumerate(packing.pack_labelled(_classed(source, names))):
+        if number == wanted * source.spread:
+            break
+        pair = (ids.int(), classes.short())
+        place = draw.randrange(number + 1)
+        if len(held) < wanted:
+            held.append(pair)
+        elif place < wanted:
+            held[place] = pair
+        if number % 256 == 0:
+            line.update(number, wanted * source.spread)
+    line.update(number + 1, number + 1)
+    if not held:
+        raise DataError(
+            f"the text {source.data!r} does not fill one context of {packing.context} tokens", fix="give a longer text"
+        )
+    return Corpus(torch.stack([ids for ids, _ in held]), torch.stack([classes for _, classes in held]), list(names))
+
+
+def _classed(source: Source, names: dict[str, int]) -> Iterator[tuple[str, int]]:
+    """Documents with the number of their class, -1 for none; new classes enter ``names``."""
+    fields = _LABEL_FIELDS if source.label_column is None else (source.label_column,)
+    for text, row in documents_with_fields(source.data, source.text_column, fields):
+        label = next((str(row[name]) for name in fields if row.get(name) is not None), None)
+        if label is None and source.label_column is not None:
+            raise DataError(
+                f"{source.data!r} has a text without the field {source.label_column!r}",
+                expected="one of " + (", ".join(row) or "no fields: it is plain text"),
+                fix="name the right one with --label-column, or leave it out",
+            )
+        if label is not None and label not in names and len(names) == _MOST_CLASSES:
+            raise DataError(
+                f"{source.data!r} has more than {_MOST_CLASSES} classes", fix="name another field with --label-column"
+            )
+        yield text, -1 if label is None else names.setdefault(label, len(names))

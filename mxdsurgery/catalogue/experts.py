@@ -1,0 +1,306 @@
+"""``experts``: runs text through a converted model once and writes down, of every expert, when it fires and what it does."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mxdsurgery.base.activations import hooked
+from mxdsurgery.base.dtypes import compute_in
+from mxdsurgery.base.selection import select_layers
+from mxdsurgery.catalogue.contexts import CLASSES_FILE, Corpus, Source, read_corpus
+from mxdsurgery.catalogue.files import CATALOGUE_FILE, CATALOGUE_VERSION
+from mxdsurgery.catalogue.statistics import AFTER, BEFORE, BINS, Tally
+from mxdsurgery.catalogue.tables import write_tables
+from mxdsurgery.checkpoint.converted import Converted, fingerprint, load_with_recipe
+from mxdsurgery.checkpoint.export import write_json
+from mxdsurgery.errors import LayerSelectionError, MemoryBudgetError, OutputError
+from mxdsurgery.hardware.memory import PeakMemory, free_memory
+from mxdsurgery.layers.interventions import MAXIMUM_FILE
+from mxdsurgery.layers.layer import Coefficients, MxDLayer
+from mxdsurgery.runs.resume import part, prefixed
+from mxdsurgery.runs.run_folder import RunFolder
+from mxdsurgery.terminal.console import ProgressLine, Reporter, size
+from mxdsurgery.text.sources import Packing, text_name
+
+# Tokens per forward pass: enough that what is kept of a batch costs little beside it.
+_BATCH = 8192
+_TALLIES_FILE = "tallies.safetensors"
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a run depends on."""
+
+    fingerprint: str
+    source: Source
+    layers: list[int]
+    top: int
+    sample: int
+
+
+def experts(
+    folder: str | Path,
+    *,
+    data: str | None = None,
+    tokens: int = 1_000_000,
+    out: str | Path | None = None,
+    layers: str = "all",
+    text_column: str | None = None,
+    label_column: str | None = None,
+    top: int = 10,
+    sample: int = 10,
+    spread: int = 8,
+    overwrite: bool = False,
+    resume: bool = False,
+    checkpoint_every: int | None = None,
+    device: str | None = None,
+    compute: str | None = None,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Writes a catalogue of all experts of a converted model; `mxdsurgery.catalogue.files` says what is in it.
+
+    Args:
+        folder: what ``convert`` or ``edit`` wrote.
+        data: the text; default: the recipe's held-out text, or its training text.
+        tokens: how many of them.
+        out: where to; default: ``experts`` in the folder, where `search`, `report` and ``unit="maximum"`` look.
+        layers: which; as ``convert``'s.
+        text_column: column or field with the text; default: the recipe's.
+        label_column: column or field with each document's class; default: ``label`` or ``kind``, where there is one.
+        top: places kept of each expert where it fired most strongly.
+        sample: places kept of each, drawn at random from all where it fired.
+        spread: contexts are drawn evenly at random from so many times as much text.
+        overwrite: take the place of an earlier catalogue.
+        resume: go on with the unfinished run in ``<out>.run``, if there is one.
+        checkpoint_every: passes between two checkpoints; default: the recipe's, or by its checkpoint_minutes alone.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        seed: of what is drawn.
+        reporter: what to tell while working; default: nothing.
+
+    Returns:
+        ``tokens``, ``contexts``, ``classes``, ``seconds`` of the pass, ``peak_bytes`` (None if unknown), ``out``, and for each
+        of ``layers``: ``n_experts``, ``unused`` (never fired), the others' ``median_frequency``, and how many fire on
+        ``above_1_percent`` of the tokens.
+
+    Raises:
+        NotConvertedError: the folder is not one of ours.
+        OutputError: there is a catalogue already, or an unfinished one that is neither to be resumed nor overwritten, or it
+            cannot be written.
+        CheckpointError: the unfinished run has other settings, or is damaged.
+        DataError: the text cannot be read, or lacks the label.
+        MemoryBudgetError: what is kept does not fit.
+        Interrupted: Ctrl-C; a checkpoint is written first.
+    """
+    reporter = reporter or Reporter()
+    converted, recipe = load_with_recipe(folder, device, compute)
+    text, column = data or recipe.eval_data or recipe.data, text_column or recipe.text_column
+    settings = _Settings(
+        fingerprint=fingerprint(converted),
+        source=Source(text, tokens, column, label_column, spread, seed),
+        layers=layers_with_experts(converted, layers),
+        top=top,
+        sample=sample,
+    )
+    out = Path(out) if out is not None else Path(folder) / Path(MAXIMUM_FILE).parent
+    _check_free(out, overwrite)
+    run = RunFolder(out, dataclasses.replace(recipe, checkpoint_every=checkpoint_every or recipe.checkpoint_every))
+    run.open(asdict(settings), resume, overwrite)
+    packing = Packing(converted.tokenizer(), recipe.context, recipe.prepend_bos)
+    with run.working(reporter) as reporter:
+        compute_in(converted.model, getattr(torch, run.as_begun(recipe, reporter.say).compute))
+        try:
+            summary = _catalogued(converted, settings, packing, run, out, reporter)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space") from None
+    run.finish(out)
+    return summary | {"out": str(out)}
+
+
+def _catalogued(
+    converted: Converted, settings: _Settings, packing: Packing, run: RunFolder, out: Path, reporter: Reporter
+) -> dict[str, Any]:
+    """Reads the text, runs it through the model and writes the catalogue."""
+    partial = run.path / "catalogue"
+    partial.mkdir(exist_ok=True)
+    corpus = read_corpus(partial, settings.source, packing, reporter)
+    tallies = _tallies(converted, settings, len(corpus.names))
+    memory, start = PeakMemory(converted.model.device.type), time.monotonic()
+    with reporter.progress("experts", "tokens") as line, run.watching(reporter.say):
+        _run(converted, tallies, corpus, settings, run, line)
+    seconds = time.monotonic() - start
+    with reporter.progress("write", "experts") as line:
+        write_tables(partial, converted, tallies, corpus.tokens, line)
+    write_json(partial / CATALOGUE_FILE, _catalogue(converted, settings, corpus))
+    _finish(partial, out)
+    return _summary(corpus, tallies) | {"seconds": seconds, "peak_bytes": memory.bytes()}
+
+
+def _summary(corpus: Corpus, tallies: dict[int, Tally]) -> dict[str, Any]:
+    layers = []
+    for layer, tally in tallies.items():
+        frequency = tally.fired.double() / corpus.tokens
+        used = frequency[frequency > 0]
+        entry = {"layer": layer, "n_experts": len(frequency), "unused": int((frequency == 0).sum())}
+        entry["median_frequency"] = used.median().item() if len(used) else None
+        layers.append(entry | {"above_1_percent": int((frequency > 0.01).sum())})
+    return {"tokens": corpus.tokens, "contexts": len(corpus.ids), "classes": corpus.names, "layers": layers}
+
+
+def _catalogue(converted: Converted, settings: _Settings, corpus: Corpus) -> dict[str, Any]:
+    """What experts.json holds; see `Catalogue`."""
+    counted = corpus.classes[:, 1:]
+    return {
+        "format_version": CATALOGUE_VERSION,
+        "model": converted.folder.resolve().name,
+        "fingerprint": settings.fingerprint,
+        "data": text_name(settings.source.data),
+        "tokens": corpus.tokens,
+        "contexts": len(corpus.ids),
+        "context": corpus.ids.shape[1],
+        "classes": corpus.names,
+        "class_tokens": [int((counted == number).sum()) for number in range(len(corpus.names))],
+        "before": BEFORE,
+        "after": AFTER,
+        "bins": BINS,
+        "layers": {str(layer): converted.layers[layer].gate.n_experts for layer in settings.layers},
+    }
+
+
+def _finish(partial: Path, out: Path) -> None:
+    """The work in progress, without what only served to go on with it, takes its place."""
+    old = out.with_name(f"{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    (partial / CLASSES_FILE).unlink(missing_ok=True)
+    os.replace(partial, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def experts_table(result: dict[str, Any]) -> Table:
+    """For a terminal."""
+    table = Table(title=f"Experts on {result['tokens']:,} tokens")
+    table.add_column("layer")
+    for heading in ("experts", "never fired", "median frequency of the others", "on more than 1 % of tokens"):
+        table.add_column(heading, justify="right")
+    for row in result["layers"]:
+        median = "-" if row["median_frequency"] is None else f"{row['median_frequency']:.2e}"
+        table.add_row(str(row["layer"]), f"{row['n_experts']:,}", f"{row['unused']:,}", median, f"{row['above_1_percent']:,}")
+    return table
+
+
+def layers_with_experts(converted: Converted, layers: str) -> list[int]:
+    """Those of a selection that have experts; all must, unless the selection is ``all``.
+
+    Raises:
+        LayerSelectionError: one has none, or there is none.
+    """
+    there = [entry.block.layer for entry in converted.plan.layers if entry.n_experts]
+    wanted = select_layers(layers, converted.model.config.get_text_config(decoder=True).num_hidden_layers)
+    found = [layer for layer in there if layer in wanted]
+    if not found or (layers != "all" and len(found) < len(wanted)):
+        raise LayerSelectionError(
+            f"{str(converted.folder)!r} has no experts in some of the layers {layers}",
+            expected="layers among " + (", ".join(map(str, there)) or "none"),
+        )
+    return found
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    """Raises OutputError if there is something that is not to be overwritten."""
+    if out.exists() and not overwrite:
+        raise OutputError(f"{str(out)!r} exists already", fix="give another --out, or --overwrite")
+    if out.exists() and not (out / CATALOGUE_FILE).is_file():
+        raise OutputError(f"{str(out)!r} was not written by mxdsurgery experts: --overwrite does not touch it")
+
+
+def _tallies(converted: Converted, settings: _Settings, classes: int) -> dict[int, Tally]:
+    shapes = {layer: converted.layers[layer].experts.weight.shape for layer in settings.layers}
+    needed = sum(Tally.bytes(*shape, classes, settings.top, settings.sample) for shape in shapes.values())
+    free = free_memory("cpu")
+    if needed > 0.9 * free:
+        raise MemoryBudgetError(
+            f"what is kept of {sum(n for n, _ in shapes.values()):,} experts takes {size(needed)}; {size(free)} are free",
+            expected="room for it",
+            fix="look at fewer --layers at a time (each run with an --out of its own), or keep fewer places: --top, --sample",
+        )
+    return {layer: Tally.none(*shape, classes, settings.top, settings.sample) for layer, shape in shapes.items()}
+
+
+@torch.no_grad()
+def _run(
+    converted: Converted, tallies: dict[int, Tally], corpus: Corpus, settings: _Settings, run: RunFolder, line: ProgressLine
+) -> None:
+    """The pass over the text, from where an earlier one stopped."""
+    done, passes = _restored(run, tallies)
+    rows, model = max(1, _BATCH // corpus.ids.shape[1]), converted.model
+
+    def kept() -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for layer, tally in tallies.items():
+            tensors |= prefixed(tally.state(), str(layer))
+        return tensors
+
+    with recorded_coefficients(converted, settings.layers) as seen:
+        while done < len(corpus.ids):
+            batch = corpus.ids[done : done + rows].long()
+            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+            draw = torch.Generator().manual_seed(settings.source.seed * 2**32 + done)
+            for layer, tally in tallies.items():
+                a, m = seen.pop(layer)
+                shape = (*batch.shape, -1)
+                a = Coefficients(a.values.reshape(shape).cpu(), a.indices.reshape(shape).cpu())
+                m = None if m is None else m.reshape(shape).cpu()
+                tally.add(a, m, corpus.classes[done : done + rows].long(), done, draw)
+            done, passes = done + len(batch), passes + 1
+            line.update(done * batch.shape[1], corpus.ids.numel())
+            run.after(passes, {_TALLIES_FILE: kept}, {}, functools.partial(dict, contexts=done, passes=passes))
+    run.save(passes, {_TALLIES_FILE: kept}, {}, {"contexts": done, "passes": passes})
+
+
+def _restored(run: RunFolder, tallies: dict[int, Tally]) -> tuple[int, int]:
+    """Takes back what was kept; returns how many contexts and passes it covers."""
+    if run.resumed is None:
+        return 0, 0
+    tensors = run.resumed.tensors(_TALLIES_FILE)
+    for layer, tally in tallies.items():
+        tally.restore(part(tensors, str(layer)))
+    return run.resumed.state["contexts"], run.resumed.state["passes"]
+
+
+@contextlib.contextmanager
+def recorded_coefficients(converted: Converted, layers: list[int]) -> Iterator[dict[int, tuple[Coefficients, Tensor | None]]]:
+    """While open, every forward pass leaves in the mapping that is yielded, by layer, the experts' coefficients (..., K) and
+    what their say is multiplied with, ``D z`` (..., D) of a Mixture of Decoders, None of other kinds."""
+    seen: dict[int, tuple[Coefficients, Tensor | None]] = {}
+    chosen: dict[int, Coefficients] = {}
+    handles = []
+    for layer in layers:
+        module = converted.layers[layer]
+
+        def keep(_module: Any, _args: Any, a: Coefficients, layer: int = layer) -> None:
+            chosen[layer] = a
+            seen[layer] = (a, None)
+
+        def keep_decoded(_module: Any, _args: Any, m: Tensor, layer: int = layer) -> None:
+            seen[layer] = (chosen[layer], m)
+
+        handles.append(module.gate.register_forward_hook(keep))
+        if isinstance(module, MxDLayer):
+            handles.append(module.decoder.register_forward_hook(keep_decoded))
+    with hooked(*handles):
+        yield seen

@@ -1,0 +1,171 @@
+"""``search``: which experts of a converted model fire most specifically on a token or on an example text."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mxdsurgery.catalogue.experts import recorded_coefficients
+from mxdsurgery.catalogue.files import Catalogue, catalogue_of
+from mxdsurgery.checkpoint.converted import load_with_recipe
+from mxdsurgery.errors import DataError
+from mxdsurgery.layers.layer import Coefficients
+
+# Experts that fired on fewer tokens say nothing yet.
+_LEAST_FIRED = 5
+# Tokens on each side of the place that is shown.
+_AROUND = 8
+
+
+def search(
+    folder: str | Path,
+    query: str,
+    *,
+    by: str = "auto",
+    layer: int | None = None,
+    top: int = 20,
+    device: str | None = None,
+    compute: str | None = None,
+) -> dict[str, Any]:
+    """Ranks experts by how specifically they fire on something.
+
+    By text: the model reads the query, and an expert's score is how much its firings there tell, in nats per token of it:
+    ``p ln(p/q) + (1-p) ln((1-p)/(1-q))`` where it fires on the share p of the query's tokens and on the share q of the
+    catalogue's, p above q; for p half a firing is taken off, so that a single one, which may be chance, counts for less.
+
+    By token: the places drawn at random from an expert's firings say on which share p of them the token stands; with q its
+    share of the text, the score is ``p ln(p/q)``.
+
+    Args:
+        folder: what ``convert`` or ``edit`` wrote, with the catalogue that `experts` made of it.
+        query: an example text, or a token.
+        by: ``text``, ``token``, or ``auto``: by token if the query, alone or after a space, is one token of the vocabulary.
+        layer: look in one layer only.
+        top: how many experts to return.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+
+    Returns:
+        ``by``, ``query``, ``tokens`` (of the query) and ``experts``, best first: ``layer``, ``expert``, ``score``, ``share``,
+        ``frequency`` (over the catalogue's text) and ``example``, where it fired most strongly.
+
+    Raises:
+        NotConvertedError, CatalogueError: the folder or its catalogue is missing, or they do not belong together.
+        DataError: the query has no token, or by token more than one.
+    """
+    converted, _ = load_with_recipe(folder, device, compute)
+    catalogue = catalogue_of(converted)
+    if layer is not None:
+        catalogue.check_layer(layer)
+    layers = list(catalogue.layers) if layer is None else [layer]
+    tokenizer = converted.tokenizer()
+    single = _single_tokens(query, tokenizer)
+    by = ("token" if single else "text") if by == "auto" else by
+    if by == "token":
+        if not single:
+            raise DataError(f"{query!r} is more than one token", expected="a token", fix="search --by text")
+        found, tokens = _by_token(catalogue, layers, single), [single[0]]
+    else:
+        ids = tokenizer(query, return_tensors="pt")["input_ids"]
+        first = int(ids.shape[1] > 0 and ids[0, 0] == tokenizer.bos_token_id)
+        if ids.shape[1] == first:
+            raise DataError("the query is empty", expected="a text or a token")
+        with torch.no_grad(), recorded_coefficients(converted, layers) as seen:
+            converted.model.base_model(input_ids=ids.to(converted.model.device), use_cache=False)
+        found, tokens = [], ids[0, first:].tolist()
+        for index in layers:
+            a = Coefficients(*(part.cpu() for part in seen[index][0]))
+            fires = torch.zeros(catalogue.layers[index], dtype=torch.int64)
+            mine = a.indices.reshape(ids.shape[1], -1)[first:][a.values.reshape(ids.shape[1], -1)[first:] > 0]
+            found += _by_text(catalogue, index, fires.index_add_(0, mine, torch.ones_like(mine)), len(tokens))
+    found = sorted(found, key=lambda row: -row["score"])[:top]
+    for row in found:
+        row["example"] = _example(catalogue, catalogue.row(row["layer"], row["expert"], ["top"])["top"], tokenizer)
+    return {"by": by, "query": query, "tokens": [tokenizer.decode([token]) for token in tokens], "experts": found}
+
+
+def _single_tokens(query: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of the query as one token: as it is, and with a space before it."""
+    spellings = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (query, f" {query}"))
+    return list(dict.fromkeys(ids[0] for ids in spellings if len(ids) == 1))
+
+
+def _by_text(catalogue: Catalogue, layer: int, fires: Tensor, tokens: int) -> list[dict[str, Any]]:
+    table = catalogue.table(layer, ["frequency"])
+    frequency = torch.tensor(table["frequency"].to_numpy())
+    p = (fires - 0.5).clamp_min(0).double() / tokens
+    q = frequency.clamp(0.5 / catalogue.tokens, 1 - 0.5 / catalogue.tokens)
+    score = torch.xlogy(p, p / q) + torch.xlogy(1 - p, (1 - p) / (1 - q))
+    score[p <= q] = 0
+    best = score.topk(min(100, len(score))).indices.tolist()
+    return [
+        _row(layer, expert, score[expert], fires[expert] / tokens, frequency[expert]) for expert in best if score[expert] > 0
+    ]
+
+
+def _by_token(catalogue: Catalogue, layers: list[int], wanted: list[int]) -> list[dict[str, Any]]:
+    ids = np.stack(catalogue.input_ids.to_numpy())
+    q = np.isin(ids[:, 1:], wanted).mean()
+    if q == 0:
+        return []
+    found = []
+    for layer in layers:
+        table = catalogue.table(layer, ["fired", "frequency", "sample"])
+        sample = table["sample"].combine_chunks()
+        places = pc.list_flatten(sample)
+        rows = pc.list_parent_indices(sample).to_numpy()
+        context, position = (pc.struct_field(places, name).to_numpy() for name in ("context", "position"))
+        hits = np.isin(ids[context, position], wanted)
+        count = np.bincount(rows, minlength=len(table))
+        share = np.bincount(rows[hits], minlength=len(table)) / np.maximum(count, 1)
+        fired, frequency = table["fired"].to_numpy(), table["frequency"].to_numpy()
+        for expert in np.flatnonzero((share > q) & (fired >= _LEAST_FIRED)).tolist():
+            found.append(_row(layer, expert, share[expert] * math.log(share[expert] / q), share[expert], frequency[expert]))
+    return found
+
+
+def _row(layer: int, expert: int, score: float, share: float, frequency: float) -> dict[str, Any]:
+    return {
+        "layer": layer,
+        "expert": expert,
+        "score": float(score),
+        "share": float(share),
+        "frequency": float(frequency),
+    }
+
+
+def _example(catalogue: Catalogue, places: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Where it fired most strongly: the text before the token, the token, the text after it."""
+    if not places:
+        return ["", "", ""]
+    tokens, _, own = catalogue.window(places[0])
+    parts = tokens[max(0, own - _AROUND) : own], tokens[own : own + 1], tokens[own + 1 : own + 1 + _AROUND // 2]
+    return [tokenizer.decode(part) for part in parts]
+
+
+def search_table(result: dict[str, Any]) -> Table:
+    """For a terminal."""
+    what = "tokens of the query" if result["by"] == "text" else "of its firings"
+    table = Table(title=f"By {result['by']}: {' '.join(map(repr, result['tokens'][:12]))}")
+    for heading in ("layer", "expert", "nats", f"share ({what})", "frequency"):
+        table.add_column(heading, justify="right")
+    table.add_column("fires most strongly on", no_wrap=True, overflow="ellipsis")
+    for row in result["experts"]:
+        before, token, after = (repr(part)[1:-1] for part in row["example"])
+        example = Text.assemble(before, ("[" + token + "]", "bold"), after)
+        cells = (
+            str(row["layer"]),
+            str(row["expert"]),
+            f"{row['score']:.3f}",
+            f"{row['share']:.2f}",
+            f"{row['frequency']:.1e}",
+        )
+        table.add_row(*cells, example)
+    return table

@@ -1,0 +1,112 @@
+"""Writes a catalogue's tables from what was kept of every expert, some hundred experts at a time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mxdsurgery.base.unembedding import Unembedding
+from mxdsurgery.catalogue.files import SCHEMA, layer_path, list_array
+from mxdsurgery.catalogue.statistics import Places, Tally
+from mxdsurgery.checkpoint.converted import Converted
+from mxdsurgery.layers.interventions import MAXIMUM_FILE
+from mxdsurgery.terminal.console import ProgressLine
+
+# Entries of c_n, tokens and neighbours that are written of each expert.
+_ENTRIES = 8
+# Elements of the largest matrix in memory, (experts, V) or (experts, N).
+_ELEMENTS = 2**25
+
+
+@torch.no_grad()
+def write_tables(folder: Path, converted: Converted, tallies: dict[int, Tally], tokens: int, line: ProgressLine) -> None:
+    """Writes ``layer<L>.parquet`` for each layer, and the experts' maxima; ``tokens`` is how many they were seen on."""
+    unembedding = Unembedding.of(converted.model)
+    total, done = sum(len(tally.fired) for tally in tallies.values()), 0
+    for layer, tally in tallies.items():
+        c = converted.layers[layer].experts.weight.float()
+        path = layer_path(folder, layer)
+        aside = path.with_suffix(".tmp")
+        with pq.ParquetWriter(aside, SCHEMA, compression="zstd") as writer:
+            for rows in _chunks(len(c), max(len(c), len(unembedding.weight))):
+                writer.write_table(_table(rows, c, tally, tokens, unembedding))
+                done += len(rows)
+                line.update(done, total)
+        aside.replace(path)
+    save_file({f"layer{layer}": tally.maximum for layer, tally in tallies.items()}, folder / Path(MAXIMUM_FILE).name)
+
+
+def _chunks(n_experts: int, widest: int) -> Iterator[Tensor]:
+    yield from torch.arange(n_experts).split(max(1, min(512, _ELEMENTS // widest)))
+
+
+def _table(rows: Tensor, c: Tensor, tally: Tally, tokens: int, unembedding: Unembedding) -> pa.Table:
+    """The rows of SCHEMA of some experts, c (N, D)."""
+    fired = tally.fired[rows]
+    used = fired > 0
+    mine = c[rows.to(c.device)]
+    direction = mine * (tally.contribution[rows] / fired.clamp_min(1)[:, None]).to(c.device)
+    logits = unembedding.logits(direction.to(unembedding.weight.device))
+    columns = {
+        "expert": pa.array(rows.int().numpy()),
+        "fired": pa.array(fired.numpy()),
+        "frequency": pa.array((fired.double() / tokens).numpy()),
+        "mean": pa.array((tally.total[rows] / fired.clamp_min(1)).float().numpy()),
+        "maximum": pa.array(tally.maximum[rows].numpy()),
+        "histogram": list_array(tally.histogram[rows].long()),
+        "top": _places(tally.top, rows),
+        "sample": _places(tally.sample, rows),
+        "scales_up": _entries("dimension", mine, torch.ones_like(used), largest=True),
+        "scales_down": _entries("dimension", mine, torch.ones_like(used), largest=False),
+        "promotes": _entries("token", logits, used, largest=True),
+        "demotes": _entries("token", logits, used, largest=False),
+        "class_fired": list_array(tally.class_fired[rows]),
+        "similar": _similar(rows, c, tally.fired > 0),
+    }
+    return pa.table([columns[name].cast(SCHEMA.field(name).type) for name in SCHEMA.names], schema=SCHEMA)
+
+
+def _ragged(kept: Tensor, **fields: pa.Array) -> pa.ListArray:
+    """A list for each row of ``kept`` (n, M), of structs of the kept places' fields."""
+    offsets = np.concatenate([[0], kept.sum(1).cumsum(0).numpy()]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(list(fields.values()), list(fields)))
+
+
+def _places(places: Places, rows: Tensor) -> pa.ListArray:
+    coefficient, order = places.coefficient[rows].sort(1, descending=True)
+    kept = places.key[rows].gather(1, order) > 0
+    window = places.window[rows].gather(1, order[..., None].expand_as(places.window[rows]))[kept]
+    return _ragged(
+        kept,
+        context=pa.array(places.context[rows].gather(1, order)[kept].numpy()),
+        position=pa.array(places.position[rows].gather(1, order)[kept].numpy()),
+        coefficient=pa.array(coefficient[kept].numpy()),
+        window=list_array(window.float()),
+    )
+
+
+def _entries(name: str, values: Tensor, wanted: Tensor, largest: bool) -> pa.ListArray:
+    """The largest or smallest entries of each row of values (n, ...), of the wanted rows."""
+    found = values.topk(min(_ENTRIES, values.shape[1]), dim=1, largest=largest)
+    kept = wanted[:, None].expand_as(found.indices.cpu())
+    indices, values = found.indices.cpu()[kept].int(), found.values.cpu()[kept].float()
+    return _ragged(kept, **{name: pa.array(indices.numpy()), "value": pa.array(values.numpy())})
+
+
+def _similar(rows: Tensor, c: Tensor, used: Tensor) -> pa.ListArray:
+    """The experts whose c_n point most nearly the same way, among those that fired."""
+    unit = F.normalize(c, dim=1)
+    here = rows.to(c.device)
+    cosine = unit[here] @ unit.T
+    cosine[:, ~used.to(c.device)] = -2
+    cosine[torch.arange(len(here), device=c.device), here] = -2  # itself
+    found = cosine.topk(min(_ENTRIES, len(c)), dim=1)
+    kept = (found.values > -2).cpu() & used[rows][:, None]
+    indices, values = found.indices.cpu()[kept].int(), found.values.cpu()[kept].float()
+    return _ragged(kept, expert=pa.array(indices.numpy()), cosine=pa.array(values.numpy()))

@@ -1,0 +1,131 @@
+"""``apply``: makes the whole checkpoint again from an adapter and its base model; and an adapter from a whole checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mxdsurgery.checkpoint.adapter import (
+    CARD,
+    damaged,
+    differing,
+    folder_bytes,
+    is_code,
+    read_adapter,
+    rebuild,
+    right_base,
+    write_adapter,
+)
+from mxdsurgery.checkpoint.converted import PLAN_FILE, load, read_config, saved_recipe, settle
+from mxdsurgery.checkpoint.export import check_output, check_reload, reference_outputs, write_code, written_whole
+from mxdsurgery.errors import OutputError
+from mxdsurgery.planning.plan import read_plan
+from mxdsurgery.terminal.console import Reporter
+
+# Token ids that the rebuilt checkpoint is run on: contexts, tokens. Which ones does not matter.
+_CHECKED = (2, 16)
+
+
+def apply(
+    adapter: str | Path,
+    *,
+    base: str | None = None,
+    out: str | Path,
+    overwrite: bool = False,
+    compute: str | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Writes the whole checkpoint that an adapter was made from, bit for bit. ``out`` appears whole or not at all.
+
+    The Python code in it is this version's: the adapter's author is not trusted with any. It is the same, bit for bit, where
+    the adapter was written by the same version.
+
+    Args:
+        adapter: what ``convert``, ``heal`` or ``edit`` wrote with ``--format adapter``; it is left as it is.
+        base: hub id, local folder or demo model; default: the model that it was made from, at that revision.
+        out: where to.
+        overwrite: take the place of an earlier folder of ours.
+        compute: dtype in which the result is compared with what it should be; as `evaluate`'s.
+        reporter: what to tell while working; default: nothing.
+
+    Returns:
+        ``out``, ``base_model``, ``revision``, ``bytes`` of the checkpoint, ``adapter_bytes``, ``tensors_from_base``,
+        ``differs`` (files that are not bit for bit as they were: code of another version, an edited card; usually none) and
+        ``logits`` and ``hidden``, the largest difference of the reloaded model's from the one in memory.
+
+    Raises:
+        NotConvertedError: the folder holds no adapter.
+        BaseModelError: the base model is missing, of another shape or family, or has other weights.
+        WeightsError: the adapter is damaged.
+        OutputError: ``out`` cannot be written.
+        ExportError: the checkpoint does not load, or computes something else.
+    """
+    reporter = reporter or Reporter()
+    folder = Path(adapter)
+    opened = read_adapter(folder)
+    if Path(out).resolve() == folder.resolve():
+        raise OutputError(f"{str(out)!r} is the adapter", expected="another folder: it is left as it is")
+    target = check_output(out, overwrite)
+    try:
+        named = base or read_plan(folder / PLAN_FILE).model
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise damaged(folder, f"{PLAN_FILE}: {error}") from None
+    with right_base(folder, opened, named) as weights, written_whole(target) as staging:
+        with reporter.progress("write", "bytes") as line:
+            rebuild(folder, opened, weights, staging, line.update)
+        converted = load(staging)
+        settle(converted, saved_recipe(staging, "cpu"), compute)
+        write_code(converted.model, staging)
+        differs = differing(opened, staging)
+        wrong = [name for name in differs if name != CARD and not is_code(name)]
+        if wrong:
+            raise damaged(folder, f"{', '.join(wrong)} would not be what it was")
+        vocabulary = converted.model.get_input_embeddings().weight.shape[0]
+        ids = (torch.arange(_CHECKED[0] * _CHECKED[1]) * 7919 % vocabulary).view(_CHECKED)
+        differences = check_reload(staging, reference_outputs(converted.model, ids))
+    for name in differs:
+        reporter.say(f"differs    {name}: written by another version of mxdsurgery, or edited since")
+    return {
+        "out": str(target),
+        "base_model": opened.base_model,
+        "revision": opened.revision,
+        "bytes": folder_bytes(target),
+        "adapter_bytes": folder_bytes(folder),
+        "tensors_from_base": len(opened.from_base),
+        "differs": differs,
+    } | differences
+
+
+def make_adapter(folder: str | Path, *, base: str | None = None, out: str | Path, overwrite: bool = False) -> dict[str, Any]:
+    """Writes an adapter of a converted model's folder: only what differs from its base model.
+
+    Args:
+        folder: what ``convert``, ``heal``, ``edit`` or ``apply`` wrote; it is left as it is.
+        base: where its base model is now; default: where it was.
+        out: where to; it appears whole or not at all.
+        overwrite: take the place of an earlier folder of ours.
+
+    Returns:
+        ``out``, ``base_model``, ``revision``, ``adapter_bytes``, ``bytes`` of the checkpoint and ``tensors_from_base``.
+
+    Raises:
+        NotConvertedError: the folder is not one of ours, or is an adapter already.
+        BaseModelError: the base model is missing, has no safetensors, or no tensor in common with the checkpoint.
+        OutputError: ``out`` cannot be written.
+    """
+    folder = Path(folder)
+    read_config(folder)
+    if Path(out).resolve() == folder.resolve():
+        raise OutputError(f"{str(out)!r} is the converted model", expected="another folder: it is left as it is")
+    target = check_output(out, overwrite)
+    plan = read_plan(folder / PLAN_FILE)
+    with written_whole(target) as staging:
+        made = write_adapter(folder, staging, plan.model, plan.revision, base)
+    return {
+        "out": str(target),
+        "base_model": made.base_model,
+        "revision": made.revision,
+        "adapter_bytes": folder_bytes(target),
+        "bytes": made.checkpoint_bytes,
+        "tensors_from_base": len(made.from_base),
+    }

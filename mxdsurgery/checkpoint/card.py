@@ -1,0 +1,243 @@
+"""The model card, and the short table of figures that ends a conversion and an evaluation."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from mxdsurgery.base.model import model_name
+from mxdsurgery.planning.plan import Plan
+from mxdsurgery.recipe import Recipe
+from mxdsurgery.terminal.console import compact, duration, size
+from mxdsurgery.training.cost import LayerPlan
+
+# The figures of the card: JSON name, heading, how to print it.
+FIGURES = (
+    ("delta_ce", "ΔCE", "{:+.4f}"),
+    ("kl", "KL", "{:.4f}"),
+    ("top1_agreement", "same top-1", "{:.1%}"),
+    ("nmse", "NMSE", "{:.4f}"),
+    ("zero_delta_ce", "ΔCE if zeroed", "{:+.4f}"),
+    ("loss_recovered", "loss recovered", "{:.1%}"),
+    ("constant_gate_delta_ce", "ΔCE, experts frozen", "{:+.4f}"),
+    ("expert_share", "expert share", "{:.2f}"),
+    ("dead_share", "unused experts", "{:.1%}"),
+)
+# Those that a terminal shows: enough to see whether a layer is faithful and its experts matter.
+_SHORT = ("delta_ce", "kl", "top1_agreement", "nmse", "zero_delta_ce", "expert_share", "dead_share")
+
+# In a heading, and in a sentence.
+_KINDS = {
+    "mxd": ("Mixtures of Decoders", "Mixture-of-Decoders layers (arXiv 2505.21364)"),
+    "transcoder": ("transcoders", "transcoders"),
+    "skip-transcoder": ("skip transcoders", "transcoders with a dense linear map beside them"),
+    "topk-sae": ("autoencoded outputs", "themselves and a sparse autoencoder of their output"),
+    "dense": ("retrained dense layers", "dense layers of the same width, retrained"),
+}
+
+LEGEND = """\
+ΔCE: nats per token that next-token prediction got worse by; if zeroed: with the block removed altogether. KL: from the
+original's predictions. Same top-1: how often the likeliest next token is the original's. NMSE: squared error of the block's
+output over its squared size. Expert share: how much of the layer's worth the token-by-token choice of experts carries (0: the
+dense path does it all; measured by freezing the experts' say at its best constant). Unused: never fired on these tokens."""
+
+
+def figure_rows(evaluation: dict[str, Any]) -> list[list[str]]:
+    """One row per converted layer and one for all together, as printed."""
+    entries = [(str(entry["layer"]), entry) for entry in evaluation["layers"]] + [("all", evaluation["all"])]
+    return [[name, *(_print(entry[key], form) for key, _, form in FIGURES)] for name, entry in entries]
+
+
+def _print(value: float | None, form: str) -> str:
+    return "n/a" if value is None else form.format(value)
+
+
+def computed_in(figures: dict[str, Any]) -> str:
+    """The dtype that figures were computed in, for a sentence; nothing where an older version wrote them."""
+    return f", computed in {figures['compute']}" if "compute" in figures else ""
+
+
+def evaluation_table(evaluation: dict[str, Any]) -> Table:
+    """For a terminal."""
+    ce = evaluation["original"]["ce"]
+    rests_on = f"{evaluation['tokens']:,} held-out tokens{_alone(evaluation)}{computed_in(evaluation)}"
+    title = f"On {rests_on};\noriginal cross-entropy {ce:.4f} nats per token"
+    table = Table("layer", title=title)
+    shown = [0, *(1 + column for column, (name, _, _) in enumerate(FIGURES) if name in _SHORT)]
+    for column in shown[1:]:
+        table.add_column(FIGURES[column - 1][1], justify="right")
+    *single, every = ([row[column] for column in shown] for row in figure_rows(evaluation))
+    for row in single:
+        table.add_row(*row)
+    table.add_section()
+    table.add_row(*every)
+    return table
+
+
+def _alone(evaluation: dict[str, Any]) -> str:
+    """On how much of the text the single layers were measured, where that is less."""
+    tokens = {entry.get("tokens", evaluation["tokens"]) for entry in evaluation["layers"]} - {evaluation["tokens"]}
+    return f", each layer alone on {tokens.pop():,} of them" if tokens else ""
+
+
+def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Sequence[dict[str, Any]] = ()) -> str:
+    """README.md of an exported folder; ``edits`` are the steps of `edit`, as config.json has them."""
+    base = model_name(plan.model)
+    on_hub = "/" in plan.model and not os.path.isabs(plan.model)
+    header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    header += [f"base_model: {plan.model}"] if on_hub else []
+    header += ["tags: [mixture-of-decoders, mxdsurgery, interpretability]", "---"]
+    columns = ["layer", *(heading for _, heading, _ in FIGURES)]
+    table = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    table += ["| " + " | ".join(row) + " |" for row in figure_rows(evaluation)]
+    interval = evaluation["all"]["delta_ce_ci"]
+    settings = {name: value for name, value in recipe.to_dict().items() if name not in ("model", "out", "overwrite")}
+    settings = {name: Path(value).name if _is_local(value) else value for name, value in settings.items()}
+    first = plan.layers[0]
+    revision = f" (revision {plan.revision})" if plan.revision else ""
+    return "\n".join(
+        [
+            *header,
+            f"# {base}, {len(plan.layers)} MLP blocks as {_KINDS[first.kind][0]}",
+            "",
+            f"Made from `{base}`{revision} by mxdsurgery. The MLP blocks of layers "
+            f"{', '.join(str(layer.block.layer) for layer in plan.layers)} are replaced by {_KINDS[first.kind][1]}"
+            f"{_sparsity(first)}. {compact(plan.original_parameters)} parameters became {compact(plan.parameters)}.",
+            "",
+            *(f"Layers {layers} are as they were: {reason}.\n" for reason, layers in plan.left.items()),
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)',
+            'tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)',
+            "```",
+            "",
+            *_gate_lines(plan),
+            *_edit_lines(edits),
+            *_healed_lines(evaluation.get("healed", [])),
+            "## What it cost",
+            "",
+            *_unedited(edits, evaluation),
+            f"Measured on {evaluation['tokens']:,} tokens of held-out text ({evaluation['sequences']} contexts of "
+            f"{evaluation['context']}, position 0 left out){_alone(evaluation)}{computed_in(evaluation)}, against the "
+            f"original model, whose cross-entropy there is {evaluation['original']['ce']:.4f} nats per token. All layers "
+            f"together: ΔCE "
+            f"{evaluation['all']['delta_ce']:+.4f}, 95 % interval [{interval[0]:+.4f}, {interval[1]:+.4f}]. Intervals of all "
+            "figures are in evaluation.json.",
+            "",
+            *table,
+            "",
+            LEGEND,
+            "",
+            "## How it was made",
+            "",
+            *_training_lines(evaluation.get("training", {})),
+            "```yaml",
+            yaml.safe_dump(settings, sort_keys=False).rstrip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def _training_lines(record: dict[str, Any]) -> list[str]:
+    """What training took, beside what the plan said; nothing where an older version wrote the evaluation."""
+    if "measured" not in record:
+        return []
+    took, planned = record["measured"], record["planned"]
+    lines = ["| training | planned | measured |", "| --- | --- | --- |"]
+    rows = (
+        ("time", "seconds", duration),
+        ("time to evaluate", "evaluation_seconds", duration),
+        ("time to export", "export_seconds", duration),
+        ("peak memory", "peak_bytes", size),
+    )
+    for label, name, form in rows:
+        if name not in took:  # of an older version
+            continue
+        cells = ("n/a" if row[name] is None else form(row[name]) for row in (planned, took))
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def before_last_edit(evaluation: dict[str, Any], edits: Sequence[dict[str, Any]]) -> bool:
+    """Whether the figures are of the model as it was before the last of its edits."""
+    return evaluation.get("edits", 0) < len(edits)
+
+
+def _unedited(edits: Sequence[dict[str, Any]], evaluation: dict[str, Any]) -> list[str]:
+    if not before_last_edit(evaluation, edits):
+        return []
+    return ["Before the last edit above; `mxdsurgery evaluate` measures the model as it is now.", ""]
+
+
+def _edit_lines(edits: Sequence[dict[str, Any]]) -> list[str]:
+    """What was done to single experts, and what that changed."""
+    if not edits:
+        return []
+    lines = ["## Edited experts", ""]
+    for number, step in enumerate(edits, start=1):
+        lines += [f"Step {number}:", "", *(f"- {line}" for line in step["edits"]), ""]
+        lines += [
+            f"On {step['tokens']:,} tokens of {step['data']}, cross-entropy went from {step['ce_before']:.4f} to "
+            f"{step['ce_after']:.4f} nats per token (difference {step['delta_ce']:+.3g}, 95 % interval "
+            f"[{step['delta_ce_ci'][0]:+.3g}, {step['delta_ce_ci'][1]:+.3g}]); KL(before ‖ after) {step['kl']:.3g}.",
+            "",
+        ]
+        for sample in step["samples"]:  # as Python writes them: one line each, whatever they hold
+            lines += ["    " + f"{name:<7}{sample[name]!r}" for name in ("prompt", "before", "after")] + [""]
+    return lines
+
+
+def _healed_lines(steps: Sequence[dict[str, Any]]) -> list[str]:
+    """What was trained end to end after the conversion, and what that changed."""
+    if not steps:
+        return []
+    lines = ["## Healed", ""]
+    for number, step in enumerate(steps, start=1):
+        what = {"mxd": "the new layers", "lora": "LoRA", "both": "the new layers and LoRA"}[step["mode"]]
+        lora = {"merged": ", merged into the weights", "adapter": ", kept as a PEFT adapter in `lora`"}.get(step["lora"], "")
+        if step["lora"]:
+            what += f" of rank {step['lora_rank']} on {len(step['maps'])} linear maps of the attention{lora}"
+        lines += [
+            f"Step {number}: {what}, trained end to end toward the original's predictions on {step['tokens']:,} tokens of "
+            f"{step['data']} in {duration(step['seconds'])}. KL(original ‖ converted) on {step['validation_tokens']:,} "
+            f"tokens beside them went from {step['kl_before']:.4f} to {step['kl_after']:.4f} nats per token.",
+            "",
+        ]
+    if any(step["lora"] == "adapter" for step in steps):
+        lines += [
+            'The figures below are with the adapter: `PeftModel.from_pretrained(model, "this folder/lora")`. Without it the '
+            "attention is the original's.",
+            "",
+        ]
+    return lines
+
+
+def _sparsity(layer: LayerPlan) -> str:
+    """N and K, where the layer has experts."""
+    if not layer.n_experts:
+        return ""
+    active = "per token" if layer.sparsity == "topk" else "per token on average"
+    return f" with N = {layer.n_experts:,} experts each, K = {layer.k} of them active {active}"
+
+
+def _gate_lines(plan: Plan) -> list[str]:
+    """Where the coefficients are found, where there are any."""
+    first = plan.layers[0]
+    if not first.n_experts:
+        return []
+    return [
+        f"The coefficients of the experts of layer {first.block.layer} are the output of "
+        f"`model.base_model.{first.block.path}.gate`: values and expert indices, (batch, tokens, K). A forward hook there "
+        f"reads and changes them. So does `with model.mxd.ablate({{{first.block.layer}: [0]}}):`, and `scale`, `steer`, "
+        "`clamp`, `drop`, `copy`, `merge` and `replace` beside it, for as long as the block lasts.",
+        "",
+    ]
+
+
+def _is_local(value: object) -> bool:
+    return isinstance(value, str) and Path(value).exists()

@@ -1,0 +1,395 @@
+"""``export``: writes a converted model as a folder that plain transformers loads, and checks that it does.
+
+The folder appears whole or not at all: it is written beside its place, reloaded there in a fresh process that cannot import
+mxdsurgery, compared with the model in memory, and only then renamed.
+"""
+
+import ctypes
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from mxdsurgery.base.dtypes import as_stored, computed_in
+from mxdsurgery.base.offload import SHARD_BYTES, adopt_hooks, execution_device, is_offloaded
+from mxdsurgery.base.surgery import replaced
+from mxdsurgery.checkpoint.adapter import write_adapter
+from mxdsurgery.checkpoint.card import model_card
+from mxdsurgery.checkpoint.converted import (
+    EVALUATION_FILE,
+    PLAN_FILE,
+    RECIPE_FILE,
+    converted_config,
+    converted_model_class,
+    read_config,
+)
+from mxdsurgery.errors import ExportError, OutputError
+from mxdsurgery.planning.plan import Plan
+from mxdsurgery.recipe import Recipe
+from mxdsurgery.runs.resume import sync
+
+# The files of ours that a checkpoint brings along; each imports only from those before it.
+TRAVELLING = ("sparse.py", "layer.py", "baselines.py", "interventions.py", "replacement.py")
+
+_LICENSE = "# Written by mxdsurgery (Apache-2.0). It imports torch and transformers only, and only defines classes.\n"
+
+_CONFIGURATION = '''"""The config of a Mixture-of-Decoders model: {config}, with what stands where the MLP blocks were."""
+
+from {config_module} import {config}
+
+
+class MxD{config}({config}):
+    """{config} with one more entry, ``mxd``: which modules are MxD layers, and their shapes."""
+
+    model_type = "mxd-{model_type}"
+    mxd: dict | None = None
+'''
+
+_MODELING = '''"""{causal} whose MLP blocks are Mixtures of Decoders; everything else is the family's own code.
+
+The coefficients of a layer's experts are the output of its ``gate``: an ordinary forward hook there reads and changes them,
+and ``with model.mxd.ablate({{12: [4031]}}):`` changes them without one; interventions.py has all that ``model.mxd`` can do.
+"""
+
+{model_imports}
+
+from .configuration_mxd import MxD{config}
+from .replacement import MxDSurgeryMixin
+
+
+class MxD{base}(MxDSurgeryMixin, {base}):
+    """{base} with MxD layers."""
+
+    config_class = MxD{config}
+
+
+class MxD{causal}(MxDSurgeryMixin, {causal}):
+    """{causal} with MxD layers."""
+
+    config_class = MxD{config}
+'''
+
+# Runs in a fresh interpreter that cannot import mxdsurgery, as on a machine that never heard of it.
+_RELOAD = """
+import json, sys
+sys.modules["mxdsurgery"] = None
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+folder, given, result, device, dtype, *offloaded = sys.argv[1:]
+place = {"device_map": {"": "disk"}, "offload_folder": result + ".offload"} if offloaded else {"device_map": device}
+device, dtype = torch.device("cpu" if offloaded else device), getattr(torch, dtype)
+ids = load_file(given)["input_ids"].to(device)
+def output(kind):
+    model = kind.from_pretrained(folder, trust_remote_code=True, **place).eval()
+    wide = torch.promote_types(model.dtype, dtype) == dtype
+    for held in (*model.parameters(), *model.buffers()):
+        if wide and held.dtype == model.config.dtype:
+            held.data = held.data.to(dtype)
+    with torch.autocast(device.type, dtype, enabled=not wide):
+        return model(input_ids=ids, use_cache=False)[0]  # never two models at a time
+with torch.no_grad():
+    logits, hidden = output(AutoModelForCausalLM), output(AutoModel)
+save_file({"logits": logits.cpu().contiguous(), "hidden": hidden.cpu().contiguous()}, result)
+"""
+
+
+def check_output(out: str | Path, overwrite: bool) -> Path:
+    """The folder to write, links resolved, after making sure that it can be. Leaves nothing behind.
+
+    Raises:
+        OutputError: it exists and is not to be overwritten, is no folder of ours, or its parent cannot be written.
+    """
+    try:
+        path = Path(out).resolve()
+        if path.exists() and not overwrite:
+            raise OutputError(
+                f"{str(out)!r} exists already", expected="a new folder", fix="give another --out, or --overwrite"
+            )
+        if path.exists() and not (path / PLAN_FILE).is_file():
+            raise OutputError(
+                f"{str(out)!r} exists and was not written by mxdsurgery: --overwrite does not touch it",
+                fix="give another --out",
+            )
+        nearest = next(parent for parent in path.parents if parent.exists())
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise OutputError(f"{str(out)!r} cannot be written: {error.strerror or error}", fix="give another --out") from None
+    return path
+
+
+@contextmanager
+def written_whole(out: Path, within: Path | None = None) -> Iterator[Path]:
+    """A folder to write into; on leaving well it becomes ``out``, on an error it is gone. Creates parents.
+
+    Whatever ends the process, ``out`` is the earlier folder or the new one; on systems that cannot swap two names at once, an
+    earlier one may be left under another name beside it.
+
+    Args:
+        out: where to.
+        within: the folder that it is written in, on the same file system; default: the parent of ``out``.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=within or out.parent, prefix=f".{out.name}."))
+        try:
+            yield staging
+            staging.chmod(0o755)
+            for file in staging.rglob("*"):
+                file.chmod(0o755 if file.is_dir() else 0o644)
+                sync(file)
+            if not out.exists():
+                os.replace(staging, out)
+            elif not _swapped(staging, out):
+                old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
+                os.replace(out, old)
+                os.replace(staging, out)
+                shutil.rmtree(old)
+            sync(out.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space or give another --out") from None
+
+
+def _swapped(first: Path, second: Path) -> bool:
+    """Swaps the names of two folders at once, by Linux's renameat2; False where that cannot be done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+
+
+def export(
+    model: PreTrainedModel,
+    layers: dict[int, nn.Module],
+    plan: Plan,
+    recipe: Recipe,
+    evaluation: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    check_ids: Tensor,
+    out: Path,
+    within: Path | None = None,
+) -> dict[str, float]:
+    """Writes the converted model's folder, whole or not at all.
+
+    Args:
+        model: the original model. Its weights are left as they are stored: see `mxdsurgery.base.dtypes.as_stored`.
+        layers: by layer index, in the model's dtype and on its device.
+        plan: what was converted.
+        recipe: how.
+        evaluation: `measure`'s figures; where it has a record of the training, the seconds that this takes are added to it.
+        tokenizer: the model's.
+        check_ids: (B, T) int64 token ids to compare the reloaded model's logits on.
+        out: where to; see `check_output`.
+        within: see `written_whole`.
+
+    Returns:
+        The largest absolute difference of the reloaded model's ``logits`` and ``hidden`` states from the ones in memory.
+
+    Raises:
+        OutputError: it cannot be written.
+        ExportError: it was written, but does not load or computes something else. ``out`` is not there then.
+    """
+    start = time.perf_counter()
+    with written_as(out, recipe.format, plan.model, plan.revision, within) as staging:
+        with replaced(model, plan.blocks, layers):
+            reference = reference_outputs(model, check_ids)
+            as_stored(model)
+            _save_weights(model, plan, staging)
+        tokenizer.save_pretrained(staging)
+        write_code(model, staging)
+        whole = dataclasses.replace(recipe, format="checkpoint")  # which an adapter gives back
+        (staging / RECIPE_FILE).write_text(whole.to_yaml(), encoding="utf-8")
+        write_json(staging / PLAN_FILE, plan.to_dict())
+        differences = check_reload(staging, reference, is_offloaded(model))
+        if "training" in evaluation:
+            evaluation["training"]["measured"]["export_seconds"] = round(time.perf_counter() - start, 1)
+        write_evaluation(staging, evaluation, plan, whole)
+        return differences
+
+
+def write_evaluation(folder: Path, evaluation: dict[str, Any], plan: Plan, recipe: Recipe) -> None:
+    """Writes evaluation.json, and the model card that shows it: both or, whatever comes in between, neither."""
+    edits = read_config(folder)["mxd"].get("edits", [])
+    card = model_card(plan, recipe, evaluation, edits)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".evaluation.") as aside:
+        (Path(aside) / "README.md").write_text(card, encoding="utf-8")
+        write_json(Path(aside) / EVALUATION_FILE, evaluation)
+        for name in (EVALUATION_FILE, "README.md"):
+            os.replace(Path(aside) / name, folder / name)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON as people like to read it, written aside and renamed; the folder is made if it is not there.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    aside = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        raise OutputError(f"{str(path)!r} cannot be written: {error.strerror or error}") from None
+
+
+def _save_weights(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
+    """Weights, config and generation config, by the converted class itself."""
+    config = converted_config(model.config, plan)
+    with torch.device("meta"):
+        converted = converted_model_class(type(model), type(config))(config)
+    converted.load_state_dict(model.state_dict(), assign=True)
+    converted.tie_weights()
+    if is_offloaded(model):
+        adopt_hooks(converted, model)
+    converted.generation_config = model.generation_config
+    converted.config.dtype = model.dtype  # some classes keep a copy of the config that they are given
+    converted.config.auto_map = {
+        "AutoConfig": f"configuration_mxd.{type(config).__name__}",
+        "AutoModel": f"modeling_mxd.MxD{type(model.base_model).__name__}",
+        "AutoModelForCausalLM": f"modeling_mxd.MxD{type(model).__name__}",
+    }
+    # Named as the modules are, not as the family once named them: that is undone for some classes of a family only.
+    shard = SHARD_BYTES if is_offloaded(model) else "5GB"
+    converted.save_pretrained(folder, max_shard_size=shard, save_original_format=False)
+
+
+def write_code(model: PreTrainedModel, folder: Path) -> None:
+    """The Python files that travel with the checkpoint of a model, original or converted; its own code among them."""
+    families = {"config": type(model.config), "base": type(model.base_model), "causal": type(model)}
+    names = {"model_type": model.config.model_type.removeprefix("mxd-")}
+    for role, made in families.items():
+        own = next(base for base in made.__mro__ if base.__module__.startswith(("transformers.", "transformers_modules.")))
+        names |= {role: own.__name__, f"{role}_module": _module_in(folder, own)}
+    where = dict.fromkeys((names["base_module"], names["causal_module"]))
+    named = {
+        module: ", ".join(names[role] for role in ("base", "causal") if names[f"{role}_module"] == module) for module in where
+    }
+    names["model_imports"] = "\n".join(f"from {module} import {classes}" for module, classes in named.items())
+    for name in TRAVELLING:
+        code = Path(__file__).with_name(name).read_text(encoding="utf-8")
+        (folder / name).write_text(_LICENSE + code, encoding="utf-8")
+    (folder / "configuration_mxd.py").write_text(_LICENSE + _CONFIGURATION.format(**names), encoding="utf-8")
+    (folder / "modeling_mxd.py").write_text(_LICENSE + _MODELING.format(**names), encoding="utf-8")
+
+
+def _module_in(folder: Path, made: type) -> str:
+    """Where a checkpoint's code imports a family's class from; code that came with the base model is copied for that."""
+    if made.__module__.startswith("transformers."):
+        return "transformers" if hasattr(transformers, made.__name__) else made.__module__
+    file = Path(sys.modules[made.__module__].__file__)
+    for path in (file, *map(Path, get_relative_import_files(file))):
+        if path.name in (*TRAVELLING, "configuration_mxd.py", "modeling_mxd.py"):
+            raise ExportError(f"the base model's code has a file {path.name!r}, as mxdsurgery has", expected="another name")
+        shutil.copyfile(path, folder / path.name)
+    return f".{file.stem}"
+
+
+class Reference(NamedTuple):
+    """What a model in memory computes for ids (B, T): ``logits`` and ``hidden`` states by name; where, and in what dtype."""
+
+    ids: Tensor
+    outputs: dict[str, Tensor]
+    device: torch.device
+    dtype: torch.dtype
+
+
+@torch.no_grad()
+def reference_outputs(model: PreTrainedModel, ids: Tensor) -> Reference:
+    """What `check_reload` compares with."""
+    device = execution_device(model)
+    here = ids.to(device)
+    outputs = {
+        "logits": model(input_ids=here, use_cache=False).logits.cpu(),
+        "hidden": model.base_model(input_ids=here, use_cache=False)[0].cpu(),  # logits, where a family has no base model
+    }
+    return Reference(ids.cpu(), outputs, device, computed_in(model))
+
+
+def _run_reload(words: Sequence[str], environment: Mapping[str, str], folder: str) -> subprocess.CompletedProcess[str]:
+    """Runs `_RELOAD` with its words in a fresh interpreter, in a folder."""
+    command = (sys.executable, "-I", "-c", _RELOAD, *words)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, check=False)
+
+
+def check_reload(folder: Path, reference: Reference, offloaded: bool = False) -> dict[str, float]:
+    """Loads the folder in a fresh process without mxdsurgery and compares what it computes, where and as the reference did.
+
+    Where the model is too large for the memory (``offloaded``), it reads its weights as it needs them there, too.
+
+    Raises:
+        ExportError: it does not load, or differs by more than the dtype's rounding.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        given, result = Path(scratch) / "given.safetensors", Path(scratch) / "result.safetensors"
+        save_file({"input_ids": reference.ids.contiguous()}, given)
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "TQDM_DISABLE": "1"}
+        words = [str(folder), str(given), str(result), str(reference.device), str(reference.dtype).removeprefix("torch.")]
+        process = _run_reload([*words, *(["offloaded"] if offloaded else [])], environment, scratch)
+        if process.returncode != 0:
+            reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ExportError(
+                f"the exported checkpoint does not load without mxdsurgery: {reason}",
+                fix="this is a fault of mxdsurgery: please report it with the model's name",
+            )
+        reloaded = load_file(result)
+    differences = {}
+    for name, wanted in reference.outputs.items():
+        difference = (reloaded[name].float() - wanted.float()).abs().max().item()
+        differences[name] = difference
+        limit = 8 * torch.finfo(reference.dtype).eps * wanted.float().abs().max().item()
+        if not difference <= limit:
+            raise ExportError(
+                f"the exported checkpoint, reloaded, gives other {name}: they differ by {difference:.3g}",
+                expected=f"equal up to rounding ({limit:.1g})",
+                fix="this is a fault of mxdsurgery: please report it with the model's name",
+            )
+    return differences
+
+
+@contextmanager
+def written_as(out: Path, form: str, model: str, revision: str | None, within: Path | None = None) -> Iterator[Path]:
+    """`written_whole` for a recipe's ``format``: a folder to write a checkpoint into; an adapter may be all that stays.
+
+    Args:
+        out: where to.
+        form: ``checkpoint``, or ``adapter``: on leaving well, only what differs from the base model becomes ``out``.
+        model: the base model, as the plan names it.
+        revision: its commit on the hub.
+        within: see `written_whole`.
+
+    Raises:
+        OutputError: as `written_whole`.
+        BaseModelError: the base model is not there any more.
+    """
+    with written_whole(out, within) as staging:
+        if form == "checkpoint":
+            yield staging
+        else:
+            checkpoint = staging / "checkpoint"
+            checkpoint.mkdir()
+            yield checkpoint
+            write_adapter(checkpoint, staging, model, revision)
+            shutil.rmtree(checkpoint)

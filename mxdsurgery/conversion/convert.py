@@ -1,0 +1,264 @@
+"""``convert``: the whole job, from a model's name to a folder that transformers loads."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mxdsurgery.base.blocks import Block
+from mxdsurgery.base.model import decoder_layers, load_model, load_tokenizer
+from mxdsurgery.base.offload import move, resident
+from mxdsurgery.base.proof import prove_block
+from mxdsurgery.checkpoint.converted import PLAN_FILE, RECIPE_FILE
+from mxdsurgery.checkpoint.export import check_output, export, write_json
+from mxdsurgery.conversion.train import Training, collect, train_groups
+from mxdsurgery.errors import CheckpointError, RecipeError
+from mxdsurgery.hardware.memory import PeakMemory
+from mxdsurgery.measuring.fidelity import Measurement
+from mxdsurgery.planning.effort import EVALUATION_SHARE, Alone
+from mxdsurgery.planning.plan import WORTH_PREDICTING, Plan, plan, read_plan, with_layers, with_time
+from mxdsurgery.recipe import Recipe
+from mxdsurgery.runs.parallel import check_parallel, layer_shares, processes, rank
+from mxdsurgery.runs.resume import weights_digest
+from mxdsurgery.runs.run_folder import RunFolder, depends_on
+from mxdsurgery.terminal.console import Reporter, duration, size
+from mxdsurgery.text.sources import open_texts
+from mxdsurgery.training.accelerator import make_accelerator, start_processes
+from mxdsurgery.training.cost import LayerPlan
+
+# Contexts on which the reloaded checkpoint is compared with the model in memory.
+_CHECK_CONTEXTS = 2
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What ``convert`` made.
+
+    Attributes:
+        out: the folder.
+        plan: what was converted.
+        recipe: how, resolved.
+        evaluation: the figures, as in evaluation.json.
+        seconds: of training.
+    """
+
+    out: Path
+    plan: Plan
+    recipe: Recipe
+    evaluation: dict[str, Any]
+    seconds: float
+
+
+def convert(
+    model: str,
+    *,
+    recipe: str | Path | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **overrides: Any,
+) -> Conversion | None:
+    """Replaces MLP blocks by Mixture-of-Decoders layers, distils them, measures the cost and exports the result.
+
+    Args:
+        model: hub id, local folder, ``demo-glu`` or ``demo-mlp``.
+        recipe: a recipe file or the name of one that comes with mxdsurgery; default: the one made for the model.
+        resume: go on with the unfinished run in ``<out>.run``, if there is one, as if it had not been interrupted.
+        reporter: what to tell while working; default: nothing.
+        **overrides: recipe keys, for example ``layers="2-5"``, ``tokens=2_000_000``, ``k=16``, ``out="folder"``.
+
+    Returns:
+        The folder and the figures; where several processes were launched, None in all but the first.
+
+    Raises:
+        MxDError: one of its named kinds; the output folder is as it was then. OutputError, where an unfinished run is neither
+            to be resumed nor overwritten; CheckpointError, where it cannot be resumed.
+        Interrupted: Ctrl-C; while training, a checkpoint is written first.
+    """
+    reporter = reporter or Reporter()
+    made, resolved = plan(model, recipe=recipe, **overrides)
+    out = check_output(resolved.out, resolved.overwrite)
+    if not resume:
+        made.check_budget()
+    start_processes(resolved)
+    check_parallel(resolved)
+    reporter = Reporter() if rank() else reporter
+    run = RunFolder(out, resolved)
+    run.open(depends_on(resolved.to_dict()) | {"processes": processes()}, resume, resolved.overwrite)
+    with run.working(reporter) as reporter:
+        settled = run.as_begun(made.settled(resolved), reporter.say)
+        accelerator = make_accelerator(settled)
+        made = _settled(made.computing_as(settled), resolved, run, reporter, resume)
+        mine, shares = _my_share(made, resolved, run)
+        for line in made.leaves():
+            reporter.say(line)
+        tokenizer = load_tokenizer(model, resolved.revision, resolved.trust_remote_code)
+        train, heldout = open_texts(resolved, tokenizer)
+        memory = PeakMemory(accelerator.device.type)
+        training = Training(len(mine.groups))
+        offload = run.scratch if made.offloaded else None
+        base = _load_base(made, settled, accelerator.device, offload)
+        run.confirm(base=weights_digest(base))
+        worst = max(_proof(base, block) for block in mine.blocks)
+        reporter.say(f"proof      {len(mine.blocks)} blocks recomputed from their weights, largest relative error {worst:.1e}")
+        train_groups(base, mine, train, settled, accelerator, training, reporter, run)
+        collect(training, shares, base, accelerator.device)
+        if rank():
+            accelerator.end_training()
+            return None
+        peak = memory.bytes()
+        layers = {planned.block.layer: layer for planned, layer in training.layers.items()}
+        for layer in layers.values():
+            move(layer, accelerator.device)
+        made, evaluation, seconds = _evaluated(base, layers, heldout, made, resolved, training.seconds, run, reporter)
+        record = _training_record(made, training, peak, seconds)
+        evaluation |= {"compute": settled.compute, "data": resolved.eval_data or resolved.data, "training": record}
+        check = heldout[:_CHECK_CONTEXTS]
+        differences = export(base, layers, made, resolved, evaluation, tokenizer, check, out, run.scratch)
+        reporter.say(
+            f"exported   {resolved.out}; reloaded without mxdsurgery, logits differ by at most {differences['logits']:.1g}"
+        )
+        for line in _comparison(record):
+            reporter.say(line)
+    run.finish(out)
+    accelerator.end_training()
+    return Conversion(out, made, resolved, evaluation, training.seconds)
+
+
+def _settled(made: Plan, recipe: Recipe, run: RunFolder, reporter: Reporter, resume: bool) -> Plan:
+    """The plan that is carried out: that of the run that goes on, or this one, which has to fit. Says what it is."""
+    if (run.path / PLAN_FILE).is_file():
+        begun = _read_plan(run.path / PLAN_FILE)
+        step = 0 if run.resumed is None else run.resumed.state["step"]
+        reporter.say(f"resume     from step {step}, in {run.path}")
+        if begun.machine is not None:  # also where there is no checkpoint yet
+            run.keep_threads(begun.machine.threads, reporter.say)
+        made = begun.computing_as(made.settled(recipe))
+    elif rank() == 0:
+        made.check_budget()  # not yet, where there was nothing to resume
+        made = with_time(made, recipe, WORTH_PREDICTING)
+        (run.path / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        write_json(run.path / PLAN_FILE, made.to_dict())
+        if resume:
+            reporter.say(f"resume     no checkpoint in {run.path}: it begins at the start")
+    for line in (f"recipe     {made.recipe_file}", *made.summary(recipe)):
+        reporter.say(line)
+    return made
+
+
+def _read_plan(path: Path) -> Plan:
+    """A plan of the run that goes on."""
+    try:
+        return read_plan(path)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error}", fix="begin anew: --overwrite") from None
+
+
+def _my_share(made: Plan, recipe: Recipe, run: RunFolder) -> tuple[Plan, list[list[LayerPlan]]]:
+    """What this process trains, in the groups that it began with; and the layers of each process."""
+    shares = layer_shares(made.layers, recipe)
+    if not all(shares):
+        raise RecipeError(
+            f"{len(shares)} processes were launched for {len(made.layers)} layers, with parallel: layers",
+            expected="a layer for each process at least",
+            fix="launch fewer, or --parallel data",
+        )
+    if len(shares[0]) == len(made.layers):
+        return made, shares[:1]
+    kept = run.path / f"share.{rank()}.json"
+    if kept.is_file():
+        return _read_plan(kept), shares
+    mine = with_layers(made, shares[rank()], recipe)
+    write_json(kept, mine.to_dict())
+    return mine, shares
+
+
+def _load_base(made: Plan, recipe: Recipe, device: torch.device, offload: Path | None) -> PreTrainedModel:
+    return load_model(
+        made.model,
+        revision=recipe.revision,
+        dtype=made.dtype,
+        compute=recipe.compute,
+        device=device,
+        offload=offload,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def _proof(base: PreTrainedModel, block: Block) -> float:
+    """The relative error of a block recomputed from its weights, which may lie on disk."""
+    _, decoder = decoder_layers(base)
+    with resident(decoder[block.layer]):
+        return prove_block(base, block)
+
+
+def _evaluated(
+    base: PreTrainedModel,
+    layers: dict[int, nn.Module],
+    heldout: Tensor,
+    made: Plan,
+    recipe: Recipe,
+    training_seconds: float,
+    run: RunFolder,
+    reporter: Reporter,
+) -> tuple[Plan, dict[str, Any], float]:
+    """The figures, the seconds they took, and the plan with the tokens that single layers were measured on.
+
+    Those are decided once: a run that goes on from here takes as many.
+    """
+    start = time.perf_counter()
+    alone = Alone(recipe.eval_tokens_single or made.eval_tokens_single, EVALUATION_SHARE * training_seconds)
+    measurement = Measurement(base, made.blocks, [layers], heldout, recipe.batch, alone=alone)
+    made = dataclasses.replace(made, eval_tokens_single=measurement.tokens_alone)
+    write_json(run.path / PLAN_FILE, made.to_dict())
+    reporter.say(f"evaluate   {measurement.announcement()}")
+    with reporter.progress("evaluate", "passes") as line:
+        evaluation = measurement.run(line.update)[0]
+    return made, evaluation, time.perf_counter() - start
+
+
+def _training_record(made: Plan, training: Training, peak_bytes: int | None, evaluation_seconds: float) -> dict[str, Any]:
+    """For evaluation.json: what was trained, and what the plan said beside what was measured (None: it was not).
+
+    How long the export took is added by `export`.
+    """
+
+    def rounded(seconds: float | None) -> float | None:
+        return None if seconds is None else round(seconds, 1)
+
+    return {
+        "tokens": training.passes[-1].tokens,
+        "steps": training.passes[-1].steps,
+        "seconds": round(training.seconds, 1),
+        "groups": [group.layers for group in made.groups],
+        "passes_over_the_text": training.times_read,
+        # Experts that had not fired for the last tenth of the training tokens, by layer.
+        "dead_share": {str(planned.block.layer): share for planned, share in training.dead_share.items()},
+        "planned": {
+            "seconds": rounded(made.seconds),
+            "evaluation_seconds": rounded(made.evaluation_seconds),
+            "export_seconds": rounded(made.export_seconds),
+            "peak_bytes": made.peak_bytes,
+        },
+        "measured": {
+            "seconds": rounded(training.seconds),
+            "evaluation_seconds": rounded(evaluation_seconds),
+            "export_seconds": None,
+            "peak_bytes": peak_bytes,
+        },
+    }
+
+
+def _comparison(record: dict[str, Any]) -> list[str]:
+    """The plan's predictions beside the measured values, for a terminal."""
+    planned, measured = record["planned"], record["measured"]
+    stages = {"seconds": "train", "evaluation_seconds": "evaluate", "export_seconds": "export"}
+    took = ", ".join(f"{duration(measured[name])} to {stage}" for name, stage in stages.items())
+    wanted = [planned[name] for name in stages]
+    words = "not predicted" if None in wanted else f"{', '.join(map(duration, wanted))} planned"
+    peak = "not measured here" if measured["peak_bytes"] is None else f"{size(measured['peak_bytes'])} measured"
+    return [f"time       {took} measured; {words}", f"memory     {peak}, {size(planned['peak_bytes'])} planned"]

@@ -1,0 +1,206 @@
+"""``frontier``: what sparsity costs. Kinds of layers at several K, trained on the same activations and measured alike."""
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mxdsurgery.base.blocks import Block
+from mxdsurgery.base.model import load_model, load_tokenizer
+from mxdsurgery.base.proof import prove_block
+from mxdsurgery.choices import DEFAULT_K, DEFAULT_KINDS, ONE_LAYER
+from mxdsurgery.conversion.train import Training, train_groups
+from mxdsurgery.errors import Interrupted, OutputError, RecipeError
+from mxdsurgery.hardware.device import check_device
+from mxdsurgery.measuring.fidelity import Measurement
+from mxdsurgery.measuring.frontier_table import FRONTIER_FILE, Frontier, read_frontier, row_key, save_layer
+from mxdsurgery.planning.plan import WORTH_PREDICTING, Plan, plan, plan_layer, with_layers, with_time
+from mxdsurgery.recipe import RECIPE_KEYS, Recipe
+from mxdsurgery.runs.resume import weights_digest
+from mxdsurgery.runs.run_folder import RunFolder, depends_on
+from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.text.sources import TextStream, open_texts
+from mxdsurgery.training.accelerator import alone, make_accelerator, start_processes
+from mxdsurgery.training.cost import LayerPlan, layer_parameters, matched_n_experts, transcoder_parameters
+from mxdsurgery.training.distill import layer_key
+
+# What rows of one folder may differ in; every other recipe key is the same for all of them.
+_FREE_KEYS = {"layers", "k", "kind", "out", "overwrite", "device", "memory", "threads", "tracker", *ONE_LAYER}
+
+
+def frontier(
+    model: str,
+    *,
+    layer: int,
+    k: Sequence[int] = DEFAULT_K,
+    kinds: Sequence[str] = DEFAULT_KINDS,
+    recipe: str | Path | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **overrides: Any,
+) -> Frontier:
+    """Trains kinds of layers at several K in place of one block, all on the same activations, and measures each.
+
+    What is in the folder already is not done again, so that other layers, kinds and K join the table.
+
+    Args:
+        model: hub id, local folder, ``demo-glu`` or ``demo-mlp``.
+        layer: the block's layer; negative ones count from the end.
+        k: values of K.
+        kinds: of layers; ``dense`` has no K and is trained once. All but ``dense`` get as many parameters as a transcoder with
+            ``expansion`` times D features, or, where ``n_experts`` is given, as an MxD layer with that many experts.
+        recipe: a recipe file or the name of one that comes with mxdsurgery; default: the one made for the model.
+        resume: go on with the group of layers whose training is unfinished, in ``<out>.run``, if there is one.
+        reporter: what to tell while working; default: nothing.
+        **overrides: recipe keys; ``out`` is the folder.
+
+    Returns:
+        All rows of the folder, also of earlier runs.
+
+    Raises:
+        RecipeError: an unknown kind, a wrong K, or what `mxdsurgery.planning.plan` raises.
+        OutputError: the folder holds rows of other settings or something else, or cannot be written; or there is an unfinished
+            group that is not to be resumed.
+        CheckpointError: the unfinished group cannot be resumed.
+        Interrupted: Ctrl-C; the rows so far are kept, and while training a checkpoint is written.
+    """
+    reporter = reporter or Reporter()
+    kinds, k = _checked(kinds, k)
+    made, resolved = plan(model, recipe=recipe, layers=str(layer), k=min(k), **overrides | ONE_LAYER)
+    if "out" not in overrides or overrides["out"] is None:
+        resolved = dataclasses.replace(resolved, out=resolved.out.removesuffix("-mxd") + "-frontier")
+    out = Path(resolved.out)
+    settings = {name: value for name, value in resolved.to_dict().items() if name not in _FREE_KEYS}
+    found = _open_folder(out, settings, resolved.overwrite)
+    todo = _todo(made.blocks[0], resolved, kinds, k, found.rows)
+    if not todo:
+        reporter.say(f"nothing to do: {out} holds all of it")
+        return found
+    made = with_layers(made, todo, resolved)
+    made.check_budget()
+    made = dataclasses.replace(with_time(made, resolved, WORTH_PREDICTING), export_seconds=None)  # nothing is exported
+    for line in (f"recipe     {made.recipe_file}", *made.summary(resolved)[1:-1]):
+        reporter.say(line)
+    start_processes(resolved)
+    alone("a frontier")
+    train, heldout = open_texts(resolved, load_tokenizer(model, resolved.revision, resolved.trust_remote_code))
+    settled = RunFolder(out, resolved).as_begun(made.settled(resolved), reporter.say, resume)
+    trusted = {"trust_remote_code": resolved.trust_remote_code}
+    how = {"dtype": made.dtype, "compute": settled.compute, "device": check_device(resolved.device)} | trusted
+    base = load_model(model, revision=resolved.revision, **how)
+    reporter.say(f"proof      the block recomputed from its weights, relative error {prove_block(base, made.blocks[0]):.1e}")
+    remaining, digest = iter(todo), weights_digest(base)
+    with _kept(out, resolved.overwrite):
+        for group in made.groups:
+            part = dataclasses.replace(made, layers=[next(remaining) for _ in group.layers], groups=[group])
+            run = RunFolder(out, resolved)
+            group_is = {"group": [layer_key(planned) for planned in part.layers], "base": digest}
+            run.open(depends_on(settings) | group_is, resume, resolved.overwrite, f"delete {run.path}")
+            with run.working(reporter) as recording:
+                settled = run.as_begun(settled, recording.say)
+                accelerator = make_accelerator(settled)
+                found = _run_group(found, base, part, train, heldout, settled, accelerator, recording, run)
+                found.write()
+            run.finish(out)
+    return found
+
+
+def _checked(kinds: Sequence[str], k: Sequence[int]) -> tuple[list[str], list[int]]:
+    """Each kind and K once, in order; RecipeError for one that is not allowed."""
+    kinds = list(dict.fromkeys(RECIPE_KEYS["kind"].parse("kind", kind) for kind in kinds))
+    k = sorted({RECIPE_KEYS["k"].parse("k", value) for value in k})
+    if not kinds or not k:
+        raise RecipeError("there is nothing to compare", expected="at least one kind and one K", fix="give --kinds and --k")
+    return kinds, k
+
+
+def _todo(block: Block, recipe: Recipe, kinds: list[str], k: list[int], rows: list[dict[str, Any]]) -> list[LayerPlan]:
+    """The layers that the table lacks, each with as many parameters as the others."""
+    if recipe.n_experts is not None:
+        budget = float(layer_parameters(block, recipe.n_experts))
+    else:
+        budget = transcoder_parameters(block, recipe.expansion)
+    wanted = []
+    for kind in kinds:
+        n_experts = matched_n_experts(block, budget, kind) or None
+        for value in k if kind != "dense" else k[:1]:
+            wanted.append(plan_layer(block, dataclasses.replace(recipe, kind=kind, k=value, n_experts=n_experts)))
+    known = {(row["layer"], row["kind"], row["k"]) for row in rows}
+    return [layer for layer in wanted if row_key(layer) not in known]
+
+
+def _run_group(
+    found: Frontier,
+    base: PreTrainedModel,
+    made: Plan,
+    train: TextStream,
+    heldout: Tensor,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    reporter: Reporter,
+    run: RunFolder,
+) -> Frontier:
+    """Trains one group of layers, keeps their weights and measures them: the table with their rows."""
+    training = Training(1)
+    train_groups(base, made, train, recipe, accelerator, training, reporter, run=run)
+    for planned, layer in training.layers.items():
+        save_layer(layer.to(accelerator.device), planned, found.out, made.dtype)
+    candidates = [{planned.block.layer: layer} for planned, layer in training.layers.items()]
+    with reporter.progress("evaluate", "passes") as line:
+        evaluations = Measurement(base, made.blocks[:1], candidates, heldout, recipe.batch).run(line.update)
+    rows = list(found.rows)
+    for planned, evaluation in zip(training.layers, evaluations, strict=True):
+        layer, kind, k = row_key(planned)
+        row = {"layer": layer, "kind": kind, "k": k, "sparsity": planned.sparsity, "n_experts": planned.n_experts}
+        row |= {"params": planned.parameters, "train_tokens": training.passes[0].tokens}
+        rows.append(row | evaluation["layers"][0])
+    rows.sort(key=lambda row: (row["layer"], RECIPE_KEYS["kind"].choices.index(row["kind"]), row["k"] or 0))
+    return dataclasses.replace(found, rows=rows, tokens=evaluations[0]["tokens"], original=evaluations[0]["original"])
+
+
+def _open_folder(out: Path, settings: dict[str, Any], overwrite: bool) -> Frontier:
+    """What the folder holds, or will be begun with.
+
+    Raises:
+        OutputError: it holds rows of other settings, or is no folder of ours.
+    """
+    empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if empty or (overwrite and (out / FRONTIER_FILE).is_file()):
+        return Frontier(out, [], 0, {}, settings)
+    found = read_frontier(out)
+    other = [name for name in settings if found.settings.get(name) != settings[name]]
+    if other:
+        differs = ", ".join(f"{name} {found.settings.get(name)!r}, now {settings[name]!r}" for name in other)
+        raise OutputError(
+            f"{str(out)!r} holds a frontier of other settings: {differs}",
+            expected="the same settings: only then its rows can be compared",
+            fix="give another --out, or --overwrite to begin anew",
+        )
+    return found
+
+
+@contextmanager
+def _kept(out: Path, overwrite: bool) -> Iterator[None]:
+    """The folder to work in, from now on; begun anew with ``overwrite``.
+
+    Raises:
+        Interrupted: Ctrl-C.
+        OutputError: it cannot be written.
+    """
+    try:
+        if overwrite and (out / FRONTIER_FILE).is_file():
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except KeyboardInterrupt as interrupt:
+        rows = len(read_frontier(out).rows) if (out / FRONTIER_FILE).is_file() else 0
+        again = "the same command with --resume, and without --overwrite, goes on from there"
+        raise Interrupted(f"{str(interrupt) or 'Interrupted.'}\n{out} holds {rows} finished rows: {again}.") from None
+    except OSError as error:
+        raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space or give another --out") from None

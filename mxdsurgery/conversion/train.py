@@ -1,0 +1,326 @@
+"""Training: all new layers of a plan, group after group, each group from one pass over the text."""
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mxdsurgery.base.dtypes import cast, stored_in
+from mxdsurgery.base.offload import execution_device, on_disk, weights_of
+from mxdsurgery.layers.replacement import LAYER_KINDS
+from mxdsurgery.planning.plan import Plan
+from mxdsurgery.recipe import Recipe
+from mxdsurgery.runs.journal import Journal
+from mxdsurgery.runs.parallel import my_contexts, rank, receive, receive_values, send, send_values
+from mxdsurgery.runs.resume import Files, part, prefixed
+from mxdsurgery.runs.run_folder import TRAINING_FILE, Keeper, RunFolder
+from mxdsurgery.terminal.console import ProgressLine, Reporter, compact, duration
+from mxdsurgery.text.sources import TextStream
+from mxdsurgery.training.accelerator import choose_kernels
+from mxdsurgery.training.cost import LayerPlan, tokens_per_step
+from mxdsurgery.training.distill import Progress, batches_taken, distill, layer_key
+from mxdsurgery.training.end_to_end import VALIDATION_TOKENS, EndToEnd, Settings, train_end_to_end
+from mxdsurgery.training.initialize import initial_layers, layer_shape
+from mxdsurgery.training.inputs import ConvertedInputs, OriginalInputs, Read
+from mxdsurgery.training.teacher import original_examples
+
+# The weight of each layer's own loss beside the KL, where layers are trained jointly from their start.
+JOINT_LOCAL = 1.0
+
+
+@dataclass
+class Training:
+    """Where the training of all groups stands; kept up to date while it runs, so that an interrupted one can be described.
+
+    Attributes:
+        groups: how many there are.
+        passes: the progress of each group begun so far; one pass over the text each.
+        layers: those that are finished, rounded to what they will be stored in, and those in training, in fp32.
+        times_read: how many times a pass began the text, because it is shorter than the training.
+        seconds_feeding: spent on statistics and on hidden states, before the layers' own steps.
+    """
+
+    groups: int
+    passes: list[Progress] = field(default_factory=list)
+    layers: dict[LayerPlan, nn.Module] = field(default_factory=dict)
+    times_read: int = 0
+    seconds_feeding: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of all passes so far, and of what had to be run before each."""
+        return self.seconds_feeding + sum(progress.seconds for progress in self.passes)
+
+    @property
+    def step(self) -> int:
+        """Steps of all groups so far."""
+        return sum(progress.step for progress in self.passes)
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands, as plain data; `_resume` reads it."""
+        passes = [progress.state() for progress in self.passes]
+        return {"passes": passes, "times_read": self.times_read, "seconds_feeding": self.seconds_feeding}
+
+    @property
+    def nmse(self) -> dict[LayerPlan, float]:
+        """Over the last steps looked at."""
+        return {layer: value for progress in self.passes for layer, value in progress.nmse.items()}
+
+    @property
+    def dead_share(self) -> dict[LayerPlan, float]:
+        """Of the experts."""
+        return {layer: value for progress in self.passes for layer, value in progress.dead_share.items()}
+
+
+def train_groups(
+    base: PreTrainedModel,
+    made: Plan,
+    train: TextStream,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    training: Training,
+    reporter: Reporter,
+    run: RunFolder | None = None,
+) -> None:
+    """Distils group after group and leaves all layers frozen, in what the base model computes in, rounded to what they will be
+    stored in; those of a GPU in host memory.
+
+    Args:
+        base: the unmodified model, on the accelerator's device, or with its weights on disk.
+        made: which layers, in which groups.
+        train: the text; each group reads it from its beginning.
+        recipe: how.
+        accelerator: device, precision and trackers.
+        training: is kept up to date.
+        reporter: what to tell.
+        run: where checkpoints are written, what to go on from, and where the plan's scratch lies, hidden states and finished
+            layers; default: nowhere, nothing, with a plan that keeps nothing on disk.
+
+    Raises:
+        DivergedError: naming the layer.
+        DataError: the text cannot be read to its end.
+        UnsupportedBlockError: with inputs: converted, the decoder layers cannot be run one by one.
+        CheckpointError: the text is not the one that the run began with.
+        OutputError: a checkpoint cannot be written.
+        Interrupted: the run was asked to stop.
+    """
+    run = run or RunFolder(None, recipe)
+    if recipe.tracker != "none":
+        settings = {name: value for name, value in recipe.to_dict().items() if value is not None}
+        accelerator.init_trackers("mxdsurgery", config=settings)
+    start_kernels(accelerator, made.layers, tokens_per_step(recipe), reporter)
+    start = time.perf_counter()
+    source = _source(base, train, recipe, accelerator.device, reporter, run.scratch if made.states_on_disk else None)
+    training.seconds_feeding += time.perf_counter() - start
+    with ExitStack() as stack:
+        # One line for all groups; it counts from when the first of them is ready to train.
+        line = functools.cache(lambda: stack.enter_context(reporter.progress("distil", "tokens", made.training_cost(recipe))))
+        stack.enter_context(run.watching(reporter.say))
+        work = _Work(base, made.steps, source, recipe, accelerator, training, run, line)
+        remaining = iter(made.layers)
+        for number, group in enumerate(made.groups):
+            layers = list(itertools.islice(remaining, len(group.layers)))
+            if not work.take_finished(number, layers):
+                work.train(number, layers)
+            source.replace(_freeze(layers, base, made.dtype, training, run.scratch if made.offloaded else None))
+            work.finished.append(layers)
+            run.save(training.step, {}, work.finished_files(), work.state())
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    dead = sum(training.dead_share.values()) / len(training.dead_share)
+    tokens = compact(training.passes[-1].tokens)
+    reporter.say(f"distilled  {tokens} tokens in {duration(training.seconds)}, {dead:.1%} of experts dead")
+    if training.times_read > 1:
+        reporter.say(f"           the text is short: it was read {training.times_read} times over")
+
+
+def start_kernels(accelerator: Accelerator, layers: Sequence[LayerPlan], tokens: int, reporter: Reporter) -> None:
+    """Puts the Triton kernels to use if they are faster for the largest of some layers on so many tokens, and says so."""
+    largest = max(layers, key=lambda layer: layer.n_experts)
+    shape = {"d_model": largest.block.d_model, "n_experts": largest.n_experts, "k": largest.k}
+    kernels = choose_kernels(accelerator, **shape, tokens=tokens)
+    if kernels is not None:
+        reporter.say(f"kernels    {kernels}")
+
+
+def _source(
+    base: PreTrainedModel,
+    train: TextStream,
+    recipe: Recipe,
+    device: torch.device,
+    reporter: Reporter,
+    folder: Path | None,
+) -> OriginalInputs | ConvertedInputs:
+    """Where the layers' inputs come from, by the recipe. Trained jointly, they start from statistics of the original's."""
+    if recipe.inputs == "converted":
+        return ConvertedInputs(base, train, recipe, device, folder, reporter)
+    return OriginalInputs(base, train, recipe, device)
+
+
+@dataclass
+class _Work:
+    """The groups of a run: what trains them, and how far they are."""
+
+    base: PreTrainedModel
+    steps: int
+    source: OriginalInputs | ConvertedInputs
+    recipe: Recipe
+    accelerator: Accelerator
+    training: Training
+    run: RunFolder
+    line: Callable[[], ProgressLine]
+    finished: list[list[LayerPlan]] = field(default_factory=list)
+
+    def state(self) -> dict[str, Any]:
+        """Where the run stands, as plain data."""
+        return self.training.state() | {"finished": len(self.finished), "text": self.source.read.digest()}
+
+    def finished_files(self) -> Files:
+        """The layers of each finished group."""
+        return {_group_file(number): functools.partial(self._weights, layers) for number, layers in enumerate(self.finished)}
+
+    def _weights(self, layers: Sequence[LayerPlan]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for plan in layers:
+            held, dtype = weights_of(self.training.layers[plan]), stored_in(self.base)
+            tensors |= prefixed({name: tensor.to(dtype) for name, tensor in held.items()}, layer_key(plan))
+        return tensors
+
+    def take_finished(self, number: int, layers: Sequence[LayerPlan]) -> bool:
+        """Takes the layers of a group from the checkpoint that the run goes on from, if it is finished there."""
+        saved = self.run.resumed
+        if saved is None or number >= saved.state["finished"]:
+            return False
+        tensors = saved.tensors(_group_file(number))
+        for plan in layers:
+            layer = LAYER_KINDS[plan.kind](**layer_shape(plan)).to(self.base.dtype)
+            layer.load_state_dict(part(tensors, layer_key(plan)))
+            self.training.layers[plan] = layer
+        self._progress(number).restore(saved.state["passes"][number], layers)
+        self.training.times_read = saved.state["times_read"]
+        self.training.seconds_feeding = saved.state["seconds_feeding"]
+        return True
+
+    def _progress(self, number: int) -> Progress:
+        """Of a group that begins."""
+        tokens = tokens_per_step(self.recipe)
+        kind = EndToEnd if self.recipe.inputs == "joint" else Progress
+        self.training.passes.append(kind(self.steps, tokens, self.steps * number))
+        return self.training.passes[-1]
+
+    def train(self, number: int, layers: Sequence[LayerPlan]) -> None:
+        """Some layers on the same text as all others: a layer learns the same in whatever group it is."""
+        start, training, saved = time.perf_counter(), self.training, self.run.resumed
+        progress, resumed = self._progress(number), None
+        if saved is not None and len(saved.state["passes"]) > number == saved.state["finished"]:
+            progress.restore(saved.state["passes"][number], layers)
+            training.seconds_feeding = saved.state["seconds_feeding"]
+            resumed = saved.tensors(TRAINING_FILE)
+        keeper = Keeper(self.run, lambda: training.step, self.state, self.finished_files(), resumed)
+        blocks = list({layer.block.layer: layer.block for layer in layers}.values())
+        joint = self.recipe.inputs == "joint"
+        with self.source.feed(blocks, skip=0 if joint else batches_taken(progress, self.recipe)) as feed:
+            if resumed is not None and not joint:
+                self.run.check_text(feed.read.digest())
+            started = initial_layers(self.base, layers, feed.statistics, self.recipe)
+            training.seconds_feeding += time.perf_counter() - start
+            training.layers |= started
+            report = _report_to(self.line(), training, self.run.journal)
+            if joint:
+                _train_jointly(self.base, started, self.source, self.recipe, self.accelerator, progress, report, keeper)
+            else:
+                distill(started, feed.batches, self.recipe, self.accelerator, progress, report, keeper)
+        training.times_read = self.source.times_read
+
+
+def _group_file(number: int) -> str:
+    return f"group_{number}.safetensors"
+
+
+def _train_jointly(
+    base: PreTrainedModel,
+    layers: dict[LayerPlan, nn.Module],
+    source: OriginalInputs,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    progress: EndToEnd,
+    report: Callable[[Progress], None],
+    keeper: Keeper,
+) -> None:
+    """All layers at once, end to end, each also toward its block's output: at their start they say nothing."""
+    contexts = recipe.batch // recipe.context
+    blocks = [layer.block for layer in layers]
+    validation, text = source.text.split(VALIDATION_TOKENS)
+    settings = Settings(local=JOINT_LOCAL, anneal=True)
+    with closing(text.batches(contexts)) as batches:
+        source.read = Read(batches)
+        source.read.skip(progress.step)
+        if keeper.resumed is not None:
+            keeper.run.check_text(source.read.digest())
+        examples = original_examples(base, blocks, (my_contexts(batch, recipe) for batch in source.read))
+        looked_at = list(original_examples(base, (), validation.split(contexts)))
+        train_end_to_end(base, layers, examples, looked_at, recipe, settings, accelerator, progress, report, keeper=keeper)
+
+
+def _freeze(
+    layers: Sequence[LayerPlan], base: PreTrainedModel, stored: str, training: Training, folder: Path | None
+) -> dict[LayerPlan, nn.Module]:
+    """Freezes trained layers, rounded to what they will be stored in; takes them off the device: to host memory, a folder."""
+    device = execution_device(base)
+    for planned in layers:
+        layer = training.layers[planned].to(device="cpu", dtype=getattr(torch, stored)).eval().requires_grad_(False)
+        if folder is not None:
+            on_disk(layer, folder / f"layer_{planned.block.layer}.safetensors", device)
+        cast(layer, base.dtype)
+    return {planned: training.layers[planned] for planned in layers}
+
+
+def collect(training: Training, shares: Sequence[Sequence[LayerPlan]], base: PreTrainedModel, device: torch.device) -> None:
+    """Brings the layers that other processes trained, and what is known of their training, to the first process.
+
+    Args:
+        training: of this process; in the first one, all layers are in it afterwards.
+        shares: the layers of each process; a single one where all have the same.
+        base: of the layers' dtype.
+        device: of the process, where tensors are for the journey.
+    """
+    if len(shares) == 1:
+        return  # all of them trained all
+    if rank() > 0:
+        for plan in shares[rank()]:
+            for tensor in training.layers[plan].state_dict().values():
+                send(tensor, device)
+        send_values([progress.state() for progress in training.passes], device)
+        return
+    for source, layers in enumerate(shares[1:], start=1):
+        for plan in layers:
+            layer = LAYER_KINDS[plan.kind](**layer_shape(plan)).to(base.dtype).eval().requires_grad_(False)
+            layer.load_state_dict({name: receive(held, source, device) for name, held in layer.state_dict().items()})
+            training.layers[plan] = layer
+        for state in receive_values(source, device):
+            first = training.passes[0]
+            progress = Progress(first.steps, first.tokens_per_step)
+            progress.restore(state | {"seconds": 0.0}, layers)  # they trained at the same time
+            training.passes.append(progress)
+            training.groups += 1
+
+
+def _report_to(line: ProgressLine, training: Training, journal: Journal) -> Callable[[Progress], None]:
+    def report(progress: Progress) -> None:
+        mean = sum(progress.nmse.values()) / max(1, len(progress.nmse))
+        number = len(training.passes)
+        group = f"group {number} of {training.groups}, " if training.groups > 1 else ""
+        done = sum(begun.tokens for begun in training.passes)
+        line.update(done, training.groups * progress.steps * progress.tokens_per_step, f"{group}NMSE {mean:.4f}")
+        journal.metrics("distil", group=number, **progress.row())
+
+    return report

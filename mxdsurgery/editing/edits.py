@@ -1,0 +1,328 @@
+"""Edits of experts: read from a file or from flags, checked against a model, in force for a while or in the weights.
+
+An edit file is YAML:
+
+    model: 3f1c09a2b7d4e856            # optional: the fingerprint of the model it is for; another one is refused
+    layers:
+      12:
+        ablate: [4031, 77]             # c_n = 0: it fires as before, and nothing comes of it
+        drop: [5]                      # never chosen: the next expert takes its place
+        scale: {9: 0.5}                # its coefficient, times this
+        steer: {14: 8.0}               # its coefficient, plus this, on every token
+        replace: {20: [0.1, ...]}      # other numbers (D of them) in place of c_n
+        copy: {30: 31}                 # 30 does what 31 does: c_30 = c_31; when it fires stays
+        merge: [[40, 41]]              # each does the mean of what they do
+        clamp: {50: 3.0}               # its coefficient is this on every token; only while running, not in weights
+
+No expert is named twice in a layer.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mxdsurgery.errors import EditError, first_line
+from mxdsurgery.outside import read_yaml, shown
+
+if TYPE_CHECKING:  # flags and files are checked without torch
+    from torch import Tensor, nn
+
+    from mxdsurgery.checkpoint.converted import Converted
+    from mxdsurgery.layers.interventions import Interventions
+
+# In this order they work.
+KINDS = ("replace", "drop", "ablate", "scale", "copy", "merge", "clamp", "steer")
+LISTED, NUMBERED = ("ablate", "drop"), ("scale", "steer", "clamp")
+_FILE = "an edit file: see the README's section on editing"
+# About 500 experts' rows of 4,096 numbers: more of them are better given in Python.
+_MOST_BYTES = 16 * 2**20
+
+
+# Layers and experts are numbered below this, and no number is larger than fp32's.
+_MOST_INDEX, _MOST_VALUE = 2**31, 3.4e38
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes out what stands in several places, as `read_edits` wants it."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: D102
+        return True
+
+
+@dataclass(frozen=True)
+class Edits:
+    """What is to be done to which experts: by kind and layer, as `Interventions`' methods of the same names take it.
+
+    Attributes:
+        model: fingerprint of the model that they are for; None: not said.
+    """
+
+    ablate: dict[int, list[int]] = field(default_factory=dict)
+    drop: dict[int, list[int]] = field(default_factory=dict)
+    scale: dict[int, dict[int, float]] = field(default_factory=dict)
+    steer: dict[int, dict[int, float]] = field(default_factory=dict)
+    clamp: dict[int, dict[int, float]] = field(default_factory=dict)
+    replace: dict[int, dict[int, list[float]]] = field(default_factory=dict)
+    copy: dict[int, dict[int, int]] = field(default_factory=dict)
+    merge: dict[int, list[list[int]]] = field(default_factory=dict)
+    model: str | None = None
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, kind) for kind in KINDS)
+
+    @property
+    def layers(self) -> list[int]:
+        """Those that something is done to, in order."""
+        return sorted({layer for kind in KINDS for layer in getattr(self, kind)})
+
+    def experts(self, layer: int) -> list[int]:
+        """Those of a layer that something is done to; sources of copies are not."""
+        found: list[int] = []
+        for kind in KINDS:
+            given = getattr(self, kind).get(layer, [])
+            found += [expert for group in given for expert in group] if kind == "merge" else list(given)
+        return found
+
+    def live(self, model: "nn.Module") -> "Interventions":
+        """A context manager, in which the model computes with these edits.
+
+        Raises:
+            EditError: the model lacks a layer or an expert that is named, or a number cannot be.
+        """
+        from mxdsurgery.layers.interventions import InterventionError
+
+        _check_named_once(self)
+        made = model.mxd
+        try:
+            for kind in KINDS:
+                if getattr(self, kind):
+                    made = getattr(made, kind)(getattr(self, kind))
+        except InterventionError as error:
+            raise EditError(str(error), expected="layers and experts of this model") from None
+        return made
+
+    def with_experts(self, exchange: Callable[[int, int], int]) -> "Edits":
+        """The same done to other experts: ``exchange(layer, expert)`` names them."""
+
+        def exchanged(layer: int, given: Any) -> Any:
+            if isinstance(given, dict):
+                return {exchange(layer, expert): value for expert, value in given.items()}
+            return [[exchange(layer, e) for e in item] if isinstance(item, list) else exchange(layer, item) for item in given]
+
+        kinds = {kind: {layer: exchanged(layer, given) for layer, given in getattr(self, kind).items()} for kind in KINDS}
+        return dataclasses.replace(self, **kinds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As an edit file has it."""
+        layers = {layer: {k: getattr(self, k)[layer] for k in KINDS if layer in getattr(self, k)} for layer in self.layers}
+        return ({"model": self.model} if self.model else {}) | {"layers": layers}
+
+    def to_yaml(self) -> str:
+        """The text of an edit file."""
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
+
+    def words(self) -> list[str]:
+        """A line for each kind and layer."""
+        lines = []
+        for layer in self.layers:
+            for kind in KINDS:
+                if layer in getattr(self, kind):
+                    given = getattr(self, kind)[layer]
+                    if kind == "replace":
+                        said = ", ".join(f"{expert} by {len(row)} numbers" for expert, row in given.items())
+                    elif isinstance(given, dict):
+                        sign = " from " if kind == "copy" else " by " if kind in ("scale", "steer") else " at "
+                        said = ", ".join(f"{expert}{sign}{value:g}" for expert, value in given.items())
+                    else:
+                        said = ", ".join("+".join(map(str, e)) if isinstance(e, list) else str(e) for e in given)
+                    lines.append(f"layer {layer}: {kind} {said}")
+        return lines
+
+
+def check_for(edits: Edits, converted: "Converted") -> None:
+    """Raises EditError if the edits are for another model, or name what this one does not have."""
+    from mxdsurgery.checkpoint.converted import fingerprint
+
+    own = fingerprint(converted) if edits.model is not None else None
+    if edits.model != own:
+        raise EditError(
+            f"the edits are for the model with the fingerprint {edits.model}; {str(converted.folder)!r} has {own}",
+            expected="edits of this model: experts of another one have nothing in common with its own",
+            fix="take the line 'model' out of the edit file if you do mean it",
+        )
+    edits.live(converted.model)
+
+
+def read_edits(path: str | Path) -> Edits:
+    """Reads an edit file.
+
+    Raises:
+        EditError: it is not there, not YAML, or says something that is no edit.
+    """
+    try:
+        values = read_yaml(path, _MOST_BYTES)
+    except (OSError, ValueError) as error:
+        raise EditError(f"{str(path)!r} cannot be read: {first_line(error)}", expected=_FILE) from None
+    return edits_from(values, str(path))
+
+
+def edits_from(values: Any, where: str) -> Edits:
+    """Edits from what an edit file holds; ``where`` names it in errors.
+
+    Raises:
+        EditError: it says something that is no edit.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("layers"), dict) or set(values) - {"model", "layers"}:
+        raise EditError(f"{where} is not a mapping with the keys 'layers' and, if wanted, 'model'", expected=_FILE)
+    if not isinstance(values.get("model"), str | None):
+        raise EditError(
+            f"{where}: 'model' is {shown(values['model'])}", expected="a fingerprint, in quotes if it is all digits"
+        )
+    kinds: dict[str, dict] = {kind: {} for kind in KINDS}
+    for layer, given in values["layers"].items():
+        if not _is_index(layer) or not isinstance(given, dict) or not given:
+            raise EditError(
+                f"{where}: 'layers' has {shown(layer)}: {shown(given)}", expected="a layer's number, and edits by kind"
+            )
+        for kind, what in given.items():
+            if kind not in KINDS:
+                raise EditError(
+                    f"{where}, layer {layer}: no edit is named {shown(kind)}", expected="one of " + ", ".join(KINDS)
+                )
+            kinds[kind][layer] = _checked(kind, what, f"{where}, layer {layer}, {kind}")
+    return Edits(**kinds, model=values.get("model"))
+
+
+def edits_from_flags(
+    edits: str | Path | None = None,
+    *,
+    ablate: Sequence[str] | str = (),
+    drop: Sequence[str] | str = (),
+    scale: Sequence[str] | str = (),
+    steer: Sequence[str] | str = (),
+    clamp: Sequence[str] | str = (),
+) -> Edits:
+    """Edits from a file and from flags: ``12:4031,12:77`` of experts, ``12:4031=8,9:77=-2`` of experts with numbers.
+
+    Raises:
+        EditError: a value cannot be read, or an expert is named twice.
+    """
+    made = Edits() if edits is None else read_edits(edits)
+    kinds = {kind: dict(getattr(made, kind)) for kind in KINDS}
+    for kind, texts in (("ablate", ablate), ("drop", drop), ("scale", scale), ("steer", steer), ("clamp", clamp)):
+        for text in [texts] if isinstance(texts, str) else texts:
+            for part in text.split(","):
+                layer, expert, number = _from_flag(kind, part.strip())
+                if kind in LISTED:
+                    kinds[kind][layer] = [*kinds[kind].get(layer, []), expert]
+                elif expert in kinds[kind].get(layer, {}):
+                    raise EditError(f"layer {layer}, expert {expert} has two numbers to {kind}", expected="one")
+                else:
+                    kinds[kind][layer] = kinds[kind].get(layer, {}) | {expert: number}
+    made = dataclasses.replace(made, **kinds)
+    _check_named_once(made)
+    return made
+
+
+def baked(edits: Edits, layer: int, c: "Tensor", gate_bias: "Tensor", expert_bias: "Tensor | None") -> dict[str, "Tensor"]:
+    """A layer's tensors with the edits in them.
+
+    Args:
+        edits: what to do; all kinds but ``clamp``.
+        layer: its index.
+        c: C (N, D).
+        gate_bias: b_g (N,).
+        expert_bias: the constant beside what the experts say, (D,), where there is one.
+
+    Returns:
+        New tensors by their names in the layer, those that changed only: ``experts.weight``, ``gate.bias``, ``experts.bias``.
+    """
+    import torch
+
+    original, c, changed = c, c.clone(), {}
+    for expert, row in edits.replace.get(layer, {}).items():
+        c[expert] = torch.tensor(row, dtype=torch.float32).to(c.dtype)
+    source = c.clone()
+    if layer in edits.drop:
+        changed["gate.bias"] = gate_bias.index_fill(
+            0, torch.tensor(edits.drop[layer], device=gate_bias.device), torch.finfo(gate_bias.dtype).min
+        )
+    c[edits.ablate.get(layer, [])] = 0
+    for expert, factor in edits.scale.get(layer, {}).items():
+        c[expert] = (c[expert].float() * factor).to(c.dtype)
+    for expert, other in edits.copy.get(layer, {}).items():
+        c[expert] = source[other]
+    for group in edits.merge.get(layer, []):
+        c[group] = source[group].float().mean(0).to(c.dtype)
+    if layer in edits.steer:
+        before = torch.zeros_like(c[0]) if expert_bias is None else expert_bias
+        steps = (amount * source[expert].float() for expert, amount in edits.steer[layer].items())
+        changed["experts.bias"] = (before.float() + sum(steps)).to(c.dtype)
+    return changed if torch.equal(c, original) else changed | {"experts.weight": c}
+
+
+def _check_named_once(edits: Edits) -> None:
+    for layer in edits.layers:
+        counted = Counter(edits.experts(layer))
+        twice = sorted((expert for expert, count in counted.items() if count > 1), key=str)
+        twice += [source for source in edits.copy.get(layer, {}).values() if source in counted]
+        if twice:
+            raise EditError(
+                f"layer {layer}: experts {shown(twice)} are named twice",
+                expected="every expert in one edit, and no edited one as the source of a copy",
+                fix="apply the edits one after the other",
+            )
+
+
+def _from_flag(kind: str, text: str) -> tuple[int, int, float | None]:
+    place, sign, number = text.partition("=")
+    layer, colon, expert = place.partition(":")
+    wanted = "LAYER:EXPERT" if kind in LISTED else "LAYER:EXPERT=NUMBER"
+    try:
+        found = int(layer), int(expert), float(number) if sign else None
+        good = bool(colon) and bool(sign) == (kind not in LISTED) and min(found[:2]) >= 0
+        good = good and max(found[:2]) < _MOST_INDEX and (found[2] is None or abs(found[2]) <= _MOST_VALUE)
+    except ValueError:
+        good = False
+    if not good:
+        example = "12:4031,12:77" if kind in LISTED else "12:4031=8"
+        raise EditError(f"--{kind} {shown(text)}", expected=f"{wanted}, several between commas; for example {example}")
+    return found
+
+
+def _checked(kind: str, what: Any, where: str) -> Any:
+    """What a file says of one kind in one layer, with numbers as floats."""
+    if kind in LISTED:
+        good, wanted = isinstance(what, list) and all(map(_is_index, what)), "a list of experts"
+    elif kind == "merge":
+        good = isinstance(what, list) and all(isinstance(g, list) and len(g) > 1 and all(map(_is_index, g)) for g in what)
+        wanted = "a list of groups, each a list of two experts or more"
+    elif kind == "copy":
+        good, wanted = _is_mapping(what, _is_index), "experts, and the expert that each of them copies"
+    elif kind == "replace":
+        good = _is_mapping(what, lambda row: isinstance(row, list) and all(map(_is_number, row)))
+        wanted = "experts, and D finite numbers for each"
+    else:
+        good, wanted = _is_mapping(what, _is_number), "experts, and a finite number for each"
+    if not good or not what:
+        raise EditError(f"{where}: {shown(what)[:80]}", expected=wanted)
+    if kind in NUMBERED:
+        return {expert: float(number) for expert, number in what.items()}
+    return {expert: [float(n) for n in row] for expert, row in what.items()} if kind == "replace" else what
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_INDEX
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MOST_VALUE
+
+
+def _is_mapping(what: Any, good: Callable[[Any], bool]) -> bool:
+    return isinstance(what, Mapping) and all(_is_index(expert) and good(value) for expert, value in what.items())

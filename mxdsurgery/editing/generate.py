@@ -1,0 +1,208 @@
+"""``generate``: text from a converted model, to see that it still speaks, and what edits of its experts do to what it says."""
+
+import dataclasses
+import math
+import os.path
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+from mxdsurgery.checkpoint.converted import Converted, load_with_recipe
+from mxdsurgery.choices import UNITS
+from mxdsurgery.editing.edits import Edits, check_for
+from mxdsurgery.errors import CatalogueError, EditError, RecipeError
+from mxdsurgery.layers.interventions import InterventionError
+
+
+def generate(
+    folder: str | Path,
+    *,
+    prompt: str,
+    edits: Edits | None = None,
+    unit: str = "coefficient",
+    max_new_tokens: int = 100,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    samples: int = 1,
+    seed: int = 0,
+    device: str | None = None,
+    compute: str | None = None,
+) -> list[str] | dict[str, Any]:
+    """Samples continuations of a prompt; with edits, from the edited model beside the unedited one.
+
+    Args:
+        folder: what ``convert`` wrote.
+        prompt: how the text begins.
+        edits: what to do to which experts, on the prompt and on every token that is sampled; default: nothing.
+        unit: of the numbers of ``steer`` and ``clamp``; see `in_coefficients`.
+        max_new_tokens: at most so many tokens more.
+        temperature: of the sampling; 0 takes the likeliest token each time.
+        top_p: share of the probability mass that is sampled from.
+        samples: how many continuations.
+        seed: of the sampling.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+
+    Returns:
+        Without edits the texts, prompt included. With edits ``prompt``, ``seed``, ``edits`` (a line each), and the texts as
+        ``unedited`` and ``edited``: both are sampled with the same random numbers, so that sample i differs by the edits only.
+
+    Raises:
+        NotConvertedError: the folder is not one of ours.
+        EditError: the edits do not fit this model, or with them it predicts no numbers any more.
+        CatalogueError: the unit is ``maximum``, and no maxima are known.
+        RecipeError: a text of that length cannot be, or several samples at temperature 0.
+    """
+    converted, _ = load_with_recipe(folder, device, compute, rows=samples)
+    tokenizer = converted.tokenizer()
+    inputs = prompt_ids(tokenizer, prompt)
+    sampling = {"samples": samples, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+
+    def texts() -> list[str]:
+        return tokenizer.batch_decode(sample(converted.model, tokenizer, inputs, **sampling), skip_special_tokens=True)
+
+    if not edits:
+        return texts()
+    edits = in_coefficients(edits, converted, unit)
+    unedited = texts()
+    with edits.live(converted.model):
+        edited = texts()
+    return {"prompt": prompt, "seed": seed, "edits": edits.words(), "unedited": unedited, "edited": edited}
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
+    """The prompt as the model reads it, (1, P); of an empty one with a tokenizer that adds nothing, the end-of-text token."""
+    inputs = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
+    return inputs if inputs.shape[1] else torch.tensor([[tokenizer.eos_token_id or 0]])
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    samples: int = 1,
+    top_p: float = 1.0,
+    seed: int = 0,
+    to_the_end: bool = False,
+) -> Tensor:
+    """Samples continuations as tokens. The same seed gives sample i the same random numbers, whatever the model computes.
+
+    Args:
+        model: any language model, as it is.
+        tokenizer: its own.
+        inputs: B prompts, (B, P).
+        max_new_tokens: M.
+        temperature: as in `generate`.
+        samples: S, how many of each prompt.
+        top_p: as in `generate`.
+        seed: of the sampling.
+        to_the_end: whether every text has M new tokens: the end-of-text token is then never drawn.
+
+    Returns:
+        (B S, P + M) or shorter, int64, prompt included, padded where a text ended.
+
+    Raises:
+        RecipeError: the text would be longer than the model can read, or there are several samples at temperature 0.
+        EditError: the model's predictions are no numbers any more.
+    """
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is not None and inputs.shape[1] + max_new_tokens > room:
+        raise RecipeError(
+            f"a prompt of {inputs.shape[1]} tokens and {max_new_tokens} new ones are more than the {room} the model reads",
+            expected=f"at most {room} together",
+            fix="a shorter prompt or fewer --max-new-tokens",
+        )
+    if temperature == 0 and samples > 1:
+        raise RecipeError(
+            f"{samples} samples at temperature 0 would all be the same", expected="one sample, or a temperature above 0"
+        )
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    inputs = inputs.to(model.device)
+    return model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=max_new_tokens if to_the_end else None,
+        logits_processor=LogitsProcessorList([_finite]),
+        num_return_sequences=samples,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **sampling,
+    )
+
+
+def _finite(_ids: Tensor, logits: Tensor) -> Tensor:
+    """The logits; where one is NaN or infinite there is nothing to draw from, and on a GPU the process would end."""
+    if not (logits < math.inf).all():
+        raise EditError("the model's predictions are no numbers any more", fix="edit with smaller numbers")
+    return logits
+
+
+def in_coefficients(edits: Edits, converted: Converted, unit: str) -> Edits:
+    """The same edits with numbers of ``steer`` and ``clamp`` in coefficients, after making sure that they fit the model.
+
+    Args:
+        edits: what to do.
+        converted: to which model.
+        unit: of those numbers: ``coefficient``, or ``maximum``, the expert's largest coefficient that `mxdsurgery experts`
+            observed.
+
+    Raises:
+        EditError: the edits do not fit, the unit is unknown, or an expert never fired and so has no maximum.
+        CatalogueError: no maxima are known.
+    """
+    if unit not in UNITS:
+        raise EditError(f"unit is {unit!r}", expected="one of " + ", ".join(UNITS))
+    check_for(edits, converted)
+    if unit == "coefficient":
+        return edits
+    changed = {
+        kind: {
+            layer: {expert: number * maximum_of(converted, layer, expert) for expert, number in numbers.items()}
+            for layer, numbers in getattr(edits, kind).items()
+        }
+        for kind in ("steer", "clamp")
+    }
+    return dataclasses.replace(edits, **changed)
+
+
+def maximum_of(converted: Converted, layer: int, expert: int) -> float:
+    """An expert's largest coefficient, as `mxdsurgery experts` observed it.
+
+    Raises:
+        CatalogueError: it did not look at this model, or not at this layer.
+        EditError: the expert never fired.
+    """
+    try:
+        maximum = converted.model.mxd.maximum(layer)[expert].item()
+    except (InterventionError, KeyError) as error:
+        raise CatalogueError(
+            f"no largest coefficients of layer {layer} are known: {error}",
+            expected="what mxdsurgery experts writes",
+            fix=f"run mxdsurgery experts {converted.folder} first, or give coefficients",
+        ) from None
+    if maximum == 0:
+        raise EditError(
+            f"layer {layer}, expert {expert} never fired where mxdsurgery experts looked: it has no largest coefficient",
+            expected="an expert that fires, or a number in coefficients",
+        )
+    return maximum
+
+
+def side_by_side(result: dict[str, Any]) -> Table:
+    """What `generate` returns with edits, for a terminal: a row for each sample; what both have in common at first is dim."""
+    table = Table(title="\n".join(result["edits"]), show_lines=True)
+    for heading in ("unedited", "edited"):
+        table.add_column(heading, ratio=1, overflow="fold")
+    for texts in zip(result["unedited"], result["edited"], strict=True):
+        common = len(os.path.commonprefix(texts))
+        table.add_row(*(Text.assemble((text[:common], "dim"), text[common:]) for text in texts))
+    return table

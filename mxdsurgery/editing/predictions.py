@@ -1,0 +1,114 @@
+"""A converted model with a text that it predicts, and how much a prediction changed: what `effect` and `sweep` start from.
+
+Shapes: S contexts, B of them at a time, T tokens, V vocabulary, n predictions.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mxdsurgery.base.model import decoder_layers
+from mxdsurgery.checkpoint.converted import Converted, load_with_recipe
+from mxdsurgery.hardware.device import widest
+from mxdsurgery.measuring.evaluate import held_out
+from mxdsurgery.measuring.intervals import scored_predictions
+from mxdsurgery.text.sources import text_name
+
+# exp of this still fits float32.
+_LARGEST_SHIFT = 80.0
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A converted model and a text, on the device.
+
+    Attributes:
+        converted: the model.
+        input_ids: contexts, (S, T) int64.
+        batch: tokens per forward pass.
+        data: the text's name.
+    """
+
+    converted: Converted
+    input_ids: Tensor
+    batch: int
+    data: str
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model."""
+        return self.converted.model
+
+    @property
+    def decoder(self) -> nn.ModuleList:
+        """Its decoder layers."""
+        return decoder_layers(self.model)[1]
+
+    def batches(self) -> tuple[Tensor, ...]:
+        """The contexts, as many at a time as ``batch`` holds: (B, T) each."""
+        return self.input_ids.split(max(1, self.batch // self.input_ids.shape[1]))
+
+    def rests_on(self) -> dict[str, Any]:
+        """What figures rest on: the text, and how many predictions are scored on it."""
+        sequences, context = self.input_ids.shape
+        tokens = sequences * scored_predictions(self.input_ids)
+        return {"data": self.data, "tokens": tokens, "sequences": sequences, "context": context}
+
+
+def open_on_text(
+    folder: str | Path,
+    *,
+    data: str | None,
+    tokens: int | None,
+    text_column: str | None,
+    device: str | None,
+    compute: str,
+) -> Opened:
+    """Loads a converted model and the text that it is to be looked at on, as `evaluate` does.
+
+    Raises:
+        NotConvertedError: the folder is not one of ours.
+        DataError: the text cannot be read or is too short.
+        DeviceError: the device is not there.
+    """
+    converted, recipe = load_with_recipe(folder, device, compute)
+    recipe = dataclasses.replace(recipe, text_column=text_column or recipe.text_column)
+    ids = held_out(converted, recipe, data, tokens).to(converted.model.device)
+    return Opened(converted, ids, recipe.batch, text_name(data or recipe.eval_data or recipe.data))
+
+
+def widened(logits: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def prediction_shifts(original: Tensor, changed: Tensor, next_ids: Tensor, p: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """ΔCE and KL(original ‖ changed) of n predictions, in nats, exact also where they are tiny.
+
+    With d the change of the logits, less its mean under the original prediction p, ``KL = log Σ p exp(d)`` and
+    ``ΔCE = KL - d[next]``. The difference of two cross-entropies would lose what is smaller than their rounding.
+
+    Args:
+        original: logits, (n, V).
+        changed: logits, (n, V).
+        next_ids: the true next tokens, (n,).
+        p: ``original.softmax(-1)``, where it is there already.
+
+    Returns:
+        ΔCE (n,), KL (n,).
+    """
+    p = original.softmax(-1) if p is None else p
+    shift = changed - original
+    shift -= torch.linalg.vecdot(p, shift)[:, None]
+    if len(shift) and shift.amax() > _LARGEST_SHIFT:
+        log_p, log_q = (logits.log_softmax(-1, dtype=widest(logits.device)) for logits in (original, changed))
+        lost = log_p - log_q
+        return lost.gather(1, next_ids[:, None])[:, 0].to(p), (log_p.exp() * lost).sum(-1).to(p)
+    at_next = shift.gather(1, next_ids[:, None])[:, 0]
+    kl = torch.linalg.vecdot(p, shift.expm1_()).clamp_min(0).log1p()
+    return kl - at_next, kl

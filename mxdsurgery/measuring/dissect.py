@@ -1,0 +1,250 @@
+"""``dissect``: what kind of things the experts are. Their rank, how alike they are, how they are used and what for."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from mxdsurgery.hardware.device import widest
+from mxdsurgery.layers.layer import MxDLayer
+from mxdsurgery.measuring.expert_layers import HIDDEN_UNITS, Subjects, block_inputs, keep_beside, open_subjects
+from mxdsurgery.measuring.intervals import frequency_decades
+from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.text.labelled import Labelled, TokenBatch, read_labelled
+
+# Experts whose singular values are computed; all would take minutes.
+_RANKED = 256
+# Elements of the similarities formed at once.
+_SIMILARITY_ELEMENTS = 2**24
+_QUANTILES = (0.1, 0.5, 0.9)
+
+
+def dissect(
+    folder: str | Path,
+    *,
+    data: str | None = None,
+    layer: int | None = None,
+    text_column: str = "text",
+    label_column: str = "label",
+    samples: int | None = None,
+    context: int | None = None,
+    base: str | None = None,
+    device: str | None = None,
+    compute: str | None = None,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Says what rank the experts have, how alike they are, and, given labelled text, how they are used and on which classes.
+
+    Args:
+        folder: what ``convert`` or ``frontier`` wrote.
+        data: labelled texts: a .jsonl, .csv or .parquet file, or a data set on the hub; default: weights alone are looked at.
+        layer: default: the first layer in the folder.
+        text_column: column or field that holds the text.
+        label_column: column or field that holds the class.
+        samples: texts, drawn at random; default: all.
+        context: tokens that each text is cut after; default: the recipe's.
+        base: the original model, where it is not found any more as the recipe names it.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        seed: of the samples and permutations.
+        reporter: what to tell while working; default: nothing.
+
+    Returns:
+        A JSON object, kept in the folder as ``dissection/layer<layer>.json``: the ``decoder_effective_rank`` of the original
+        block, and for each of ``subjects``: ``rank`` (`expert_ranks`), ``similarity`` (`nearest_similarity`) and, with data,
+        ``usage`` and ``specialisation`` (`class_information`), the latter also for the block's hidden units.
+
+    Raises:
+        NotConvertedError, OutputError: the folder is not one of ours.
+        DataError: the texts cannot be read.
+        BaseModelError: the original model is missing or another one.
+    """
+    reporter = reporter or Reporter()
+    opened = open_subjects(folder, layer, base=base, device=device, compute=compute)
+    decoder = opened.block.decoder.weight(opened.model.base_model)
+    result: dict[str, Any] = {"layer": opened.block.layer, "decoder_effective_rank": effective_rank(decoder)}
+    result["subjects"] = [
+        {"name": name, "rank": expert_ranks(made, seed), "similarity": nearest_similarity(made, seed)}
+        for name, made in opened.layers.items()
+    ]
+    if data is not None:
+        labelled = read_labelled(data, text_column, label_column, samples).sample(samples, seed)
+        batches = opened.batches(labelled, context)
+        with reporter.progress("read", "texts") as line:
+            result |= _used_on(opened, labelled, batches, seed, result["subjects"], line.update)
+        result |= {"data": data, "tokens": int(sum(batch.counted.sum() for batch in batches))}
+    keep_beside(folder, "dissection", data, opened.block.layer, result)
+    return result
+
+
+def effective_rank(matrix: Tensor) -> float:
+    """``exp`` of the entropy of the normalised singular values (Roy & Vetterli, EUSIPCO 2007): 1 to min(shape)."""
+    return _entropy_rank(torch.linalg.svdvals(_wide(matrix)))
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    """In float64; on the CPU where its own device has none."""
+    return (matrix if widest(matrix.device) == torch.float64 else matrix.cpu()).double()
+
+
+def _entropy_rank(singular_values: Tensor) -> float:
+    shares = singular_values / singular_values.sum().clamp_min(1e-30)
+    return torch.special.entr(shares).sum().exp().item()
+
+
+@torch.no_grad()
+def expert_ranks(layer: nn.Module, seed: int = 0) -> dict[str, Any]:
+    """Effective ranks of the experts' matrices ``W_n = diag(c_n) D``; a transcoder's features are outer products, of rank 1.
+
+    Returns:
+        ``experts``: how many were looked at; ``effective``: quantiles by name; ``numerical_median``: of the numerical rank.
+    """
+    if not isinstance(layer, MxDLayer):
+        return {"experts": layer.gate.n_experts, "effective": {f"{q:.0%}": 1.0 for q in _QUANTILES}, "numerical_median": 1}
+    decoder, c = _wide(layer.decoder.weight), _wide(layer.experts.weight)
+    chosen = torch.randperm(len(c), generator=torch.Generator().manual_seed(seed))[:_RANKED].to(c.device)
+    effective, numerical = [], []
+    for row in c[chosen]:
+        values = torch.linalg.svdvals(row[:, None] * decoder)
+        effective.append(_entropy_rank(values))
+        numerical.append(int((values > values.max() * max(decoder.shape) * torch.finfo(torch.float32).eps).sum()))
+    quantiles = {f"{q:.0%}": float(np.quantile(effective, q)) for q in _QUANTILES}
+    return {"experts": len(chosen), "effective": quantiles, "numerical_median": int(np.median(numerical))}
+
+
+@torch.no_grad()
+def nearest_similarity(layer: nn.Module, seed: int = 0) -> dict[str, dict[str, float]]:
+    """How alike each expert's matrix is to that of the expert most like it, as the cosine of the two; with chance beside it.
+
+    ``<W_n, W_m> = Σ_d c_nd c_md ‖D_d‖²`` with D_d the decoder's row d; of a transcoder, the cosine of the rows of C.
+
+    Returns:
+        ``experts`` and ``chance`` (as many random rows): quantiles of the nearest |cosine| over the experts.
+    """
+    c = layer.experts.weight.float()
+    if isinstance(layer, MxDLayer):
+        c = c * layer.decoder.weight.float().norm(dim=1)
+    random = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed)).to(c.device)
+    return {"experts": _nearest(c), "chance": _nearest(random * c.std(0))}
+
+
+def _nearest(rows: Tensor) -> dict[str, float]:
+    unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    nearest, start = [], 0
+    for part in unit.split(max(1, _SIMILARITY_ELEMENTS // len(unit))):
+        cosines = (part @ unit.T).abs()
+        own = torch.arange(len(part), device=part.device)
+        cosines[own, own + start] = 0.0
+        nearest.append(cosines.amax(1))
+        start += len(part)
+    every = torch.cat(nearest).cpu().numpy()
+    return {f"{q:.0%}": float(np.quantile(every, q)) for q in _QUANTILES}
+
+
+@torch.no_grad()
+def _used_on(
+    opened: Subjects,
+    labelled: Labelled,
+    batches: list[TokenBatch],
+    seed: int,
+    subjects: list[dict[str, Any]],
+    report: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Adds to each subject its usage and specialisation; returns the hidden units' specialisation."""
+    classes = labelled.classes
+    true = torch.tensor([classes.index(label) for label in labelled.labels])
+    shuffled = true[torch.randperm(len(true), generator=torch.Generator().manual_seed(seed))]
+    of_text = torch.stack([true, shuffled])  # (2, texts)
+    units = {name: layer.gate.n_experts for name, layer in opened.layers.items()} | {HIDDEN_UNITS: opened.block.d_hidden}
+    # By unit and class: summed coefficients (of hidden units, absolute values), with the true labels and with shuffled ones.
+    mass = {name: torch.zeros(2, count, len(classes), dtype=torch.float64) for name, count in units.items()}
+    fired = {name: torch.zeros(layer.gate.n_experts) for name, layer in opened.layers.items()}
+    tokens = torch.zeros(2, len(classes), dtype=torch.float64)
+    for x, owner in block_inputs(opened.model, opened.block, batches, report):
+        coefficients = {name: layer.coefficients(x) for name, layer in opened.layers.items()}
+        z = opened.block.hidden(opened.model.base_model, x).abs().cpu().double()
+        for name, a in coefficients.items():
+            fired[name] += torch.bincount(a.indices[a.values > 0].cpu(), minlength=len(fired[name]))
+        for at, labels in enumerate(of_text[:, owner]):  # (n,), the class of each token
+            tokens[at] += torch.bincount(labels, minlength=len(classes))
+            mass[HIDDEN_UNITS][at].T.index_add_(0, labels, z)
+            for name, a in coefficients.items():
+                places = a.indices.cpu() * len(classes) + labels[:, None]
+                mass[name][at].view(-1).index_add_(0, places.flatten(), a.values.cpu().double().flatten())
+    for subject in subjects:
+        frequency = fired[subject["name"]] / tokens[0].sum()
+        subject["usage"] = {
+            "l0": frequency.sum().item(),
+            "dead_share": (frequency == 0).double().mean().item(),
+            "firing_frequency": frequency_decades(frequency),
+            # As many experts, used evenly, would be as hard to foresee.
+            "effective_experts": _entropy_rank(frequency.double()),
+        }
+        subject["specialisation"] = class_information(mass[subject["name"]], tokens)
+    return {"classes": classes, "hidden_units": class_information(mass[HIDDEN_UNITS], tokens)}
+
+
+def class_information(mass: Tensor, tokens: Tensor) -> dict[str, float]:
+    """What knowing the unit says about the class of the text, all classes being as likely.
+
+    Args:
+        mass: (2, units, classes), coefficients summed over tokens; the second with labels shuffled among texts.
+        tokens: (2, classes), tokens of each class.
+
+    Returns:
+        ``information``: the mutual information of unit and class, over the classes' entropy, 0 to 1; ``classes_per_unit``:
+        ``exp`` of a unit's entropy over classes, averaged over the mass, 1 to the number of classes; and both with the
+        labels shuffled, ``chance_information`` and ``chance_classes_per_unit``.
+    """
+    found = {}
+    for prefix, sums, counts in zip(("", "chance_"), mass, tokens, strict=True):
+        joint = sums / counts.clamp_min(1)  # each class as likely as any other
+        joint = joint / joint.sum().clamp_min(1e-30)
+        of_unit = joint.sum(1)
+        entropies = torch.special.entr(joint / of_unit[:, None].clamp_min(1e-30)).sum(1)
+        of_class = torch.special.entr(joint.sum(0)).sum().item()
+        left = (of_unit * entropies).sum().item()
+        found[f"{prefix}information"] = (of_class - left) / max(math.log(joint.shape[1]), 1e-30)
+        found[f"{prefix}classes_per_unit"] = (of_unit * entropies.exp()).sum().item()
+    return found
+
+
+def dissection_table(result: dict[str, Any]) -> Table:
+    """For a terminal."""
+    rank = f"original decoder's effective rank {result['decoder_effective_rank']:.0f}"
+    on = f"; on {result['tokens']:,} tokens of {len(result['classes'])} classes" if "tokens" in result else ""
+    table = Table("what", title=f"Layer {result['layer']}: {rank}{on}")
+    headings = ["effective rank", "nearest |cos|", "by chance"]
+    if "tokens" in result:
+        headings += ["unused", "effective experts", "class information", "by chance", "classes per unit", "by chance"]
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for subject in result["subjects"]:
+        near = subject["similarity"]
+        cells = [f"{subject['rank']['effective']['50%']:.0f}", f"{near['experts']['50%']:.2f}", f"{near['chance']['50%']:.2f}"]
+        if "tokens" in result:
+            usage = subject["usage"]
+            cells += [
+                f"{usage['dead_share']:.1%}",
+                f"{usage['effective_experts']:,.0f}",
+                *_information(subject["specialisation"]),
+            ]
+        table.add_row(subject["name"], *cells)
+    if "tokens" in result:
+        table.add_row(HIDDEN_UNITS, *["-"] * 5, *_information(result["hidden_units"]))
+    return table
+
+
+def _information(found: dict[str, float]) -> list[str]:
+    return [
+        f"{found['information']:.3f}",
+        f"{found['chance_information']:.3f}",
+        f"{found['classes_per_unit']:.2f}",
+        f"{found['chance_classes_per_unit']:.2f}",
+    ]

@@ -1,0 +1,188 @@
+"""``evaluate``: measures a converted model again, on the same or another text."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mxdsurgery.base.dtypes import computed_in
+from mxdsurgery.base.lora import healed_maps, with_adapter
+from mxdsurgery.base.model import load_model
+from mxdsurgery.base.surgery import replaced
+from mxdsurgery.checkpoint.converted import EVALUATION_FILE, RECIPE_FILE, Converted, load, settle
+from mxdsurgery.checkpoint.export import write_evaluation
+from mxdsurgery.demo import DEMO_MODELS
+from mxdsurgery.errors import BaseModelError, DataError, MxDError
+from mxdsurgery.measuring.fidelity import Measurement
+from mxdsurgery.planning.effort import EVALUATION_SHARE, Alone
+from mxdsurgery.recipe import Recipe, load_recipe
+from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.text.sources import Packing, TextStream, open_texts
+from mxdsurgery.training.accelerator import make_accelerator
+
+
+def evaluate(
+    folder: str | Path,
+    *,
+    data: str | None = None,
+    tokens: int | None = None,
+    tokens_single: int | None = None,
+    base: str | None = None,
+    device: str | None = None,
+    compute: str | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Measures a converted model against its original on held-out text; saves the figures in its folder.
+
+    Args:
+        folder: what ``convert`` wrote.
+        data: the text; default: the recipe's held-out text.
+        tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
+        tokens_single: those that each layer alone is measured on; default: the recipe's ``eval_tokens_single``, or as many as
+            the conversion chose, or else as many as keep this within a fifth of the training time.
+        base: the original model, where it is not found any more as the recipe names it.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        reporter: what to tell while working; default: nothing.
+
+    Returns:
+        The JSON object that evaluation.json holds; ``mxdsurgery.measuring.fidelity.measure`` says what is in it.
+
+    Raises:
+        NotConvertedError: the folder is not one of ours.
+        BaseModelError: the original model is missing, or is not the one that this was made from.
+        DataError: the text cannot be read or is too short.
+    """
+    reporter = reporter or Reporter()
+    folder = Path(folder)
+    converted = load(folder)
+    saved = Recipe(**load_recipe(folder / RECIPE_FILE))
+    recipe = dataclasses.replace(saved, eval_tokens=tokens or saved.eval_tokens, device=device or saved.device)
+    settled = settle(converted, recipe, compute)
+    heldout = held_out(converted, saved, data, tokens)
+    accelerator = make_accelerator(dataclasses.replace(settled, tracker="none"))
+    original = load_original(converted, base or recipe.model, settled)
+    original.to(accelerator.device)
+    for layer in converted.layers.values():
+        layer.to(accelerator.device)
+    maps = {path: module.to(accelerator.device) for path, module in _changed_maps(converted).items()}
+    training = _training_record(folder)
+    alone = _alone(converted, recipe, tokens_single, training)
+    blocks, layers = converted.plan.blocks, converted.layers
+    measurement = Measurement(original, blocks, [layers], heldout, recipe.batch, maps, alone)
+    reporter.say(f"evaluate   {measurement.announcement()}")
+    with reporter.progress("evaluate", "passes") as line:
+        evaluation = measurement.run(line.update)[0]
+    evaluation["compute"] = settled.compute
+    evaluation["data"] = data or recipe.eval_data or recipe.data
+    edits = converted.model.config.mxd.get("edits", [])
+    evaluation |= {"edits": len(edits)} if edits else {}
+    healed = converted.model.config.mxd.get("healed", [])
+    evaluation |= {"healed": healed} if healed else {}
+    evaluation |= training
+    measured_on = recipe if data is None else dataclasses.replace(recipe, eval_data=data)
+    write_evaluation(folder, evaluation, converted.plan, measured_on)
+    return evaluation
+
+
+def _alone(converted: Converted, recipe: Recipe, tokens: int | None, training: dict[str, Any]) -> Alone:
+    """On how much of the text single layers are measured: on so many tokens, or as the recipe or the conversion had it."""
+    seconds = training.get("training", {}).get("seconds")
+    tokens = tokens or recipe.eval_tokens_single or converted.plan.eval_tokens_single
+    return Alone(tokens, None if seconds is None else EVALUATION_SHARE * seconds)
+
+
+def _changed_maps(converted: Converted) -> dict[str, nn.Module]:
+    """What healing changed beside the layers, by path from the base model; an adapter in the folder is put in force."""
+    mxd = converted.model.config.mxd
+    merged, beside = (healed_maps(mxd, kept) for kept in ("merged", "adapter"))
+    if beside:
+        with_adapter(converted.model, converted.folder)
+    return {path: converted.model.base_model.get_submodule(path) for path in {*merged, *beside}}
+
+
+def held_out(converted: Converted, saved: Recipe, data: str | None = None, tokens: int | None = None) -> Tensor:
+    """Contexts to measure a converted model on, (S, T): of a text, or else of what its recipe holds out.
+
+    Raises:
+        DataError: the text cannot be read, or more tokens are asked for than were held out.
+    """
+    recipe = dataclasses.replace(saved, eval_tokens=tokens or saved.eval_tokens)
+    tokenizer = converted.tokenizer()
+    if data is not None:
+        packing = Packing(tokenizer, recipe.context, recipe.prepend_bos)
+        return TextStream(data, packing, recipe.text_column).spread(recipe.eval_tokens)
+    _check_held_out(saved, tokens)
+    return open_texts(recipe, tokenizer)[1]
+
+
+def _check_held_out(saved: Recipe, tokens: int | None) -> None:
+    """Raises DataError if more tokens are asked for than the conversion held out of its training text."""
+    if saved.eval_data is None and tokens is not None and tokens > saved.eval_tokens:
+        raise DataError(
+            f"{tokens:,} tokens were asked for, but only the first {saved.eval_tokens:,} of {saved.data!r} were held out",
+            expected="text that was not trained on",
+            fix="ask for fewer --tokens, or give another text with --data",
+        )
+
+
+def _training_record(folder: Path) -> dict[str, Any]:
+    """The entry of the conversion's own evaluation.json that says what training took; nothing where that file is gone."""
+    try:
+        record = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
+        return {"training": record["training"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def load_original(converted: Converted, name: str, recipe: Recipe) -> PreTrainedModel:
+    """The model that a converted one was made from, computing in what that does, after making sure that it is it.
+
+    Raises:
+        BaseModelError: it is not there, or its weights outside the converted blocks, and what was healed, differ.
+    """
+    revision = None if Path(name).is_dir() or name in DEMO_MODELS else converted.plan.revision or recipe.revision
+    try:
+        original = load_model(
+            name,
+            revision=revision,
+            dtype=converted.plan.dtype,
+            compute=str(computed_in(converted.model)).removeprefix("torch."),
+        )
+    except MxDError as error:
+        raise BaseModelError(
+            f"the original model of {str(converted.folder)!r} is needed to compare with: {error.found}",
+            expected=name,
+            fix="say where it is now with --base",
+        ) from None
+    other = _difference(converted, original)
+    if other is not None:
+        raise BaseModelError(
+            f"{name!r} is not the model that {str(converted.folder)!r} was made from: {other}",
+            expected="the same weights outside the converted blocks",
+            fix="name the right one with --base",
+        )
+    return original
+
+
+def _difference(converted: Converted, original: PreTrainedModel) -> str | None:
+    """The first thing that tells an original from the model that was converted, in words; None if nothing does."""
+    if original.config.model_type != converted.plan.model_type:
+        return f"it is a {original.config.model_type} model, not {converted.plan.model_type}"
+    merged = healed_maps(converted.model.config.mxd, "merged")
+    changed = tuple(f"{converted.model.base_model_prefix}.{path}." for path in merged)
+    mine = {key: tensor for key, tensor in converted.model.state_dict().items() if not key.startswith(changed)}
+    try:
+        with replaced(original, converted.plan.blocks, converted.layers):
+            theirs = original.state_dict()
+    except AttributeError:
+        return "it has fewer layers"
+
+    def differs(key: str) -> bool:  # one of the models may be on a GPU already
+        return key not in theirs or not torch.equal(mine[key], theirs[key].to(mine[key].device))
+
+    return next((f"{key} differs" for key in mine if differs(key)), None)

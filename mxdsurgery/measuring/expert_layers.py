@@ -1,0 +1,152 @@
+"""What experts are looked at in: a converted folder's layer, or all layers that a frontier kept, with the original model."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mxdsurgery.base.activations import record_activations
+from mxdsurgery.base.blocks import Block
+from mxdsurgery.base.model import load_model, load_tokenizer
+from mxdsurgery.checkpoint.converted import RECIPE_FILE, load, saved_recipe, settle
+from mxdsurgery.checkpoint.export import write_json
+from mxdsurgery.errors import LayerSelectionError
+from mxdsurgery.measuring.evaluate import load_original
+from mxdsurgery.measuring.frontier_table import FRONTIER_FILE, layer_file, load_layer, read_frontier
+from mxdsurgery.planning.plan import plan
+from mxdsurgery.recipe import Recipe
+from mxdsurgery.text.labelled import Labelled, TokenBatch, token_batches
+from mxdsurgery.text.sources import Packing
+from mxdsurgery.training.accelerator import make_accelerator
+
+# What experts are compared with: the original block's own.
+HIDDEN_UNITS = "hidden units"
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """Layers with experts in place of one block.
+
+    Attributes:
+        model: the original model, on the device.
+        tokenizer: its own.
+        block: whose place the layers take.
+        layers: by name, in the model's dtype and on its device.
+        recipe: that they were made by.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    block: Block
+    layers: dict[str, nn.Module]
+    recipe: Recipe
+
+    def batches(self, labelled: Labelled, context: int | None) -> list[TokenBatch]:
+        """The texts as the model reads them, each cut after ``context`` tokens; default: the recipe's."""
+        packing = Packing(self.tokenizer, context or self.recipe.context, self.recipe.prepend_bos)
+        return token_batches(labelled.texts, packing, self.recipe.batch)
+
+
+def open_subjects(
+    folder: str | Path,
+    layer: int | None = None,
+    *,
+    base: str | None = None,
+    device: str | None = None,
+    compute: str | None = None,
+) -> Subjects:
+    """Opens what ``convert`` or ``frontier`` wrote.
+
+    Args:
+        folder: of either.
+        layer: default: the first that has experts.
+        base: the original model, where it is not found any more as the recipe names it.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+
+    Raises:
+        NotConvertedError, OutputError: the folder is neither.
+        LayerSelectionError: it has no such layer, or none with experts.
+        BaseModelError, ModelNotFoundError: the original model is missing or another one.
+    """
+    folder = Path(folder)
+    opener = _of_frontier if (folder / FRONTIER_FILE).is_file() else _of_converted
+    return opener(folder, layer, base, device, compute)
+
+
+def block_inputs(
+    model: PreTrainedModel,
+    block: Block,
+    batches: Sequence[TokenBatch],
+    report: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a block of the model sees of texts, batch by batch.
+
+    Args:
+        model: the model.
+        block: one of its blocks.
+        batches: the texts.
+        report: called with the texts done and to do.
+
+    Yields:
+        x (n, D) of the n tokens that count, on the model's device; and which text each is of, (n,) int64.
+    """
+    done, total = 0, sum(len(batch.rows) for batch in batches)
+    for batch in batches:
+        x = record_activations(model, [block], batch.input_ids.to(model.device))[block.layer].x
+        yield x[batch.counted.to(x.device)], batch.rows[:, None].expand_as(batch.counted)[batch.counted]
+        done += len(batch.rows)
+        report(done, total)
+
+
+def keep_beside(folder: str | Path, what: str, data: str | None, layer: int, result: dict[str, Any]) -> None:
+    """Keeps a result as ``<folder>/<what>/<data>-layer<layer>.json``."""
+    name = f"layer{layer}.json"
+    if data is not None:
+        text = Path(data).name.split(".")[0] if Path(data).is_file() else data
+        name = re.sub(r"[^\w.-]", "_", text) + "-" + name
+    write_json(Path(folder) / what / name, result)
+
+
+def _of_converted(folder: Path, layer: int | None, base: str | None, device: str | None, compute: str | None) -> Subjects:
+    converted = load(folder)
+    recipe = settle(converted, saved_recipe(folder, device), compute)
+    planned = {entry.block.layer: entry for entry in converted.plan.layers if entry.n_experts}
+    index = _chosen(layer, list(planned), folder)
+    accelerator = make_accelerator(recipe)
+    model = load_original(converted, base or recipe.model, recipe).to(accelerator.device)
+    layers = {planned[index].what: converted.layers[index].to(accelerator.device)}
+    return Subjects(model, converted.tokenizer(), planned[index].block, layers, recipe)
+
+
+def _of_frontier(folder: Path, layer: int | None, base: str | None, device: str | None, compute: str | None) -> Subjects:
+    found = read_frontier(folder)
+    rows = [row for row in found.rows if row["k"] is not None]
+    index = _chosen(layer, sorted({row["layer"] for row in rows}), folder)
+    recipe = Recipe(**found.settings)
+    recipe = dataclasses.replace(recipe, device=device or recipe.device, model=base or recipe.model)
+    asked = {"layers": str(index), "k": 1, "device": recipe.device, "compute": compute or recipe.compute}
+    made, _ = plan(recipe.model, recipe=folder / RECIPE_FILE, **asked)
+    recipe = made.settled(recipe)
+    accelerator = make_accelerator(recipe)
+    how = {"dtype": made.dtype, "compute": recipe.compute, "device": accelerator.device}
+    model = load_model(recipe.model, revision=recipe.revision, **how)
+    paths = {f"{row['kind']}, K = {row['k']}": (row["kind"], row["k"]) for row in rows if row["layer"] == index}
+    kept = {name: load_layer(layer_file(folder, index, *which)) for name, which in paths.items()}
+    layers = {name: layer.to(accelerator.device, model.dtype) for name, layer in kept.items()}
+    return Subjects(model, load_tokenizer(recipe.model, recipe.revision), made.blocks[0], layers, recipe)
+
+
+def _chosen(layer: int | None, there: list[int], folder: Path) -> int:
+    if not there:
+        raise LayerSelectionError(f"{str(folder)!r} holds no experts", expected="a layer of another kind than dense")
+    if layer is not None and layer not in there:
+        raise LayerSelectionError(
+            f"{str(folder)!r} holds no experts in layer {layer}", expected="one of " + ", ".join(map(str, there))
+        )
+    return there[0] if layer is None else layer

@@ -1,0 +1,177 @@
+"""The table that ``frontier`` makes: its rows, its files and what it says in a sentence."""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mxdsurgery.checkpoint.converted import RECIPE_FILE
+from mxdsurgery.checkpoint.export import write_json
+from mxdsurgery.errors import OutputError
+from mxdsurgery.layers.replacement import LAYER_KINDS
+from mxdsurgery.recipe import Recipe
+from mxdsurgery.terminal.console import compact
+from mxdsurgery.training.cost import LayerPlan
+from mxdsurgery.training.initialize import layer_shape
+
+FRONTIER_FILE = "frontier.json"
+_LAYERS_FOLDER = "layers"
+
+# frontier.csv: what a row is, its figures, and after them the ends of the figures' intervals.
+_COLUMNS = ("layer", "kind", "k", "sparsity", "n_experts", "params", "train_tokens")
+_FIGURES = (
+    "delta_ce", "kl", "nmse", "expert_share", "top1_agreement", "fvu", "constant_gate_delta_ce", "constant_gate_nmse",
+    "zero_delta_ce", "mean_delta_ce", "loss_recovered",
+)  # fmt: skip
+_WITHOUT_INTERVAL = ("l0", "dead_share")
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What ``frontier`` measured.
+
+    Attributes:
+        out: the folder.
+        rows: one for each layer, kind and K, in that order: ``layer``, ``kind``, ``k`` (None for the dense control),
+            ``sparsity``, ``n_experts``, ``params`` (trained), ``train_tokens``, and the figures of `mxdsurgery.measuring.evaluate` with
+            their intervals.
+        tokens: held-out tokens that the figures rest on.
+        original: ``ce`` of the original model there, with its interval.
+        settings: recipe keys that all rows share.
+    """
+
+    out: Path
+    rows: list[dict[str, Any]]
+    tokens: int
+    original: dict[str, Any]
+    settings: dict[str, Any]
+
+    @property
+    def verdicts(self) -> list[str]:
+        """One sentence per layer: who wins where, and by how much."""
+        layers = sorted({row["layer"] for row in self.rows})
+        return [f"Layer {layer}: {verdict([row for row in self.rows if row['layer'] == layer])}" for layer in layers]
+
+    def table(self) -> Table:
+        """For a terminal."""
+        title = f"On {self.tokens:,} held-out tokens; original cross-entropy {self.original['ce']:.4f} nats per token"
+        table = Table("layer", "kind", title=title)
+        for column in ("K", "N", "parameters", "ΔCE", "95 % interval", "KL", "NMSE", "expert share", "unused experts"):
+            table.add_column(column, justify="right")
+        for row in self.rows:
+            cells = [str(row["k"] or "-"), str(row["n_experts"] or "-"), compact(row["params"]), f"{row['delta_ce']:+.4f}"]
+            cells += ["{:+.4f} to {:+.4f}".format(*row["delta_ce_ci"]), f"{row['kl']:.4f}", f"{row['nmse']:.4f}"]
+            cells += [f"{row['expert_share']:.2f}", "-" if row["dead_share"] is None else f"{row['dead_share']:.1%}"]
+            table.add_row(str(row["layer"]), row["kind"], *cells)
+        return table
+
+    def write(self) -> None:
+        """Writes frontier.json, frontier.csv, recipe.yaml and the figure, frontier.png and frontier.svg."""
+        kept = {"rows": self.rows, "tokens": self.tokens, "original": self.original, "settings": self.settings}
+        write_json(self.out / FRONTIER_FILE, kept | {"verdicts": self.verdicts})
+        ends = {f"{name}_{end}": (name, at) for name in _FIGURES for at, end in enumerate(("low", "high"))}
+        with (self.out / "frontier.csv").open("w", newline="", encoding="utf-8") as file:
+            columns = (*_COLUMNS, *_FIGURES, *_WITHOUT_INTERVAL, *ends)
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            for row in self.rows:
+                writer.writerow(row | {column: row[f"{name}_ci"][at] for column, (name, at) in ends.items()})
+        from mxdsurgery.terminal.chart import frontier_chart  # matplotlib, which reading a frontier does without
+
+        figure = frontier_chart(self.rows, Path(self.settings["model"]).name, self.original["ce"], self.tokens)
+        for suffix in ("png", "svg"):
+            figure.savefig(self.out / f"frontier.{suffix}", dpi=150, bbox_inches="tight")
+        (self.out / RECIPE_FILE).write_text(Recipe(**self.settings).to_yaml(), encoding="utf-8")
+
+
+def read_frontier(folder: str | Path) -> Frontier:
+    """The table in a folder that ``frontier`` wrote.
+
+    Raises:
+        OutputError: it holds none.
+    """
+    path = Path(folder) / FRONTIER_FILE
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        return Frontier(Path(folder), read["rows"], read["tokens"], read["original"], read["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise OutputError(
+            f"{str(folder)!r} holds no {FRONTIER_FILE} that can be read",
+            expected="a folder that mxdsurgery frontier wrote, or for a new one none",
+            fix="give another folder",
+        ) from None
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """Who loses the least at which K, and by how much, in a sentence. Kinds without K take no part.
+
+    Args:
+        rows: of one layer.
+    """
+    by_k: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["k"] is not None:
+            by_k.setdefault(row["k"], []).append(row)
+    compared = {k: sorted(some, key=lambda row: row["delta_ce"]) for k, some in sorted(by_k.items()) if len(some) > 1}
+    if not compared:
+        return "there is nothing to compare yet."
+    wins: dict[str, list[int]] = {}
+    for k, ranked in compared.items():
+        wins.setdefault(ranked[0]["kind"], []).append(k)
+    who = "; ".join(f"{kind} loses the least at K = {', '.join(map(str, ks))}" for kind, ks in wins.items())
+    ends = dict.fromkeys((min(compared), max(compared)))
+    return f"{who}. " + " ".join(f"At K = {k}: {_ranking(compared[k])}." for k in ends)
+
+
+def _ranking(ranked: list[dict[str, Any]]) -> str:
+    """The kinds at one K from the best on, each with its loss and how many times the best one's that is."""
+    best, *others = ranked
+    words = [f"{best['kind']} {best['delta_ce']:+.4f} nats per token"]
+    for row in others:
+        apart = row["delta_ce_ci"][0] > best["delta_ce_ci"][1]
+        times = f"{row['delta_ce'] / best['delta_ce']:.1f} times as much" if best["delta_ce"] > 0 else "more"
+        words.append(f"{row['kind']} {row['delta_ce']:+.4f} ({times if apart else 'the intervals overlap'})")
+    return ", ".join(words)
+
+
+def row_key(layer: LayerPlan) -> tuple[int, str, int | None]:
+    """What identifies a row: layer, kind and K (None without experts)."""
+    return layer.block.layer, layer.kind, layer.k if layer.n_experts else None
+
+
+def layer_file(out: Path, layer: int, kind: str, k: int | None) -> Path:
+    """Where the weights of a row's layer are kept."""
+    return out / _LAYERS_FOLDER / f"layer{layer}-{kind}{f'-k{k}' if k is not None else ''}.safetensors"
+
+
+def save_layer(layer: nn.Module, planned: LayerPlan, out: Path, dtype: str) -> None:
+    """Keeps the weights, stored in a dtype, and in the file's header the kind and shape that they are of."""
+    path = layer_file(out, *row_key(planned))
+    path.parent.mkdir(exist_ok=True)
+    state = {name: tensor.to("cpu", getattr(torch, dtype)).contiguous() for name, tensor in layer.state_dict().items()}
+    save_file(state, path, metadata={"kind": planned.kind, "shape": json.dumps(layer_shape(planned))})
+
+
+def load_layer(path: Path) -> nn.Module:
+    """A layer that `save_layer` kept, in evaluation mode, its parameters frozen.
+
+    Raises:
+        OutputError: it is not there or cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata()
+        state = load_file(path)
+        with torch.device("meta"):
+            layer = LAYER_KINDS[header["kind"]](**json.loads(header["shape"]))
+        layer.load_state_dict(state, assign=True)
+    except Exception as error:  # safetensors, json and torch raise half a dozen kinds here
+        raise OutputError(f"the layer {path} cannot be read: {error}", fix="run mxdsurgery frontier again") from None
+    return layer.eval().requires_grad_(False)

@@ -1,0 +1,283 @@
+"""``growth``: how the error grows with the number of converted layers: do single errors add up, cancel or explode, and where?
+
+The original model runs with the first 1, 2, 4, ... of its converted layers in place, with the last 1, 2, 4, ..., with each
+alone and with all. Beside what that does to predictions stands the sum of what the single layers do, and, layer by layer, how
+far the residual stream is from the original's. Shapes: S contexts, B of them at a time, T tokens, D width.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table as RichTable
+from rich.text import Text
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mxdsurgery.base.activations import hidden_of
+from mxdsurgery.base.blocks import Block
+from mxdsurgery.base.lora import healed_maps
+from mxdsurgery.base.model import decoder_layers
+from mxdsurgery.base.selection import write_layers
+from mxdsurgery.base.surgery import replaced, resumed_at
+from mxdsurgery.checkpoint.card import computed_in
+from mxdsurgery.checkpoint.converted import Converted, load, saved_recipe, settle
+from mxdsurgery.errors import BaseModelError
+from mxdsurgery.hardware.device import check_device, widest
+from mxdsurgery.measuring.evaluate import held_out, load_original
+from mxdsurgery.measuring.intervals import Sums, Table, error_sums, scored_predictions, with_interval
+from mxdsurgery.measuring.scoring import Original, prediction_sums, run_original
+from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.text.sources import text_name
+
+# Layers that are in place together, by index, from below.
+_Set = tuple[int, ...]
+
+# What a row's layers have in common: name in JSON, and in words.
+PARTS = (("bottom", "from the bottom"), ("top", "from the top"), ("alone", "each alone"))
+
+LEGEND = """\
+ΔCE: nats per token that next-token prediction got worse by; KL: from the original's predictions; same top-1: how often the
+likeliest next token is the original's. Sum: ΔCE of the same layers, each converted alone, added up. Stream error: squared
+distance of a decoder layer's output from the original's, over its squared size; FVU: over its variance. Own: the same with
+this layer alone converted; what all layers have beyond it comes from below."""
+
+
+def growth(
+    folder: str | Path,
+    *,
+    data: str | None = None,
+    tokens: int | None = None,
+    base: str | None = None,
+    device: str | None = None,
+    compute: str | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Measures how the error of a converted model grows with the number of its layers; nothing is written.
+
+    Args:
+        folder: what ``convert`` wrote.
+        data: the text; default: the recipe's held-out text.
+        tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
+        base: the original model, where it is not found any more as the recipe names it.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
+        compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        reporter: what to tell while working; default: nothing.
+
+    Returns:
+        A JSON object. ``data``, ``tokens``, ``sequences`` and ``context`` that it rests on, ``original`` (``ce``).
+        ``bottom``, ``top`` and ``alone``: rows with the ``layers`` in place, ``delta_ce`` and ``kl`` (original ‖ converted) in
+        nats per token, ``top1_agreement``, ``singles_delta_ce`` and ``singles_kl`` (what these layers cost alone, added up)
+        and ``excess_delta_ce`` (ΔCE less that sum). ``stream``: for every decoder ``layer`` of the model with all of them in
+        place ``error``, Σ‖ĥ-h‖²/Σ‖h‖² of its output h, ``fvu``, the same over Σ‖h-h̄‖², and ``own_error``, with this layer
+        alone in place (None where it is not converted). ``verdict``: in words. Each figure has its 95 % bootstrap interval
+        over contexts as ``<figure>_ci``. Position 0 is left out.
+
+    Raises:
+        NotConvertedError: the folder is not one of ours.
+        BaseModelError: the original model is missing, or differs outside the converted blocks, as where LoRA healed it.
+        DataError: the text cannot be read or is too short.
+    """
+    reporter = reporter or Reporter()
+    folder = Path(folder)
+    converted = load(folder)
+    _check_layers_only(converted)
+    recipe = settle(converted, saved_recipe(folder, device), compute)
+    ids = held_out(converted, recipe, data, tokens)
+    where = check_device(recipe.device)
+    original = load_original(converted, base or recipe.model, recipe).to(where)
+    layers = {index: layer.to(where) for index, layer in converted.layers.items()}
+    with reporter.progress("growth", "passes") as line:
+        columns = _measure(original, converted.plan.blocks, layers, ids.to(where), recipe.batch, line.update)
+    scored = scored_predictions(ids)
+    columns["tokens"] = torch.full((len(ids),), float(scored), dtype=torch.float64)
+    rests_on = {"tokens": scored * len(ids), "sequences": len(ids), "context": ids.shape[1]}
+    rows = {name: [_figures(columns, which) for which in sets] for name, sets in _sets(sorted(layers)).items()}
+    return {
+        "compute": recipe.compute,
+        "data": text_name(data or recipe.eval_data or recipe.data),
+        **rests_on,
+        "original": with_interval("ce", columns, lambda s: s["original.ce"] / s["tokens"]),
+        **rows,
+        "stream": _stream_figures(columns, sorted(layers), len(decoder_layers(original)[1])),
+        "verdict": _verdict(rows["bottom"][-1]),
+    }
+
+
+def _check_layers_only(converted: Converted) -> None:
+    """Raises BaseModelError where more was changed than blocks: with some layers in place it would be no model of anyone's."""
+    mxd = converted.model.config.mxd
+    if healed_maps(mxd, "merged") or healed_maps(mxd, "adapter"):
+        raise BaseModelError(
+            f"{str(converted.folder)!r} differs from its original outside the converted blocks: its attention was healed, too",
+            expected="a model of which only the layers differ",
+            fix="measure the folder that it was healed from",
+        )
+
+
+def _sets(converted: Sequence[int]) -> dict[str, list[_Set]]:
+    """Which layers are in place together: 1, 2, 4, ... and all of them from the bottom and from the top, and each alone."""
+    n = len(converted)
+    counts = [2**power for power in range(n.bit_length()) if 2**power < n] + [n]
+    return {
+        "bottom": [tuple(converted[:count]) for count in counts],
+        "top": [tuple(converted[n - count :]) for count in counts],
+        "alone": [(layer,) for layer in converted],
+    }
+
+
+@torch.no_grad()
+def _measure(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    layers: dict[int, nn.Module],
+    input_ids: Tensor,
+    batch: int,
+    report: Callable[[int, int], None],
+) -> Sums:
+    """Per-context sums (S,) of every set's predictions, and of the distances in the residual stream."""
+    batches = input_ids.split(max(1, batch // input_ids.shape[1]))
+    sets = list(dict.fromkeys(which for part in _sets(sorted(layers)).values() for which in part))
+    table, done, total = Table(), 0, len(batches) * len(sets)
+    means = _stream_means(model, blocks, batches)
+    for ids in batches:
+        original = run_original(model, blocks, ids)
+        runs = _runs(model, blocks, layers, sets, ids, original, means, table)
+        for name, sums in prediction_sums(model, ids, original.hidden, runs):
+            table.add(name, sums)
+            if name != "original":
+                done += 1
+                report(done, total)
+    return table.columns()
+
+
+def _runs(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    layers: dict[int, nn.Module],
+    sets: Sequence[_Set],
+    ids: Tensor,
+    original: Original,
+    means: Sequence[Tensor],
+    table: Table,
+) -> Iterator[tuple[str, Tensor]]:
+    """Every set's name and hidden states on one batch; its distances in the residual stream go into the table."""
+    stream, every = _stream(original), max(sets, key=len)
+    for which in sets:
+        run = _run_set(model, blocks, {layer: layers[layer] for layer in which}, ids, original)
+        if which == every or len(which) == 1:
+            for layer, h in enumerate(_stream(run)):
+                if which == every or layer in which:
+                    table.add(f"{_name(which)} at {layer}", error_sums(h, stream[layer], means[layer]))
+        yield _name(which), run.hidden
+
+
+def _run_set(
+    model: PreTrainedModel, blocks: Sequence[Block], modules: dict[int, nn.Module], ids: Tensor, original: Original
+) -> Original:
+    """One batch (B, T) with some layers in place; what lies below them is not computed again."""
+    with replaced(model, blocks, modules), resumed_at(decoder_layers(model)[1], min(modules), original.layer_outputs):
+        return run_original(model, [block for block in blocks if block.layer in modules], ids)
+
+
+def _stream(run: Original) -> list[Tensor]:
+    """The residual stream after every decoder layer, (B, T, D) each."""
+    return [hidden_of(output) for output in run.layer_outputs]
+
+
+def _stream_means(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> list[Tensor]:
+    """Of the original model, by decoder layer, (D,) in the `widest` dtype; position 0 left out."""
+    sums: list[Tensor] = []
+    wide = widest(batches[0].device)
+    for ids in batches:
+        found = [h[:, 1:].sum((0, 1), dtype=wide) for h in _stream(run_original(model, blocks, ids))]
+        sums = [total + part for total, part in zip(sums, found, strict=True)] if sums else found
+    return [total / sum(ids[:, 1:].numel() for ids in batches) for total in sums]
+
+
+def _name(which: _Set) -> str:
+    return ",".join(map(str, which))
+
+
+def _figures(columns: Sums, which: _Set) -> dict[str, Any]:
+    """A row: what the layers of a set do together, and what they do alone, added up."""
+
+    def together(s: Sums) -> Tensor:
+        return s[f"{_name(which)}.ce"] - s["original.ce"]
+
+    def singles(s: Sums) -> Tensor:
+        return sum(s[f"{layer}.ce"] - s["original.ce"] for layer in which)
+
+    figures = {
+        "delta_ce": lambda s: together(s) / s["tokens"],
+        "kl": lambda s: s[f"{_name(which)}.kl"] / s["tokens"],
+        "top1_agreement": lambda s: s[f"{_name(which)}.agree"] / s["tokens"],
+        "singles_delta_ce": lambda s: singles(s) / s["tokens"],
+        "singles_kl": lambda s: sum(s[f"{layer}.kl"] for layer in which) / s["tokens"],
+        "excess_delta_ce": lambda s: (together(s) - singles(s)) / s["tokens"],
+    }
+    row: dict[str, Any] = {"layers": list(which)}
+    for name, figure in figures.items():
+        row |= with_interval(name, columns, figure)
+    return row
+
+
+def _stream_figures(columns: Sums, converted: Sequence[int], n_layers: int) -> list[dict[str, Any]]:
+    """A row for every decoder layer of the model."""
+
+    def relative(key: str, size: str) -> Callable[[Sums], Tensor]:
+        return lambda s: s[f"{key}.error"] / s[f"{key}.{size}"]
+
+    rows = []
+    for layer in range(n_layers):
+        joint = f"{_name(tuple(converted))} at {layer}"
+        row = {"layer": layer} | with_interval("error", columns, relative(joint, "power"))
+        row |= with_interval("fvu", columns, relative(joint, "variance"))
+        alone = {"own_error": None, "own_error_ci": None}
+        if layer in converted:
+            alone = with_interval("own_error", columns, relative(f"{layer} at {layer}", "power"))
+        rows.append(row | alone)
+    return rows
+
+
+def _verdict(joint: dict[str, Any]) -> str:
+    """Whether the errors of single layers add up, cancel or feed on each other, from the interval of the difference."""
+    low, high = joint["excess_delta_ce_ci"]
+    if len(joint["layers"]) == 1:
+        return "One layer is converted: there is nothing to add up."
+    word = (
+        "more than add up" if low > 0 else "cancel in part" if high < 0 else "add up (the interval of the difference holds 0)"
+    )
+    return (
+        f"All {len(joint['layers'])} layers together: {joint['delta_ce']:+.4f} nats per token; the single ones added up: "
+        f"{joint['singles_delta_ce']:+.4f}; difference {joint['excess_delta_ce']:+.4f} ({low:+.4f} to {high:+.4f}). "
+        f"Errors {word}."
+    )
+
+
+def growth_table(result: dict[str, Any]) -> list[Any]:
+    """What `growth` returns, for a terminal."""
+    predictions = RichTable(title=f"On {result['tokens']:,} held-out tokens{computed_in(result)}; layers in place")
+    for heading in ("", "layers", "ΔCE", "95 % interval", "KL", "same top-1", "sum", "difference"):
+        predictions.add_column(heading, justify="left" if heading in ("", "layers") else "right")
+    for part, words in PARTS:
+        predictions.add_section()
+        for number, row in enumerate(result[part]):
+            low, high = row["delta_ce_ci"]
+            cells = (
+                f"{row['delta_ce']:+.4f}",
+                f"{low:+.4f} to {high:+.4f}",
+                f"{row['kl']:.4f}",
+                f"{row['top1_agreement']:.1%}",
+            )
+            sums = (f"{row['singles_delta_ce']:+.4f}", f"{row['excess_delta_ce']:+.4f}") if part != "alone" else ("", "")
+            predictions.add_row(words if number == 0 else "", write_layers(row["layers"]), *cells, *sums)
+    stream = RichTable(title="The residual stream after each decoder layer, all in place")
+    for heading in ("layer", "stream error", "95 % interval", "FVU", "own"):
+        stream.add_column(heading, justify="left" if heading == "layer" else "right")
+    for row in result["stream"]:
+        low, high = row["error_ci"]
+        own = "" if row["own_error"] is None else f"{row['own_error']:.5f}"
+        stream.add_row(str(row["layer"]), f"{row['error']:.5f}", f"{low:.5f} to {high:.5f}", f"{row['fvu']:.5f}", own)
+    return [predictions, stream, Text(f"{result['verdict']}\n\n{LEGEND}")]

@@ -1,0 +1,90 @@
+"""Passes of the original model, and what the hidden states of other passes predict beside it.
+
+The original's predictions are made once for as many others as there are, and predictions over a large vocabulary are never
+held for a whole batch. Shapes: B contexts, T tokens, D model width.
+"""
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mxdsurgery.base.activations import hooked, recording
+from mxdsurgery.base.blocks import Block
+from mxdsurgery.base.model import decoder_layers
+from mxdsurgery.base.scores import SCORES, known_predictions, next_token_scores
+from mxdsurgery.layers.sparse import chunk_bytes
+from mxdsurgery.measuring.intervals import Sums, sum_sequences
+from mxdsurgery.training.cost import HELD_BYTES
+from mxdsurgery.training.teacher import hidden_states, parts, predict
+
+
+@dataclass
+class Original:
+    """One batch through the original model."""
+
+    hidden: Tensor  # before the language-model head, (B, T, D)
+    y: dict[int, Tensor]  # the blocks' outputs, by layer
+    layer_outputs: list[object]  # of every decoder layer
+
+
+@torch.no_grad()
+def run_original(model: PreTrainedModel, blocks: Sequence[Block], ids: Tensor) -> Original:
+    """One pass of the model as it is on ids (B, T): what others are compared with, and may go on from."""
+    _, decoder = decoder_layers(model)
+    outputs: list[object] = []
+    hooks = [layer.register_forward_hook(lambda _m, _a, output: outputs.append(output)) for layer in decoder]
+    with hooked(*hooks), recording(model, blocks, shape=ids.shape) as recorded:
+        hidden = hidden_states(model, ids)
+    return Original(hidden, {layer: a.y for layer, a in recorded.items()}, outputs)
+
+
+@torch.no_grad()
+def prediction_sums(
+    model: PreTrainedModel, ids: Tensor, original: Tensor, others: Iterable[tuple[Hashable, Tensor]]
+) -> Iterator[tuple[Hashable, Sums]]:
+    """What hidden states predict, beside the original's: ``original`` with its cross-entropy, then each other by its name.
+
+    Args:
+        model: its head makes predictions, of some positions at a time.
+        ids: (B, T).
+        original: hidden states before the head, (B, T, D).
+        others: by name, the same of other runs; they may be made when they are asked for.
+
+    Yields:
+        A name, and sums over the scored positions of each context; see `next_token_scores`.
+    """
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    known_states, following = _scored(original), ids[:, 2:].flatten()
+    for number, group in enumerate(_held(others)):
+        ce: list[Tensor] = []
+        scores: dict[Hashable, list[Tensor]] = {name: [] for name in group}
+        for rows in parts(len(following), vocabulary, chunk_bytes(ids.device.type)):
+            known = known_predictions(predict(model, known_states[rows]))
+            ce.append(known.cross_entropy(following[rows]))
+            for name, states in group.items():
+                scores[name].append(next_token_scores(predict(model, states[rows]), known, following[rows]))
+        if number == 0:
+            yield "original", {"ce": sum_sequences(torch.cat(ce), len(ids))}
+        for name, found in scores.items():
+            sums = zip(SCORES, torch.cat(found, dim=1), strict=True)
+            yield name, {figure: sum_sequences(values, len(ids)) for figure, values in sums}
+
+
+def _scored(hidden: Tensor) -> Tensor:
+    """The scored positions of (B, T, D), one after the other."""
+    return hidden[:, 1:-1].flatten(0, 1)
+
+
+def _held(states: Iterable[tuple[Hashable, Tensor]]) -> Iterator[dict[Hashable, Tensor]]:
+    """As many at a time as are held together."""
+    group: dict[Hashable, Tensor] = {}
+    for name, hidden in states:
+        group[name] = _scored(hidden)
+        if sum(held.nbytes for held in group.values()) >= HELD_BYTES:
+            yield group
+            group = {}
+    if group:
+        yield group

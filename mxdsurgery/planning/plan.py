@@ -1,0 +1,445 @@
+"""``plan``: what a conversion would make of a model, and what it would take, before any weight is read."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from mxdsurgery.base.analyze import analyze
+from mxdsurgery.base.blocks import Block, Part
+from mxdsurgery.base.model import load_config
+from mxdsurgery.base.selection import write_layers
+from mxdsurgery.errors import MemoryBudgetError, RecipeError
+from mxdsurgery.hardware.device import devices
+from mxdsurgery.hardware.memory import free_memory
+from mxdsurgery.hardware.threads import use_threads
+from mxdsurgery.planning.budget import needed_bytes, refusal, stored
+from mxdsurgery.planning.calibrate import Calibration, calibrate, matmul_rate
+from mxdsurgery.planning.machine import this_machine
+from mxdsurgery.planning.resolve import base_model, resolve_recipe
+from mxdsurgery.recipe import Recipe
+from mxdsurgery.terminal.console import Cost, compact, duration, size
+from mxdsurgery.training.cost import (
+    DTYPE_BYTES,
+    BaseModel,
+    Group,
+    LayerPlan,
+    Machine,
+    checkpoint_bytes,
+    evaluation_bytes,
+    layer_parameters,
+    make_groups,
+    matched_n_experts,
+    states_bytes,
+    tokens_per_step,
+    transcoder_parameters,
+)
+
+# A run that takes fewer seconds, at the rate of a matrix product, starts at once: its time is not predicted.
+WORTH_PREDICTING = 2.0
+# One that takes fewer than these is measured for a shorter time.
+_WORTH_ALL_OF_IT = 60.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion, resolved: which blocks become what. Plain data: `to_dict` and `from_dict` go through JSON.
+
+    Attributes:
+        model: as it was named.
+        revision: the commit on the hub, where it came from there.
+        model_type: transformers' name of the architecture.
+        architecture: the causal language model's class.
+        dtype: that the base model and the result are stored in.
+        original_parameters: of the base model.
+        recipe_file: the recipe that the settings came from.
+        steps: optimiser steps of each layer.
+        layers: in order.
+        machine: what it was planned for.
+        groups: the layers that are trained together, in order; each group is one pass over the text. Empty in what an older
+            version wrote, as are the entries below.
+        evaluation_bytes: peak of evaluation and export.
+        disk_bytes: while the result is written; with ``overwrite``, an old one of the same size stands beside it.
+        calibration: what the times rest on.
+        unmeasured: why there is no time.
+        refusal: what was found, expected and to be mended, where it does not fit the memory budget.
+        offloaded: whether the base model's weights stay on disk but for the decoder layer at work.
+        states_bytes: hidden states of the text that are kept from layer to layer.
+        states_on_disk: whether they lie on disk, for as long as the conversion lasts.
+        left: why ``layers: all`` leaves some as they are: by reason, the layers as a selection.
+        evaluation_seconds: None where it was not measured, as the next one.
+        export_seconds: of writing the result and reloading it.
+        eval_tokens_single: held-out tokens that each layer alone is measured on; None until training has shown how many.
+    """
+
+    model: str
+    revision: str | None
+    model_type: str
+    architecture: str
+    dtype: str
+    original_parameters: int
+    recipe_file: str
+    steps: int
+    layers: list[LayerPlan]
+    machine: Machine | None = None
+    groups: list[Group] = field(default_factory=list)
+    evaluation_bytes: int = 0
+    disk_bytes: int = 0
+    calibration: Calibration | None = None
+    unmeasured: str | None = None
+    refusal: dict[str, str] | None = None
+    offloaded: bool = False
+    states_bytes: int = 0
+    states_on_disk: bool = False
+    left: dict[str, str] = field(default_factory=dict)
+    evaluation_seconds: float | None = None
+    export_seconds: float | None = None
+    eval_tokens_single: int | None = None
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks that are replaced, in order."""
+        return [layer.block for layer in self.layers]
+
+    @property
+    def trained_parameters(self) -> int:
+        """Of all new layers."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """Of the converted model."""
+        return self.original_parameters + sum(layer.all_parameters - layer.block.parameters for layer in self.layers)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """The converted model's weights on disk."""
+        return DTYPE_BYTES[self.dtype] * self.parameters
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of training, on the device that trains."""
+        return max((group.peak_bytes for group in self.groups), default=0)
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """Per token of the text, of all passes over it together."""
+        names = self.groups[0].flops if self.groups else ()
+        return {name: sum(group.flops[name] for group in self.groups) for name in names}
+
+    @property
+    def seconds(self) -> float | None:
+        """Of training all groups; None where it was not measured."""
+        if not self.groups or any(group.seconds is None for group in self.groups):
+            return None
+        return sum(group.seconds for group in self.groups)
+
+    @property
+    def total_seconds(self) -> float | None:
+        """Of training, evaluation and export; None where one of them was not measured."""
+        stages = (self.seconds, self.evaluation_seconds, self.export_seconds)
+        return None if None in stages else sum(stages)
+
+    def training_cost(self, recipe: Recipe) -> Cost | None:
+        """What the first so many tokens of the training take, for the time that is left; None where it was not measured."""
+        if self.calibration is None:
+            return None
+        return self.calibration.cost(self.groups, self.steps, tokens_per_step(recipe))
+
+    def settled(self, recipe: Recipe) -> Recipe:
+        """The recipe with what was chosen for this machine in place of each ``auto``: compute, precision, selection."""
+        precision, selection = ("bf16" if chosen else "fp32" for chosen in (self.machine.bf16, self.machine.selection))
+        return dataclasses.replace(
+            recipe, compute=self.machine.compute or self.dtype, precision=precision, selection=selection
+        )
+
+    def computing_as(self, settled: Recipe) -> "Plan":
+        """The plan with what a settled recipe computes in."""
+        if self.machine is None:  # of an older version
+            return self
+        chosen = {"compute": settled.compute, "bf16": settled.precision == "bf16", "selection": settled.selection == "bf16"}
+        if self.machine.compute != settled.compute:
+            chosen["compute_why"] = "as the run began"
+        return dataclasses.replace(self, machine=dataclasses.replace(self.machine, **chosen))
+
+    def check_budget(self) -> None:
+        """Raises MemoryBudgetError if the conversion does not fit the memory budget."""
+        if self.refusal is not None:
+            raise MemoryBudgetError(**self.refusal)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the fields, and the totals that follow from them."""
+        totals = {
+            "trained_parameters": self.trained_parameters,
+            "parameters": self.parameters,
+            "passes": len(self.groups),
+            "peak_bytes": self.peak_bytes,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "flops": self.flops,
+            "seconds": self.seconds,
+            "total_seconds": self.total_seconds,
+        }
+        groups = [dataclasses.asdict(group) | {"peak_bytes": group.peak_bytes} for group in self.groups]
+        return dataclasses.asdict(self) | {"groups": groups, "totals": totals}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Plan":
+        """Back from `to_dict`, also of an older version, which had no groups."""
+        read = {name: value for name, value in values.items() if name != "totals"}
+        read["layers"] = [_layer_plan(row) for row in values["layers"]]
+        names = [f.name for f in dataclasses.fields(Group)]
+        read["groups"] = [Group(**{name: row[name] for name in names if name in row}) for row in values.get("groups", ())]
+        for name, kind in (("machine", Machine), ("calibration", Calibration)):
+            read[name] = kind(**values[name]) if values.get(name) is not None else None
+        return cls(**read)
+
+    def table(self) -> Table:
+        """For a terminal."""
+        title = f"Plan for {self.model} (recipe {Path(self.recipe_file).stem})"
+        table = Table("layer", "block", "kind", "H", "N", "K", "parameters", "was", title=title)
+        for layer in self.layers:
+            row = (
+                layer.block.layer,
+                layer.block.path,
+                layer.block.kind,
+                layer.block.d_hidden,
+                layer.n_experts or "-",
+                layer.k if layer.n_experts else "-",
+            )
+            table.add_row(*map(str, row), compact(layer.parameters), compact(layer.block.parameters))
+        return table
+
+    def group_table(self) -> Table:
+        """For a terminal: the groups, and what each takes."""
+        sequential = self.states_bytes > 0
+        title = (
+            "Layers trained one after the other"
+            if sequential
+            else "Layers trained together, one pass over the text for each row"
+        )
+        columns = {
+            "weights": "weight_bytes",
+            "gradients": "gradient_bytes",
+            "Adam": "adam_bytes",
+            "activations": "activation_bytes",
+            "text": "text_bytes",
+            **({"states": "state_bytes"} if sequential else {}),
+            "peak": "peak_bytes",
+        }
+        table = Table(title=title)
+        table.add_column("layers")
+        for column in ("parameters", *columns, "time"):
+            table.add_column(column, justify="right")
+        for group in self.groups:
+            held = (size(getattr(group, name)) for name in columns.values())
+            time = "-" if group.seconds is None else duration(group.seconds)
+            table.add_row(write_layers(group.layers), compact(group.parameters), *held, time)
+        return table
+
+    def leaves(self) -> list[str]:
+        """For a terminal: which layers are left as they are, and why."""
+        return [f"left       layers {layers} as they are: {reason}" for reason, layers in self.left.items()]
+
+    def summary(self, recipe: Recipe) -> list[str]:
+        """For a terminal: what it takes, in a few lines."""
+        passes = "1 pass" if len(self.groups) == 1 else f"{len(self.groups)} passes"
+        over = f"{passes} over the text" if recipe.inputs != "converted" else "layer after layer"
+        flops, total = self.flops, sum(self.flops.values())
+        shares = ", ".join(f"{flops[name] / total:.0%} {name.replace('_', ' ')}" for name in flops)
+        budget = "no budget" if self.machine.memory is None else f"budget {size(self.machine.memory)}"
+        return [
+            *self.leaves(),
+            f"model      {compact(self.original_parameters)} parameters become {compact(self.parameters)}, {self.dtype}",
+            f"training   {compact(recipe.tokens)} tokens of {recipe.data}: {self.steps} steps of {recipe.batch}, {over}",
+            f"work       {compact(total)} FLOPs per token: {shares}",
+            f"compute    {self._compute()}",
+            *self._time(),
+            f"memory     {size(self.peak_bytes)} to train, {size(self.evaluation_bytes)} to evaluate and export; {budget}, "
+            f"{self.machine.memory_source}",
+            *self._kept_lines(),
+            f"checkpoint {size(self.checkpoint_bytes)}; {size(self.disk_bytes)} of disk while it is written",
+        ]
+
+    def _compute(self) -> str:
+        training, ranking = ("bf16" if chosen else "fp32" for chosen in (self.machine.bf16, self.machine.selection))
+        ranked = "" if ranking == training else f", their experts are ranked in {ranking}"
+        return f"{self.machine.compute}: {self.machine.compute_why}; new layers train in {training}{ranked}"
+
+    def _kept_lines(self) -> list[str]:
+        """Where the base model and the hidden states are, where that is not just memory."""
+        lines = []
+        if self.states_bytes:
+            where = "on disk" if self.states_on_disk else "in memory"
+            lines.append(f"states     {size(self.states_bytes)} of hidden states are kept {where} from layer to layer")
+        if self.offloaded:
+            lines.append("offload    the base model's weights stay on disk; one decoder layer at a time is in memory")
+        return lines
+
+    def _time(self) -> list[str]:
+        if self.seconds is None:
+            return [f"time       not predicted: {self.unmeasured}"]
+        stages = (("train", self.seconds), ("evaluate", self.evaluation_seconds), ("export", self.export_seconds))
+        words = ", ".join(f"{duration(seconds)} to {stage}" for stage, seconds in stages if seconds is not None)
+        total = f": {duration(self.total_seconds)}" if self.total_seconds is not None else ""
+        step = f"one layer's step on {self.calibration.step_tokens} tokens"
+        return [
+            f"time       about {words}{total}",
+            f"           from {step} and a {self.calibration.base_from} for the base model",
+        ]
+
+
+def _layer_plan(row: dict[str, Any]) -> LayerPlan:
+    block = dict(row["block"])
+    for name in ("encoder", "encoder_up", "decoder"):
+        part = block[name]
+        if part is not None:
+            outputs = part["outputs"]
+            block[name] = Part(part["path"], part["transposed"], outputs and tuple(outputs))
+    block["bypass"] = tuple(block["bypass"])
+    return LayerPlan(**row | {"block": Block(**block)})
+
+
+def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False, **overrides: Any) -> tuple[Plan, Recipe]:
+    """Resolves a conversion without reading any weights, and says what it takes.
+
+    Args:
+        model: hub id, local folder, ``demo-glu`` or ``demo-mlp``.
+        recipe: a recipe file or the name of one that comes with mxdsurgery; default: the one made for the model.
+        measure: whether to measure this machine for some seconds, for the time it will take.
+        **overrides: recipe keys; those that are None count as not given. ``threads`` counts from here on for all that the
+            process computes.
+
+    Returns:
+        The plan and the resolved recipe. Where it does not fit the memory budget, the plan's ``refusal`` says so.
+
+    Raises:
+        RecipeError: an unknown key, a wrong value, a dtype that is not supported, or more active experts than experts.
+        LayerSelectionError: a layer that the model does not have.
+        UnsupportedBlockError: a chosen layer's block cannot be converted.
+        ModelNotFoundError, GatedModelError, UnknownFamilyError, NotCausalLMError: see `mxdsurgery.base.model.load_config`.
+    """
+    config = load_config(model, overrides.get("revision"), overrides.get("trust_remote_code") or False)
+    resolved, recipe_file = resolve_recipe(model, config, recipe, overrides)
+    use_threads(resolved.threads)
+    analysis = analyze(model, revision=resolved.revision, trust_remote_code=resolved.trust_remote_code)
+    blocks, left = analysis.select(resolved.layers)
+    layers = [plan_layer(block, resolved) for block in blocks]
+    dtype = resolved.dtype if resolved.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
+    if dtype not in DTYPE_BYTES:
+        raise RecipeError(
+            f"recipe key 'dtype' is 'auto', and the dtype of {model!r} is {dtype}",
+            expected="one of " + ", ".join(DTYPE_BYTES),
+            fix="name one of them with --dtype",
+        )
+    made = Plan(
+        model=model,
+        revision=analysis.revision,
+        model_type=analysis.model_type,
+        architecture=analysis.architecture,
+        dtype=dtype,
+        original_parameters=analysis.parameters,
+        recipe_file=recipe_file.name,
+        steps=max(1, resolved.tokens // tokens_per_step(resolved)),
+        layers=[],
+        machine=this_machine(resolved, layers, config, dtype),
+        unmeasured="it was not measured",
+        left=left,
+    )
+    made = _with_layers(made, layers, resolved, base_model(config, made.dtype, made.machine.compute))
+    resolved = dataclasses.replace(resolved, revision=made.revision or resolved.revision)
+    return (with_time(made, resolved) if measure else made), resolved
+
+
+def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe) -> Plan:
+    """The plan with other layers, several of which may stand for the same block, and what they take."""
+    return _with_layers(
+        made,
+        layers,
+        recipe,
+        base_model(load_config(made.model, recipe.revision, recipe.trust_remote_code), made.dtype, made.machine.compute),
+    )
+
+
+def _with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base: BaseModel) -> Plan:
+    base = stored(layers, base, recipe, made.machine)
+    groups = make_groups(layers, base, recipe, made.machine)
+    refused = refusal(layers, groups, base, recipe, made.machine)
+    states = states_bytes(base, recipe)
+    on_disk = dataclasses.replace(base, dtype=made.dtype)
+    finished = on_disk.element_bytes * sum(layer.all_parameters for layer in layers) if base.offloaded else 0
+    return dataclasses.replace(
+        made,
+        layers=layers,
+        groups=groups,
+        evaluation_bytes=evaluation_bytes(layers, base, recipe, made.machine),
+        disk_bytes=checkpoint_bytes(layers, on_disk) * (2 if recipe.overwrite else 1)
+        + (states if base.states_on_disk else 0)
+        + finished,
+        refusal=refused and {"found": refused.found, "expected": refused.expected, "fix": refused.fix},
+        offloaded=base.offloaded,
+        states_bytes=states,
+        states_on_disk=base.states_on_disk,
+    )
+
+
+def with_time(made: Plan, recipe: Recipe, worth_it: float = 0.0) -> Plan:
+    """The plan with the time it takes, measured on this machine in some seconds; or with the reason why not.
+
+    Args:
+        made: without a time.
+        recipe: resolved.
+        worth_it: measure only if the run takes more seconds than this at the rate of a matrix product.
+    """
+    config, machine = load_config(made.model, recipe.revision, recipe.trust_remote_code), made.machine
+    recipe, base = made.settled(recipe), base_model(config, made.dtype, made.machine.compute)
+    base = dataclasses.replace(base, offloaded=made.offloaded, states_on_disk=made.states_on_disk)
+    if made.refusal is not None:
+        return dataclasses.replace(made, unmeasured="it does not fit the memory budget")
+    if machine.device not in devices():
+        return dataclasses.replace(made, unmeasured=f"there is no {machine.device} here")
+    free = free_memory(machine.device)
+    if free is not None and needed_bytes(made.layers, base, recipe, machine) > free:
+        return dataclasses.replace(made, unmeasured="this machine has not enough memory free to measure one layer's step")
+    share = 1.0
+    if worth_it > 0.0:
+        rate = matmul_rate(machine.device, "bfloat16" if machine.bf16 else "float32")
+        least = sum(made.flops.values()) * made.steps * tokens_per_step(recipe) / rate
+        if least < worth_it:
+            short = f"too short a run to measure first, at least {max(1.0, least):.0f} s by the rate of a matrix product"
+            return dataclasses.replace(made, unmeasured=short)
+        share = min(1.0, least / _WORTH_ALL_OF_IT)
+    calibration = calibrate(made.layers, base, config, recipe, machine, share)
+    timed = [dataclasses.replace(group, seconds=calibration.seconds(group, made.steps)) for group in made.groups]
+    made = dataclasses.replace(made, groups=timed, calibration=calibration, unmeasured=None)
+    return dataclasses.replace(
+        made,
+        evaluation_seconds=calibration.evaluation_seconds(made.layers, base, recipe, made.seconds),
+        export_seconds=calibration.export_seconds(made.checkpoint_bytes),
+    )
+
+
+def plan_layer(block: Block, recipe: Recipe) -> LayerPlan:
+    """What the recipe makes of a block.
+
+    Raises:
+        RecipeError: more active experts than experts.
+    """
+    n_experts = matched_n_experts(block, transcoder_parameters(block, recipe.expansion), recipe.kind)
+    if recipe.n_experts is not None and recipe.kind != "dense":
+        n_experts = recipe.n_experts
+    if recipe.kind != "dense" and recipe.k > n_experts:
+        raise RecipeError(
+            f"recipe key 'k' is {recipe.k}, more than the {n_experts} experts of layer {block.layer}",
+            expected="k of at most n_experts",
+            fix="lower --k, or raise --n-experts or --expansion",
+        )
+    parameters = layer_parameters(block, n_experts, recipe.kind)
+    return LayerPlan(block, n_experts, recipe.k, parameters, recipe.kind, recipe.sparsity)
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan saved beside a converted model."""
+    return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,220 @@
+"""Checkpoints that training goes on from as if nothing had happened, and what goes into them.
+
+A checkpoint is a folder, written aside, brought to the disk and renamed: whatever ends the process, it is there whole or not
+at all. Its manifest has every file's size and SHA-256, and nothing is resumed from what differs from that.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mxdsurgery.runs.digest import file_digest, tensor_bytes
+from mxdsurgery.errors import CheckpointError, OutputError
+from mxdsurgery.base.model import decoder_layers
+from mxdsurgery.base.offload import resident
+
+# What this version writes, and all that it reads.
+CHECKPOINT_VERSION = 1
+_MANIFEST, _STATE, _ASIDE = "manifest.json", "state.json", ".writing"
+# Writing checkpoints never takes more than this share of the time, unless a number of steps is asked for.
+_LARGEST_SHARE = 0.05
+
+# What is in the files of a checkpoint, by their names; asked for when they are written.
+Files = dict[str, Callable[[], Mapping[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that is whole.
+
+    Attributes:
+        folder: where it lies.
+        state: plain data.
+    """
+
+    folder: Path
+    state: dict[str, Any]
+
+    def tensors(self, file: str) -> dict[str, Tensor]:
+        """What a file of it holds, on the CPU."""
+        return load_file(self.folder / file)
+
+
+class Checkpoints:
+    """The checkpoints in a folder.
+
+    Args:
+        folder: theirs; made with the first of them.
+        every: steps between two; None: by time alone.
+        minutes: between two, where ``every`` says nothing sooner.
+        keep: how many stay; 0: none is ever written.
+    """
+
+    def __init__(self, folder: Path, *, every: int | None, minutes: float, keep: int) -> None:
+        self.folder, self.every, self.minutes, self.keep = folder, every, minutes, keep
+        self.last, self.took = time.monotonic(), 0.0
+
+    def due(self, step: int) -> bool:
+        """Whether one should be written after this step."""
+        if self.keep == 0:
+            return False
+        if self.every is not None and step % self.every == 0:
+            return True
+        return time.monotonic() - self.last > max(60.0 * self.minutes, self.took / _LARGEST_SHARE)
+
+    def save(self, step: int, files: Files, unchanging: Files, state: Mapping[str, Any]) -> None:
+        """Writes one, and lets go of the oldest.
+
+        Args:
+            step: which the run has reached; a later one than that of all others.
+            files: by name, what gives their tensors.
+            unchanging: the same, of files that are taken from the checkpoint before this where it has them.
+            state: plain data.
+
+        Raises:
+            OutputError: it cannot be written; those before it are as they were.
+        """
+        start, before, aside = time.monotonic(), self._newest(), self.folder / _ASIDE
+        try:
+            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+            aside.mkdir(parents=True)
+            for name, tensors in (files | unchanging).items():
+                if name in unchanging and before is not None and (before / name).is_file():
+                    _link(before / name, aside / name)
+                else:
+                    save_file({key: value.detach().cpu().contiguous() for key, value in tensors().items()}, aside / name)
+            (aside / _STATE).write_text(json.dumps(state), encoding="utf-8")
+            written = {path.name: _described(path) for path in sorted(aside.iterdir())}
+            manifest = {"format_version": CHECKPOINT_VERSION, "step": step, "files": written}
+            (aside / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            for path in (*aside.iterdir(), aside):
+                sync(path)
+            os.replace(aside, self.folder / f"step-{step:09}")
+            sync(self.folder)
+            for old in self._all()[: -self.keep]:
+                shutil.rmtree(old)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise OutputError(
+                f"the checkpoint of step {step} cannot be written to {str(self.folder)!r}: {error}",
+                expected="room for it",
+                fix="free some space, or keep fewer: --keep-checkpoints",
+            ) from None
+        self.last, self.took = time.monotonic(), time.monotonic() - start
+
+    def __bool__(self) -> bool:
+        """Whether there is one."""
+        return bool(self._all())
+
+    def latest(self, anew: str = "--overwrite") -> Checkpoint | None:
+        """The newest; None where there is none.
+
+        Args:
+            anew: how to begin anew, for people.
+
+        Raises:
+            CheckpointError: it is not as it was written, or of a version that this one does not know.
+        """
+        path = self._newest()
+        if path is None:
+            return None
+        try:
+            manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+            version, files = manifest["format_version"], manifest["files"]
+            if version != CHECKPOINT_VERSION:
+                raise CheckpointError(
+                    f"{str(path)!r} is of checkpoint version {version!r}",
+                    expected=f"version {CHECKPOINT_VERSION}",
+                    fix=f"go on with the version of mxdsurgery that wrote it, or begin anew: {anew}",
+                )
+            missing = [name for name in files if not (path / name).is_file()]
+            if missing:
+                raise ValueError(f"{missing[0]} is missing")
+            wrong = [name for name, entry in files.items() if _described(path / name) != entry]
+            if wrong or _STATE not in files:
+                raise ValueError(f"{wrong[0] if wrong else _STATE} is not as it was written")
+            return Checkpoint(path, json.loads((path / _STATE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            others = [other.name for other in self._all() if other != path]
+            then = f"goes on from {others[-1]}" if others else "begins anew: there is none before it"
+            reason = f"{_MANIFEST}: {error.strerror}" if isinstance(error, OSError) else error
+            raise CheckpointError(
+                f"the checkpoint {str(path)!r} is damaged: {reason}",
+                expected="the files of its manifest, with their sizes and digests",
+                fix=f"delete it; the same command with --resume then {then}",
+            ) from None
+
+    def _all(self) -> list[Path]:
+        """From the oldest to the newest."""
+        return sorted(self.folder.glob("step-*"), key=lambda path: path.name)
+
+    def _newest(self) -> Path | None:
+        return next(reversed(self._all()), None)
+
+
+def sync(path: Path) -> None:
+    """Brings a file or folder to the disk: a rename is only as good as what is there already."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under a second name; a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the weights of a model's embeddings and decoder layers, wherever they lie."""
+    digest = hashlib.sha256()
+    for module in (model.get_input_embeddings(), *decoder_layers(model)[1]):
+        with resident(module):
+            for name, tensor in module.state_dict().items():
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor_bytes(tensor).cpu().numpy())
+    return digest.hexdigest()
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that an optimiser keeps of its parameters: by their number and the name of what is kept."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": value for number, kept in state.items() for name, value in kept.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Gives an optimiser back what `optimizer_state` took."""
+    kept: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        number, _, what = name.partition(".")
+        kept.setdefault(int(number), {})[what] = value.clone()
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin with ``prefix.``, without it."""
+    return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}
+
+
+def prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The same under longer names; `part` takes them out again."""
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}

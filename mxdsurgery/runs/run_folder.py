@@ -1,0 +1,342 @@
+"""The folder beside a result that a run works in until the result is there.
+
+``<out>.run`` holds recipe.yaml and plan.json, log.txt and metrics.jsonl (mxdsurgery.journal), and the last checkpoints
+(mxdsurgery.resume). It goes when the run ends well; else it is what ``--resume`` goes on from.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.errors import CheckpointError, DivergedError, Interrupted, MxDError, OutputError
+from mxdsurgery.runs.journal import METRICS_FILE, Journal, Recording
+from mxdsurgery.outside import shown
+from mxdsurgery.runs.parallel import any_of, first_ones, rank, text_shares, wait
+from mxdsurgery.recipe import CHECKPOINT_KEYS, COMPUTE_KEYS, Recipe
+from mxdsurgery.runs.resume import Checkpoint, Checkpoints, Files
+from mxdsurgery.hardware.threads import asked_for, set_threads
+
+# The file of a checkpoint with what is in training.
+TRAINING_FILE = "training.safetensors"
+# A run may go on with other values of these: they do not change what is trained, or `RunFolder.keep_threads` sees to it.
+_FREE_KEYS = {
+    *CHECKPOINT_KEYS,
+    "overwrite",
+    "out",
+    "tracker",
+    "memory",
+    "device",
+    "threads",
+    "trust_remote_code",
+    "eval_tokens_single",
+}
+
+
+class Stop:
+    """Whether the run was asked to stop."""
+
+    asked = False
+
+
+@contextmanager
+def stoppable(say: Callable[[str], None]) -> Iterator[Stop]:
+    """While open, the first Ctrl-C, or SIGTERM, only asks; the second interrupts as usual. For the main thread."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, _frame: Any) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+        name = signal.Signals(number).name
+        say(f"stopping   {name}: this step is finished first, and a checkpoint written; once more: at once, without")
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, ask)
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class RunFolder:
+    """The folder that a run works in, and what it does after each step.
+
+    Args:
+        out: the result's place; the folder is ``<out>.run``. None: nothing is written anywhere.
+        recipe: parallel, checkpoint_every, checkpoint_minutes, keep_checkpoints.
+    """
+
+    def __init__(self, out: Path | None, recipe: Recipe) -> None:
+        self.path = None if out is None else out.with_name(out.name + ".run")
+        self.shares = text_shares(recipe)
+        self.own = f".{rank()}" if rank() else ""  # ends the names of what is this process's own
+        self.writes = self.path is not None and (rank() == 0 or self.shares == 1)
+        self.checkpoints = None
+        if self.path is not None:
+            self.checkpoints = Checkpoints(
+                self.path / ("checkpoints" + (self.own if self.writes else "")),
+                every=recipe.checkpoint_every,
+                minutes=recipe.checkpoint_minutes,
+                keep=recipe.keep_checkpoints,
+            )
+        self.journal = Journal(None)
+        self.identity: dict[str, Any] = {}
+        self.resumed: Checkpoint | None = None
+        self.stop = Stop()
+        self.at = 0  # the step of the last checkpoint
+        self.computes = {name: getattr(recipe, name) for name in COMPUTE_KEYS}
+        self.anew = ""  # how to begin anew, for people
+        self.made: list[Path] = []  # folders above that were not there before, from the lowest
+
+    @property
+    def scratch(self) -> Path | None:
+        """A folder for what is gone with the process; on the file system of the result."""
+        return None if self.path is None else self.path / f"scratch{self.own}"
+
+    def as_begun(self, chosen: Recipe, say: Callable[[str], None], resume: bool = False) -> Recipe:
+        """The recipe with what the run that goes on computes in; or else with what the first of several processes chose.
+
+        Args:
+            chosen: with what would be computed in here, in place of each ``auto``.
+            say: is told, where the run computes in something else.
+            resume: whether to look what a run computes in that is yet to be opened.
+        """
+        found = self.checkpoints.latest(self.anew) if resume else self.resumed
+        begun = None if found is None else found.state.get("computes")  # an older version's says nothing
+        settled = dataclasses.replace(chosen, **begun or first_ones({name: getattr(chosen, name) for name in COMPUTE_KEYS}))
+        if settled.compute != chosen.compute:
+            say(f"compute    {settled.compute}, as the run began; here it would have been {chosen.compute}")
+        self.computes = {name: getattr(settled, name) for name in COMPUTE_KEYS}
+        return settled
+
+    def open(self, identity: Mapping[str, Any], resume: bool, overwrite: bool, anew: str = "--overwrite") -> None:
+        """Begins the run, or goes on with it: ``resumed`` then is where it stood.
+
+        Args:
+            identity: what the run depends on, as plain data; see `confirm`.
+            resume: go on from the last checkpoint, if there is one.
+            overwrite: begin anew, whatever is there.
+            anew: how to do so, for people.
+
+        Raises:
+            OutputError: there is an unfinished run, and it is to be neither resumed nor overwritten; or the folder cannot be
+                written.
+            CheckpointError: the run depends on other things than it did, or its last checkpoint is damaged.
+        """
+        if self.path is None:
+            return
+        self.anew = anew
+        if rank() > 0:
+            wait()  # the first one makes sure that the folder is what is asked for
+        found = self.checkpoints.latest(anew) if resume else None
+        there = any(self.path.glob("checkpoints*/step-*"))
+        if rank() == 0 and there and not resume and not overwrite:
+            raise OutputError(
+                f"{str(self.path)!r} holds an unfinished run",
+                expected="a decision",
+                fix=f"--resume to go on with it, {anew} to begin anew, or another --out",
+            )
+        if found is not None:
+            self.resumed, self.at = found, found.state["step"]
+        self.confirm(**identity)
+        try:
+            if rank() == 0 and not (resume and there):
+                shutil.rmtree(self.path, ignore_errors=True)
+            shutil.rmtree(self.scratch, ignore_errors=True)  # of a run that was killed
+            self.made = [parent for parent in self.path.parents if not parent.exists()]
+            self.scratch.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"{str(self.path)!r} cannot be written: {error}", fix="give another --out") from None
+        if rank() == 0:
+            wait()
+        self.journal = Journal(self.path if self.writes else None)
+
+    def confirm(self, **identity: Any) -> None:
+        """More that the run depends on, which was not known when it was opened.
+
+        Raises:
+            CheckpointError: the run that is to go on depends on something else.
+        """
+        identity = json.loads(json.dumps(identity))
+        self.identity |= identity
+        earlier = identity if self.resumed is None else self.resumed.state["identity"]
+        other = [name for name, value in identity.items() if earlier.get(name) != value]
+        if other:
+            was = ", ".join(f"{name}: {shown(earlier.get(name), 60)}" for name in other)
+            now = ", ".join(f"{name}: {shown(identity[name], 60)}" for name in other)
+            raise CheckpointError(
+                f"{str(self.path)!r} holds a run that depends on something else: {now}",
+                expected=was,
+                fix=f"repeat the earlier command with --resume, or begin anew: {self.anew}",
+            )
+
+    def keep_threads(self, count: int | None, say: Callable[[str], None]) -> None:
+        """Computes on as many CPU threads as the run did before: on others, sums are rounded otherwise.
+
+        Args:
+            count: so many; None: an older version did not write it down.
+            say: is told, where this process had others.
+
+        Raises:
+            CheckpointError: another number was asked for.
+        """
+        here = torch.get_num_threads()
+        if count is None or count == here:
+            return
+        if asked_for() is not None:
+            raise CheckpointError(
+                f"{str(self.path)!r} holds a run on {count} CPU threads, and {asked_for()} were asked for",
+                expected=f"threads: {count}, for the same bits",
+                fix=f"--threads {count}, or begin anew: {self.anew}",
+            )
+        set_threads(count)
+        say(f"threads    {count}, as the run began; here it would have been {here}")
+
+    def check_text(self, digest: str) -> None:
+        """Raises CheckpointError if the text read anew, up to where the run stood, is not what it was."""
+        if digest != self.resumed.state["text"]:
+            raise CheckpointError(
+                f"the training text is not what it was when {str(self.resumed.folder)!r} was written",
+                expected="the same text, up to where the run stood",
+                fix=f"put the earlier text back, or begin anew: {self.anew}",
+            )
+
+    @contextmanager
+    def watching(self, say: Callable[[str], None]) -> Iterator[None]:
+        """While open, Ctrl-C and SIGTERM let a step end first; see `after`."""
+        with stoppable(say) as self.stop:
+            yield
+
+    def after(self, step: int, files: Files, unchanging: Files, state: Callable[[], Mapping[str, Any]]) -> None:
+        """To be called after each step, counted over the whole run: writes a checkpoint if one is due, and stops if asked to.
+
+        Raises:
+            Interrupted: it was asked to.
+        """
+        due = self.checkpoints is not None and self.checkpoints.due(step)
+        due, asked = any_of([due, self.stop.asked], self.shares)
+        if due or asked:
+            self.save(step, files, unchanging, state())
+        if asked:
+            raise Interrupted(f"Interrupted. {self._left()}")
+
+    def save(self, step: int, files: Files, unchanging: Files, state: Mapping[str, Any]) -> None:
+        """Writes a checkpoint, unless there is one of this step."""
+        if self.checkpoints is None or self.checkpoints.keep == 0 or step <= self.at:
+            return
+        if not self.writes:
+            for tensors in files.values():
+                tensors()  # which brings together what all processes know
+            self.at = step
+            return
+        own = {"step": step, "identity": self.identity, "threads": torch.get_num_threads(), "computes": self.computes}
+        self.checkpoints.save(step, files, unchanging, own | dict(state))
+        self.at = step
+
+    def _left(self) -> str:
+        """What is there when the run ends too soon, for people; the folder goes if nothing was trained in it."""
+        if not self.at:
+            if self.path is not None and rank() == 0 and not (self.path / METRICS_FILE).is_file():
+                shutil.rmtree(self.path, ignore_errors=True)
+                with contextlib.suppress(OSError):  # it is not empty
+                    for folder in self.made:
+                        folder.rmdir()
+            return "Nothing was written: there was no checkpoint yet."
+        return f"A checkpoint of step {self.at} is in {self.path}; the same command with --resume goes on from there."
+
+    @contextmanager
+    def working(self, reporter: Reporter) -> Iterator[Reporter]:
+        """The work inside is written down; where it ends too soon, it says what there is to go on from.
+
+        Raises:
+            Interrupted: Ctrl-C.
+            MxDError: as inside.
+        """
+        try:
+            with Recording(reporter, self.journal) as recording:
+                if self.resumed is not None:
+                    self.keep_threads(self.resumed.state.get("threads"), recording.say)
+                yield recording
+        except Interrupted:
+            raise
+        except KeyboardInterrupt:
+            raise Interrupted(f"Interrupted. {self._left()}") from None
+        except (DivergedError, CheckpointError):
+            raise  # to go on from there would end there again
+        except MxDError as error:
+            left = self._left()
+            if not self.at:
+                raise
+            raise type(error)(f"{error.found}\n{left}", expected=error.expected, fix=error.fix) from None
+        finally:
+            if self.scratch is not None:
+                shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def finish(self, result: Path) -> None:
+        """Adds the metrics to the result, and removes the folder."""
+        if self.path is None:
+            return
+        with contextlib.suppress(OSError):
+            with open(result / METRICS_FILE, "ab") as metrics:
+                metrics.write((self.path / METRICS_FILE).read_bytes())
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """What a training tells of each of its steps, and where it gets what to go on from.
+
+    Attributes:
+        run: writes the checkpoints; None: nobody does.
+        step: of the whole run, at the moment.
+        state: where the run stands, as plain data.
+        unchanging: files of what is finished.
+        resumed: what the training gave when the checkpoint was written that it goes on from; None: it begins.
+    """
+
+    run: RunFolder | None = None
+    step: Callable[[], int] = int
+    state: Callable[[], Mapping[str, Any]] = dict
+    unchanging: Files = field(default_factory=dict)
+    resumed: dict[str, Tensor] | None = None
+
+    def after(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
+        """After a step: ``tensors`` is all that the training goes on from, and only asked for if it is written.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+        """
+        if self.run is not None:
+            self.run.after(self.step(), {TRAINING_FILE: tensors}, self.unchanging, self.state)
+
+    def finished(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
+        """At the end: what comes after it, measuring and writing, may be interrupted too."""
+        if self.run is not None:
+            self.run.save(self.step(), {TRAINING_FILE: tensors}, self.unchanging, self.state())
+
+
+# For a training that nobody keeps.
+UNKEPT = Keeper()
+
+
+def depends_on(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the keys and values of a recipe, or the like, those that a run depends on."""
+    return {name: value for name, value in values.items() if name not in _FREE_KEYS}

@@ -1,0 +1,282 @@
+"""What of a model's folder is published: the files that belong to it, complete, and without secrets or local paths.
+
+A small file is held as the bytes that were looked through, so that nothing else goes out; weights and tables stay on the disk.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from mxdsurgery.base.model import load_tokenizer
+from mxdsurgery.checkpoint.adapter import ADAPTER_FILE, CARD, Adapter, is_adapter, is_code, part_of, read_adapter
+from mxdsurgery.checkpoint.converted import EVALUATION_FILE, PLAN_FILE, RECIPE_FILE, read_config
+from mxdsurgery.checkpoint.export import TRAVELLING
+from mxdsurgery.disclosure import Finding, disclosures, redacted
+from mxdsurgery.errors import DataError, PushError, WeightsError, first_line
+
+if TYPE_CHECKING:  # only the catalogue of experts needs it
+    import pyarrow.parquet as parquet
+
+_MODELING = "modeling_mxd.py"
+_CODE = (*TRAVELLING, "configuration_mxd.py", _MODELING)
+_NEEDED = (CARD, "config.json", PLAN_FILE, RECIPE_FILE, EVALUATION_FILE, "tokenizer_config.json")
+_LICENSES = ("LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*", "USE_POLICY.md")
+_KEPT_BY_EDIT = (CARD, "config.json", EVALUATION_FILE, "before.safetensors", "digests.json", "edits.yaml", "*.py")
+# What belongs to a model, as `fnmatch` reads it. All else in the folder stays here.
+_KNOWN = (
+    *_NEEDED,
+    *_LICENSES,
+    ADAPTER_FILE,
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "adapter*.safetensors",
+    "lora/adapter_config.json",
+    "lora/adapter_model*.safetensors",
+    f"lora/{CARD}",
+    *(f"edits/*/{name}" for name in _KEPT_BY_EDIT),
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+_EXPERTS = "experts/*"
+_CONTEXTS = "experts/contexts.parquet"
+# These list pieces of words: paths and "token: ..." among them are no one's.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model*", "vocab.*", "merges.txt", "spiece.model")
+_ON_DISK = (".safetensors", ".parquet")
+
+_AS_WRITTEN = "the folder as mxdsurgery wrote it"
+_MOST_SHOWN = 12
+
+
+@dataclass
+class Parcel:
+    """What is sent of a folder.
+
+    Attributes:
+        folder: where it is.
+        contents: by its name in the folder, each file's bytes, or the path of one that is sent from the disk.
+        redacted: names of those in which local paths were cut down.
+        left_out: what stays here: files, and folders (with a slash) of which nothing is sent.
+    """
+
+    folder: Path
+    contents: dict[str, bytes | Path]
+    redacted: list[str]
+    left_out: list[str]
+
+
+def pack(folder: str | Path, *, redact: bool = False, include_experts: bool = False) -> Parcel:
+    """What is to be sent of a folder.
+
+    Args:
+        folder: what ``convert``, ``edit`` or ``heal`` wrote, a checkpoint or an adapter; it is left as it is.
+        redact: cut local paths in text files, but not in code, down to their last component.
+        include_experts: the catalogue of ``experts`` too.
+
+    Raises:
+        NotConvertedError: the folder is not one of ours.
+        WeightsError: its weights are incomplete or cannot be read.
+        PushError: other files are missing.
+    """
+    folder = Path(folder)
+    adapter = read_adapter(folder) if is_adapter(folder) else None
+    _check_complete(folder, adapter)
+    known = (*_KNOWN, *(_CODE if adapter is None else ()), *((_EXPERTS,) if include_experts else ()))
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    chosen = {file.as_posix() for file in files if _among(file.as_posix(), known)}
+    if include_experts and _CONTEXTS not in chosen:
+        raise PushError(f"{str(folder)!r} holds no catalogue of experts", fix="mxdsurgery experts writes it")
+    parcel = Parcel(folder, {}, [], _others(files, chosen))
+    for name in sorted(chosen):
+        parcel.contents[name] = folder / name if name.endswith(_ON_DISK) else (folder / name).read_bytes()
+        if redact and not name.endswith((*_ON_DISK, ".py")) and not _among(name, _VOCABULARIES):
+            _redact(parcel, name)
+    if adapter is not None:
+        _note_changes(parcel, adapter)
+    return parcel
+
+
+def belongs(name: str) -> bool:
+    """Whether a file in a repository is of the kind that a push writes there, and not one that people write themselves."""
+    return _among(name, (*_KNOWN, *_CODE, _EXPERTS)) and not written_by_people(name)
+
+
+def written_by_people(name: str) -> bool:
+    """Whether a new repository may well have a file of this name before anything was pushed to it."""
+    return _among(name, (CARD, *_LICENSES, ".gitattributes"))
+
+
+def _among(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether one of the patterns is a file's; a star stands for no slash."""
+    return any(fnmatchcase(name, pattern) and pattern.count("/") == name.count("/") for pattern in patterns)
+
+
+def _others(files: list[Path], chosen: set[str]) -> list[str]:
+    sent = {name.split("/")[0] for name in chosen}
+    left = (file for file in files if file.as_posix() not in chosen)
+    return sorted({file.as_posix() if len(file.parts) == 1 or file.parts[0] in sent else f"{file.parts[0]}/" for file in left})
+
+
+def _check_complete(folder: Path, adapter: Adapter | None) -> None:
+    """Raises unless the folder is one of ours, with all that it takes to load it."""
+    if adapter is None:
+        read_config(folder)
+        missing = [name for name in (*_NEEDED, *_CODE[-2:]) if not (folder / name).is_file()] or _missing_code(folder)
+    else:
+        missing = [name for name in {*_NEEDED, *_beside(adapter)} if not (folder / name).is_file()]
+    if missing:
+        raise PushError(
+            f"{str(folder)!r} is not complete: there is no {', '.join(sorted(missing)[:3])}",
+            expected=_AS_WRITTEN,
+            fix="mxdsurgery evaluate writes evaluation.json and the card anew; else write the folder again",
+        )
+    held = {path.relative_to(folder).as_posix(): _names(path) for path in sorted(folder.rglob("*.safetensors"))}
+    absent = _missing_weights(folder, held) if adapter is None else _missing_parts(adapter, held)
+    if absent:
+        raise WeightsError(f"{str(folder)!r} holds no {', '.join(absent[:3])}", expected=_AS_WRITTEN)
+
+
+def _missing_code(folder: Path) -> list[str]:
+    """Files of the checkpoint's code that its other files import."""
+    try:
+        get_relative_import_files(folder / _MODELING)
+    except FileNotFoundError as error:
+        return [Path(error.filename).name]
+    return []
+
+
+def _missing_weights(folder: Path, held: dict[str, list[str]]) -> list[str]:
+    """The checkpoint's file, or tensors that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [] if "model.safetensors" in held else ["model.safetensors"]
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{index} cannot be read: {first_line(error)}", expected=_AS_WRITTEN) from None
+    return sorted({file for _, file in named} - held.keys()) or [n for n, file in named if n not in held[file]]
+
+
+def _missing_parts(adapter: Adapter, held: dict[str, list[str]]) -> list[str]:
+    """The adapter's files for the checkpoint's files of weights, or tensors that differ from the base model's."""
+    parts = [part_of(name) for name in adapter.weights()]
+    tensors = {name for part in parts for name in held.get(part, ())}
+    return [part for part in parts if part not in held] or sorted(adapter.kept.keys() - tensors)
+
+
+def _names(path: Path) -> list[str]:
+    """Of the tensors in a file, after making sure that it can be read."""
+    try:
+        with safe_open(path, "pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read: {first_line(error)}", expected=_AS_WRITTEN) from None
+
+
+def _beside(adapter: Adapter) -> list[str]:
+    """The checkpoint's files that an adapter holds as they are: all but weights and code."""
+    weights = adapter.weights()
+    return [name for name in adapter.files if name not in weights and not is_code(name)]
+
+
+def _redact(parcel: Parcel, name: str) -> None:
+    given = parcel.contents[name]
+    assert isinstance(given, bytes)
+    text = given.decode("utf-8", "surrogateescape")
+    if name.endswith(CARD):
+        # The hub takes `base_model` for a name on it: a folder's would be another model's.
+        text = re.sub(r"\A(---\n(?:.*\n)*?)base_model: *[\"']?(?:/|[A-Za-z]:\\).*\n", r"\1", text)
+    sent = redacted(text).encode("utf-8", "surrogateescape")
+    if sent != given:
+        parcel.contents[name] = sent
+        parcel.redacted.append(name)
+
+
+def _note_changes(parcel: Parcel, adapter: Adapter) -> None:
+    """Makes what an adapter says of its files true of those that are sent: `apply` compares them."""
+    given = parcel.contents[ADAPTER_FILE]
+    assert isinstance(given, bytes)
+    values = json.loads(given)
+    for name in _beside(adapter):
+        content = parcel.contents.get(name)
+        if content is None:
+            del values["files"][name]
+        elif name in parcel.redacted and name != CARD:  # a card may be edited: `apply` says so, and goes on
+            values["files"][name] = hashlib.sha256(content).hexdigest()
+    if values != json.loads(given):
+        parcel.contents[ADAPTER_FILE] = (json.dumps(values, indent=1) + "\n").encode()
+
+
+def check_disclosures(parcel: Parcel, known: set[str], redact: bool) -> None:
+    """Looks through all that would be sent.
+
+    Args:
+        parcel: what that is.
+        known: secrets to look for as they are.
+        redact: whether paths were cut already; for the advice only.
+
+    Raises:
+        PushError: naming file and line of each secret and local path; of a secret, only how it begins.
+    """
+    found: list[tuple[str, Finding]] = []
+    for name, text, vocabulary in _texts(parcel):
+        found += [(name, finding) for finding in disclosures(text, known, vocabulary)]
+    if not found:
+        return
+    lines = [f"{name}, line {finding.line}: {finding.what}: {finding.shown}" for name, finding in found[:_MOST_SHOWN]]
+    lines += [f"and {len(found) - _MOST_SHOWN} more"] if len(found) > _MOST_SHOWN else []
+    fixes = []
+    if any(finding.secret for _, finding in found):
+        fixes.append("take the secrets out, and revoke them if others have seen this folder")
+    if any(not finding.secret for _, finding in found):
+        fixes.append("take the paths out by hand" if redact else "--redact sends copies with only the last part of each path")
+    raise PushError(
+        f"nothing of {str(parcel.folder)!r} was sent: it would publish\n  " + "\n  ".join(lines),
+        expected="no secret and no path of this machine in any file that is sent",
+        fix="; ".join(fixes),
+    )
+
+
+def _texts(parcel: Parcel) -> Iterator[tuple[str, str, bool]]:
+    """All that can be read in what is sent: where it stands, a text, and whether that lists or quotes the words of others."""
+    for name, content in parcel.contents.items():
+        if isinstance(content, bytes):
+            yield name, content.decode("utf-8", "replace"), _among(name, _VOCABULARIES)
+        elif name.endswith(".safetensors"):
+            with safe_open(content, "pt") as opened:
+                yield f"{name} (header)", json.dumps(opened.metadata() or {}, indent=1, ensure_ascii=False), False
+        else:
+            yield f"{name} (schema)", str(_table(content).schema_arrow), False
+        if name == _CONTEXTS:
+            for number, text in enumerate(_contexts(parcel.folder)):
+                yield f"{name} (context {number})", text, True
+
+
+def _table(path: Path) -> "parquet.ParquetFile":
+    import pyarrow.parquet as parquet
+
+    try:
+        return parquet.ParquetFile(path)
+    except (ValueError, OSError) as error:  # Arrow's own errors are among these
+        raise DataError(f"{path} cannot be read: {first_line(error)}", fix="write it anew: mxdsurgery experts") from None
+
+
+def _contexts(folder: Path) -> Iterator[str]:
+    """The text that a catalogue keeps, a context at a time."""
+    tokenizer = load_tokenizer(str(folder))
+    for batch in _table(folder / _CONTEXTS).iter_batches(256, columns=["input_ids"]):
+        yield from tokenizer.batch_decode(batch.column(0).to_pylist())

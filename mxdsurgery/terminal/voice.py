@@ -1,0 +1,81 @@
+"""How much a command says: -q and -v, which all have, and whether the libraries' warnings are heard."""
+
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+import click
+
+from mxdsurgery.disclosure import masked, secrets_here
+from mxdsurgery.errors import MxDWarning
+from mxdsurgery.terminal.console import ConsoleReporter, event_line
+
+# Where click keeps the level: the same for a group and for the command in it.
+_LEVEL = "mxdsurgery.level"
+
+
+def level_options() -> list[click.Option]:
+    """-q and -v; the last one given counts, and one after the command's name more than one before it."""
+
+    def option(short: str, name: str, level: str, text: str) -> click.Option:
+        def keep(ctx: click.Context, _param: click.Parameter, given: bool) -> None:
+            if given:
+                ctx.meta[_LEVEL] = level
+
+        return click.Option([short, f"--{name}"], is_flag=True, expose_value=False, callback=keep, help=text)
+
+    return [
+        option("-q", "quiet", "warning", "Say only what is wrong, and the result."),
+        option("-v", "verbose", "debug", "Say all of it, with time and level, and what the libraries warn of."),
+    ]
+
+
+class Command(click.Command):
+    """A command with -q and -v."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.params += level_options()
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs it, with the libraries as loud as asked for."""
+        _hear_libraries(_level() == "debug")
+        return super().invoke(ctx)
+
+
+def console_reporter() -> ConsoleReporter:
+    """What the running command tells people with."""
+    return ConsoleReporter(level=_level())
+
+
+def _level() -> str:
+    return click.get_current_context().meta.get(_LEVEL, "info")
+
+
+class _Lines(logging.Handler):
+    """What a library logs, as a line like ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = event_line(record.levelname.lower(), record.name.partition(".")[0], record.getMessage())
+        click.echo(masked(line, secrets_here(None)), err=True)
+
+
+def _hear_libraries(warned: bool) -> None:
+    """The libraries' own progress bars, warnings and advice would interrupt ours; their warnings are there for who asks."""
+    warnings.simplefilter("default" if warned else "ignore")
+    warnings.simplefilter("once", MxDWarning)
+    warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers', too, if it is not loaded yet
+    logging.disable(logging.NOTSET if warned else logging.WARNING)  # no library need be loaded for that
+    if warned or "transformers" in sys.modules:
+        import transformers
+
+        transformers.logging.disable_progress_bar()
+    if warned:
+        logging.basicConfig(level=logging.WARNING, handlers=[_Lines()])
+        transformers.logging.disable_default_handler()
+        transformers.logging.enable_propagation()

@@ -1,0 +1,367 @@
+"""Distillation: each new layer learns its block's output from its block's input. Where they come from is inputs.py's matter.
+
+Source of loss and schedule: arXiv 2505.21364.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mxdsurgery.base.activations import Activations, ShuffledPositions
+from mxdsurgery.errors import DivergedError
+from mxdsurgery.hardware.device import widest
+from mxdsurgery.layers.baselines import TopKSAE
+from mxdsurgery.layers.layer import Experts, MxDLayer
+from mxdsurgery.layers.sparse import mix, sparse_gate
+from mxdsurgery.recipe import Recipe
+from mxdsurgery.runs.parallel import agree, average_gradients, sum_of_all, text_shares
+from mxdsurgery.runs.resume import optimizer_state, part, prefixed, restore_optimizer
+from mxdsurgery.runs.run_folder import UNKEPT, Keeper
+from mxdsurgery.training.accelerator import selects_in_bf16
+from mxdsurgery.training.cost import LayerPlan, first_k
+
+# Losses are looked at every so many steps: looking waits for the device.
+_CHECK_EVERY = 20
+# A loss this many times the first one, and that of an output of zero, has diverged.
+_DIVERGED = 10.0
+# K has fallen to its own value after this share of the steps.
+_K_FALLS_UNTIL = 0.7
+# Dictionaries learn best at a higher rate than the recipe's, which is a Mixture of Decoders': docs/frontier.md.
+_RATE_FACTORS = {"transcoder": 2.0, "skip-transcoder": 2.0, "topk-sae": 2.0}
+# An expert is dead when it has not fired for this share of the training tokens.
+_DEAD_AFTER = 0.1
+
+
+@dataclass
+class Progress:
+    """Where a distillation stands; kept up to date while it runs, so that an interrupted one can be described."""
+
+    steps: int
+    tokens_per_step: int
+    steps_before: int = 0  # of other groups of layers, in the same run
+    step: int = 0
+    seconds: float = 0.0
+    lr: float = 0.0
+    loss: dict[LayerPlan, float] = field(default_factory=dict)  # of distillation, over the last steps looked at
+    nmse: dict[LayerPlan, float] = field(default_factory=dict)  # ‖ŷ-y‖²/‖y‖² over the same
+    dead_share: dict[LayerPlan, float] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens seen."""
+        return self.step * self.tokens_per_step
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is through."""
+        return self.step == self.steps
+
+    def by_layer(self) -> dict[str, dict[str, float]]:
+        """The figures of each layer, by `layer_key`."""
+        figures = {"loss": self.loss, "nmse": self.nmse, "dead_share": self.dead_share}
+        return {layer_key(plan): {name: of[plan] for name, of in figures.items() if plan in of} for plan in self.nmse}
+
+    def row(self) -> dict[str, Any]:
+        """Where it stands, for a run's metrics."""
+        now = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "lr": self.lr}
+        return now | {"layers": self.by_layer()}
+
+    def state(self) -> dict[str, Any]:
+        """The same, as `restore` wants it."""
+        return self.row()
+
+    def restore(self, state: Mapping[str, Any], layers: Iterable[LayerPlan]) -> None:
+        """Goes on from a `state`, of these layers."""
+        self.step, self.seconds, self.lr = state["step"], state["seconds"], state["lr"]
+        for plan in layers:
+            for name, value in state["layers"].get(layer_key(plan), {}).items():
+                getattr(self, name)[plan] = value
+
+
+class LayerInTraining:
+    """A layer with what its training needs: Adam, the firing record and running sums between two looks.
+
+    Args:
+        name: for people.
+        layer: fp32, on the device of the training.
+        recipe: lr, unit_norm, specialise, auxk, selection.
+        dead_after: tokens without firing after which an expert is dead.
+    """
+
+    def __init__(self, name: str, layer: nn.Module, recipe: Recipe, dead_after: float = math.inf) -> None:
+        self.name, self.layer, self.auxk, self.dead_after = name, layer, recipe.auxk, dead_after
+        self.shares = text_shares(recipe)  # processes that each see a part of a batch
+        self.experts: Experts | None = getattr(layer, "experts", None)
+        self.unit_norm = recipe.unit_norm and self.experts is not None
+        self.specialise = recipe.specialise if isinstance(layer, MxDLayer) else 0.0  # elsewhere they multiply nothing
+        if self.experts is not None:
+            layer.gate.selection = torch.bfloat16 if selects_in_bf16(recipe) else None
+        self.optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=recipe.lr, fused=True)
+        device = layer.bias.device
+        # The training tokens seen when each expert last fired.
+        n_experts = 0 if self.experts is None else len(self.experts.weight)
+        self.last_fired = torch.zeros(n_experts, dtype=torch.int64, device=device)
+        # Since the last look: the loss, the loss of an output of zero, ‖ŷ-y‖² and ‖y‖².
+        self.sums = torch.zeros(4, dtype=widest(device), device=device)
+        self.first_loss: float | None = None
+        self.last_loss, self.diverged = math.nan, False  # over the steps before the last look
+
+    def agree(self) -> None:
+        """Brings the firing record and the running sums of all processes that share the text together."""
+        agree(self.last_fired, self.shares)
+        agree(self.sums, self.shares, mean=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that training goes on from: weights, Adam's state, the firing record and the running sums."""
+        first = math.nan if self.first_loss is None else self.first_loss
+        record = {"last_fired": self.last_fired, "sums": self.sums, "first_loss": torch.tensor(first, dtype=torch.float64)}
+        return prefixed(self.layer.state_dict(), "weight") | prefixed(optimizer_state(self.optimizer), "adam") | record
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from a `state`."""
+        self.layer.load_state_dict(part(state, "weight"))
+        restore_optimizer(self.optimizer, part(state, "adam"))
+        self.last_fired.copy_(state["last_fired"])
+        self.sums.copy_(state["sums"])
+        first = state["first_loss"].item()
+        self.first_loss = None if math.isnan(first) else first
+
+    def set_k(self, k: int) -> None:
+        """How many experts are active from here on; nothing without experts."""
+        if self.experts is not None:
+            self.layer.gate.k = k
+
+    def dead(self, tokens_seen: int) -> Tensor:
+        """Which experts have not fired for `dead_after` tokens: (N,) bool. None at first: all had a chance."""
+        return self.last_fired < tokens_seen - self.dead_after
+
+    def look(self, steps_since: int) -> float:
+        """The NMSE since the last look; waits for the device."""
+        self.agree()
+        loss_sum, zero_sum, error, power = self.sums.tolist()
+        self.sums.zero_()
+        loss = self.last_loss = loss_sum / steps_since
+        if self.first_loss is None:
+            self.first_loss = loss
+        grown = power > 0 and loss > _DIVERGED * max(self.first_loss, zero_sum / steps_since)
+        self.diverged = not math.isfinite(loss) or grown
+        return error / max(power, 1e-30)
+
+    def check(self, step: int) -> None:
+        """Raises DivergedError if the loss was NaN at the last look, or far above where it began."""
+        if self.diverged:
+            raise DivergedError(
+                f"{self.name}: the loss is {self.last_loss:.3g} at step {step}, after {self.first_loss:.3g} at the start",
+                expected="a falling loss",
+                fix="lower --lr (a third of it), raise --warmup, or train with --precision fp32",
+            )
+
+
+def distillation_loss(y_hat: Tensor, y: Tensor, size: Tensor | None = None) -> Tensor:
+    """``mean(‖ŷ - y‖² / ‖y‖)`` over tokens: y_hat and y (tokens, D) -> scalar fp32. Source: arXiv 2505.21364.
+
+    Args:
+        y_hat: what is learned.
+        y: what is to be learned.
+        size: what to divide by the norm of; default: y.
+    """
+    error = (y_hat.float() - y).square().sum(-1)
+    return (error / (y if size is None else size).norm(dim=-1).clamp_min(1e-6)).mean()
+
+
+def frozen_gain(scale: Tensor, target: Tensor, y: Tensor, shares: int = 1) -> Tensor:
+    """How much of the loss the experts would gain if all they ever said were the best constant.
+
+    With ``m`` = scale, ``t`` = target and the loss's weights ``w = 1 / ‖y‖``, the best constant of dimension d is
+    ``c_d = Σ w m_d t_d / Σ w m_d²`` over the batch, and it takes ``(Σ w m_d t_d)² / Σ w m_d²`` off the loss. Kept small, it
+    leaves the experts something to do: `expert_share` measures the same on held-out text, in nats.
+
+    Args:
+        scale: (tokens, D), what the experts' sum is multiplied with.
+        target: (tokens, D), what the product should be.
+        y: (tokens, D), the block's output.
+        shares: processes that each have so many tokens of the batch.
+
+    Returns:
+        A scalar in the loss's units, of the whole batch.
+    """
+    scale, weight = scale.float(), 1.0 / y.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    product = sum_of_all((weight * scale * target).sum(0), shares)
+    power = sum_of_all((weight * scale.square()).sum(0), shares)
+    return (product.square() / power.clamp_min(1e-9)).sum() / (len(y) * shares)
+
+
+def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
+    """Linear warm-up, constant, linear decay to zero; step counts from 0."""
+    warmup, decay = recipe.warmup * steps, recipe.decay * steps
+    rise = (step + 1) / warmup if warmup > 0 else 1.0
+    fall = (steps - step) / decay if decay > 0 else 1.0
+    return recipe.lr * min(1.0, rise, fall)
+
+
+def active_experts(step: int, steps: int, k: int, first_k: int) -> int:
+    """K at a step (from 0): it falls linearly from ``first_k`` to k over the first 70 % of the steps.
+
+    Early on, more experts see more tokens, so that fewer die and all learn sooner; EleutherAI's sparsify anneals K too.
+    """
+    left = max(0.0, 1.0 - step / (_K_FALLS_UNTIL * steps))
+    return k + round((first_k - k) * left)
+
+
+def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_seen: int, accelerator: Accelerator) -> None:
+    """One Adam step of one layer on x, y (tokens, D) in fp32; ``tokens_seen`` of the training, these included."""
+    layer, a = job.layer, None
+    if isinstance(layer, TopKSAE):
+        x = y
+    with accelerator.autocast():
+        scale, rest = layer.dense_path(x)
+        if job.experts is None:
+            y_hat = scale + rest
+        else:
+            a = layer.gate(x)
+            y_hat = layer.experts(a) * scale + rest
+    loss = objective = distillation_loss(y_hat, y)
+    if job.specialise > 0:
+        objective = objective + job.specialise * frozen_gain(scale, y - rest, y, job.shares)
+    if job.auxk > 0 and a is not None:
+        agree(job.last_fired, job.shares)
+        objective = objective + job.auxk * _auxk_loss(job, x, scale.detach(), (y - y_hat).detach(), y, tokens_seen)
+    accelerator.backward(objective)
+    average_gradients(layer.parameters(), job.shares)
+    if job.unit_norm:
+        _remove_radial_gradient(layer.experts.weight)
+    for group in job.optimizer.param_groups:
+        group["lr"] = lr
+    job.optimizer.step()
+    job.optimizer.zero_grad(set_to_none=True)  # now: of all layers in training, one holds its gradients at a time
+    if job.unit_norm:
+        layer.experts.normalize()
+    with torch.no_grad():
+        if a is not None:
+            fired = (a.values > 0).flatten() * tokens_seen
+            job.last_fired.scatter_reduce_(0, a.indices.flatten(), fired, "amax")
+        error, power = (y_hat - y).square().sum(), y.square().sum()
+        job.sums += torch.stack([loss.detach(), y.norm(dim=-1).mean(), error, power])
+
+
+def _auxk_loss(job: LayerInTraining, x: Tensor, scale: Tensor, error: Tensor, y: Tensor, tokens_seen: int) -> Tensor | float:
+    """How well the dead experts, D/2 of them per token, make up for the error (tokens, D) that the living ones leave.
+
+    It is what gives an expert that never fires a gradient. Source: Gao et al., arXiv 2406.04093, appendix A.2; scaled down
+    where fewer than D/2 experts are dead, as EleutherAI's sparsify does.
+    """
+    dead = job.dead(tokens_seen).nonzero()[:, 0]
+    if len(dead) == 0:
+        return 0.0
+    gate, most = job.layer.gate, x.shape[1] // 2
+    values, chosen = sparse_gate(x, gate.weight[dead], gate.bias[dead], min(most, len(dead)), gate.selection)
+    makes_up = mix(values, dead[chosen], job.experts.weight) * scale
+    return distillation_loss(makes_up, error, y) * min(1.0, len(dead) / most)
+
+
+def _remove_radial_gradient(weight: Tensor) -> None:
+    """Takes out of the gradient of C (N, D), rows of unit length, what would only change the rows' length."""
+    with torch.no_grad():
+        radial = torch.einsum("nd,nd->n", weight.grad, weight)
+        weight.grad.addcmul_(weight, radial[:, None], value=-1)
+
+
+def distill(
+    layers: Mapping[LayerPlan, nn.Module],
+    batches: Iterator[dict[int, Activations]],
+    recipe: Recipe,
+    accelerator: Accelerator,
+    progress: Progress,
+    report: Callable[[Progress], None],
+    keeper: Keeper = UNKEPT,
+) -> None:
+    """Trains all layers in place, each on the activations of the block that it stands for.
+
+    Args:
+        layers: what stands for which block; several may stand for the same one. fp32, on the device of the activations.
+        batches: endless, by layer: inputs and targets (B T, D); what is taken from them is gone. Where the training goes on
+            from a checkpoint, they begin with the one after those that it had taken.
+        recipe: lr, warmup, decay, k_start, unit_norm, specialise, auxk, selection, activation_buffer.
+        accelerator: device, precision and trackers.
+        progress: says how many steps; updated on the way.
+        report: called now and then with the progress.
+        keeper: has what to go on from, and is told of every step.
+
+    Raises:
+        DivergedError: naming the layer.
+        Interrupted: the run was asked to stop.
+    """
+    dead_after = _DEAD_AFTER * progress.steps * progress.tokens_per_step
+    jobs = {plan: LayerInTraining(plan.name, layer, recipe, dead_after) for plan, layer in layers.items()}
+    blocks = list({plan.block.layer: plan.block for plan in layers}.values())
+    wanted = itertools.islice(batches, progress.steps - batches_taken(progress, recipe))
+    mixed = ShuffledPositions(wanted, recipe.activation_buffer, progress.tokens_per_step // text_shares(recipe), recipe.seed)
+    if keeper.resumed is not None:
+        for plan, job in jobs.items():
+            job.restore(part(keeper.resumed, layer_key(plan)))
+        mixed.restore(part(keeper.resumed, "mixed"), accelerator.device)
+    begun, before = time.perf_counter(), progress.seconds
+    looked_at = max(progress.step - progress.step % _CHECK_EVERY, min(1, progress.step))
+
+    def state() -> dict[str, Tensor]:
+        tensors = prefixed(mixed.state(), "mixed")
+        for plan, job in jobs.items():
+            job.agree()
+            tensors |= prefixed(job.state(), layer_key(plan))
+        return tensors
+
+    for step in range(progress.step, progress.steps):
+        progress.lr = learning_rate(step, progress.steps, recipe)
+        tokens_seen = (step + 1) * progress.tokens_per_step
+        activations = next(mixed)
+        for block in blocks:
+            x, y = (tensor.float() for tensor in activations.pop(block.layer))
+            for plan, job in jobs.items():
+                if plan.block.layer == block.layer:
+                    job.set_k(active_experts(step, progress.steps, plan.k, first_k(plan, recipe)))
+                    train_step(job, x, y, progress.lr * _RATE_FACTORS.get(plan.kind, 1.0), tokens_seen, accelerator)
+        progress.step, progress.seconds = step + 1, before + time.perf_counter() - begun
+        if progress.step % _CHECK_EVERY == 0 or progress.step in (1, progress.steps):
+            _look(jobs, progress, progress.step - looked_at)
+            looked_at = progress.step
+            figures = {tracked(plan): value for plan, value in progress.nmse.items()}
+            accelerator.log(figures | {"lr": progress.lr}, step=progress.steps_before + progress.step)
+            report(progress)
+            for job in jobs.values():
+                job.check(progress.step)
+        keeper.after(state)
+    for plan, job in jobs.items():
+        job.set_k(plan.k)
+        if job.experts is not None:
+            job.layer.gate.selection = None  # from here on it computes as it will when it is reloaded
+
+
+def batches_taken(progress: Progress, recipe: Recipe) -> int:
+    """How many batches a training has taken when it stands there."""
+    ahead = ShuffledPositions.ahead(recipe.activation_buffer, progress.tokens_per_step) if progress.step else 0
+    return min(progress.steps, progress.step + ahead)
+
+
+def _look(jobs: Mapping[LayerPlan, LayerInTraining], progress: Progress, steps_since: int) -> None:
+    """Brings losses, NMSE and the share of dead experts up to date; waits for the device."""
+    for plan, job in jobs.items():
+        progress.nmse[plan] = job.look(steps_since)
+        progress.loss[plan] = job.last_loss
+        progress.dead_share[plan] = job.dead(progress.tokens).float().mean().item() if job.experts is not None else 0.0
+
+
+def layer_key(plan: LayerPlan) -> str:
+    """A layer's name in a run's files; several may stand for the same block."""
+    return f"{plan.block.layer} {plan.kind} k{plan.k}"
+
+
+def tracked(plan: LayerPlan) -> str:
+    """The name of a layer's NMSE among a tracker's figures."""
+    return "nmse/layer_" + layer_key(plan).replace(" ", "_")

@@ -1,0 +1,151 @@
+"""How a layer starts: the three values of the recipe key ``init``, and the statistics of the text that they rest on."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mxdsurgery.base.activations import Activations, record_activations
+from mxdsurgery.base.blocks import Block, Part
+from mxdsurgery.base.model import check_fits
+from mxdsurgery.base.offload import resident
+from mxdsurgery.errors import MxDWarning
+from mxdsurgery.layers.baselines import Transcoder
+from mxdsurgery.layers.layer import DenseLayer, MxDLayer
+from mxdsurgery.layers.replacement import LAYER_KINDS
+from mxdsurgery.recipe import Recipe
+from mxdsurgery.training.cost import LayerPlan
+
+# `pretrained`: how much a token's gate pre-activations spread around 1, where they all stand at first.
+_PRETRAINED_SPREAD = 1e-3
+
+
+class Statistics(NamedTuple):
+    """Means over the tokens of a sample of text, in fp32."""
+
+    mean_x: Tensor  # (D,) of the block's input
+    mean_y: Tensor  # (D,) of the block's output
+
+
+def measure_statistics(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> dict[int, Statistics]:
+    """The statistics of each block over some batches of input ids (B, T), position 0 left out.
+
+    Raises:
+        DataError, RecipeError: the batches are none that the model can read; see `mxdsurgery.base.model.check_fits`.
+    """
+    for batch in batches:
+        check_fits(model, batch)
+    return statistics_of(record_activations(model, blocks, batch) for batch in batches)
+
+
+def statistics_of(recorded: Iterable[Mapping[int, Activations]]) -> dict[int, Statistics]:
+    """The statistics of blocks over some batches of their activations (B, T, D), by layer, position 0 left out."""
+    sums: dict[int, list[Tensor | float]] = {}
+    count = 0
+    for activations in recorded:
+        for layer, (x, y) in activations.items():
+            mean_x, mean_y = sums.setdefault(layer, [0.0, 0.0])
+            sums[layer] = [mean_x + x[:, 1:].float().sum((0, 1)), mean_y + y[:, 1:].float().sum((0, 1))]
+        count += x[..., 1:, 0].numel()
+    return {layer: Statistics(x / count, y / count) for layer, (x, y) in sums.items()}
+
+
+def layer_shape(layer: LayerPlan) -> dict[str, object]:
+    """The arguments of the layer's class in `LAYER_KINDS`; they go into the exported config."""
+    block = layer.block
+    dense = {
+        "d_hidden": block.d_hidden,
+        "kind": block.kind,
+        "activation": block.activation,
+        "encoder_bias": block.encoder_bias,
+    }
+    experts = {"n_experts": layer.n_experts, "k": layer.k}
+    if layer.sparsity != "topk":
+        experts["sparsity"] = layer.sparsity
+    own = {"mxd": experts | dense, "topk-sae": experts | dense, "dense": dense}.get(layer.kind, experts)
+    return {"d_model": block.d_model} | own
+
+
+def initial_layers(
+    model: PreTrainedModel, layers: Sequence[LayerPlan], statistics: Mapping[int, Statistics], recipe: Recipe
+) -> dict[LayerPlan, nn.Module]:
+    """New layers, started as the recipe says from the model and the statistics of its blocks, by layer."""
+    return {layer: initial_layer(model, layer, recipe, statistics[layer.block.layer]) for layer in layers}
+
+
+@torch.no_grad()
+def initial_layer(model: PreTrainedModel, plan: LayerPlan, recipe: Recipe, statistics: Statistics) -> nn.Module:
+    """A new layer for a block, fp32, on the model's device, ready to train.
+
+    Args:
+        model: the model that holds the block.
+        plan: the block, and what replaces it.
+        recipe: ``init`` says how E, D and the experts of kind ``mxd`` start, and E and D of kind ``dense``; other kinds have
+            one start. ``random``: the paper's (encoder and gate as default linear layers, C random unit rows, D zero);
+            ``encoder``: the same with E and its biases from the block; ``pretrained``: D from the block too and Cᵀa near 1,
+            faithful at once, but then the experts are decoration. ``seed`` is of the random parts; the layer's index is
+            mixed in, so that a layer's start does not depend on its neighbours. Transcoders start with C zero, or with
+            random unit rows where ``unit_norm`` keeps them at that length.
+        statistics: the block's, for the gate bias: ``b_g = -G mean(x)``, so that the average token favours no expert.
+    """
+    root, block = model.base_model, plan.block
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed * 10_007 + block.layer)
+        layer = LAYER_KINDS[plan.kind](**layer_shape(plan)).to(statistics.mean_x.device)
+        if recipe.unit_norm and isinstance(layer, Transcoder):
+            layer.experts.reset_parameters()
+    layer.bias.copy_(statistics.mean_y)
+    if plan.kind == "topk-sae":
+        _copy_encoder(layer.block, block, root)
+        _copy_decoder(layer.block, block, root)
+        # Each feature writes in the direction that it reads, as autoencoders of this kind start.
+        layer.experts.weight.copy_(layer.gate.weight)
+        layer.experts.normalize()
+    elif plan.kind in ("mxd", "dense") and recipe.init != "random":
+        _copy_encoder(layer, block, root)
+        if recipe.init == "pretrained":
+            _copy_decoder(layer, block, root)
+    if plan.kind != "dense":
+        layer.gate.bias.sub_(layer.gate.weight @ (statistics.mean_y if plan.kind == "topk-sae" else statistics.mean_x))
+    if plan.kind == "mxd" and recipe.init == "pretrained":
+        _freeze_say_near_one(layer, statistics)
+    return layer
+
+
+def _freeze_say_near_one(layer: MxDLayer, statistics: Statistics) -> None:
+    """All pre-activations near 1, C constant: Cᵀa = 1 up to the spread, whichever experts are chosen."""
+    warnings.warn(
+        "init: pretrained is faithful from the start because the dense path does all the work: expert_share will be "
+        "near 0 and the experts mean little. Use init: encoder to study experts.",
+        MxDWarning,
+        stacklevel=4,
+    )
+    factor = _PRETRAINED_SPREAD / statistics.mean_x.square().mean().sqrt().clamp_min(1.0)
+    layer.gate.weight.mul_(factor)
+    layer.gate.bias.mul_(factor).add_(1.0)
+    layer.experts.weight.fill_(1.0 / layer.gate.k)
+
+
+def _copy_encoder(layer: DenseLayer, block: Block, root: nn.Module) -> None:
+    _copy_part(layer.encoder, block.encoder, root)
+    if block.encoder_up is not None:
+        _copy_part(layer.encoder_up, block.encoder_up, root)
+    if block.activation_path is not None:
+        with resident(root.get_submodule(block.activation_path)):
+            layer.activation.load_state_dict(root.get_submodule(block.activation_path).state_dict())
+
+
+def _copy_decoder(layer: DenseLayer, block: Block, root: nn.Module) -> None:
+    with resident(root.get_submodule(block.decoder.path)):
+        layer.decoder.weight.copy_(block.decoder.weight(root))
+        layer.bias.copy_(block.decoder.bias(root) if block.decoder_bias else torch.zeros_like(layer.bias))
+
+
+def _copy_part(linear: nn.Linear, part: Part, root: nn.Module) -> None:
+    with resident(root.get_submodule(part.path)):
+        linear.weight.copy_(part.weight(root))
+        if linear.bias is not None:
+            linear.bias.copy_(part.bias(root))

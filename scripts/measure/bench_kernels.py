@@ -1,0 +1,86 @@
+"""Times the parts of a training step that choose experts and touch their rows: each Triton kernel beside plain torch.
+
+    python scripts/measure/bench_kernels.py --d 3072 --n 86015 --k 32 --batch 4096 --device cuda --json
+
+One line of JSON with milliseconds (medians). Random data, but experts are used unevenly, as in training: some by every
+hundredth token, most by few. On a CPU, where there are no kernels, the plain side stands alone.
+"""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+import torch
+
+from mxdsurgery.hardware.timing import median_seconds
+from mxdsurgery.layers import sparse
+from mxdsurgery.recipe import RECIPE_KEYS
+
+
+def milliseconds(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median time of a call of each."""
+    return {name: round(1000 * median_seconds(function), 3) for name, function in functions.items()}
+
+
+def selections(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int) -> dict[str, float]:
+    """The gate's product in both precisions, ways to find the top, and the whole selection."""
+    low = weight.bfloat16()
+    pre = torch.nn.functional.linear(x.bfloat16(), low)
+    candidates = k + sparse.EXTRA_CANDIDATES
+    todo = {
+        "gate_product_fp32": lambda: x @ weight.T,
+        "gate_product_bf16": lambda: x.bfloat16() @ low.T,
+        "cast_weight_to_bf16": lambda: weight.bfloat16(),
+        "torch_topk": lambda: torch.topk(pre, candidates, sorted=False),
+        "top_k": lambda: sparse.top_k(pre, candidates),
+        "select_fp32": lambda: sparse.select(x, weight, bias, k),
+        "select_bf16": lambda: sparse.select(x, weight, bias, k, torch.bfloat16),
+    }
+    return milliseconds(todo)
+
+
+def products(x: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> dict[str, float]:
+    """The three sparse products."""
+    todo = {
+        "mix": lambda: sparse.mix(values, indices, weight),
+        "dots": lambda: sparse.dots(x, indices, weight),
+        "scatter": lambda: sparse.scatter(values, indices, x, weight),
+    }
+    return milliseconds(todo)
+
+
+@click.command(help=__doc__)
+@click.option("--d", default=768, show_default=True)
+@click.option("--n", default=21490, show_default=True)
+@click.option("--k", default=32, show_default=True)
+@click.option("--batch", default=4096, show_default=True)
+@click.option("--device", type=click.Choice(RECIPE_KEYS["device"].choices[1:]), default="cpu", show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def main(d: int, n: int, k: int, batch: int, device: str, as_json: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(batch, d, generator=generator).to(device), torch.randn(n, d, generator=generator).to(device)
+    weight /= d**0.5
+    # Biases spread the experts' use over some decades.
+    bias = (0.5 * torch.randn(n, generator=generator)).to(device)
+    values, indices = sparse.select(x, weight, bias, k)
+    used = torch.bincount(indices.flatten(), minlength=n)
+    result: dict[str, Any] = {"d": d, "n": n, "k": k, "batch": batch, "device": device}
+    result |= {"experts_used": (used > 0).sum().item(), "most_used": used.max().item()}
+    result["plain"] = products(x, weight, values, indices) | selections(x, weight, bias, k)
+    if device != "cpu" and importlib.util.find_spec("triton") is not None:
+        from mxdsurgery.training import kernels
+
+        kernels.install(device)
+        result["triton"] = products(x, weight, values, indices) | selections(x, weight, bias, k)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        for side in ("plain", "triton"):
+            for name, value in result.get(side, {}).items():
+                click.echo(f"{side:8}{name:24}{value:10.3f} ms")
+
+
+if __name__ == "__main__":
+    main()

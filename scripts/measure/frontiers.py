@@ -1,0 +1,224 @@
+"""Measures the frontiers, probes and dissections of docs/frontier.md, and prints that page from what was measured.
+
+    python scripts/measure/frontiers.py measure --shared ../shared     # about an hour on two cores
+    python scripts/measure/frontiers.py page > docs/frontier.md
+
+What is measured is kept in docs/frontier/. What is in --runs already is not measured again: delete it to begin anew.
+The shared folder holds models/, text/ and probing/ (CONTRIBUTING.md says what they are for).
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import material
+from material import BOOKS, STORIES, shared_option
+from pages import DOCS, cells, interval, machine, read_json, table, unused
+
+import mxdsurgery
+from mxdsurgery.checkpoint.card import LEGEND
+from mxdsurgery.checkpoint.export import write_json
+from mxdsurgery.measuring.frontier_table import Frontier
+from mxdsurgery.terminal.console import ConsoleReporter, compact
+
+KEPT = DOCS / "frontier"
+KINDS = ("mxd", "transcoder", "skip-transcoder", "dense")
+# An autoencoder does less than the others, so it is measured at fewer K.
+AUTOENCODER_K = (16, 32)  # of the first model
+PROBING = ("ag_news", "languages", "sentiment")
+# Probing and dissection look at the kinds at this K.
+LOOKED_AT = 32
+
+
+@dataclass(frozen=True)
+class Subject(material.Subject):
+    """And its middle layer, and at which K it is measured."""
+
+    layer: int
+    k: tuple[int, ...]
+
+
+SUBJECTS = (
+    Subject("books-llama-6m", *BOOKS, 55_296, layer=3, k=(16, 32, 64, 128, 256)),
+    Subject("tinystories-chat-gpt2-3M", *STORIES, 18_432, layer=4, k=(16, 64, 256)),
+    Subject("stories260K", *STORIES, 18_432, layer=2, k=(16, 64, 256)),
+)
+TOKENS = 2_000_896  # 977 steps of 2,048
+
+
+def measure_frontier(subject: Subject, shared: Path, runs: Path, kinds: tuple[str, ...], k: tuple[int, ...]) -> Frontier:
+    """Of one model; what is needed for the page is copied to docs/frontier."""
+    made = mxdsurgery.frontier(
+        **subject.paths(shared),
+        layer=subject.layer,
+        k=k,
+        kinds=kinds,
+        tokens=TOKENS,
+        eval_tokens=subject.eval_tokens,
+        dtype="float32",
+        device="cpu",
+        out=str(runs / subject.model),
+        reporter=ConsoleReporter(),
+    )
+    read = read_json(made.out / "frontier.json")
+    paths = {name: Path(read["settings"][name]).name for name in ("model", "data", "eval_data")}
+    read["settings"] |= paths  # no local paths in what is published
+    write_json(KEPT / f"{subject.model}.json", read | {"machine": machine()})
+    shutil.copy(made.out / "frontier.png", KEPT / f"{subject.model}.png")
+    return made
+
+
+def look(made: Frontier, shared: Path) -> None:
+    """Probes and dissects the kinds at one K."""
+    chosen = [row for row in made.rows if row["k"] == LOOKED_AT]
+    folder = made.out.with_name(f"{made.out.name}-k{LOOKED_AT}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / "layers").symlink_to((made.out / "layers").resolve())
+    for name in ("recipe.yaml", "frontier.json"):
+        shutil.copy(made.out / name, folder / name)
+    write_json(folder / "frontier.json", read_json(folder / "frontier.json") | {"rows": chosen})
+    for data in PROBING:
+        path = str(shared / "probing" / f"{data}.jsonl")
+        for verb, found in (
+            ("probe", mxdsurgery.probe(folder, data=path, reporter=ConsoleReporter())),
+            ("dissect", mxdsurgery.dissect(folder, data=path, samples=2000, reporter=ConsoleReporter())),
+        ):
+            found["data"] = Path(found["data"]).name
+            write_json(KEPT / f"{made.out.name}-{verb}-{data}.json", found)
+
+
+def kept(pattern: str) -> dict[str, dict[str, Any]]:
+    """What was measured, by file name without its suffix."""
+    return {path.stem: read_json(path) for path in sorted(KEPT.glob(pattern))}
+
+
+def rows_of(measured: Frontier) -> Iterator[str]:
+    """Of a table of a frontier."""
+    for row in measured.rows:
+        yield (
+            f"{row['kind']} | {row['k'] or '-'} | {row['n_experts'] or '-'} | {compact(row['params'])} "
+            f"| {row['delta_ce']:+.4f} | {interval(row, 'delta_ce')} | {row['kl']:.4f} | {row['nmse']:.4f} "
+            f"| {row['constant_gate_delta_ce']:+.4f} | {row['expert_share']:.2f} | {unused(row)}"
+        )
+
+
+def ratios(measured: Frontier, every: list[int]) -> Iterator[str]:
+    """How many times MxD's ΔCE and KL the transcoders' are, at each K."""
+    for figure, name in (("delta_ce", "ΔCE"), ("kl", "KL")):
+        value = {(row["kind"], row["k"]): row[figure] for row in measured.rows}
+        for other in ("transcoder", "skip-transcoder"):
+            found = (f"{value[other, k] / value['mxd', k]:.1f}" if value["mxd", k] > 0 else "-" for k in every)
+            yield cells(f"{other}'s {name} over mxd's", *found)
+
+
+def frontier_section(name: str, read: dict[str, Any]) -> Iterator[str]:
+    """One model's figure and tables."""
+    measured = Frontier(KEPT, read["rows"], read["tokens"], read["original"], read["settings"])
+    layer = measured.rows[0]["layer"]
+    yield f"## {name}, layer {layer}\n"
+    yield f"![ΔCE against K](frontier/{name}.png)\n"
+    used, first = read["settings"], measured.rows[0]
+    keys = ", ".join(f"{key} {used[key]}" for key in ("batch", "lr", "warmup", "decay", "specialise"))
+    yield (
+        f"{compact(first['train_tokens'])} training tokens of {used['data']} ({keys}; {read['machine']}); {measured.tokens:,} "
+        f"held-out tokens of {used['eval_data']}, original cross-entropy {measured.original['ce']:.4f}; with the block zeroed "
+        f"{first['zero_delta_ce']:+.4f}, with its mean output {first['mean_delta_ce']:+.4f}.\n"
+    )
+    yield from measured.verdicts
+    yield ""
+    every = sorted({row["k"] for row in measured.rows if row["kind"] == "mxd"})
+    yield table(cells("K", *every), ratios(measured, every))
+    yield ""
+    names = "kind | K | N | parameters | ΔCE | 95 % interval | KL | NMSE | ΔCE, experts frozen | expert share | unused"
+    yield table(names, rows_of(measured))
+    yield ""
+
+
+def probed(found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Its table's rows."""
+    names = ("mean_f1", "mean_floor_f1", "mean_balanced_accuracy", "mean_floor_balanced_accuracy", "mean_best_f1")
+    for result in found.values():
+        for subject in result["subjects"]:
+            figures = (f"{subject[name]:.3f}" for name in names)
+            yield cells(f"{result['data']} ({result['texts']:,} texts)", subject["name"], f"{subject['units']:,}", *figures)
+
+
+def probing_section(found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """F1 of the best single unit, per data set, per kind."""
+    names = "data | what | units | mean F1 | floor | mean balanced accuracy | floor | mean F1 as the paper picks it"
+    yield table(names, probed(found))
+    yield ""
+    yield "The best expert of `mxd` for each class (F1; balanced accuracy):\n"
+    for result in found.values():
+        best = result["subjects"][0]["classes"]
+        words = (f"{c['class']}: {c['unit']} ({c['f1']:.2f}; {c['balanced_accuracy']:.2f})" for c in best)
+        yield f"- {result['data']}: " + ", ".join(words)
+    yield ""
+
+
+def dissected(found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Its table's rows."""
+    for result in found.values():
+        for subject in result["subjects"]:
+            near, use = subject["similarity"], subject["specialisation"]
+            yield (
+                f"{result['data']} | {subject['name']} | {subject['rank']['effective']['50%']:.0f} "
+                f"| {near['experts']['50%']:.2f} | {near['chance']['50%']:.2f} | {unused(subject['usage'])} "
+                f"| {subject['usage']['effective_experts']:,.0f} | {use['information']:.3f} | {use['chance_information']:.3f}"
+            )
+        hidden = result["hidden_units"]
+        information = f"{hidden['information']:.3f} | {hidden['chance_information']:.3f}"
+        yield f"{result['data']} | hidden units | - | - | - | - | - | {information}"
+
+
+def dissection_section(found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Rank, similarity, usage and class information."""
+    names = "data | what | effective rank | nearest cosine | chance | unused | effective experts | class information | chance"
+    yield table(names, dissected(found))
+    rank = next(iter(found.values()))["decoder_effective_rank"]
+    yield f"\nThe original decoder's effective rank is {rank:.0f}; a feature of the other kinds writes one direction.\n"
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command()
+@shared_option
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs/frontiers"), show_default=True)
+@click.option("--only", help="Only models whose name contains this.")
+def measure(shared: Path, runs: Path, only: str | None) -> None:
+    """Measure, some minutes for a small model; gone on with where it stood."""
+    chosen = [subject for subject in SUBJECTS if only is None or only in subject.model]
+    for subject in chosen:
+        measure_frontier(subject, shared, runs, KINDS, subject.k)
+        if subject is SUBJECTS[0]:
+            look(measure_frontier(subject, shared, runs, ("topk-sae",), AUTOENCODER_K), shared)
+
+
+@main.command()
+def page() -> None:
+    """Print docs/frontier.md."""
+    click.echo((KEPT / "introduction.md").read_text())
+    for subject in SUBJECTS:
+        path = KEPT / f"{subject.model}.json"
+        if path.is_file():
+            click.echo("\n".join(frontier_section(subject.model, read_json(path))))
+    name = SUBJECTS[0].model
+    for heading, pattern, section in (
+        ("Probing", f"{name}-probe-*.json", probing_section),
+        ("Rank and specialisation", f"{name}-dissect-*.json", dissection_section),
+    ):
+        click.echo(f"## {heading}: {name}, layer {SUBJECTS[0].layer}, K = {LOOKED_AT}\n")
+        click.echo((KEPT / f"{heading.split()[0].lower()}.md").read_text())
+        click.echo("\n".join(section(kept(pattern))))
+    click.echo(LEGEND)
+
+
+if __name__ == "__main__":
+    main()

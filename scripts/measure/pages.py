@@ -1,0 +1,55 @@
+"""What the scripts that measure share: where the docs are, what was kept there, on what it was measured, Markdown tables."""
+
+import json
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+SCRIPTS = Path(__file__).resolve().parent
+ROOT = SCRIPTS.parents[1]
+DOCS = ROOT / "docs"
+
+
+def read_json(path: Path, otherwise: Any = None) -> Any:
+    """What was measured; ``otherwise`` before it is."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else otherwise
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What was measured, a line of JSON each; nothing before it is."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """The other way round."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def machine() -> str:
+    """On what is measured here."""
+    import torch  # printing a page does without
+
+    return f"torch {torch.__version__.split('+')[0]}, {platform.machine()}, CPU threads: {torch.get_num_threads()}"
+
+
+def table(names: str, rows: Iterable[str], right: Iterable[str] = ()) -> str:
+    """Markdown. In names and rows, " | " stands between cells; ``right`` are the names of columns with numbers."""
+    rule = "|".join("---:" if name in right else "---" for name in names.split(" | "))
+    return "\n".join([f"| {names} |", f"|{rule}|", *(f"| {row} |" for row in rows)])
+
+
+def cells(*values: object) -> str:
+    """A row of a table."""
+    return " | ".join(str(value).replace("|", "/") for value in values)
+
+
+def interval(row: dict[str, Any], name: str, form: str = "+.4f") -> str:
+    """Of a figure."""
+    low, high = row[f"{name}_ci"]
+    return f"{low:{form}} to {high:{form}}"
+
+
+def unused(row: dict[str, Any]) -> str:
+    """The share of experts that never fire; a dense layer has none."""
+    return "-" if row["dead_share"] is None else f"{row['dead_share']:.0%}"

@@ -1,0 +1,167 @@
+"""A converted model in others' hands: the examples with transformers' pipeline, PEFT, lm-evaluation-harness and Accelerate."""
+
+import dataclasses
+import os
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook
+from running import ROOT
+from safetensors.torch import load_file
+from tiny import IDS, RECIPE, export_tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mxdsurgery.base.model import model_source
+
+EXAMPLES = ROOT / "examples"
+# As on a machine that has never heard of mxdsurgery.
+WITHOUT = "import runpy, sys; sys.modules['mxdsurgery'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
+
+
+@pytest.fixture
+def run(forking, tmp_path):
+    """What an example prints that is run with some words, in a process of its own."""
+
+    def printed(name, *words):
+        done = forking.run(WITHOUT, [str(EXAMPLES / name), *map(str, words)], os.environ, str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return printed
+
+
+def load(folder, **how):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **how).eval()
+
+
+def numbers(pattern, text):
+    """The groups of a pattern that the text must hold, as numbers."""
+    found = re.search(pattern, text)
+    assert found, text
+    return [float(group.replace(",", "")) for group in found.groups()]
+
+
+@torch.no_grad()
+def logits(model, ids=IDS):
+    return model(ids).logits
+
+
+def test_the_pipeline_writes_what_the_model_does_with_and_without_experts(converted, run):
+    prompts = ["def read(path):\n    with open(", "class Queue:\n    def __init__(self", "import os"]
+    every = ",".join(map(str, range(256)))
+    printed = run("text_pipeline.py", converted.out, "--layer", 1, "--experts", every, "--tokens", 8, "--prompt", *prompts)
+    model, tokenizer = load(converted.out), AutoTokenizer.from_pretrained(converted.out)
+
+    def written(prompt):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        made = model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0)
+        return repr(tokenizer.decode(made[0, ids.shape[1] :]))
+
+    whole = [written(prompt) for prompt in prompts]
+    with model.mxd.ablate({1: range(256)}):
+        ablated = [written(prompt) for prompt in prompts]
+    assert re.findall(r"^  whole    (.*)$", printed, re.M) == whole
+    assert re.findall(r"^  ablated  (.*)$", printed, re.M) == ablated
+    changed = sum(a != b for a, b in zip(whole, ablated, strict=True))
+    assert changed and f"changed {changed} of 3 continuations" in printed
+
+
+def test_lora_learns_is_reloaded_and_merged_and_leaves_the_experts_alone(converted, tmp_path, run):
+    printed = run("lora_finetune.py", converted.out, "--out", tmp_path / "a", "--steps", 15, "--context", 32, "--mxd")
+    tokens, before = numbers(r"Loss on ([\d,]+) held-out tokens before: ([\d.]+) nats", printed)
+    (after,) = numbers(r"after 15 steps: ([\d.]+) nats", printed)
+    assert tokens == 100 * 31 and after < before - 0.05
+    assert numbers(r"fresh copy, its logits differ by at most ([\d.e+-]+);", printed) == [0]
+    assert numbers(r"merged into the weights, by at most ([\d.e+-]+)\.", printed)[0] < 1e-3
+    assert numbers(r"loads without PEFT; logits differ by ([\d.e+-]+);", printed) == [0]
+    saved = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    adapted = {name.split(".lora_")[0].partition(".layers.")[2] for name in saved}
+    attention = {f"{block}.self_attn.{name}_proj" for block in range(4) for name in "qkvo"}
+    assert adapted == attention | {f"{block}.mlp.{name}" for block in (1, 2) for name in ("encoder", "encoder_up", "decoder")}
+    original, merged = (load_file(folder / "model.safetensors") for folder in (converted.out, tmp_path / "a" / "merged"))
+    same = {name for name in original if torch.equal(original[name].float(), merged[name])}
+    assert {name for name in original if ".gate." in name or ".experts." in name} <= same
+    assert not {name for name in original if ".decoder." in name or "q_proj" in name} & same
+
+
+def test_lora_on_a_module_that_is_not_there_is_refused(converted, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text").write_text("pass\n" * 2000)
+    words = [converted.out, "--out", tmp_path / "a", "--text", tmp_path / "text", "--targets", "q_proj,c_attn"]
+    monkeypatch.setattr(sys, "argv", ["lora_finetune.py", *map(str, words)])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(EXAMPLES / "lora_finetune.py"))
+    assert "the model has no module c_attn" in capsys.readouterr().err and not (tmp_path / "a").exists()
+
+
+def test_the_harness_scores_both_models_on_every_example(converted, run):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'mxdsurgery[test]'")
+    printed = run("lm_eval_task.py", converted.out, "--original", model_source("demo-glu"))
+    count = len((EXAMPLES / "lm_eval_tasks" / "python_pairs.jsonl").read_text().splitlines())
+    examples, *accuracies = numbers(r"python_pairs\s+acc\s+(\d+)\s+([\d.]+)\s+([\d.]+)", printed)
+    assert examples == count == 40
+    assert all(0.65 <= accuracy <= 1 and (accuracy * count).is_integer() for accuracy in accuracies)  # a coin: 0.5
+    examples, original, made = numbers(r"python_bits\s+bits_per_byte\s+(\d+)\s+([\d.]+)\s+([\d.]+)", printed)
+    assert examples == count and 0.5 < original < made < 3  # a converted model is a little worse, and far from 8 bits
+
+
+def test_the_example_with_the_harness_says_what_it_needs(converted):
+    without = "import runpy, sys; sys.modules['lm_eval'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", without, str(EXAMPLES / "lm_eval_task.py")], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("this example needs lm-evaluation-harness")
+
+
+def test_blocks_on_disk_compute_the_same_with_less_in_memory(converted, run):
+    printed = run("offload.py", converted.out, "--disk", 3)
+    assert "3 of 4 blocks are on disk" in printed and "the MxD layers [1, 2]" in printed
+    kept, whole = numbers(r"In memory: ([\d.]+) MB of ([\d.]+) MB", printed)
+    sizes = {name: 4 * tensor.numel() / 1e6 for name, tensor in load_file(converted.out / "model.safetensors").items()}
+    away = sum(size for name, size in sizes.items() if re.search(r"layers\.[123]\.", name))
+    assert whole == pytest.approx(sum(sizes.values()), abs=0.1) and kept == pytest.approx(whole - away, abs=0.1)
+    assert numbers(r"model in memory by at most ([\d.e+-]+),", printed) == [0]
+    assert numbers(r"all experts ablated by at most ([\d.e+-]+)", printed) == [0]
+    assert numbers(r"changes them by up to ([\d.]+)\)", printed)[0] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gpt2", {}),
+        ("llama", {"sparsity": "batchtopk"}),
+        ("llama", {"kind": "skip-transcoder"}),
+        ("llama", {"kind": "topk-sae"}),
+        ("llama", {"kind": "dense"}),
+    ],
+)
+def test_every_kind_of_layer_works_from_disk_as_a_whole_and_in_parts(family, changes, tmp_path, monkeypatch):
+    monkeypatch.setattr("mxdsurgery.checkpoint.export.check_reload", lambda *_: {})
+    out = tmp_path / "out"
+    export_tiny(family, out, recipe=dataclasses.replace(RECIPE, **changes))
+    model = load(out)
+    if model.mxd.layers and (threshold := model.mxd.layers[0].gate.threshold) is not None:
+        threshold.fill_(0.3)  # a buffer, and one that matters
+        model.save_pretrained(out)
+    layers = {layer: range(0, mxd.gate.n_experts, 2) for layer, mxd in model.mxd.layers.items()}
+    with model.mxd.ablate(layers):
+        expected_ablated = logits(model)
+    expected = logits(model)
+    path = f"{model.base_model_prefix}.{model.config.mxd['layers'][0]['path']}"
+    parts = [f"{path}.{name}" for name, part in model.get_submodule(path).named_children() if list(part.parameters())]
+    for disk in ([path], parts):
+        where = {}
+        for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+            inside = next((part for part in disk if name.startswith(f"{part}.")), None)
+            where[inside or (name if name == f"{path}.bias" else name.rpartition(".")[0])] = "disk" if inside else "cpu"
+        offloaded = load(out, device_map=where, offload_folder=tmp_path / "away")
+        away = {name for name, tensor in offloaded.named_parameters() if tensor.is_meta}
+        assert away == {name for name, _ in model.named_parameters() if name.startswith(tuple(f"{part}." for part in disk))}
+        hooks = [module._hf_hook for module in offloaded.get_submodule(path).modules() if hasattr(module, "_hf_hook")]
+        assert any(isinstance(hook, AlignDevicesHook) and hook.offload for hook in hooks)
+        assert torch.equal(logits(offloaded), expected)
+        with offloaded.mxd.ablate(layers):
+            assert torch.equal(logits(offloaded), expected_ablated)
+        assert not layers or not torch.equal(expected, expected_ablated)
+        assert {name for name, tensor in offloaded.named_parameters() if tensor.is_meta} == away

@@ -1,0 +1,152 @@
+"""Text from an edited model: beside the unedited one, with the same random numbers, and nothing else between them."""
+
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from running import ROOT
+from safetensors.torch import save_file
+from tiny import tiny_model
+
+import mxdsurgery
+from mxdsurgery.editing.edits import Edits
+from mxdsurgery.editing.generate import in_coefficients, sample, side_by_side
+from mxdsurgery.errors import CatalogueError, DeviceError, EditError, NotConvertedError, RecipeError
+
+EXAMPLES = ROOT / "examples"
+PROMPT = {"prompt": "def read(path):\n", "max_new_tokens": 12, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def with_maxima(converted, tmp_path_factory):
+    """The converted model, and made-up largest coefficients of layer 1; expert 5 never fired."""
+    folder = tmp_path_factory.mktemp("maxima") / "demo"
+    shutil.copytree(converted.out, folder)
+    maximum = torch.arange(256, dtype=torch.float32) / 10 + 1
+    maximum[5] = 0
+    (folder / "experts").mkdir()
+    save_file({"layer1": maximum}, folder / "experts" / "maximum.safetensors")
+    return folder
+
+
+def test_edited_and_unedited_texts_differ_by_the_edits_only(converted):
+    plain = mxdsurgery.generate(converted.out, samples=3, seed=7, **PROMPT)
+    nothing = Edits(steer={1: {3: 0.0}}, scale={2: {9: 1.0}})
+    made = mxdsurgery.generate(converted.out, edits=nothing, samples=3, seed=7, **PROMPT)
+    assert made["unedited"] == made["edited"] == plain and len(set(plain)) > 1
+    assert made["prompt"] == PROMPT["prompt"] and made["seed"] == 7
+    strong = mxdsurgery.generate(converted.out, edits=Edits(steer={1: {3: 300.0}}), samples=3, seed=7, **PROMPT)
+    assert strong["unedited"] == plain and strong["edited"] != plain
+    assert strong["edits"] == ["layer 1: steer 3 by 300"]
+
+
+def test_edited_texts_are_what_the_edited_model_says(converted):
+    made = mxdsurgery.generate(converted.out, edits=Edits(steer={1: {3: 300.0}}), temperature=0, **PROMPT)
+    loaded = mxdsurgery.load(converted.out, dtype="float32")  # as the texts were made
+    tokenizer = loaded.tokenizer()
+    ids = tokenizer(PROMPT["prompt"], return_tensors="pt")["input_ids"]
+    for _ in range(PROMPT["max_new_tokens"]):
+        with loaded.model.mxd.steer({1: {3: 300.0}}):
+            following = loaded.model(ids).logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, following], 1)
+    assert made["edited"] == tokenizer.batch_decode(ids, skip_special_tokens=True) != made["unedited"]
+
+
+def test_without_edits_there_are_only_texts(converted):
+    assert mxdsurgery.generate(converted.out, edits=Edits(), **PROMPT) == mxdsurgery.generate(converted.out, **PROMPT)
+    assert isinstance(mxdsurgery.generate(converted.out, prompt="", max_new_tokens=2)[0], str)
+
+
+def test_numbers_in_units_of_the_maximum_are_coefficients_times_it(with_maxima):
+    in_maxima = Edits(steer={1: {30: 50.0}}, clamp={1: {10: 2.0}}, scale={1: {7: 0.5}}, ablate={2: [5]})
+    found = in_coefficients(in_maxima, mxdsurgery.load(with_maxima), "maximum")
+    assert found.steer == {1: {30: pytest.approx(200.0)}} and found.clamp == {1: {10: pytest.approx(4.0)}}
+    assert found.scale == in_maxima.scale and found.ablate == in_maxima.ablate
+    by_maximum = mxdsurgery.generate(with_maxima, edits=Edits(steer={1: {30: 50.0}}), unit="maximum", **PROMPT)
+    assert by_maximum == mxdsurgery.generate(with_maxima, edits=Edits(steer={1: {30: 200.0}}), **PROMPT)
+
+
+def test_what_cannot_be_is_refused_by_name(converted, with_maxima, tmp_path):
+    def refused(error, words, folder=converted.out, **options):
+        with pytest.raises(error, match=words):
+            mxdsurgery.generate(folder, **PROMPT | options)
+
+    steer = Edits(steer={1: {30: 2.0}})
+    refused(EditError, "unit is 'volts'", edits=steer, unit="volts")
+    refused(EditError, "no expert 999", edits=Edits(ablate={1: [999]}))
+    refused(EditError, "no experts; layers that have: 1, 2", edits=Edits(ablate={0: [1]}))
+    refused(EditError, "fingerprint", edits=Edits(ablate={1: [1]}, model="0" * 16))
+    refused(CatalogueError, "run mxdsurgery experts", edits=steer, unit="maximum")
+    refused(EditError, "never fired", with_maxima, edits=Edits(steer={1: {5: 2.0}}), unit="maximum")
+    refused(CatalogueError, "layer 2", with_maxima, edits=Edits(clamp={2: {5: 2.0}}), unit="maximum")
+    refused(NotConvertedError, "config.json", tmp_path)
+    refused(RecipeError, "more than the 256", max_new_tokens=256)
+    refused(RecipeError, "temperature 0", temperature=0, samples=2)
+    if not torch.cuda.is_available():
+        refused(DeviceError, "'cuda'", device="cuda")
+
+
+class _NoText:
+    pad_token_id = eos_token_id = 0
+
+
+def test_a_text_ends_where_the_model_ends_it_unless_it_must_not():
+    model = tiny_model("gpt2", seed=1)
+    final = model.transformer.ln_f
+    final.bias.copy_(50 * model.lm_head.weight[0] / model.lm_head.weight[0].norm())  # the end-of-text token is all but sure
+    options = {"samples": 2, "max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "seed": 0}
+    ids = torch.tensor([[5, 6, 7]])
+    assert sample(model, _NoText(), ids, **options)[:, 3].tolist() == [0, 0]
+    forced = sample(model, _NoText(), ids, **options, to_the_end=True)
+    assert forced.shape == (2, 9) and (forced[:, 3:] != 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_model_that_predicts_no_numbers_is_an_error_by_name(temperature):
+    model = tiny_model("gpt2")
+    model.transformer.ln_f.bias[3] = math.nan
+    options = {"samples": 1, "max_new_tokens": 2, "temperature": temperature, "top_p": 1.0, "seed": 0}
+    with pytest.raises(EditError, match="no numbers any more"):
+        sample(model, _NoText(), torch.tensor([[5, 6, 7]]), **options)
+
+
+def test_the_table_shows_both_texts_as_they_are():
+    result = {
+        "edits": ["layer 1: ablate 3"],
+        "unedited": ["once [bold]upon[/bold] a time"],
+        "edited": ["once [bold]there was"],
+    }
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(side_by_side(result))
+    shown = capture.get()
+    assert "layer 1: ablate 3" in shown
+    assert "once [bold]upon[/bold] a" in shown and "once [bold]there was" in shown
+
+
+def run_example(name, *words):
+    return subprocess.run([sys.executable, str(EXAMPLES / name), *map(str, words)], capture_output=True, text=True)
+
+
+def test_the_example_with_hooks_agrees_with_the_models_own_interventions(converted):
+    done = run_example("hooks.py", converted.out, "--layer", 1)
+    assert done.returncode == 0, done.stderr
+    assert "The strongest experts of layer 1" in done.stdout and "model.mxd they differ by 0e+00" in done.stdout
+
+
+def test_the_example_with_nnsight_agrees_with_the_models_own_interventions(converted):
+    pytest.importorskip("nnsight", reason="nnsight is not installed")
+    done = run_example("nnsight_experts.py", converted.out)
+    assert done.returncode == 0, done.stderr
+    assert "The strongest expert of layer 2" in done.stdout and "model.mxd.ablate by 0e+00" in done.stdout
+
+
+def test_the_example_with_nnsight_says_what_it_needs():
+    without = "import runpy, sys; sys.modules['nnsight'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    command = [sys.executable, "-c", without, str(EXAMPLES / "nnsight_experts.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("this example needs nnsight") and "Traceback" not in done.stderr

@@ -1,0 +1,144 @@
+"""What evaluating takes and on how much of the text, with times given; and what is left of a run, with a clock of its own."""
+
+import json
+
+import pytest
+
+from mxdsurgery.planning.calibrate import Calibration
+from mxdsurgery.planning.effort import Alone, Rates, Runs, evaluation_runs, fewest_contexts_alone
+from mxdsurgery.terminal.console import Pace
+from mxdsurgery.training.cost import Group
+from mxdsurgery.training.distill import active_experts
+
+
+def test_runs_are_those_of_the_variants_counted_one_by_one():
+    together, alone = evaluation_runs([1, 3], n_layers=4)
+    # Statistics up to layer 3; the original; converted, frozen, zero and mean from layer 1 on.
+    assert together == Runs(4 + 4 + 4 * 3, 2 * 2, 1 + 4)
+    # The original; four variants from layer 1 on, and four from layer 3 on.
+    assert alone == Runs(4 + 4 * 3 + 4 * 1, 2, 1 + 4 + 4)
+    assert evaluation_runs([3], n_layers=4)[1] == Runs(0, 0, 0)  # it alone is all of them
+    with_maps = evaluation_runs([3], n_layers=4, more=True)
+    assert with_maps[0].decoder_layers == 4 + 4 + 4 * 4 and with_maps[1].heads == 1 + 4
+    several = evaluation_runs([2], n_layers=4, candidates=5)[0]
+    assert several == Runs(3 + 4 + 12 * 2, 10, 13)
+    assert Rates(2.0, 3.0, 5.0).seconds(Runs(10, 1, 4)) == 43.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "contexts"),
+    [
+        (0.0, 64),  # no time at all: the least that is worth measuring
+        (100.0, 64),  # all layers together take as much
+        (100.0 + 64, 64),
+        (100.0 + 255, 128),  # a power of two: clocks that differ a little choose alike
+        (100.0 + 257, 256),
+        (100.0 + 999, 512),
+        (100.0 + 1000.1, 1000),  # and all, where there is time for all
+        (1e9, 1000),
+    ],
+)
+def test_single_layers_get_the_contexts_that_the_time_allows(seconds, contexts):
+    assert Alone(seconds=seconds).contexts(together=0.1, alone=1.0, contexts=1000, length=128) == contexts
+
+
+def test_the_least_is_8k_tokens_in_16_contexts_or_all_there_is():
+    assert fewest_contexts_alone(1000, 128) == 64
+    assert fewest_contexts_alone(1000, 100) == 82  # no fewer than 8192 tokens
+    assert fewest_contexts_alone(1000, 2048) == 16  # intervals are taken over contexts
+    assert fewest_contexts_alone(10, 128) == 10
+    assert Alone(seconds=0.0).contexts(0.1, 1.0, contexts=10, length=128) == 10
+
+
+def test_a_number_of_tokens_that_was_given_counts_whatever_the_time():
+    for tokens, contexts in ((1, 1), (128 * 5 + 127, 5), (10**6, 1000)):
+        assert Alone(tokens, seconds=0.0).contexts(0.1, 1.0, contexts=1000, length=128) == contexts
+    assert Alone().contexts(0.1, 1.0, contexts=1000, length=128) == 1000
+
+
+def group(step_flops):
+    zero = dict.fromkeys(("parameters", "base_bytes", "finished_bytes", "new_bytes", "gradient_bytes"), 0)
+    zero |= dict.fromkeys(("adam_bytes", "activation_bytes", "text_bytes"), 0)
+    return Group(layers=[0], flops={"base_forward": 100, "gate": step_flops}, **zero)
+
+
+def calibration(k_seconds, step_seconds):
+    return Calibration(step_seconds, 10, 512, base_seconds=0.5, base_flops=100, base_from="forward pass", k_seconds=k_seconds)
+
+
+def test_the_training_is_integrated_over_the_falling_k():
+    k_seconds = [[32, 1.0], [144, 4.0], [256, 5.0]]  # not on a line
+    steps, batch = 1000, 512
+    made = calibration(k_seconds, step_seconds=2.0)
+    cost = made.cost([group(10)], steps, batch)
+    taken = [cost((step + 1) * batch) - cost(step * batch) for step in range(steps)]
+    # A hundredth of the steps counts as one: K changes by little in it.
+    assert taken[0] == pytest.approx(0.5 + 5.0, rel=0.01)
+    assert taken[-1] == pytest.approx(0.5 + 1.0)
+    for step in (200, 350, 500, 650):
+        k = active_experts(step, steps, 32, 256)
+        (low, fast), (high, slow) = k_seconds[:2] if k < 144 else k_seconds[1:]
+        assert taken[step] == pytest.approx(0.5 + fast + (slow - fast) * (k - low) / (high - low), rel=0.03)
+    assert cost(0) == 0.0 and sum(taken) == pytest.approx(cost(steps * batch))
+
+
+def test_groups_follow_each_other_and_an_older_calibration_has_one_rate():
+    made = calibration([], step_seconds=2.0)
+    cost = made.cost([group(10), group(30)], steps=100, batch=8)
+    assert cost(800) == pytest.approx(made.seconds(group(10), 100)) == pytest.approx(250.0)
+    assert cost(1600) - cost(800) == pytest.approx(made.seconds(group(30), 100)) == pytest.approx(650.0)
+    assert cost(1200) - cost(800) == pytest.approx(325.0)
+    values = json.loads(json.dumps(vars(calibration([[4, 1.0], [8, 2.0]], 1.5))))
+    assert Calibration(**values) == calibration([[4, 1.0], [8, 2.0]], 1.5)
+
+
+class Work:
+    """A thousand units that take from 4 seconds down to 1, and a pace that watches; another job may slow it down."""
+
+    def __init__(self, cost):
+        self.now, self.done, self.begun_at = 0.0, 0, 0
+        self.pace = Pace(cost, clock=lambda: self.now)
+
+    @staticmethod
+    def seconds(unit):
+        return 1.0 + 3.0 * max(0.0, 1 - unit / 700)
+
+    def go(self, until, slower=1.0):
+        while self.done < until:
+            self.now += slower * self.seconds(self.done)
+            self.done += 1
+            if self.done % 20 == 0:
+                self.pace.update(self.done, 1000)
+
+    @property
+    def truly_left(self):
+        return sum(map(self.seconds, range(self.done, 1000)))
+
+
+def test_what_is_left_knows_that_the_work_gets_cheaper():
+    cost = lambda done: 0.01 * sum(map(Work.seconds, range(int(done))))  # noqa: E731  predicted 100 times too fast
+    knows, does_not = Work(cost), Work(None)
+    for until in (100, 400, 800, 980):
+        for work in (knows, does_not):
+            work.go(until)
+        assert knows.pace.left == pytest.approx(knows.truly_left, rel=0.02)
+    blind = Work(None)
+    blind.go(100)
+    assert blind.pace.left > 1.5 * blind.truly_left
+
+
+def test_what_is_left_follows_a_machine_that_becomes_slower_and_free_again():
+    work = Work(lambda done: sum(map(Work.seconds, range(int(done)))))
+    work.go(400, slower=20.0)
+    assert work.pace.left == pytest.approx(20 * work.truly_left, rel=0.02)
+    work.go(460)
+    assert work.pace.left == pytest.approx(work.truly_left, rel=0.02)
+    assert work.pace.rate == pytest.approx(1 / Work.seconds(450), rel=0.1)
+
+
+def test_work_that_goes_on_is_not_credited_with_what_was_done_before():
+    now = iter((0.0, 10.0, 20.0))
+    pace = Pace(clock=lambda: next(now))
+    pace.update(500, 1000)
+    pace.update(510, 1000)
+    assert pace.rate == pytest.approx(1.0) and pace.left == pytest.approx(490.0)

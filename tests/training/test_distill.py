@@ -1,0 +1,154 @@
+"""Training: the loss and schedule of the paper, real learning on a real model, and named errors when it goes wrong."""
+
+import dataclasses
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import RECIPE, batches, fed, nmse, tiny_model, train
+
+from mxdsurgery.base.finding import find_blocks
+from mxdsurgery.errors import DivergedError
+from mxdsurgery.measuring.fidelity import measure
+from mxdsurgery.planning.plan import plan_layer
+from mxdsurgery.recipe import Recipe
+from mxdsurgery.training.cost import first_k
+from mxdsurgery.training.distill import Progress, active_experts, distill, distillation_loss, frozen_gain, learning_rate
+from mxdsurgery.training.initialize import initial_layer, measure_statistics
+
+
+def test_the_loss_is_the_squared_error_over_the_norm():
+    y_hat, y = torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 4.0], [0.0, 2.0]])
+    assert distillation_loss(y_hat, y).item() == pytest.approx((25 / 4 + 4 / 2) / 2)
+
+
+def test_the_schedule_warms_up_stays_and_decays():
+    recipe = dataclasses.replace(RECIPE, lr=1.0, warmup=0.1, decay=0.2)
+    rates = [learning_rate(step, 100, recipe) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
+    assert rates[10:80] == [1.0] * 70
+    assert rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
+    paper = dataclasses.replace(recipe, warmup=0.0, decay=0.0)
+    assert learning_rate(0, 100, paper) == learning_rate(99, 100, paper) == 1.0
+
+
+def test_k_falls_to_its_own_value_and_is_that_in_the_end():
+    ks = [active_experts(step, 100, 4, 32) for step in range(100)]
+    assert ks[0] == 32 and ks[35] == 18 and ks[70:] == [4] * 30 and ks == sorted(ks, reverse=True)
+    assert Recipe(k=4).first_k == 32 and Recipe(k=64).first_k == 256 and Recipe(k=300).first_k == 300
+    assert Recipe(k=4, k_start=4).first_k == 4 and Recipe(k=4, k_start=2).first_k == 4
+    plan = plan_layer(find_blocks(tiny_model("llama"))[0].block, dataclasses.replace(RECIPE, n_experts=20))
+    assert first_k(plan, RECIPE) == 20  # no more than there are
+    layers, _, _ = train(tiny_model("llama"), steps=4)
+    assert layers[0].gate.k == 4 and layers[0](torch.randn(3, 32)).shape == (3, 32)
+
+
+def test_the_penalty_is_what_the_best_constant_takes_off_the_loss():
+    generator = torch.Generator().manual_seed(0)
+    scale, y = (torch.randn(200, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    scale, bias = scale + y, torch.full((6,), 0.1, dtype=torch.float64)
+    target, weight = y - bias, 1 / y.norm(dim=1, keepdim=True)
+    best = torch.stack(
+        [torch.linalg.lstsq(weight.sqrt() * scale[:, [d]], weight.sqrt() * target[:, [d]]).solution[0, 0] for d in range(6)]
+    )
+    gained = distillation_loss(bias.expand_as(y), y) - distillation_loss(best * scale + bias, y)
+    assert frozen_gain(scale, target, y).item() == pytest.approx(gained.item(), rel=1e-5)
+
+
+def test_the_penalty_makes_the_experts_carry_more():
+    model = tiny_model("llama")
+
+    def share(specialise):
+        layers, _, blocks = train(model, dataclasses.replace(RECIPE, specialise=specialise), steps=150, layers=(0,))
+        return measure(model, blocks, {0: layers[0].eval()}, next(batches(99)), 512)["layers"][0]["constant_gate_nmse"]
+
+    assert share(0.1) > 1.5 * share(0.0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_layers_learn_their_blocks_on_text_they_have_not_seen(family):
+    model = tiny_model(family)
+    layers, progress, blocks = train(model, steps=150)
+    assert (progress.step, progress.tokens) == (150, 150 * 512)
+    held_out = nmse(model, blocks, layers)
+    assert max(held_out.values()) < 0.5
+    assert [plan.block.layer for plan in progress.nmse] == [plan.block.layer for plan in progress.dead_share] == [0, 1]
+
+
+def test_a_layer_learns_the_same_whether_others_train_beside_it():
+    model = tiny_model("llama")
+    alone, _, _ = train(model, steps=10, layers=(1,))
+    together, _, _ = train(model, steps=10, layers=(0, 1))
+    for mine, theirs in zip(alone[1].parameters(), together[1].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_the_base_model_is_left_as_it_was():
+    model = tiny_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train(model, steps=5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_unit_norm_keeps_the_experts_rows_at_unit_length():
+    layers, _, _ = train(tiny_model("llama"), dataclasses.replace(RECIPE, unit_norm=True), steps=20)
+    torch.testing.assert_close(layers[0].experts.weight.norm(dim=1), torch.ones(64))
+    free, _, _ = train(tiny_model("llama"), steps=20)
+    assert (free[0].experts.weight.norm(dim=1) - 1).abs().max() > 1e-3
+
+
+def test_experts_that_never_fire_are_counted_dead():
+    model = tiny_model("llama")
+    block = find_blocks(model)[0].block
+    statistics = measure_statistics(model, [block], [next(batches())])[0]
+    plan = plan_layer(block, RECIPE)
+    layer = initial_layer(model, plan, RECIPE, statistics)
+    with torch.no_grad():
+        layer.gate.bias[:16] = -1e6
+    progress = Progress(40, 512)
+    distill(
+        {plan: layer},
+        fed(model, [block]),
+        RECIPE,
+        Accelerator(cpu=True),
+        progress,
+        lambda p: None,
+    )
+    assert 16 / 64 <= progress.dead_share[plan] < 0.5
+
+
+def test_a_nan_stops_with_the_layers_name_and_a_remedy():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(DivergedError, match="layer 1 .*: the loss is nan(.|\n)*--lr"):
+        train(model, steps=40)
+
+
+def test_a_diverging_loss_stops():
+    with pytest.raises(DivergedError, match="layer 0 .*: the loss is"):
+        train(tiny_model("llama"), dataclasses.replace(RECIPE, lr=1.0, warmup=0.0), steps=400)
+
+
+def test_bf16_autocast_keeps_parameters_in_fp32_and_learns():
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    model = tiny_model("llama")
+    block = find_blocks(model)[0].block
+    statistics = measure_statistics(model, [block], [next(batches())])[0]
+    plan = plan_layer(block, RECIPE)
+    layer = initial_layer(model, plan, RECIPE, statistics)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    distill(
+        {plan: layer},
+        fed(model, [block]),
+        RECIPE,
+        accelerator,
+        Progress(100, 512),
+        lambda p: None,
+    )
+    AcceleratorState._reset_state()
+    Accelerator(cpu=True)  # as the next test expects it
+    assert all(parameter.dtype == torch.float32 for parameter in layer.parameters())
+    assert nmse(model, [block], {0: layer})[0] < 0.6
