@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import os
 import sys
-from types import ModuleType
 from typing import Any
 
 # On Linux, torch then asks for huge pages: the CPU's training step spends a tenth of its time on page faults otherwise.
@@ -23,34 +22,34 @@ __version__ = "0.1.0"
 
 # The public names, by the module that each is in.
 _PLACES = {
-    "analyze": ("Analysis", "analyze"),
-    "apply": ("apply", "make_adapter"),
-    "checkpoint": ("Converted", "load"),
-    "coefficients": ("coefficients",),
-    "comparison": ("Frontier",),
-    "convert": ("Conversion", "convert"),
-    "dissect": ("dissect",),
-    "edit": ("edit",),
-    "edits": ("Edits", "edits_from_flags", "read_edits"),
-    "effect": ("effect",),
+    "base.analyze": ("Analysis", "analyze"),
+    "base.families": ("Family", "register_family"),
+    "catalogue.coefficients": ("coefficients",),
+    "catalogue.experts": ("experts",),
+    "catalogue.report": ("report",),
+    "catalogue.search": ("search",),
+    "checkpoint.apply": ("apply", "make_adapter"),
+    "checkpoint.converted": ("Converted", "load"),
+    "conversion.convert": ("Conversion", "convert"),
+    "conversion.frontier": ("frontier",),
+    "conversion.heal": ("heal",),
+    "editing.edit": ("edit",),
+    "editing.edits": ("Edits", "edits_from_flags", "read_edits"),
+    "editing.effect": ("effect",),
+    "editing.generate": ("generate",),
+    "editing.steering": ("steering",),
+    "editing.sweep": ("sweep",),
     "errors": ("MxDError",),
-    "evaluate": ("evaluate",),
-    "experts": ("experts",),
-    "families": ("Family", "register_family"),
-    "frontier": ("frontier",),
-    "generate": ("generate",),
-    "growth": ("growth",),
-    "heal": ("heal",),
-    "layer": ("Coefficients", "MxDLayer"),
-    "plan": ("Plan", "plan"),
-    "plot": ("plot",),
-    "probe": ("probe",),
-    "push": ("push",),
+    "layers.layer": ("Coefficients", "MxDLayer"),
+    "measuring.dissect": ("dissect",),
+    "measuring.evaluate": ("evaluate",),
+    "measuring.frontier_table": ("Frontier",),
+    "measuring.growth": ("growth",),
+    "measuring.probe": ("probe",),
+    "planning.plan": ("Plan", "plan"),
     "recipe": ("Recipe",),
-    "report": ("report",),
-    "search": ("search",),
-    "steering": ("steering",),
-    "sweep": ("sweep",),
+    "runs.plot": ("plot",),
+    "sharing.push": ("push",),
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
 
@@ -58,7 +57,7 @@ __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, or a module of ours, that nobody asked for before."""
+    """A public name, or a room or module of ours, that nobody asked for before."""
     if name in _MODULE_OF:
         value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
         setattr(sys.modules[__name__], name, value)
@@ -70,18 +69,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """This module's class, for the one thing that a module cannot say of itself.
-
-    Python binds every module that is loaded to its package; the functions that are named after theirs take its place, whoever
-    loads it first.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        named_after = isinstance(value, ModuleType) and _MODULE_OF.get(name) == name
-        super().__setattr__(name, getattr(value, name) if named_after else value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -1,4 +1,4 @@
-"""Whatever comes from outside, in a file or a flag, is read or refused by name: the inputs of scripts/measure/fuzz.py, a few of each.
+"""What comes from outside, in a file or a flag, is read or refused by name: inputs of scripts/measure/fuzz.py, a few of each.
 
 Always the same ones; the script makes others, for as long as one likes.
 """

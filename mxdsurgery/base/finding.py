@@ -39,8 +39,7 @@ def find_blocks(model: PreTrainedModel) -> list[Finding]:
     """What each decoder layer of a model holds, in order.
 
     Works on a skeleton (meta device): the proof then runs on a copy of the block with random weights, once for all layers of
-    the same structure. On a model with weights use `mxdsurgery.base.proof.prove_block` besides, which runs the proof on the weights
-    themselves.
+    the same structure. On a model with weights use `prove_block` besides, which runs the proof on the weights themselves.
 
     Raises:
         UnknownFamilyError: the model has no list of decoder layers.

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 
+import mxdsurgery.layers
 from mxdsurgery.base.dtypes import as_stored, computed_in
 from mxdsurgery.base.offload import SHARD_BYTES, adopt_hooks, execution_device, is_offloaded
 from mxdsurgery.base.surgery import replaced
@@ -44,8 +45,9 @@ from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.resume import sync
 
-# The files of ours that a checkpoint brings along; each imports only from those before it.
-TRAVELLING = ("sparse.py", "layer.py", "baselines.py", "interventions.py", "replacement.py")
+# The files of ours that a checkpoint brings along: all of that room.
+_LAYERS = Path(mxdsurgery.layers.__file__).parent
+TRAVELLING = tuple(sorted(path.name for path in _LAYERS.glob("*.py") if path.name != "__init__.py"))
 
 _LICENSE = "# Written by mxdsurgery (Apache-2.0). It imports torch and transformers only, and only defines classes.\n"
 
@@ -289,7 +291,7 @@ def write_code(model: PreTrainedModel, folder: Path) -> None:
     }
     names["model_imports"] = "\n".join(f"from {module} import {classes}" for module, classes in named.items())
     for name in TRAVELLING:
-        code = Path(__file__).with_name(name).read_text(encoding="utf-8")
+        code = (_LAYERS / name).read_text(encoding="utf-8")
         (folder / name).write_text(_LICENSE + code, encoding="utf-8")
     (folder / "configuration_mxd.py").write_text(_LICENSE + _CONFIGURATION.format(**names), encoding="utf-8")
     (folder / "modeling_mxd.py").write_text(_LICENSE + _MODELING.format(**names), encoding="utf-8")

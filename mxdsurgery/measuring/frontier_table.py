@@ -40,7 +40,7 @@ class Frontier:
     Attributes:
         out: the folder.
         rows: one for each layer, kind and K, in that order: ``layer``, ``kind``, ``k`` (None for the dense control),
-            ``sparsity``, ``n_experts``, ``params`` (trained), ``train_tokens``, and the figures of `mxdsurgery.measuring.evaluate` with
+            ``sparsity``, ``n_experts``, ``params`` (trained), ``train_tokens``, and the figures of `evaluate` with
             their intervals.
         tokens: held-out tokens that the figures rest on.
         original: ``ce`` of the original model there, with its interval.

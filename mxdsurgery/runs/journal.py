@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from mxdsurgery.terminal.console import Cost, ProgressLine, Reporter, event_line, stage_and_text, timed
 from mxdsurgery.disclosure import masked, secrets_here
 from mxdsurgery.errors import OutputError
+from mxdsurgery.terminal.console import Cost, ProgressLine, Reporter, event_line, stage_and_text, timed
 
 LOG_FILE, METRICS_FILE = "log.txt", "metrics.jsonl"
 

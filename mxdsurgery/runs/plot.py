@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.table import Table
 
-from mxdsurgery.terminal.console import Reporter, compact
 from mxdsurgery.errors import MetricsError, OutputError
 from mxdsurgery.runs.journal import LOG_FILE, METRICS_FILE
+from mxdsurgery.terminal.console import Reporter, compact
 
 # A layer went wrong if its NMSE is at last so many times its lowest: noise and the fall of K raise it by a few per cent.
 _GREW = 2.0

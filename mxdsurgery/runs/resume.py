@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mxdsurgery.runs.digest import file_digest, tensor_bytes
-from mxdsurgery.errors import CheckpointError, OutputError
 from mxdsurgery.base.model import decoder_layers
 from mxdsurgery.base.offload import resident
+from mxdsurgery.errors import CheckpointError, OutputError
+from mxdsurgery.runs.digest import file_digest, tensor_bytes
 
 # What this version writes, and all that it reads.
 CHECKPOINT_VERSION = 1

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.errors import CheckpointError, DivergedError, Interrupted, MxDError, OutputError
-from mxdsurgery.runs.journal import METRICS_FILE, Journal, Recording
-from mxdsurgery.outside import shown
-from mxdsurgery.runs.parallel import any_of, first_ones, rank, text_shares, wait
-from mxdsurgery.recipe import CHECKPOINT_KEYS, COMPUTE_KEYS, Recipe
-from mxdsurgery.runs.resume import Checkpoint, Checkpoints, Files
 from mxdsurgery.hardware.threads import asked_for, set_threads
+from mxdsurgery.outside import shown
+from mxdsurgery.recipe import CHECKPOINT_KEYS, COMPUTE_KEYS, Recipe
+from mxdsurgery.runs.journal import METRICS_FILE, Journal, Recording
+from mxdsurgery.runs.parallel import any_of, first_ones, rank, text_shares, wait
+from mxdsurgery.runs.resume import Checkpoint, Checkpoints, Files
+from mxdsurgery.terminal.console import Reporter
 
 # The file of a checkpoint with what is in training.
 TRAINING_FILE = "training.safetensors"

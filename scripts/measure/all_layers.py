@@ -1,7 +1,7 @@
 """Converts all layers of three models in several ways, heals them, measures what is left, and prints docs/all-layers.md.
 
-    python scripts/measure/all_layers.py measure --shared ../shared --runs DIR              # some hours on one thread
-    python scripts/measure/all_layers.py measure --shared ../shared --runs DIR --only books # a part; two of them can run side by side
+    python scripts/measure/all_layers.py measure --shared ../shared --runs DIR  # some hours on one thread
+    python scripts/measure/all_layers.py measure --shared ../shared --runs DIR --only books  # a part; two can run side by side
     python scripts/measure/all_layers.py page > docs/all-layers.md
 
 A run is a folder DIR/<model>-<kind>-k<K>-<way>; what is in DIR is not made again, so an interrupted measurement goes on. What

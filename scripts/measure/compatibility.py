@@ -1,7 +1,7 @@
 """Loads exported folders under other versions of transformers and torch, and prints the table of docs/reliability.md.
 
-    python scripts/measure/compatibility.py --venvs ../venvs            # makes what environments are not there; the tests' fixtures
-    python scripts/measure/compatibility.py --venvs ../venvs DIR ...    # other exported folders
+    python scripts/measure/compatibility.py --venvs ../venvs  # makes what environments are not there; the tests' fixtures
+    python scripts/measure/compatibility.py --venvs ../venvs DIR ...  # other exported folders
 
 A folder is loaded by plain transformers in a fresh process that cannot import mxdsurgery, and its logits are compared with
 those that were stored when it was written: in DIR.logits.safetensors beside it, or else computed in this environment first.

@@ -159,8 +159,9 @@ STEPS = (
 INTRODUCTION = """\
 # Experts at work
 
-Every command of [the README](../README.md) on experts, on two real models, with what it printed. `scripts/measure/experts.py` ran
-them and prints this page. Figures leave out position 0 of each context and rest on the number of tokens that they name.
+Every command of [the README](../README.md) on experts, on two real models, with what it printed.
+`scripts/measure/experts.py` ran them and prints this page. Figures leave out position 0 of each context and rest on the
+number of tokens that they name.
 """
 
 

@@ -1,9 +1,9 @@
 """Runs the benchmarks and prints docs/performance.md from what they measured.
 
-    python scripts/measure/performance.py measure --device cpu --shared ../shared      # about half an hour on two cores
-    python scripts/measure/performance.py measure --device cpu --only "any: " --kind AVX2   # what any processor should measure
-    python scripts/measure/performance.py measure --device cuda --yardstick PATH       # needs nothing but a GPU; about ten minutes
-    python scripts/measure/performance.py measure --device cuda --tiny --on cpu        # the GPU's list at a tiny scale, anywhere
+    python scripts/measure/performance.py measure --device cpu --shared ../shared  # about half an hour on two cores
+    python scripts/measure/performance.py measure --device cpu --only "any: " --kind AVX2  # what any processor should measure
+    python scripts/measure/performance.py measure --device cuda --yardstick PATH  # needs nothing but a GPU; about ten minutes
+    python scripts/measure/performance.py measure --device cuda --tiny --on cpu  # the GPU's list at a tiny scale, anywhere
     python scripts/measure/performance.py page > docs/performance.md
 
 Every benchmark is a command of its own in this folder; its line of JSON is kept in docs/performance.jsonl with the command
@@ -234,9 +234,9 @@ def blocks(records: dict[str, dict[str, Any]], prefix: str) -> str:
 
 PAGE = """# Performance
 
-Printed by `python scripts/measure/performance.py page` from docs/performance.jsonl, which `python scripts/measure/performance.py measure`
-writes; each line there holds the command that measured it. Times are medians. Cores are shared: a ratio within a row was
-measured in one run, absolute times vary by a fifth from day to day. Hardware of the CPU rows: {hardware}. {gpu}
+Printed by `python scripts/measure/performance.py page` from docs/performance.jsonl, which its `measure` writes; each
+line there holds the command that measured it. Times are medians. Cores are shared: a ratio within a row was measured in one
+run, absolute times vary by a fifth from day to day. Hardware of the CPU rows: {hardware}. {gpu}
 
 ## Any processor
 

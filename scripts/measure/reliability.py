@@ -1,9 +1,9 @@
 """Kills runs, spoils their checkpoints and fills their disk, goes on with them, and compares what comes of it.
 
-    python scripts/measure/reliability.py kills --count 50 --runs DIR    # some minutes; docs/reliability/kills.json
-    python scripts/measure/reliability.py faults --runs DIR              # docs/reliability/faults.json
-    python scripts/measure/reliability.py processes --runs DIR           # docs/reliability/processes.json
-    python scripts/measure/reliability.py page > docs/reliability.md     # with fuzz.md and versions.md from there, as far as they are
+    python scripts/measure/reliability.py kills --count 50 --runs DIR  # some minutes; docs/reliability/kills.json
+    python scripts/measure/reliability.py faults --runs DIR  # docs/reliability/faults.json
+    python scripts/measure/reliability.py processes --runs DIR  # docs/reliability/processes.json
+    python scripts/measure/reliability.py page > docs/reliability.md  # with fuzz.md and versions.md from there
 
 A run is a small conversion of demo-glu, or the healing of one, with a checkpoint every second step. It is forked from this
 process, killed with its children by SIGKILL at a random instant between its start and its end, and started again with resume,

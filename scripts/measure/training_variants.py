@@ -1,6 +1,6 @@
 """Faithful and specialised at once? Ways of training a Mixture of Decoders, on one layer of one model, side by side.
 
-    python scripts/measure/training_variants.py measure --shared ../shared             # 2 M tokens, about 40 minutes on two cores
+    python scripts/measure/training_variants.py measure --shared ../shared  # 2 M tokens, about 40 minutes on two cores
     python scripts/measure/training_variants.py measure --shared ../shared --only "default;encoder"
     python scripts/measure/training_variants.py page > docs/training.md
 

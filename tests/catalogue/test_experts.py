@@ -1,6 +1,5 @@
 """The catalogue of experts: what it says is what the model does, at any batch size, also after an interruption."""
 
-import importlib
 import json
 import re
 import shutil
@@ -34,12 +33,6 @@ from mxdsurgery.errors import (
     OutputError,
 )
 from mxdsurgery.layers.layer import Coefficients
-
-# The package's functions of the same names hide these from import.
-MODULE, COEFFICIENTS = (
-    importlib.import_module("mxdsurgery.catalogue.experts"),
-    importlib.import_module("mxdsurgery.catalogue.coefficients"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +174,7 @@ def test_the_unembedding_is_the_models_own_last_step(family):
 
 
 def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(converted, labelled, tmp_path, monkeypatch):
-    monkeypatch.setattr(MODULE, "_BATCH", 512)
+    monkeypatch.setattr("mxdsurgery.catalogue.experts._BATCH", 512)
     options = {"data": labelled, "tokens": 4_000, "checkpoint_every": 2}
     experts(converted.recipe.out, out=tmp_path / "whole", **options)
     add, calls = Tally.add, []
@@ -212,7 +205,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(converted, labelled, 
     options = {"data": labelled, "tokens": 2_000, "out": tmp_path / "out"}
     with monkeypatch.context() as patch:
         full = OSError(28, "No space left on device")
-        patch.setattr(MODULE, "write_tables", lambda *_: (_ for _ in ()).throw(full))
+        patch.setattr("mxdsurgery.catalogue.experts.write_tables", lambda *_: (_ for _ in ()).throw(full))
         with pytest.raises(OutputError, match="No space left on device(.|\n)*with --resume goes on"):
             experts(converted.recipe.out, **options)
     assert not (tmp_path / "out").exists()
@@ -231,7 +224,7 @@ def test_what_it_cannot_do_is_named(converted, folder, labelled, tmp_path, monke
         experts(out, data=labelled, label_column="language", out=tmp_path / "a")
     with pytest.raises(LayerSelectionError, match="layers among 1, 2"):
         experts(out, data=labelled, layers="0-1", out=tmp_path / "b")
-    monkeypatch.setattr(MODULE, "free_memory", lambda _device: 1000)
+    monkeypatch.setattr("mxdsurgery.catalogue.experts.free_memory", lambda _device: 1000)
     with pytest.raises(MemoryBudgetError, match="what is kept of 512 experts takes"):
         experts(out, data=labelled, tokens=1000, out=tmp_path / "c")
 
@@ -319,7 +312,7 @@ def test_search_wants_the_models_own_catalogue(converted, folder, tmp_path):
 
 @pytest.mark.parametrize("form", ["parquet", "safetensors"])
 def test_coefficients_are_the_models_in_either_form(converted, tmp_path, form, monkeypatch):
-    monkeypatch.setattr(COEFFICIENTS, "PART", 1024)
+    monkeypatch.setattr("mxdsurgery.catalogue.coefficients.PART", 1024)
     made = coefficients(converted.recipe.out, out=tmp_path / "out", form=form, tokens=3_000)
     if form == "parquet":
         tables = {name: pq.read_table(tmp_path / "out" / f"{name}.parquet").to_pydict() for name in ("tokens", "layer2")}

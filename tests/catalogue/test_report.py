@@ -2,7 +2,6 @@
 
 import base64
 import gzip
-import importlib
 import json
 import re
 import shutil
@@ -192,8 +191,7 @@ def test_mistakes_are_named_and_nothing_is_left(model, converted, tmp_path, monk
     report(model, out=tmp_path / "page.html")
     before = (tmp_path / "page.html").read_bytes()
     monkeypatch.setattr(
-        importlib.import_module("mxdsurgery.catalogue.report"),
-        "_element",
+        "mxdsurgery.catalogue.report._element",
         Mock(side_effect=OSError(28, "No space left on device")),
     )
     with pytest.raises(OutputError, match="No space left"):

@@ -24,7 +24,7 @@ from mxdsurgery.measuring.evaluate import evaluate
 @pytest.fixture
 def unchecked(monkeypatch):
     """Spares the fresh process that loads what was written; the tests compare its bytes."""
-    for module in ("export", "apply", "edit"):  # by sys.modules: the package's functions have the same names
+    for module in ("checkpoint.export", "checkpoint.apply", "editing.edit"):
         module = importlib.import_module(f"mxdsurgery.{module}")
         monkeypatch.setattr(module, "check_reload", lambda *_: {"logits": 0.0, "hidden": 0.0})
 

@@ -1,6 +1,5 @@
 """The main job from end to end, as a library and as a command, on the embedded demo model."""
 
-import importlib
 import json
 import shutil
 import signal
@@ -68,7 +67,9 @@ def test_single_layers_can_be_measured_on_fewer_tokens_and_every_row_says_on_how
     assert refused.exit_code == 2 and "--tokens-single does not go with --growth" in refused.output
 
 
-@pytest.mark.parametrize("where", ["measure.prediction_sums", "export.model_card", "export.write_json"])
+@pytest.mark.parametrize(
+    "where", ["measuring.fidelity.prediction_sums", "checkpoint.export.model_card", "checkpoint.export.write_json"]
+)
 def test_an_interrupted_evaluation_leaves_the_folder_as_it_was(converted, tmp_path, monkeypatch, where):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -90,7 +91,7 @@ def test_a_resumed_run_measures_single_layers_on_as_many_tokens_as_it_had_chosen
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mxdsurgery.planning.effort.fewest_contexts_alone", lambda *_: 20)
-    monkeypatch.setattr(importlib.import_module("mxdsurgery.conversion.convert"), "EVALUATION_SHARE", 0.0)
+    monkeypatch.setattr("mxdsurgery.conversion.convert.EVALUATION_SHARE", 0.0)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match="A checkpoint of step 2 is in"):
         patched.setattr("mxdsurgery.measuring.fidelity.Measurement.run", interrupted)
         mxdsurgery.convert("demo-glu", **options)

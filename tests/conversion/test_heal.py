@@ -1,6 +1,5 @@
 """``heal``: the folder it writes, what it changes and what not, LoRA merged and kept, and the errors of a user's mistakes."""
 
-import importlib
 import itertools
 import json
 import shutil
@@ -23,13 +22,12 @@ from mxdsurgery.recipe import Recipe, load_recipe
 
 QUICK = {"tokens": 4096, "batch": 1024, "device": "cpu"}
 VALIDATION = 1024
-HEAL = importlib.import_module("mxdsurgery.conversion.heal")  # the package's attribute of that name is the function
 
 
 @pytest.fixture(scope="module", autouse=True)
 def little_validation():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HEAL, "VALIDATION_TOKENS", VALIDATION)
+        patch.setattr("mxdsurgery.conversion.heal.VALIDATION_TOKENS", VALIDATION)
         yield
 
 
@@ -59,7 +57,7 @@ def layers_only(source, text, tmp_path_factory, forked_reloads):
 def merged(source, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("heal") / "both"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HEAL, "check_reload", lambda *_: {})
+        patch.setattr("mxdsurgery.conversion.heal.check_reload", lambda *_: {})
         return heal(source, out=out, data=text, mode="both", lora_rank=4, lr=3e-4, teacher="cached", top_n=32, **QUICK)
 
 
@@ -67,13 +65,13 @@ def merged(source, text, tmp_path_factory):
 def adapter(source, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("heal") / "lora"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HEAL, "check_reload", lambda *_: {})
+        patch.setattr("mxdsurgery.conversion.heal.check_reload", lambda *_: {})
         return heal(source, out=out, data=text, mode="lora", lora="adapter", lr=1e-3, **QUICK)
 
 
 @pytest.fixture
 def no_reload(monkeypatch):
-    monkeypatch.setattr(HEAL, "check_reload", lambda *_: {})
+    monkeypatch.setattr("mxdsurgery.conversion.heal.check_reload", lambda *_: {})
 
 
 def changed(folder, other):
@@ -190,7 +188,7 @@ def test_healing_never_returns_what_is_worse_than_the_start(source, text, tmp_pa
 
             return Reporter().progress("", "")
 
-    monkeypatch.setattr(HEAL, "evaluate", lambda *_, **__: {})
+    monkeypatch.setattr("mxdsurgery.conversion.heal.evaluate", lambda *_, **__: {})
     made = heal(source, out=tmp_path / "out", data=text, lr=0.05, local=0.0, reporter=Listener(), **QUICK)
     assert made["tokens_to_best"] == 0 and made["kl_after"] == made["kl_before"]
     assert changed(tmp_path / "out", source) == set()
@@ -198,8 +196,8 @@ def test_healing_never_returns_what_is_worse_than_the_start(source, text, tmp_pa
 
 
 def test_only_what_changed_is_written_where_an_adapter_is_asked_for(source, text, tmp_path, no_reload, monkeypatch):
-    monkeypatch.setattr(HEAL, "evaluate", lambda folder, **_: write_json(folder / "evaluation.json", {}))
-    monkeypatch.setattr(importlib.import_module("mxdsurgery.checkpoint.apply"), "check_reload", lambda *_: {})
+    monkeypatch.setattr("mxdsurgery.conversion.heal.evaluate", lambda folder, **_: write_json(folder / "evaluation.json", {}))
+    monkeypatch.setattr("mxdsurgery.checkpoint.apply.check_reload", lambda *_: {})
     heal(source, out=tmp_path / "small", data=text, format="adapter", **QUICK)
     assert not (tmp_path / "small" / "model.safetensors").exists()
     assert list(tmp_path.iterdir()) == [tmp_path / "small"]

@@ -1,6 +1,5 @@
 """How good steering is: each figure by its definition, controls that differ in the expert only, and a judge that may fail."""
 
-import importlib
 import json
 import math
 import shutil
@@ -20,7 +19,6 @@ from mxdsurgery.editing.judge import Judge, judge_from_flags
 from mxdsurgery.editing.steering import _BESIDE, _Concept, _Writer, steering, steering_table
 from mxdsurgery.errors import CatalogueError, EditError, JudgeError, RecipeError
 
-MODULE = importlib.import_module("mxdsurgery.editing.steering")  # a function of the same name may hide it from import
 SHORT = {"samples": 3, "max_new_tokens": 8, "controls": 2, "device": "cpu"}
 KEY = "sk-test-0123456789abcdef"
 
@@ -143,7 +141,7 @@ def test_texts_of_the_concept_count_as_strong_and_others_do_not(folder, expert, 
             rows = torch.randint(200, 4000, (samples, max_new_tokens), generator=draw).tolist()
         return torch.cat([inputs.expand(samples, -1), torch.tensor(rows[:samples])], 1)
 
-    monkeypatch.setattr(MODULE, "sample", pretended)
+    monkeypatch.setattr("mxdsurgery.editing.steering.sample", pretended)
     found = steering(folder, edits=Edits(clamp={1: {expert: 1.0}}), **SHORT)
     (row,) = found["steered"]
     assert found["kind"] == "clamp" and row["strength_ci"][0] > 0.1

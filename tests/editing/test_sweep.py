@@ -1,7 +1,6 @@
 """The sweep: each expert's figures are those of the whole model without it, whatever is not computed again on the way."""
 
 import dataclasses
-import importlib
 import json
 import shutil
 
@@ -160,7 +159,7 @@ def test_counts_are_those_of_the_gate():
 def test_counts_that_are_added_up_in_between_are_the_same(monkeypatch):
     codes = torch.randint(0, 60, (40, 50), generator=torch.Generator().manual_seed(0))
     whole, often = _Counts(), None
-    monkeypatch.setattr(importlib.import_module("mxdsurgery.editing.sweep"), "_COUNTS", 7)
+    monkeypatch.setattr("mxdsurgery.editing.sweep._COUNTS", 7)
     often = _Counts()
     for part in codes:
         whole.add(part)

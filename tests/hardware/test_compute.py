@@ -1,7 +1,6 @@
 """What is computed in: chosen by measuring, apart from what weights are stored in, on every kind of machine."""
 
 import dataclasses
-import importlib
 import json
 import shutil
 from collections import Counter
@@ -321,7 +320,7 @@ def test_a_run_goes_on_in_what_it_began_with(machine, tmp_path, monkeypatch):
 def test_a_catalogue_goes_on_in_what_it_began_with(folder, machine, tmp_path, monkeypatch):
     how = {"tokens": 2_000, "checkpoint_every": 1}
     machine(bfloat16=43.0)
-    monkeypatch.setattr(importlib.import_module("mxdsurgery.catalogue.experts"), "_BATCH", 512)
+    monkeypatch.setattr("mxdsurgery.catalogue.experts._BATCH", 512)
     mxdsurgery.experts(folder, out=tmp_path / "whole", **how)
     add, calls = Tally.add, []
 

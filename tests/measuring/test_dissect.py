@@ -1,6 +1,5 @@
 """Rank, similarity, usage and specialisation: each against its definition or a case that is known."""
 
-import importlib
 import json
 import math
 import subprocess
@@ -43,7 +42,7 @@ def test_similarity_is_the_cosine_of_whole_matrices():
 def test_similarity_in_chunks_is_the_same(monkeypatch):
     rows = torch.randn(50, 8)
     whole = _nearest(rows)
-    monkeypatch.setattr(importlib.import_module("mxdsurgery.measuring.dissect"), "_SIMILARITY_ELEMENTS", 130)
+    monkeypatch.setattr("mxdsurgery.measuring.dissect._SIMILARITY_ELEMENTS", 130)
     assert _nearest(rows) == whole
 
 

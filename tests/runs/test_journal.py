@@ -15,10 +15,10 @@ from running import Said
 
 import mxdsurgery
 from mxdsurgery.cli import main
-from mxdsurgery.terminal.console import ConsoleReporter, Reporter
 from mxdsurgery.disclosure import masked
 from mxdsurgery.errors import DivergedError, OutputError
 from mxdsurgery.runs.journal import LOG_FILE, METRICS_FILE, Journal, Recording
+from mxdsurgery.terminal.console import ConsoleReporter, Reporter
 
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
 TOKEN = "hf_" + "aB3dE5gH7j" * 3

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 import mxdsurgery
-from mxdsurgery.runs import parallel
 from mxdsurgery.errors import DeviceError, RecipeError
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.runs import parallel
 
 OPTIONS = {
     "layers": "0-2",

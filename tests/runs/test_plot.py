@@ -8,11 +8,11 @@ import sys
 import pytest
 
 from mxdsurgery import plot
-from mxdsurgery.terminal.chart import training_chart
-from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.errors import DivergedError, MetricsError, OutputError
 from mxdsurgery.runs.journal import METRICS_FILE, Journal, Recording
 from mxdsurgery.runs.plot import _beginnings, _curves, plot_table, read_metrics
+from mxdsurgery.terminal.chart import training_chart
+from mxdsurgery.terminal.console import Reporter
 
 
 def falling(step, lowest=0.03):

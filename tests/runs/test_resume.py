@@ -15,11 +15,11 @@ from running import ROOT
 from safetensors.torch import load_file, save_file
 
 import mxdsurgery
-from mxdsurgery.training import end_to_end as endtoend
 from mxdsurgery.errors import CheckpointError, Interrupted, OutputError
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.resume import Checkpoints, optimizer_state, restore_optimizer
 from mxdsurgery.runs.run_folder import RunFolder, stoppable
+from mxdsurgery.training import distill, end_to_end
 
 SMALL = {
     "layers": "0-2",
@@ -62,8 +62,8 @@ def stopped(monkeypatch):
 
             return step
 
-        monkeypatch.setattr("mxdsurgery.training.distill.train_step", counting(sys.modules["mxdsurgery.training.distill"].train_step))
-        monkeypatch.setattr(endtoend._Trainer, "step", counting(endtoend._Trainer.step))
+        monkeypatch.setattr("mxdsurgery.training.distill.train_step", counting(distill.train_step))
+        monkeypatch.setattr(end_to_end._Trainer, "step", counting(end_to_end._Trainer.step))
 
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
@@ -90,7 +90,7 @@ def test_a_conversion_that_was_stopped_goes_on_bit_for_bit(way, tmp_path, stoppe
     mxdsurgery.convert("demo-glu", **SMALL, **keys, out=str(tmp_path / "whole"))
     for stop in stops:
         with monkeypatch.context() as patch:
-            patch.setattr("mxdsurgery.training.distill.train_step", sys.modules["mxdsurgery.training.distill"].train_step)
+            patch.setattr("mxdsurgery.training.distill.train_step", distill.train_step)
             stopped(stop)
             with pytest.raises(Interrupted, match="A checkpoint of step (.|\n)*--resume goes on"):
                 mxdsurgery.convert("demo-glu", **SMALL, **keys, out=str(tmp_path / "parts"), resume=True)
@@ -131,10 +131,10 @@ def test_healing_that_ended_is_not_done_again_when_only_writing_failed(converted
     steps = []
     with monkeypatch.context() as patch:
         full = OSError(28, "No space left on device")
-        patch.setattr(sys.modules["mxdsurgery.conversion.heal"], "write_code", lambda *_: (_ for _ in ()).throw(full))
+        patch.setattr("mxdsurgery.conversion.heal.write_code", lambda *_: (_ for _ in ()).throw(full))
         with pytest.raises(OutputError, match="No space left(.|\n)*with --resume goes on"):
             mxdsurgery.heal(converted.out, out=tmp_path / "parts", **options)
-    monkeypatch.setattr(endtoend._Trainer, "step", lambda *_: steps.append(1))
+    monkeypatch.setattr(end_to_end._Trainer, "step", lambda *_: steps.append(1))
     mxdsurgery.heal(converted.out, out=tmp_path / "parts", resume=True, **options)
     assert not steps
     assert_same(tmp_path / "whole", tmp_path / "parts")

@@ -164,7 +164,7 @@ def test_what_xet_is_refused_is_named_too(hub, made, monkeypatch):
 
 
 def test_an_adapter_arrives_without_the_base_and_applies(hub, made, tmp_path, monkeypatch):
-    for module in ("apply", "export"):
+    for module in ("checkpoint.apply", "checkpoint.export"):
         monkeypatch.setattr(sys.modules[f"mxdsurgery.{module}"], "check_reload", lambda *_: {})
     push(made / "adapter", "someone/model")
     assert arrived(hub) == contents(made / "adapter") and "model.safetensors" not in arrived(hub)
@@ -175,7 +175,7 @@ def test_an_adapter_arrives_without_the_base_and_applies(hub, made, tmp_path, mo
 
 
 def test_a_redacted_adapter_still_applies(hub, made, folder, tmp_path, monkeypatch):
-    for module in ("apply", "export"):
+    for module in ("checkpoint.apply", "checkpoint.export"):
         monkeypatch.setattr(sys.modules[f"mxdsurgery.{module}"], "check_reload", lambda *_: {})
     recipe = (folder / "recipe.yaml").read_text()
     (folder / "recipe.yaml").write_text(recipe.replace("eval_data: null", "eval_data: /home/me/held.txt"))

@@ -1,0 +1,4 @@
+"""What leaves this machine: which files, whole, and without secrets or local paths.
+
+`push` is the command, `contents` what it looks through.
+"""
