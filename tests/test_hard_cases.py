@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import mxdsurgery
 from mxdsurgery.base.activations import record_activations
+from mxdsurgery.base.config import load_config
 from mxdsurgery.base.finding import find_blocks
-from mxdsurgery.base.model import check_context, load_config, load_model, load_tokenizer
+from mxdsurgery.base.model import check_context, load_tokenizer, open_model
 from mxdsurgery.base.offload import execution_device, is_offloaded
 from mxdsurgery.base.proof import prove_block
 from mxdsurgery.checkpoint.converted import load
@@ -295,12 +296,12 @@ PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm",
 def test_a_model_on_several_devices_is_found_proven_and_measured_alike(tmp_path, on_disk):
     """What was dispatched by a device_map: parts in memory, others read from disk when they are needed."""
     base = str(base_model(tmp_path / "base"))
-    plain = load_model(base)
+    plain = open_model(base).load()
     places = {part: "disk" if part in on_disk else "cpu" for part in PARTS}
     if on_disk:
         spread = AutoModelForCausalLM.from_pretrained(base, device_map=places, offload_folder=str(tmp_path / "offload")).eval()
     else:  # transformers dispatches nothing where there is one device
-        spread = dispatch_model(load_model(base), places, main_device="cpu", force_hooks=True)
+        spread = dispatch_model(open_model(base).load(), places, main_device="cpu", force_hooks=True)
     assert len(spread.hf_device_map) == len(PARTS) and is_offloaded(spread) == bool(on_disk)
     assert execution_device(spread) == torch.device("cpu")
     blocks = [finding.block for finding in find_blocks(spread)]
@@ -344,7 +345,7 @@ def sink(model):
 @pytest.mark.parametrize("kind", ["mxd", "transcoder"])
 def test_huge_norms_at_position_0_neither_spoil_training_nor_flatter_figures(tmp_path, convert, kind):
     base = base_model(tmp_path / "base", "gpt2", change=sink)
-    model = load_model(str(base))
+    model = open_model(str(base)).load()
     y = record_activations(model, [find_blocks(model)[0].block], IDS)[0].y.norm(dim=-1)
     assert (y[:, 0] > 5000 * y[:, 1:].amax(1)).all()
     conversion, _ = convert(base, kind=kind)
@@ -388,14 +389,14 @@ def test_a_base_weight_that_is_no_number_is_named_before_training(tmp_path, conv
     base = base_model(tmp_path / "base", change=spoil)
     message = refused(WeightsError, lambda: convert(base))
     assert f"the weight {weight} of" in message and f"holds {named}" in message
-    assert weight in refused(WeightsError, lambda: load_model(str(base), offload=tmp_path / "offload"))
+    assert weight in refused(WeightsError, lambda: open_model(str(base)).load(offload=tmp_path / "offload"))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_weight_that_is_no_number_is_found_in_half_precision_too(tmp_path, dtype):
     base = base_model(tmp_path / "base", dtype=dtype, change=lambda model: model.lm_head.weight[5, 5:6].fill_(float("nan")))
-    assert "lm_head.weight" in refused(WeightsError, lambda: load_model(str(base)))
+    assert "lm_head.weight" in refused(WeightsError, lambda: open_model(str(base)).load())
 
 
 # Evaluation
@@ -406,7 +407,7 @@ def test_an_evaluation_of_nothing_is_refused(tmp_path, convert, text):
     assert "'eval_tokens' is 0" in refused(RecipeError, lambda: convert(base, eval_tokens=0))
     (tmp_path / "empty.txt").write_text("")
     assert "does not fill one context" in refused(DataError, lambda: convert(base, eval_data=str(tmp_path / "empty.txt")))
-    model = load_model(str(base))
+    model = open_model(str(base)).load()
     blocks = [finding.block for finding in find_blocks(model)]
     for shape, said in (((0, 16), "there is no text"), ((4, 0), "there is no text"), ((4, 2), "no prediction to score")):
         ids = torch.ones(shape, dtype=torch.int64)

@@ -37,7 +37,8 @@ FAMILIES = {
     "olmo2": ("glu", "silu"),
 }
 # Where a family can, two queries share a key; token 0 is every special one.
-_CONFIG = {"layers": 2, "vocabulary": 64, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+_SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+_CONFIG = {"layers": 2, "vocabulary": 64, "context": 64, "num_key_value_heads": 2} | _SPECIAL
 
 RECIPE = Recipe(k=4, n_experts=64, data="stdlib", batch=512, context=16, lr=3e-3)
 IDS = torch.randint(1, 64, (2, 16), generator=torch.Generator().manual_seed(0))

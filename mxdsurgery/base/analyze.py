@@ -8,7 +8,7 @@ from rich.table import Table
 
 from mxdsurgery.base.blocks import Block
 from mxdsurgery.base.finding import Finding, find_blocks
-from mxdsurgery.base.model import load_config, model_skeleton
+from mxdsurgery.base.model import BaseModel, open_model
 from mxdsurgery.base.selection import select_layers, write_layers
 from mxdsurgery.errors import UnsupportedBlockError
 from mxdsurgery.terminal.console import compact
@@ -120,19 +120,22 @@ def analyze(model: str, *, revision: str | None = None, trust_remote_code: bool 
     Args:
         model: hub id, local folder, ``demo-glu`` or ``demo-mlp``.
         revision: branch, tag or commit on the hub.
-        trust_remote_code: see `mxdsurgery.base.model.load_config`.
+        trust_remote_code: see `open_model`.
 
     Raises:
-        ModelNotFoundError, GatedModelError, UnknownFamilyError, NotCausalLMError: see `mxdsurgery.base.model.load_config`.
+        ModelNotFoundError, GatedModelError, UnknownFamilyError, NotCausalLMError: see `open_model`.
     """
-    config = load_config(model, revision, trust_remote_code)
-    skeleton = model_skeleton(config)
+    return analysis_of(open_model(model, revision, trust_remote_code))
+
+
+def analysis_of(base: BaseModel) -> Analysis:
+    """The same, of a model that is open already."""
     return Analysis(
-        model=model,
-        revision=getattr(config, "_commit_hash", None),
-        model_type=config.model_type,
-        architecture=type(skeleton).__name__,
-        d_model=config.get_text_config(decoder=True).hidden_size,
-        parameters=skeleton.num_parameters(),
-        layers=find_blocks(skeleton),
+        model=base.name,
+        revision=base.commit,
+        model_type=base.config.model_type,
+        architecture=type(base.skeleton).__name__,
+        d_model=base.config.get_text_config(decoder=True).hidden_size,
+        parameters=base.skeleton.num_parameters(),
+        layers=find_blocks(base.skeleton),
     )

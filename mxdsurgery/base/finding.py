@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mxdsurgery.base.blocks import Block
+from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.base.families import Family, family_of
-from mxdsurgery.base.model import decoder_layers
 from mxdsurgery.base.proof import arguments, read_block
 from mxdsurgery.errors import UnsupportedBlockError
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.base.dtypes import stored_in
 from mxdsurgery.base.finding import find_blocks
-from mxdsurgery.base.model import decoder_layers
 from mxdsurgery.errors import LoRAError
 
 ADAPTER_FOLDER = "lora"

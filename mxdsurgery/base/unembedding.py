@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mxdsurgery.base.model import decoder_layers
+from mxdsurgery.base.decoder import decoder_layers
 
 
 @dataclass(frozen=True)

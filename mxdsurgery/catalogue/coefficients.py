@@ -30,6 +30,7 @@ from mxdsurgery.choices import FORMS
 from mxdsurgery.errors import OutputError
 from mxdsurgery.measuring.evaluate import held_out
 from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.text.packing import in_batches
 from mxdsurgery.text.sources import text_name
 
 # Tokens in each file of the safetensors form, and in each row group of the Parquet form.
@@ -77,7 +78,7 @@ def coefficients(
     converted, recipe = load_with_recipe(folder, device, compute)
     chosen = layers_with_experts(converted, layers)
     ids = held_out(converted, recipe, data, tokens)
-    rows = max(1, PART // ids.shape[1])
+    parts = in_batches(ids, PART)
     made = {
         "model": converted.folder.resolve().name,
         "fingerprint": fingerprint(converted),
@@ -93,12 +94,13 @@ def coefficients(
         write_json(staging / "coefficients.json", made)
         writer = _Writer(staging, form)
         try:
-            for part, contexts in enumerate(ids.split(rows)):
-                numbers = torch.arange(part * rows, part * rows + len(contexts))
+            for part, contexts in enumerate(parts):
+                first = part * len(parts[0])
+                numbers = torch.arange(first, first + len(contexts))
                 writer.write("tokens", part, _tokens(contexts, numbers))
                 for layer, columns in _read(converted, chosen, contexts, recipe.batch).items():
                     writer.write(f"layer{layer}", part, columns)
-                line.update(min(len(ids), (part + 1) * rows) * ids.shape[1], ids.numel())
+                line.update((first + len(contexts)) * ids.shape[1], ids.numel())
         finally:
             writer.close()
     return made
@@ -108,7 +110,7 @@ def coefficients(
 def _read(converted: Converted, layers: list[int], contexts: Tensor, batch: int) -> dict[int, dict[str, Tensor]]:
     """The layers' experts and coefficients, (n, K) each, on contexts (S, T)."""
     parts: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
-    for ids in contexts.split(max(1, batch // contexts.shape[1])):
+    for ids in in_batches(contexts, batch):
         with recorded_coefficients(converted, layers) as seen:
             converted.model.base_model(input_ids=ids.to(converted.model.device), use_cache=False)
         for layer in layers:

@@ -22,11 +22,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 
-from mxdsurgery.base.model import load_model, model_name
+from mxdsurgery.base.config import model_name
+from mxdsurgery.base.digest import file_digest, tensor_bytes, tensor_digest
+from mxdsurgery.base.model import open_model
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import BaseModelError, MxDError, NotConvertedError, WeightsError, first_line
 from mxdsurgery.outside import check_folder, check_types, inside, read_json, shown
-from mxdsurgery.runs.digest import file_digest, tensor_bytes, tensor_digest
 from mxdsurgery.runs.journal import METRICS_FILE
 from mxdsurgery.terminal.console import size
 
@@ -113,7 +114,7 @@ def base_weights(name: str, revision: str | None, dtype: str, expected: str) -> 
     """
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            model = load_model(name, revision=revision, dtype=dtype, offload=Path(scratch), check=False)
+            model = open_model(name, revision).load(dtype=dtype, offload=Path(scratch), check=False)
         except MxDError as error:
             fix = "say where it is now with --base (in Python base=)"
             raise BaseModelError(f"the base model is needed: {error.found}", expected=expected, fix=fix) from None

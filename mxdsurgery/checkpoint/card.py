@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from mxdsurgery.base.model import model_name
+from mxdsurgery.base.config import model_name
 from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import compact, duration, size

@@ -15,8 +15,9 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from mxdsurgery.base.config import model_name, own_code
 from mxdsurgery.base.dtypes import compute_in
-from mxdsurgery.base.model import check_complete, model_name, own_code
+from mxdsurgery.base.examination import check_complete
 from mxdsurgery.checkpoint.adapter import Adapter, is_adapter, merged, read_adapter, right_base
 from mxdsurgery.errors import ModelNotFoundError, NotConvertedError, WeightsError, first_line
 from mxdsurgery.hardware.compute import model_dtype

@@ -6,29 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mxdsurgery.base.blocks import Block
-from mxdsurgery.base.model import decoder_layers, load_model, load_tokenizer
-from mxdsurgery.base.offload import move, resident
-from mxdsurgery.base.proof import prove_block
+from mxdsurgery.base.model import BaseModel
+from mxdsurgery.base.offload import move
 from mxdsurgery.checkpoint.converted import PLAN_FILE, RECIPE_FILE
 from mxdsurgery.checkpoint.export import check_output, export, write_json
+from mxdsurgery.conversion.shared_run import shared_run
 from mxdsurgery.conversion.train import Training, collect, train_groups
 from mxdsurgery.errors import CheckpointError, RecipeError
 from mxdsurgery.hardware.memory import PeakMemory
 from mxdsurgery.measuring.fidelity import Measurement
 from mxdsurgery.planning.effort import EVALUATION_SHARE, Alone
-from mxdsurgery.planning.plan import WORTH_PREDICTING, Plan, plan, read_plan, with_layers, with_time
+from mxdsurgery.planning.plan import WORTH_PREDICTING, Plan, open_and_plan, read_plan, with_layers, with_time
 from mxdsurgery.recipe import Recipe
-from mxdsurgery.runs.parallel import check_parallel, layer_shares, processes, rank
-from mxdsurgery.runs.resume import weights_digest
-from mxdsurgery.runs.run_folder import RunFolder, depends_on
+from mxdsurgery.runs.parallel import layer_shares, rank
+from mxdsurgery.runs.run_folder import RunFolder
 from mxdsurgery.terminal.console import Reporter, duration, size
 from mxdsurgery.text.sources import open_texts
-from mxdsurgery.training.accelerator import make_accelerator, start_processes
+from mxdsurgery.training.accelerator import make_accelerator
 from mxdsurgery.training.cost import LayerPlan
 
 # Contexts on which the reloaded checkpoint is compared with the model in memory.
@@ -79,32 +76,32 @@ def convert(
             to be resumed nor overwritten; CheckpointError, where it cannot be resumed.
         Interrupted: Ctrl-C; while training, a checkpoint is written first.
     """
-    reporter = reporter or Reporter()
-    made, resolved = plan(model, recipe=recipe, **overrides)
+    made, resolved, base_model = open_and_plan(model, recipe, overrides)
     out = check_output(resolved.out, resolved.overwrite)
     if not resume:
         made.check_budget()
-    start_processes(resolved)
-    check_parallel(resolved)
-    reporter = Reporter() if rank() else reporter
-    run = RunFolder(out, resolved)
-    run.open(depends_on(resolved.to_dict()) | {"processes": processes()}, resume, resolved.overwrite)
-    with run.working(reporter) as reporter:
+    reporter = reporter or Reporter()
+    with shared_run(out, resolved, {}, resume, resolved.overwrite, reporter) as (run, reporter):
         settled = run.as_begun(made.settled(resolved), reporter.say)
         accelerator = make_accelerator(settled)
-        made = _settled(made.computing_as(settled), resolved, run, reporter, resume)
-        mine, shares = _my_share(made, resolved, run)
+        made = _settled(made.computing_as(settled), resolved, base_model, run, reporter, resume)
+        mine, shares = _my_share(made, resolved, base_model, run)
         for line in made.leaves():
             reporter.say(line)
-        tokenizer = load_tokenizer(model, resolved.revision, resolved.trust_remote_code)
+        tokenizer = base_model.tokenizer()
         train, heldout = open_texts(resolved, tokenizer)
         memory = PeakMemory(accelerator.device.type)
         training = Training(len(mine.groups))
-        offload = run.scratch if made.offloaded else None
-        base = _load_base(made, settled, accelerator.device, offload)
-        run.confirm(base=weights_digest(base))
-        worst = max(_proof(base, block) for block in mine.blocks)
-        reporter.say(f"proof      {len(mine.blocks)} blocks recomputed from their weights, largest relative error {worst:.1e}")
+        base, found_out = base_model.load_examined(
+            mine.blocks,
+            dtype=made.dtype,
+            compute=settled.compute,
+            device=accelerator.device,
+            offload=run.scratch if made.offloaded else None,
+        )
+        run.confirm(base=found_out.digest)
+        proven = f"{len(mine.blocks)} blocks recomputed from their weights, largest relative error {found_out.error:.1e}"
+        reporter.say(f"proof      {proven}")
         train_groups(base, mine, train, settled, accelerator, training, reporter, run)
         collect(training, shares, base, accelerator.device)
         if rank():
@@ -124,12 +121,11 @@ def convert(
         )
         for line in _comparison(record):
             reporter.say(line)
-    run.finish(out)
     accelerator.end_training()
     return Conversion(out, made, resolved, evaluation, training.seconds)
 
 
-def _settled(made: Plan, recipe: Recipe, run: RunFolder, reporter: Reporter, resume: bool) -> Plan:
+def _settled(made: Plan, recipe: Recipe, base_model: BaseModel, run: RunFolder, reporter: Reporter, resume: bool) -> Plan:
     """The plan that is carried out: that of the run that goes on, or this one, which has to fit. Says what it is."""
     if (run.path / PLAN_FILE).is_file():
         begun = _read_plan(run.path / PLAN_FILE)
@@ -140,7 +136,7 @@ def _settled(made: Plan, recipe: Recipe, run: RunFolder, reporter: Reporter, res
         made = begun.computing_as(made.settled(recipe))
     elif rank() == 0:
         made.check_budget()  # not yet, where there was nothing to resume
-        made = with_time(made, recipe, WORTH_PREDICTING)
+        made = with_time(made, recipe, base_model, WORTH_PREDICTING)
         (run.path / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
         write_json(run.path / PLAN_FILE, made.to_dict())
         if resume:
@@ -158,7 +154,7 @@ def _read_plan(path: Path) -> Plan:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}", fix="begin anew: --overwrite") from None
 
 
-def _my_share(made: Plan, recipe: Recipe, run: RunFolder) -> tuple[Plan, list[list[LayerPlan]]]:
+def _my_share(made: Plan, recipe: Recipe, base_model: BaseModel, run: RunFolder) -> tuple[Plan, list[list[LayerPlan]]]:
     """What this process trains, in the groups that it began with; and the layers of each process."""
     shares = layer_shares(made.layers, recipe)
     if not all(shares):
@@ -172,28 +168,9 @@ def _my_share(made: Plan, recipe: Recipe, run: RunFolder) -> tuple[Plan, list[li
     kept = run.path / f"share.{rank()}.json"
     if kept.is_file():
         return _read_plan(kept), shares
-    mine = with_layers(made, shares[rank()], recipe)
+    mine = with_layers(made, shares[rank()], recipe, base_model)
     write_json(kept, mine.to_dict())
     return mine, shares
-
-
-def _load_base(made: Plan, recipe: Recipe, device: torch.device, offload: Path | None) -> PreTrainedModel:
-    return load_model(
-        made.model,
-        revision=recipe.revision,
-        dtype=made.dtype,
-        compute=recipe.compute,
-        device=device,
-        offload=offload,
-        trust_remote_code=recipe.trust_remote_code,
-    )
-
-
-def _proof(base: PreTrainedModel, block: Block) -> float:
-    """The relative error of a block recomputed from its weights, which may lie on disk."""
-    _, decoder = decoder_layers(base)
-    with resident(decoder[block.layer]):
-        return prove_block(base, block)
 
 
 def _evaluated(

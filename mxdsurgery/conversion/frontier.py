@@ -12,17 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxdsurgery.base.blocks import Block
-from mxdsurgery.base.model import load_model, load_tokenizer
-from mxdsurgery.base.proof import prove_block
 from mxdsurgery.choices import DEFAULT_K, DEFAULT_KINDS, ONE_LAYER
 from mxdsurgery.conversion.train import Training, train_groups
 from mxdsurgery.errors import Interrupted, OutputError, RecipeError
 from mxdsurgery.hardware.device import check_device
 from mxdsurgery.measuring.fidelity import Measurement
 from mxdsurgery.measuring.frontier_table import FRONTIER_FILE, Frontier, read_frontier, row_key, save_layer
-from mxdsurgery.planning.plan import WORTH_PREDICTING, Plan, plan, plan_layer, with_layers, with_time
+from mxdsurgery.planning.plan import WORTH_PREDICTING, Plan, open_and_plan, plan_layer, with_layers, with_time
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
-from mxdsurgery.runs.resume import weights_digest
 from mxdsurgery.runs.run_folder import RunFolder, depends_on
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.sources import TextStream, open_texts
@@ -72,7 +69,7 @@ def frontier(
     """
     reporter = reporter or Reporter()
     kinds, k = _checked(kinds, k)
-    made, resolved = plan(model, recipe=recipe, layers=str(layer), k=min(k), **overrides | ONE_LAYER)
+    made, resolved, base_model = open_and_plan(model, recipe, {"layers": str(layer), "k": min(k), **overrides, **ONE_LAYER})
     if "out" not in overrides or overrides["out"] is None:
         resolved = dataclasses.replace(resolved, out=resolved.out.removesuffix("-mxd") + "-frontier")
     out = Path(resolved.out)
@@ -82,25 +79,25 @@ def frontier(
     if not todo:
         reporter.say(f"nothing to do: {out} holds all of it")
         return found
-    made = with_layers(made, todo, resolved)
+    made = with_layers(made, todo, resolved, base_model)
     made.check_budget()
-    made = dataclasses.replace(with_time(made, resolved, WORTH_PREDICTING), export_seconds=None)  # nothing is exported
+    made = with_time(made, resolved, base_model, WORTH_PREDICTING)
+    made = dataclasses.replace(made, export_seconds=None)  # nothing is exported
     for line in (f"recipe     {made.recipe_file}", *made.summary(resolved)[1:-1]):
         reporter.say(line)
     start_processes(resolved)
     alone("a frontier")
-    train, heldout = open_texts(resolved, load_tokenizer(model, resolved.revision, resolved.trust_remote_code))
+    train, heldout = open_texts(resolved, base_model.tokenizer())
     settled = RunFolder(out, resolved).as_begun(made.settled(resolved), reporter.say, resume)
-    trusted = {"trust_remote_code": resolved.trust_remote_code}
-    how = {"dtype": made.dtype, "compute": settled.compute, "device": check_device(resolved.device)} | trusted
-    base = load_model(model, revision=resolved.revision, **how)
-    reporter.say(f"proof      the block recomputed from its weights, relative error {prove_block(base, made.blocks[0]):.1e}")
-    remaining, digest = iter(todo), weights_digest(base)
+    how = {"dtype": made.dtype, "compute": settled.compute, "device": check_device(resolved.device)}
+    base, found_out = base_model.load_examined(made.blocks[:1], **how)
+    reporter.say(f"proof      the block recomputed from its weights, relative error {found_out.error:.1e}")
+    remaining = iter(todo)
     with _kept(out, resolved.overwrite):
         for group in made.groups:
             part = dataclasses.replace(made, layers=[next(remaining) for _ in group.layers], groups=[group])
             run = RunFolder(out, resolved)
-            group_is = {"group": [layer_key(planned) for planned in part.layers], "base": digest}
+            group_is = {"group": [layer_key(planned) for planned in part.layers], "base": found_out.digest}
             run.open(depends_on(settings) | group_is, resume, resolved.overwrite, f"delete {run.path}")
             with run.working(reporter) as recording:
                 settled = run.as_begun(settled, recording.say)

@@ -17,22 +17,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxdsurgery.base.dtypes import as_stored, compute_in, computed_in
+from mxdsurgery.base.examination import weights_digest
 from mxdsurgery.base.lora import ADAPTER_FOLDER, Adapters, check_peft, healed_maps, projections
 from mxdsurgery.checkpoint.adapter import ABOUT
 from mxdsurgery.checkpoint.converted import Converted, chosen_dtype, load, saved_recipe
 from mxdsurgery.checkpoint.export import check_output, check_reload, reference_outputs, write_code, written_as
 from mxdsurgery.choices import HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
+from mxdsurgery.conversion.shared_run import shared_run
 from mxdsurgery.conversion.train import start_kernels
 from mxdsurgery.errors import DataError, HealError, OutputError
 from mxdsurgery.measuring.evaluate import evaluate, load_original
 from mxdsurgery.planning.machine import settled_recipe
 from mxdsurgery.recipe import CHECKPOINT_KEYS, Recipe
-from mxdsurgery.runs.parallel import check_parallel, my_contexts, rank
-from mxdsurgery.runs.resume import weights_digest
+from mxdsurgery.runs.parallel import my_contexts, rank
 from mxdsurgery.runs.run_folder import TRAINING_FILE, Keeper, RunFolder, depends_on
 from mxdsurgery.terminal.console import Reporter, compact, duration
 from mxdsurgery.text.sources import Packing, TextStream, open_texts, text_name
-from mxdsurgery.training.accelerator import make_accelerator, start_processes
+from mxdsurgery.training.accelerator import make_accelerator
 from mxdsurgery.training.cost import LayerPlan
 from mxdsurgery.training.end_to_end import VALIDATION_TOKENS, EndToEnd, Settings, train_end_to_end
 from mxdsurgery.training.inputs import Read
@@ -175,12 +176,8 @@ def heal(
     recipe = how.recipe(saved)
     size = _contexts_per_pass(recipe, how)
     target = check_output(out, overwrite)
-    start_processes(recipe)
-    check_parallel(recipe)
-    reporter = Reporter() if rank() else reporter
-    run = RunFolder(target, recipe)
-    run.open(_identity(converted, recipe, how), resume, overwrite)
-    with run.working(reporter) as reporter:
+    more = depends_on(asdict(how)) | {"source": weights_digest(converted.model)}
+    with shared_run(target, recipe, more, resume, overwrite, reporter) as (run, reporter):
         recipe = _settled(converted, recipe, compute, run, reporter)
         accelerator = make_accelerator(recipe)
         train, validation = _texts(converted, saved, recipe, how.data)
@@ -202,14 +199,8 @@ def heal(
         with written_as(target, how.format, *origin, within=run.scratch) as checkpoint:
             _write(patient, checkpoint, step, how, validation[:_CHECK_CONTEXTS])
             evaluation = evaluate(checkpoint, base=base, device=device, compute=recipe.compute, reporter=reporter)
-    run.finish(target)
     accelerator.end_training()
     return step | {"evaluation": evaluation, "out": str(target)}
-
-
-def _identity(converted: Converted, recipe: Recipe, how: Healing) -> dict[str, Any]:
-    """What the run depends on."""
-    return depends_on(recipe.to_dict()) | depends_on(asdict(how)) | {"source": weights_digest(converted.model)}
 
 
 def _settled(converted: Converted, recipe: Recipe, compute: str | None, run: RunFolder, reporter: Reporter) -> Recipe:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mxdsurgery.base.digest import file_digest
 from mxdsurgery.base.dtypes import compute_in, computed_in
 from mxdsurgery.checkpoint.adapter import ABOUT
 from mxdsurgery.checkpoint.converted import (
@@ -37,13 +38,13 @@ from mxdsurgery.checkpoint.export import (
     written_whole,
 )
 from mxdsurgery.editing.edits import Edits, baked, check_for
-from mxdsurgery.editing.generate import sample
+from mxdsurgery.editing.generate import Sampling, sample
 from mxdsurgery.errors import EditError, OutputError
 from mxdsurgery.measuring.evaluate import held_out
 from mxdsurgery.measuring.intervals import Table, next_token_sums, scored_predictions, with_interval
 from mxdsurgery.recipe import Recipe
-from mxdsurgery.runs.digest import file_digest
 from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.text.packing import in_batches
 from mxdsurgery.text.sources import text_name
 
 EDITS_FOLDER, EDITS_FILE = "edits", "edits.yaml"
@@ -260,7 +261,7 @@ def _compare(
 ) -> dict[str, Any]:
     """What edits do to the predictions of contexts (S, T)."""
     table, done = Table(), 0
-    for part in ids.to(before.device).split(max(1, batch // ids.shape[1])):
+    for part in in_batches(ids.to(before.device), batch):
         old, new = (model(input_ids=part, use_cache=False).logits for model in (before, after))
         table.add("before", next_token_sums(old, old, part))
         table.add("after", next_token_sums(new, old, part))
@@ -287,7 +288,7 @@ def _samples(before: Converted, after: Converted, ids: Tensor) -> list[dict[str,
     prompts = ids[: _PROMPTS * 7 : 7, :_PROMPT_TOKENS].to(before.model.device)
     texts = []
     for converted in (before, after):
-        made = sample(converted.model, tokenizer, prompts, max_new_tokens=_NEW_TOKENS, temperature=0)
+        made = sample(converted.model, tokenizer, prompts, Sampling(_NEW_TOKENS, temperature=0))
         texts.append(tokenizer.batch_decode(made[:, prompts.shape[1] :], skip_special_tokens=True))
     shown = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     return [{"prompt": p, "before": b, "after": a} for p, b, a in zip(shown, *texts, strict=True)]

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os.path
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,10 @@ def generate(
     converted, _ = load_with_recipe(folder, device, compute, rows=samples)
     tokenizer = converted.tokenizer()
     inputs = prompt_ids(tokenizer, prompt)
-    sampling = {"samples": samples, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    sampling = Sampling(max_new_tokens, temperature, samples, top_p, seed)
 
     def texts() -> list[str]:
-        return tokenizer.batch_decode(sample(converted.model, tokenizer, inputs, **sampling), skip_special_tokens=True)
+        return tokenizer.batch_decode(sample(converted.model, tokenizer, inputs, sampling), skip_special_tokens=True)
 
     if not edits:
         return texts()
@@ -81,29 +82,39 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
     return inputs if inputs.shape[1] else torch.tensor([[tokenizer.eos_token_id or 0]])
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How continuations are sampled.
+
+    Attributes:
+        max_new_tokens: M.
+        temperature: 0 takes the likeliest token each time.
+        samples: S, how many of each prompt.
+        top_p: share of the probability mass that is sampled from.
+        seed: the same one gives sample i the same random numbers, whatever the model computes.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    samples: int = 1
+    top_p: float = 1.0
+    seed: int = 0
+
+
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     inputs: Tensor,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    samples: int = 1,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling,
     to_the_end: bool = False,
 ) -> Tensor:
-    """Samples continuations as tokens. The same seed gives sample i the same random numbers, whatever the model computes.
+    """Samples continuations as tokens.
 
     Args:
         model: any language model, as it is.
         tokenizer: its own.
         inputs: B prompts, (B, P).
-        max_new_tokens: M.
-        temperature: as in `generate`.
-        samples: S, how many of each prompt.
-        top_p: as in `generate`.
-        seed: of the sampling.
+        sampling: how; M new tokens at most, S samples.
         to_the_end: whether every text has M new tokens: the end-of-text token is then never drawn.
 
     Returns:
@@ -114,28 +125,30 @@ def sample(
         EditError: the model's predictions are no numbers any more.
     """
     room = getattr(model.config, "max_position_embeddings", None)
-    if room is not None and inputs.shape[1] + max_new_tokens > room:
+    new, samples = sampling.max_new_tokens, sampling.samples
+    if room is not None and inputs.shape[1] + new > room:
         raise RecipeError(
-            f"a prompt of {inputs.shape[1]} tokens and {max_new_tokens} new ones are more than the {room} the model reads",
+            f"a prompt of {inputs.shape[1]} tokens and {new} new ones are more than the {room} the model reads",
             expected=f"at most {room} together",
             fix="a shorter prompt or fewer --max-new-tokens",
         )
-    if temperature == 0 and samples > 1:
+    if sampling.temperature == 0 and samples > 1:
         raise RecipeError(
-            f"{samples} samples at temperature 0 would all be the same", expected="one sample, or a temperature above 0"
+            f"{samples} samples at temperature 0 would all be the same",
+            expected="one sample, or a temperature above 0",
         )
-    torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    torch.manual_seed(sampling.seed)
+    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
     inputs = inputs.to(model.device)
     return model.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=max_new_tokens if to_the_end else None,
+        max_new_tokens=new,
+        min_new_tokens=new if to_the_end else None,
         logits_processor=LogitsProcessorList([_finite]),
         num_return_sequences=samples,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **sampling,
+        **(drawn if sampling.temperature > 0 else {"do_sample": False}),
     )
 
 

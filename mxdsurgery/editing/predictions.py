@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mxdsurgery.base.model import decoder_layers
+from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.checkpoint.converted import Converted, load_with_recipe
 from mxdsurgery.hardware.device import widest
 from mxdsurgery.measuring.evaluate import held_out
 from mxdsurgery.measuring.intervals import scored_predictions
+from mxdsurgery.text.packing import in_batches
 from mxdsurgery.text.sources import text_name
 
 # exp of this still fits float32.
@@ -51,7 +52,7 @@ class Opened:
 
     def batches(self) -> tuple[Tensor, ...]:
         """The contexts, as many at a time as ``batch`` holds: (B, T) each."""
-        return self.input_ids.split(max(1, self.batch // self.input_ids.shape[1]))
+        return in_batches(self.input_ids, self.batch)
 
     def rests_on(self) -> dict[str, Any]:
         """What figures rest on: the text, and how many predictions are scored on it."""

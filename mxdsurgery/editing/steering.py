@@ -32,7 +32,7 @@ from mxdsurgery.catalogue.files import Catalogue, catalogue_of
 from mxdsurgery.checkpoint.converted import Converted, load_with_recipe
 from mxdsurgery.editing.edits import KINDS, Edits
 from mxdsurgery.editing.effect import draw_control
-from mxdsurgery.editing.generate import in_coefficients, maximum_of, prompt_ids, sample
+from mxdsurgery.editing.generate import Sampling, in_coefficients, maximum_of, prompt_ids, sample
 from mxdsurgery.editing.judge import RATINGS, Judge
 from mxdsurgery.errors import EditError
 from mxdsurgery.measuring.evaluate import load_original
@@ -117,7 +117,7 @@ def steering(
     catalogue = catalogue_of(converted)
     in_maximum = amount / maximum_of(converted, layer, expert)
     original = load_original(converted, base or recipe.model, recipe).to(converted.model.device)
-    sampling = {"samples": samples, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    sampling = Sampling(max_new_tokens, temperature, samples, top_p, seed)
     concept, tokenizer = _Concept(converted, catalogue, layer, expert), converted.tokenizer()
     writer = _Writer(converted.model, original, tokenizer, concept, prompt_ids(tokenizer, prompt), sampling)
     others = _others(edits, catalogue, layer, controls, seed)
@@ -131,7 +131,7 @@ def steering(
                 runs.append((number, steered, writer.write(Edits(**{kind: {layer: {number: steered}}}))))
                 line.update(len(rows) * len(maxima) + len(runs), len(factors) * len(maxima))
             rows.append({"in_maximum": in_maximum * factor} | _steered(unsteered, runs))
-    result = {"layer": layer, "expert": expert, "kind": kind, "prompt": prompt, **sampling}
+    result = {"layer": layer, "expert": expert, "kind": kind, "prompt": prompt, **dataclasses.asdict(sampling)}
     result |= {"tokens": samples * max_new_tokens, "catalogue": {"data": catalogue.data, "tokens": catalogue.tokens}}
     result |= {"own_contexts": concept.own_contexts(), "unsteered": unsteered.figures(), "steered": rows}
     return result if judge is None else result | _judged(judge, result, concept.passages(tokenizer.decode), reporter)
@@ -238,13 +238,13 @@ class _Writer:
     tokenizer: PreTrainedTokenizerBase
     concept: _Concept
     inputs: Tensor
-    sampling: dict[str, Any]
+    sampling: Sampling
 
     @torch.no_grad()
     def write(self, edits: Edits | None = None) -> _Texts:
         """Texts of the model with these edits, always with the same random numbers."""
         with (edits or Edits()).live(self.model):
-            ids = sample(self.model, self.tokenizer, self.inputs, **self.sampling, to_the_end=True)
+            ids = sample(self.model, self.tokenizer, self.inputs, self.sampling, to_the_end=True)
         start, nll = self.inputs.shape[1], []
         for rows in ids.split(_AT_ONCE):
             logits = self.original(input_ids=rows, use_cache=False).logits[:, start - 1 : -1].float()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.base.dtypes import computed_in
 from mxdsurgery.base.lora import healed_maps, with_adapter
-from mxdsurgery.base.model import load_model
+from mxdsurgery.base.model import open_model
 from mxdsurgery.base.surgery import replaced
 from mxdsurgery.checkpoint.converted import EVALUATION_FILE, RECIPE_FILE, Converted, load, settle
 from mxdsurgery.checkpoint.export import write_evaluation
@@ -147,9 +147,7 @@ def load_original(converted: Converted, name: str, recipe: Recipe) -> PreTrained
     """
     revision = None if Path(name).is_dir() or name in DEMO_MODELS else converted.plan.revision or recipe.revision
     try:
-        original = load_model(
-            name,
-            revision=revision,
+        original = open_model(name, revision).load(
             dtype=converted.plan.dtype,
             compute=str(computed_in(converted.model)).removeprefix("torch."),
         )

@@ -12,13 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mxdsurgery.base.activations import record_activations
 from mxdsurgery.base.blocks import Block
-from mxdsurgery.base.model import load_model, load_tokenizer
 from mxdsurgery.checkpoint.converted import RECIPE_FILE, load, saved_recipe, settle
 from mxdsurgery.checkpoint.export import write_json
 from mxdsurgery.errors import LayerSelectionError
 from mxdsurgery.measuring.evaluate import load_original
 from mxdsurgery.measuring.frontier_table import FRONTIER_FILE, layer_file, load_layer, read_frontier
-from mxdsurgery.planning.plan import plan
+from mxdsurgery.planning.plan import open_and_plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.text.labelled import Labelled, TokenBatch, token_batches
 from mxdsurgery.text.sources import Packing
@@ -131,15 +130,15 @@ def _of_frontier(folder: Path, layer: int | None, base: str | None, device: str 
     recipe = Recipe(**found.settings)
     recipe = dataclasses.replace(recipe, device=device or recipe.device, model=base or recipe.model)
     asked = {"layers": str(index), "k": 1, "device": recipe.device, "compute": compute or recipe.compute}
-    made, _ = plan(recipe.model, recipe=folder / RECIPE_FILE, **asked)
+    made, _, base_model = open_and_plan(recipe.model, folder / RECIPE_FILE, asked)
     recipe = made.settled(recipe)
     accelerator = make_accelerator(recipe)
     how = {"dtype": made.dtype, "compute": recipe.compute, "device": accelerator.device}
-    model = load_model(recipe.model, revision=recipe.revision, **how)
+    model = base_model.load(**how)
     paths = {f"{row['kind']}, K = {row['k']}": (row["kind"], row["k"]) for row in rows if row["layer"] == index}
     kept = {name: load_layer(layer_file(folder, index, *which)) for name, which in paths.items()}
     layers = {name: layer.to(accelerator.device, model.dtype) for name, layer in kept.items()}
-    return Subjects(model, load_tokenizer(recipe.model, recipe.revision), made.blocks[0], layers, recipe)
+    return Subjects(model, base_model.tokenizer(), made.blocks[0], layers, recipe)
 
 
 def _chosen(layer: int | None, there: list[int], folder: Path) -> int:

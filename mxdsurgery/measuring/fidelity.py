@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.base.activations import record_activations, recording
 from mxdsurgery.base.blocks import Block
-from mxdsurgery.base.model import check_fits, decoder_layers
+from mxdsurgery.base.decoder import decoder_layers
+from mxdsurgery.base.model import check_fits
 from mxdsurgery.base.offload import execution_device
 from mxdsurgery.base.surgery import ConstantOutput, FrozenExperts, modules_replaced, replaced, resumed_at
 from mxdsurgery.errors import DataError

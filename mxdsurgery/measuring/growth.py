@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.base.activations import hidden_of
 from mxdsurgery.base.blocks import Block
+from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.base.lora import healed_maps
-from mxdsurgery.base.model import decoder_layers
 from mxdsurgery.base.selection import write_layers
 from mxdsurgery.base.surgery import replaced, resumed_at
 from mxdsurgery.checkpoint.card import computed_in
@@ -29,6 +29,7 @@ from mxdsurgery.measuring.evaluate import held_out, load_original
 from mxdsurgery.measuring.intervals import Sums, Table, error_sums, scored_predictions, with_interval
 from mxdsurgery.measuring.scoring import Original, prediction_sums, run_original
 from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.text.packing import in_batches
 from mxdsurgery.text.sources import text_name
 
 # Layers that are in place together, by index, from below.
@@ -137,7 +138,7 @@ def _measure(
     report: Callable[[int, int], None],
 ) -> Sums:
     """Per-context sums (S,) of every set's predictions, and of the distances in the residual stream."""
-    batches = input_ids.split(max(1, batch // input_ids.shape[1]))
+    batches = in_batches(input_ids, batch)
     sets = list(dict.fromkeys(which for part in _sets(sorted(layers)).values() for which in part))
     table, done, total = Table(), 0, len(batches) * len(sets)
     means = _stream_means(model, blocks, batches)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.base.activations import hooked, recording
 from mxdsurgery.base.blocks import Block
-from mxdsurgery.base.model import decoder_layers
+from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.base.scores import SCORES, known_predictions, next_token_scores
 from mxdsurgery.layers.sparse import chunk_bytes
 from mxdsurgery.measuring.intervals import Sums, sum_sequences

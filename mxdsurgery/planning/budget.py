@@ -13,7 +13,7 @@ from mxdsurgery.terminal.console import size
 from mxdsurgery.training.cost import (
     GIB,
     TEXT_BYTES,
-    BaseModel,
+    BaseShape,
     Group,
     LayerPlan,
     Machine,
@@ -28,7 +28,7 @@ from mxdsurgery.training.cost import (
 BUDGET_SHARE = 0.9
 
 
-def stored(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> BaseModel:
+def stored(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, machine: Machine) -> BaseShape:
     """Where the base model's weights and the hidden states lie: in memory if they fit the budget there, else on disk."""
     if recipe.inputs != "converted":
         return base
@@ -44,7 +44,7 @@ def stored(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine
     return next(fitting, choices[-1])
 
 
-def needed_bytes(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> int:
+def needed_bytes(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, machine: Machine) -> int:
     """The smallest budget that does: each layer trained in a group of its own if it may be, and evaluation."""
     if recipe.inputs == "joint":
         alone = [group.peak_bytes for group in make_groups(layers, base, recipe, machine)]
@@ -54,7 +54,7 @@ def needed_bytes(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, m
 
 
 def refusal(
-    layers: Sequence[LayerPlan], groups: Sequence[Group], base: BaseModel, recipe: Recipe, machine: Machine
+    layers: Sequence[LayerPlan], groups: Sequence[Group], base: BaseShape, recipe: Recipe, machine: Machine
 ) -> MemoryBudgetError | None:
     """The error where not even one layer at a time fits the budget, or evaluation does not; None where all is well."""
     if machine.memory is None:
@@ -83,7 +83,7 @@ def refusal(
     )
 
 
-def _remedies(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> list[str]:
+def _remedies(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, machine: Machine) -> list[str]:
     """The changes that each make it fit, as flags with values that do."""
     found = []
     n_experts = largest_n_experts(layers, base, recipe, machine)
@@ -126,11 +126,11 @@ def _halves(number: int, least: int) -> list[int]:
     return halves
 
 
-def _fits(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> bool:
+def _fits(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, machine: Machine) -> bool:
     return needed_bytes(layers, base, recipe, machine) <= machine.memory
 
 
-def largest_n_experts(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> int | None:
+def largest_n_experts(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, machine: Machine) -> int | None:
     """The largest N, the same for all layers, that fits the budget; None where not even K experts do."""
 
     def fits(n: int) -> bool:

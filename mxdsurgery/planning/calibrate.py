@@ -32,7 +32,7 @@ from mxdsurgery.planning.effort import EVALUATION_SHARE, Alone, Rates, evaluatio
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.training.accelerator import choose_kernels, make_accelerator
 from mxdsurgery.training.cost import (
-    BaseModel,
+    BaseShape,
     Group,
     LayerPlan,
     Machine,
@@ -115,7 +115,7 @@ class Calibration:
         tokens = np.linspace(0, len(groups) * steps * batch, len(ends))
         return lambda done: float(np.interp(done, tokens, ends))
 
-    def rates(self, layer: LayerPlan, base: BaseModel, last: int, contexts: int) -> Rates:
+    def rates(self, layer: LayerPlan, base: BaseShape, last: int, contexts: int) -> Rates:
         """What a context takes in evaluation.
 
         Args:
@@ -129,7 +129,7 @@ class Calibration:
         return Rates(decoder_layer / contexts, max(0.0, self.forward_seconds - block) / contexts, self.head_seconds / contexts)
 
     def evaluation_seconds(
-        self, layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, training_seconds: float
+        self, layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, training_seconds: float
     ) -> float:
         """Of measuring what layers cost, several of which may stand for the same block, after so many seconds of training."""
         indices, contexts = sorted({layer.block.layer for layer in layers}), max(1, recipe.eval_tokens // recipe.context)
@@ -154,7 +154,7 @@ class Calibration:
 
 def calibrate(
     layers: list[LayerPlan],
-    base: BaseModel,
+    base: BaseShape,
     config: PreTrainedConfig,
     recipe: Recipe,
     machine: Machine,
@@ -257,7 +257,7 @@ def _training_step(layer: LayerPlan, recipe: Recipe, batch: int, device: str) ->
 
 
 def _measure_pass(
-    layers: list[LayerPlan], base: BaseModel, config: PreTrainedConfig, recipe: Recipe, device: str, seconds: float
+    layers: list[LayerPlan], base: BaseShape, config: PreTrainedConfig, recipe: Recipe, device: str, seconds: float
 ) -> float:
     """Seconds of the base model's pass over a whole batch; over fewer contexts, and scaled, where that takes too long."""
     blocks = [layer.block for layer in layers]
@@ -275,7 +275,7 @@ def _measure_pass(
 
 
 @torch.no_grad()
-def _measure_head(base: BaseModel, recipe: Recipe, device: str, seconds: float) -> float:
+def _measure_head(base: BaseShape, recipe: Recipe, device: str, seconds: float) -> float:
     """Seconds of the head, and of comparing what it predicts, on a whole batch; measured on as many tokens as go together."""
     batch = tokens_per_step(recipe)
     rows = min(batch, max(1, chunk_bytes(device) // (4 * base.vocabulary)))
@@ -287,7 +287,7 @@ def _measure_head(base: BaseModel, recipe: Recipe, device: str, seconds: float) 
 
 
 @torch.no_grad()
-def _measure_forward(layer: LayerPlan, base: BaseModel, recipe: Recipe, device: str, seconds: float) -> float:
+def _measure_forward(layer: LayerPlan, base: BaseShape, recipe: Recipe, device: str, seconds: float) -> float:
     """Seconds of a new layer's forward pass on a whole batch; over fewer tokens, and scaled, where that takes too long."""
     batch, dtype = tokens_per_step(recipe), getattr(torch, base.dtype)
     with torch.random.fork_rng(devices=[]), torch.device(device):

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from mxdsurgery.base.analyze import analyze
+from mxdsurgery.base.analyze import analysis_of
 from mxdsurgery.base.blocks import Block, Part
-from mxdsurgery.base.model import load_config
+from mxdsurgery.base.model import BaseModel
 from mxdsurgery.base.selection import write_layers
 from mxdsurgery.errors import MemoryBudgetError, RecipeError
 from mxdsurgery.hardware.device import devices
@@ -19,12 +19,11 @@ from mxdsurgery.hardware.threads import use_threads
 from mxdsurgery.planning.budget import needed_bytes, refusal, stored
 from mxdsurgery.planning.calibrate import Calibration, calibrate, matmul_rate
 from mxdsurgery.planning.machine import this_machine
-from mxdsurgery.planning.resolve import base_model, resolve_recipe
+from mxdsurgery.planning.resolve import base_shape, open_base, resolve_recipe
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import Cost, compact, duration, size
 from mxdsurgery.training.cost import (
     DTYPE_BYTES,
-    BaseModel,
     Group,
     LayerPlan,
     Machine,
@@ -319,15 +318,23 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
         RecipeError: an unknown key, a wrong value, a dtype that is not supported, or more active experts than experts.
         LayerSelectionError: a layer that the model does not have.
         UnsupportedBlockError: a chosen layer's block cannot be converted.
-        ModelNotFoundError, GatedModelError, UnknownFamilyError, NotCausalLMError: see `mxdsurgery.base.model.load_config`.
+        ModelNotFoundError, GatedModelError, UnknownFamilyError, NotCausalLMError: see `mxdsurgery.base.model.open_model`.
     """
-    config = load_config(model, overrides.get("revision"), overrides.get("trust_remote_code") or False)
-    resolved, recipe_file = resolve_recipe(model, config, recipe, overrides)
+    made, resolved, _ = open_and_plan(model, recipe, overrides, measure)
+    return made, resolved
+
+
+def open_and_plan(
+    model: str, recipe: str | Path | None, overrides: dict[str, Any], measure: bool = False
+) -> tuple[Plan, Recipe, BaseModel]:
+    """As `plan`, and the base model, open, for what comes next."""
+    base = open_base(model, recipe, overrides)
+    resolved, recipe_file = resolve_recipe(base, recipe, overrides)
     use_threads(resolved.threads)
-    analysis = analyze(model, revision=resolved.revision, trust_remote_code=resolved.trust_remote_code)
+    analysis = analysis_of(base)
     blocks, left = analysis.select(resolved.layers)
     layers = [plan_layer(block, resolved) for block in blocks]
-    dtype = resolved.dtype if resolved.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
+    dtype = resolved.dtype if resolved.dtype != "auto" else str(base.config.dtype or "float32").removeprefix("torch.")
     if dtype not in DTYPE_BYTES:
         raise RecipeError(
             f"recipe key 'dtype' is 'auto', and the dtype of {model!r} is {dtype}",
@@ -344,27 +351,17 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
         recipe_file=recipe_file.name,
         steps=max(1, resolved.tokens // tokens_per_step(resolved)),
         layers=[],
-        machine=this_machine(resolved, layers, config, dtype),
+        machine=this_machine(resolved, layers, base.config, dtype),
         unmeasured="it was not measured",
         left=left,
     )
-    made = _with_layers(made, layers, resolved, base_model(config, made.dtype, made.machine.compute))
-    resolved = dataclasses.replace(resolved, revision=made.revision or resolved.revision)
-    return (with_time(made, resolved) if measure else made), resolved
+    made = with_layers(made, layers, resolved, base)
+    return (with_time(made, resolved, base) if measure else made), resolved, base
 
 
-def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe) -> Plan:
+def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base_model: BaseModel) -> Plan:
     """The plan with other layers, several of which may stand for the same block, and what they take."""
-    return _with_layers(
-        made,
-        layers,
-        recipe,
-        base_model(load_config(made.model, recipe.revision, recipe.trust_remote_code), made.dtype, made.machine.compute),
-    )
-
-
-def _with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base: BaseModel) -> Plan:
-    base = stored(layers, base, recipe, made.machine)
+    base = stored(layers, base_shape(base_model, made.dtype, made.machine.compute), recipe, made.machine)
     groups = make_groups(layers, base, recipe, made.machine)
     refused = refusal(layers, groups, base, recipe, made.machine)
     states = states_bytes(base, recipe)
@@ -385,16 +382,17 @@ def _with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base: Base
     )
 
 
-def with_time(made: Plan, recipe: Recipe, worth_it: float = 0.0) -> Plan:
+def with_time(made: Plan, recipe: Recipe, base_model: BaseModel, worth_it: float = 0.0) -> Plan:
     """The plan with the time it takes, measured on this machine in some seconds; or with the reason why not.
 
     Args:
         made: without a time.
         recipe: resolved.
+        base_model: that it is of.
         worth_it: measure only if the run takes more seconds than this at the rate of a matrix product.
     """
-    config, machine = load_config(made.model, recipe.revision, recipe.trust_remote_code), made.machine
-    recipe, base = made.settled(recipe), base_model(config, made.dtype, made.machine.compute)
+    machine = made.machine
+    recipe, base = made.settled(recipe), base_shape(base_model, made.dtype, machine.compute)
     base = dataclasses.replace(base, offloaded=made.offloaded, states_on_disk=made.states_on_disk)
     if made.refusal is not None:
         return dataclasses.replace(made, unmeasured="it does not fit the memory budget")
@@ -411,7 +409,7 @@ def with_time(made: Plan, recipe: Recipe, worth_it: float = 0.0) -> Plan:
             short = f"too short a run to measure first, at least {max(1.0, least):.0f} s by the rate of a matrix product"
             return dataclasses.replace(made, unmeasured=short)
         share = min(1.0, least / _WORTH_ALL_OF_IT)
-    calibration = calibrate(made.layers, base, config, recipe, machine, share)
+    calibration = calibrate(made.layers, base, base_model.config, recipe, machine, share)
     timed = [dataclasses.replace(group, seconds=calibration.seconds(group, made.steps)) for group in made.groups]
     made = dataclasses.replace(made, groups=timed, calibration=calibration, unmeasured=None)
     return dataclasses.replace(

@@ -1,29 +1,32 @@
-"""What a conversion goes by: the recipe, from defaults, files and what was given besides; and the base model's shape."""
+"""What a conversion goes by: the base model and its shape, and the recipe, from defaults, files and what was given besides."""
 
 import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
-
+from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.base.dtypes import in_memory
-from mxdsurgery.base.model import decoder_layers, model_skeleton
+from mxdsurgery.base.model import BaseModel, open_model
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import RecipeError
 from mxdsurgery.recipe import Recipe, check_names, find_recipe, load_recipe
-from mxdsurgery.training.cost import BaseModel
+from mxdsurgery.training.cost import BaseShape
 
 
-def resolve_recipe(
-    model: str, config: PreTrainedConfig, recipe: str | Path | None, overrides: dict[str, Any]
-) -> tuple[Recipe, Path]:
+def open_base(model: str, recipe: str | Path | None, overrides: dict[str, Any]) -> BaseModel:
+    """The base model, at the revision that the overrides or the recipe's file name; no file decides that its code is run."""
+    revision = overrides.get("revision") or (None if recipe is None else load_recipe(recipe).get("revision"))
+    return open_model(model, revision, overrides.get("trust_remote_code") or False)
+
+
+def resolve_recipe(base: BaseModel, recipe: str | Path | None, overrides: dict[str, Any]) -> tuple[Recipe, Path]:
     """Defaults, then the recipe's file, then the overrides; and which file that was."""
     given = {name: value for name, value in overrides.items() if value is not None}
     check_names(given, "among the options")
-    text_config = config.get_text_config(decoder=True)
+    model, text_config = base.name, base.config.get_text_config(decoder=True)
     if recipe is None:
-        recipe = find_recipe(model, config.model_type, text_config.hidden_size, text_config.num_hidden_layers)
+        recipe = find_recipe(model, base.config.model_type, text_config.hidden_size, text_config.num_hidden_layers)
     values = load_recipe(recipe) | given
     # A recipe's held-out text belongs to the recipe's training text.
     if "data" in given and "eval_data" not in given:
@@ -36,16 +39,15 @@ def resolve_recipe(
     # The recipe is saved with the result, which may be evaluated from another folder.
     texts = {name: getattr(resolved, name) for name in ("data", "eval_data")}
     files = {name: os.path.abspath(text) for name, text in texts.items() if text is not None and os.path.isfile(text)}
-    return dataclasses.replace(resolved, **files), Path(recipe)
+    return dataclasses.replace(resolved, revision=base.revision, **files), Path(recipe)
 
 
-def base_model(config: PreTrainedConfig, stored: str, compute: str | None) -> BaseModel:
+def base_shape(base: BaseModel, stored: str, compute: str | None) -> BaseShape:
     """What the arithmetic needs to know of a base model whose weights are stored in one dtype and computed with in another."""
-    skeleton = model_skeleton(config)
-    _, layers = decoder_layers(skeleton)
-    text_config = config.get_text_config(decoder=True)
-    return BaseModel(
-        parameters=skeleton.num_parameters(),
+    _, layers = decoder_layers(base.skeleton)
+    text_config = base.config.get_text_config(decoder=True)
+    return BaseShape(
+        parameters=base.skeleton.num_parameters(),
         layer_parameters=tuple(sum(weight.numel() for weight in layer.parameters()) for layer in layers),
         d_model=text_config.hidden_size,
         vocabulary=text_config.vocab_size,

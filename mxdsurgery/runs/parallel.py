@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from mxdsurgery.base.digest import tensor_bytes
 from mxdsurgery.errors import DeviceError, RecipeError, first_line
 from mxdsurgery.recipe import Recipe
-from mxdsurgery.runs.digest import tensor_bytes
 
 Item = TypeVar("Item")
 

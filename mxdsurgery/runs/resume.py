@@ -4,7 +4,6 @@ A checkpoint is a folder, written aside, brought to the disk and renamed: whatev
 at all. Its manifest has every file's size and SHA-256, and nothing is resumed from what differs from that.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,12 +16,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from mxdsurgery.base.model import decoder_layers
-from mxdsurgery.base.offload import resident
+from mxdsurgery.base.digest import file_digest
 from mxdsurgery.errors import CheckpointError, OutputError
-from mxdsurgery.runs.digest import file_digest, tensor_bytes
 
 # What this version writes, and all that it reads.
 CHECKPOINT_VERSION = 1
@@ -182,17 +179,6 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of the weights of a model's embeddings and decoder layers, wherever they lie."""
-    digest = hashlib.sha256()
-    for module in (model.get_input_embeddings(), *decoder_layers(model)[1]):
-        with resident(module):
-            for name, tensor in module.state_dict().items():
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor_bytes(tensor).cpu().numpy())
-    return digest.hexdigest()
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -14,6 +14,11 @@ from mxdsurgery.errors import DataError
 _DOCUMENTS, _PIECE = 16, 2**20
 
 
+def in_batches(contexts: Tensor, tokens: int) -> tuple[Tensor, ...]:
+    """Contexts (S, T) in batches (B, T) of so many tokens, as far as whole contexts go; one context at least."""
+    return contexts.split(max(1, tokens // contexts.shape[1]))
+
+
 @dataclass(frozen=True)
 class Packing:
     """How documents become contexts.

@@ -75,7 +75,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class BaseModel:
+class BaseShape:
     """What the arithmetic needs to know of the base model.
 
     Attributes:
@@ -237,7 +237,7 @@ def largest_layer(layers: Sequence[LayerPlan]) -> LayerPlan:
     return max(layers, key=lambda layer: sum(layer_flops(layer).values()))
 
 
-def base_forward_flops(base: BaseModel, last: int, context: int, first: int = 0) -> int:
+def base_forward_flops(base: BaseShape, last: int, context: int, first: int = 0) -> int:
     """Per token: the base model's pass from layer ``first`` up to ``last``; products with weights, and attention."""
     layers = base.layer_parameters[first : last + 1]
     return 2 * sum(layers) + 4 * context * base.d_model * len(layers)
@@ -253,14 +253,14 @@ def _models_run(recipe: Recipe) -> int:
     return 1 if recipe.target == "own" else 2
 
 
-def states_bytes(base: BaseModel, recipe: Recipe) -> int:
+def states_bytes(base: BaseShape, recipe: Recipe) -> int:
     """The hidden states that are kept from layer to layer, of one model or two; 0 where none are."""
     if recipe.inputs != "converted":
         return 0
     return _models_run(recipe) * kept_batches(recipe) * tokens_per_step(recipe) * base.d_model * base.element_bytes
 
 
-def fed_flops(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe) -> int:
+def fed_flops(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe) -> int:
     """Per token: what the base model computes so that layers are fed."""
     last = max(layer.block.layer for layer in layers)
     if recipe.inputs == "converted":  # each kept token also goes through the layer again, on to the next one
@@ -304,7 +304,7 @@ def step_bytes(d: int, h: int, n: int, k: int, kind: str, batch: int, bf16: bool
     return inputs + chosen + max(ranking + chunk, copies + hidden + outputs)
 
 
-def forward_bytes(base: BaseModel, d_hidden: int, batch: int) -> int:
+def forward_bytes(base: BaseShape, d_hidden: int, batch: int) -> int:
     """Working memory of the base model's pass over one batch: about four tensors of hidden and eight of model width."""
     return batch * (4 * d_hidden + 8 * base.d_model) * base.element_bytes
 
@@ -320,7 +320,7 @@ def first_k(layer: LayerPlan, recipe: Recipe) -> int:
 
 
 def make_group(
-    layers: Sequence[LayerPlan], finished: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine
+    layers: Sequence[LayerPlan], finished: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, machine: Machine
 ) -> Group:
     """What it takes to train some layers together, after others are finished."""
     batch = tokens_per_step(recipe)
@@ -365,7 +365,7 @@ def make_group(
     )
 
 
-def make_groups(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> list[Group]:
+def make_groups(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, machine: Machine) -> list[Group]:
     """Consecutive layers together, as many as fit the budget; a layer that does not fit stands alone.
 
     Those that learn on converted inputs stand alone anyway, those that learn jointly all together.
@@ -389,12 +389,12 @@ def make_groups(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, ma
     return groups
 
 
-def checkpoint_bytes(layers: Sequence[LayerPlan], base: BaseModel) -> int:
+def checkpoint_bytes(layers: Sequence[LayerPlan], base: BaseShape) -> int:
     """The converted model's weights."""
     return base.weight_bytes + base.element_bytes * sum(layer.all_parameters - layer.block.parameters for layer in layers)
 
 
-def evaluation_bytes(layers: Sequence[LayerPlan], base: BaseModel, recipe: Recipe, machine: Machine) -> int:
+def evaluation_bytes(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, machine: Machine) -> int:
     """Peak of evaluation and export: the base model and all new layers in its dtype, and the larger of two things.
 
     Evaluation needs the logits of as many tokens as go through the head together, with about five tensors of the same shape

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.base.dtypes import stored_in
 from mxdsurgery.base.lora import Adapters
-from mxdsurgery.base.model import decoder_layers
 from mxdsurgery.base.surgery import answering, replaced
 from mxdsurgery.errors import DivergedError
 from mxdsurgery.hardware.device import widest

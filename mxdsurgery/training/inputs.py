@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.base.activations import Activations, hidden_of, hooked, record_layer, recording, stream_activations
 from mxdsurgery.base.blocks import Block
-from mxdsurgery.base.model import decoder_layers
+from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.base.offload import move, resident
 from mxdsurgery.base.surgery import replaced
 from mxdsurgery.errors import UnsupportedBlockError

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from mxdsurgery.base.activations import recording
 from mxdsurgery.base.blocks import Block
-from mxdsurgery.base.model import decoder_layers
+from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.base.offload import execution_device
 from mxdsurgery.base.surgery import answering
 from mxdsurgery.layers.sparse import without_autocast

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 import mxdsurgery
-from mxdsurgery.base.model import load_model
-from mxdsurgery.editing.generate import prompt_ids, sample
+from mxdsurgery.base.model import open_model
+from mxdsurgery.editing.generate import Sampling, prompt_ids, sample
 
 BOOK_PROMPTS = (
     "It was a dark and stormy night, and the",
@@ -41,10 +41,10 @@ def continuations(prompts: tuple[str, ...], folder: Path, original: Path) -> dic
     """How fixed prompts go on in the original and in the converted model, the likeliest token each time."""
     converted, rows = mxdsurgery.load(folder), []
     tokenizer = converted.tokenizer()
-    models = (load_model(str(original), dtype=converted.plan.dtype), converted.model)
+    models = (open_model(str(original)).load(dtype=converted.plan.dtype), converted.model)
     for prompt in prompts:
         ids = prompt_ids(tokenizer, prompt)
-        made = [sample(model, tokenizer, ids, max_new_tokens=NEW_TOKENS, temperature=0)[0, ids.shape[1] :] for model in models]
+        made = [sample(model, tokenizer, ids, Sampling(NEW_TOKENS, temperature=0))[0, ids.shape[1] :] for model in models]
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*(new.tolist() for new in made), strict=False)))
         texts = tokenizer.batch_decode(made, skip_special_tokens=True)
         longest = max(map(len, made))

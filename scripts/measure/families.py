@@ -37,7 +37,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import mxdsurgery
 from mxdsurgery.base.families import family_of
-from mxdsurgery.base.model import load_model
+from mxdsurgery.base.model import open_model
 from mxdsurgery.base.proof import prove_block
 from mxdsurgery.errors import NotCausalLMError, UnknownFamilyError, UnsupportedBlockError
 
@@ -110,7 +110,7 @@ def _refused_or_converted(family: str, folder: Path) -> dict[str, Any]:
         able = [finding for finding in found.layers if finding.block is not None]
         row["able"], row["layers"] = len(able), len(found.layers)
         chosen = str(able[-1].layer) if able else "all"
-        base = load_model(str(source))
+        base = open_model(str(source)).load()
         row["error"] = max((prove_block(base, finding.block) for finding in able), default=None)
         settings = SETTINGS | {"data": text(folder, "README.md"), "eval_data": text(folder, "CONTRIBUTING.md")}
         converted = mxdsurgery.convert(str(source), layers=chosen, out=str(folder / "converted"), **settings)

@@ -46,7 +46,6 @@ from mxdsurgery.outside import INDEX_FILE, stored_shapes
 from mxdsurgery.recipe import Recipe, load_recipe
 from mxdsurgery.text.sources import Packing, documents
 
-TRICKS = inputs.TRICKS
 # No input may take longer than this, on a slow machine with others at work on it.
 SLOWEST = 20.0
 # Address space that the script may take: what asks for more fails, and is seen.

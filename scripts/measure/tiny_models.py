@@ -12,10 +12,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 WIDTH, HIDDEN, LAYERS, VOCABULARY, CONTEXT = 32, 80, 4, 320, 128
 
-# The names that one size has in configs: how many layers, how many tokens, and all others with their tiny value.
+# The names that one size has in configs: numbers of layers, of tokens there are and of tokens that are read at once; all
+# others with their tiny value.
 _LAYERS = """num_hidden_layers n_layer n_layers num_layers num_blocks encoder_layers decoder_layers num_encoder_layers
     num_decoder_layers max_window_layers"""
 _VOCABULARY = "vocab_size vocab_size_per_layer_input unpadded_vocab_size ngram_vocab_size_base"
+_CONTEXT = "max_position_embeddings n_positions n_ctx max_seq_len model_max_length context_length"
 _SIZES: dict[int, str] = {
     WIDTH: """hidden_size n_embd d_model embedding_size emb_dim embedding_dim word_embed_proj_dim attention_hidden_size
         lru_width adapter_in_dim
@@ -37,7 +39,6 @@ _SIZES: dict[int, str] = {
         num_experts_per_tok num_experts_per_token moe_topk moe_k index_topk""",
     1: """n_group topk_group num_expert_group n_shared_experts num_shared_experts moe_num_shared_experts
         first_k_dense_replace mamba_n_groups n_groups mamba_ngroups""",
-    CONTEXT: "max_position_embeddings n_positions n_ctx max_seq_len model_max_length context_length",
     64: "sliding_window sliding_window_size window_size attention_window_size attention_chunk_size local_attention",
 }
 SIZES = {name: value for value, names in _SIZES.items() for name in names.split()}
@@ -86,12 +87,15 @@ NEEDS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(family: str, layers: int = LAYERS, vocabulary: int = VOCABULARY, **changes: Any) -> PreTrainedConfig:
+def tiny_config(
+    family: str, layers: int = LAYERS, vocabulary: int = VOCABULARY, context: int = CONTEXT, **changes: Any
+) -> PreTrainedConfig:
     """A config of so many layers, `WIDTH` wide, and, where the family mixes kinds of layers, some of each.
 
     ``changes`` are further values of the config, by the family's own names.
     """
-    sizes = SIZES | dict.fromkeys(_LAYERS.split(), layers) | dict.fromkeys(_VOCABULARY.split(), vocabulary)
+    given = {_LAYERS: layers, _VOCABULARY: vocabulary, _CONTEXT: context}
+    sizes = SIZES | {name: value for names, value in given.items() for name in names.split()}
     return CONFIG_MAPPING[family](**_shrunk(CONFIG_MAPPING[family]().to_dict(), family, sizes) | changes)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxdsurgery.base.activations import record_activations
-from mxdsurgery.base.model import load_model, load_tokenizer
+from mxdsurgery.base.model import load_tokenizer, open_model
 from mxdsurgery.layers.layer import MxDLayer
 from mxdsurgery.measuring.fidelity import Measurement
 from mxdsurgery.measuring.probe import pool, probe_units
@@ -256,7 +256,7 @@ def run(names: list[str], shared: Path, tokens: int, eval_tokens: int) -> Iterat
     made, recipe = plan(**Subject(MODEL, *BOOKS, eval_tokens).paths(shared), **common)
     accelerator, tokenizer, block = make_accelerator(recipe), load_tokenizer(recipe.model), made.blocks[0]
     train, heldout = open_texts(recipe, tokenizer)
-    base = load_model(recipe.model, dtype=made.dtype)
+    base = open_model(recipe.model).load(dtype=made.dtype)
     reporter = ConsoleReporter()
     with closing(train.batches(recipe.batch // recipe.context)) as batches:
         sample = list(itertools.islice(batches, 4))

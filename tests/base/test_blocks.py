@@ -8,9 +8,12 @@ from torch import nn
 
 from mxdsurgery import register_family
 from mxdsurgery.base import families
+from mxdsurgery.base.config import load_config
+from mxdsurgery.base.decoder import decoder_layers
+from mxdsurgery.base.examination import check_causal
 from mxdsurgery.base.families import Family
 from mxdsurgery.base.finding import find_blocks
-from mxdsurgery.base.model import check_causal, decoder_layers, load_config, model_skeleton
+from mxdsurgery.base.model import model_skeleton
 from mxdsurgery.base.proof import TOLERANCE, prove_block
 from mxdsurgery.errors import NotCausalLMError, UnknownFamilyError, UnsupportedBlockError
 

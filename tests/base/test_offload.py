@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 
 import mxdsurgery
-from mxdsurgery.base.model import decoder_layers, load_model
+from mxdsurgery.base.decoder import decoder_layers
+from mxdsurgery.base.model import open_model
 from mxdsurgery.base.offload import execution_device, is_offloaded, on_disk, resident
 from mxdsurgery.layers.layer import MxDLayer
 
@@ -18,7 +19,7 @@ def pair(request, tmp_path):
     """A model in memory, and the same with its weights on disk."""
     model = tiny_model(request.param)
     model.save_pretrained(tmp_path / "model")
-    return model, load_model(str(tmp_path / "model"), offload=tmp_path / "offload")
+    return model, open_model(str(tmp_path / "model")).load(offload=tmp_path / "offload")
 
 
 def test_an_offloaded_model_computes_the_same_and_holds_no_weights(pair):

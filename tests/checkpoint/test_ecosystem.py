@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny import IDS, RECIPE, export_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mxdsurgery.base.model import model_source
+from mxdsurgery.base.config import model_source
 
 EXAMPLES = ROOT / "examples"
 # As on a machine that has never heard of mxdsurgery.

@@ -20,7 +20,7 @@ def row(kind, way, delta_ce, share, k=16, model="stories260K", **others):
 
 
 def test_docs_all_layers_is_what_its_script_prints():
-    command = [sys.executable, str(ROOT / "scripts" / "all_layers.py"), "page"]
+    command = [sys.executable, str(ROOT / "scripts" / "measure" / "all_layers.py"), "page"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True)
     assert printed.stdout == (ROOT / "docs" / "all-layers.md").read_text()
 

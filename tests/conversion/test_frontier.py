@@ -87,7 +87,7 @@ def test_what_is_there_is_kept_and_what_is_new_joins_it(made, tmp_path, monkeypa
     assert [(row["layer"], row["k"]) for row in other.rows] == [(2, 4), (2, 8), (3, 4)]
     assert len(other.verdicts) == 2
     monkeypatch.setattr(
-        "mxdsurgery.conversion.frontier.load_model",
+        "mxdsurgery.base.model.BaseModel.load_examined",
         lambda *_, **__: pytest.fail("nothing is left to do"),
     )
     assert mxdsurgery.frontier("demo-glu", layer=3, k=(4,), kinds=("transcoder",), out=str(out), **SMALL) == other

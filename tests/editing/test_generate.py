@@ -14,7 +14,7 @@ from tiny import tiny_model
 
 import mxdsurgery
 from mxdsurgery.editing.edits import Edits
-from mxdsurgery.editing.generate import in_coefficients, sample, side_by_side
+from mxdsurgery.editing.generate import Sampling, in_coefficients, sample, side_by_side
 from mxdsurgery.errors import CatalogueError, DeviceError, EditError, NotConvertedError, RecipeError
 
 EXAMPLES = ROOT / "examples"
@@ -98,10 +98,10 @@ def test_a_text_ends_where_the_model_ends_it_unless_it_must_not():
     model = tiny_model("gpt2", seed=1)
     final = model.transformer.ln_f
     final.bias.copy_(50 * model.lm_head.weight[0] / model.lm_head.weight[0].norm())  # the end-of-text token is all but sure
-    options = {"samples": 2, "max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "seed": 0}
+    sampling = Sampling(max_new_tokens=6, temperature=1.0, samples=2)
     ids = torch.tensor([[5, 6, 7]])
-    assert sample(model, _NoText(), ids, **options)[:, 3].tolist() == [0, 0]
-    forced = sample(model, _NoText(), ids, **options, to_the_end=True)
+    assert sample(model, _NoText(), ids, sampling)[:, 3].tolist() == [0, 0]
+    forced = sample(model, _NoText(), ids, sampling, to_the_end=True)
     assert forced.shape == (2, 9) and (forced[:, 3:] != 0).all()
 
 
@@ -109,9 +109,9 @@ def test_a_text_ends_where_the_model_ends_it_unless_it_must_not():
 def test_a_model_that_predicts_no_numbers_is_an_error_by_name(temperature):
     model = tiny_model("gpt2")
     model.transformer.ln_f.bias[3] = math.nan
-    options = {"samples": 1, "max_new_tokens": 2, "temperature": temperature, "top_p": 1.0, "seed": 0}
+    sampling = Sampling(max_new_tokens=2, temperature=temperature)
     with pytest.raises(EditError, match="no numbers any more"):
-        sample(model, _NoText(), torch.tensor([[5, 6, 7]]), **options)
+        sample(model, _NoText(), torch.tensor([[5, 6, 7]]), sampling)
 
 
 def test_the_table_shows_both_texts_as_they_are():

@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 
 from mxdsurgery import experts, load
-from mxdsurgery.base.model import load_model
+from mxdsurgery.base.model import open_model
 from mxdsurgery.catalogue.files import open_catalogue
 from mxdsurgery.editing.edits import Edits
-from mxdsurgery.editing.generate import prompt_ids
+from mxdsurgery.editing.generate import Sampling, prompt_ids
 from mxdsurgery.editing.judge import Judge, judge_from_flags
 from mxdsurgery.editing.steering import _BESIDE, _Concept, _Writer, steering, steering_table
 from mxdsurgery.errors import CatalogueError, EditError, JudgeError, RecipeError
@@ -84,10 +84,10 @@ def test_passages_are_the_windows_with_the_strongest_token_marked(folder, concep
 
 
 def test_perplexity_is_the_original_models_and_leaves_the_prompt_out(folder, concept):
-    converted, original = load(folder), load_model("demo-glu")
+    converted, original = load(folder), open_model("demo-glu").load()
     tokenizer = converted.tokenizer()
     inputs = prompt_ids(tokenizer, "class Error:\n")
-    sampling = {"samples": 10, "max_new_tokens": 5, "temperature": 1.0, "top_p": 1.0, "seed": 3}
+    sampling = Sampling(max_new_tokens=5, temperature=1.0, samples=10, seed=3)
     seen = []
     writer = _Writer(converted.model, original, tokenizer, concept, inputs, sampling)
     writer.concept.similarity, kept = lambda texts: seen.extend(texts) or torch.zeros(len(texts)), concept.similarity
@@ -131,15 +131,15 @@ def test_controls_are_steered_as_strongly_in_units_of_their_own_maximum(folder, 
 def test_texts_of_the_concept_count_as_strong_and_others_do_not(folder, expert, concept, monkeypatch):
     """A model that says the expert's concept when it is steered, and something of its own when another one is."""
 
-    def pretended(model, tokenizer, inputs, *, samples, max_new_tokens, **_):
+    def pretended(model, tokenizer, inputs, sampling, to_the_end):
         changes = model.mxd.layers[1].gate.interventions
         steered = None if changes is None else changes.changes[0].experts.tolist()
         if steered == [expert]:
-            rows = [(ids[at - 3 : at + 4] * 2)[:max_new_tokens] for ids, _, at in concept.windows if at > 2]
+            rows = [(ids[at - 3 : at + 4] * 2)[: sampling.max_new_tokens] for ids, _, at in concept.windows if at > 2]
         else:
             draw = torch.Generator().manual_seed(0 if steered is None else steered[0])
-            rows = torch.randint(200, 4000, (samples, max_new_tokens), generator=draw).tolist()
-        return torch.cat([inputs.expand(samples, -1), torch.tensor(rows[:samples])], 1)
+            rows = torch.randint(200, 4000, (sampling.samples, sampling.max_new_tokens), generator=draw).tolist()
+        return torch.cat([inputs.expand(sampling.samples, -1), torch.tensor(rows[: sampling.samples])], 1)
 
     monkeypatch.setattr("mxdsurgery.editing.steering.sample", pretended)
     found = steering(folder, edits=Edits(clamp={1: {expert: 1.0}}), **SHORT)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mxdsurgery
 from mxdsurgery.base.dtypes import as_stored, compute_in, computed_in, stored_in
-from mxdsurgery.base.model import load_model
+from mxdsurgery.base.model import open_model
 from mxdsurgery.catalogue.statistics import Tally
 from mxdsurgery.editing.edits import edits_from_flags
 from mxdsurgery.errors import Interrupted
@@ -120,7 +120,7 @@ def test_what_is_measured_is_a_time(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
 def test_weights_come_back_as_they_were_stored(stored):
-    model = load_model("demo-glu", dtype=stored)
+    model = open_model("demo-glu").load(dtype=stored)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     buffers = {name: tensor.dtype for name, tensor in model.named_buffers()}
     compute_in(model, torch.float32)
@@ -133,7 +133,7 @@ def test_weights_come_back_as_they_were_stored(stored):
 
 
 def test_what_is_computed_in_can_change_again():
-    model = load_model("demo-glu", dtype="float16")
+    model = open_model("demo-glu").load(dtype="float16")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.float16):
         compute_in(model, dtype)
@@ -143,7 +143,7 @@ def test_what_is_computed_in_can_change_again():
 
 
 def test_weights_that_a_dtype_does_not_hold_stay_and_the_model_runs_under_autocast():
-    model, ids = load_model("demo-glu", dtype="float32"), torch.arange(16)[None]
+    model, ids = open_model("demo-glu").load(dtype="float32"), torch.arange(16)[None]
     before = model(input_ids=ids).logits
     compute_in(model, torch.bfloat16)
     assert computed_in(model) == torch.bfloat16 and model.dtype == torch.float32
@@ -190,7 +190,7 @@ def test_a_conversion_computes_in_what_is_fast_and_stores_what_was_stored(kind, 
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
-    base = load_model("demo-glu").state_dict()
+    base = open_model("demo-glu").load().state_dict()
     same = [name for name in tensors if name in base]
     assert len(same) > 20 and all(torch.equal(tensors[name], base[name]) for name in same)
 
@@ -217,7 +217,8 @@ def test_a_narrower_dtype_that_was_asked_for_leaves_the_stored_weights(machine, 
         made = mxdsurgery.convert("demo-glu", out=str(tmp_path / "out"), reporter=phases, **how)
     assert all(work[torch.bfloat16] > 0.95 * work.total() for work in phases.work.values())
     assert made.evaluation["compute"] == "bfloat16" and made.plan.dtype == "float32"
-    tensors, base = load_file(tmp_path / "out" / "model.safetensors"), load_model("demo-glu", dtype="float32").state_dict()
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    base = open_model("demo-glu").load(dtype="float32").state_dict()
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert all(torch.equal(tensor, base[name]) for name, tensor in tensors.items() if name in base)
     experts = tensors["model.layers.1.mlp.experts.weight"]

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from tiny import batches, tiny_model, train
 
 from mxdsurgery.base.activations import record_activations
+from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.base.finding import find_blocks
-from mxdsurgery.base.model import decoder_layers
 from mxdsurgery.base.scores import likeliest
 from mxdsurgery.base.surgery import ConstantOutput, replaced, resumed_at
 from mxdsurgery.layers.sparse import CHUNK_BYTES

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mxdsurgery.base.model import load_model
+from mxdsurgery.base.model import open_model
 from mxdsurgery.checkpoint.converted import load, settle
 from mxdsurgery.errors import BaseModelError
 from mxdsurgery.measuring.evaluate import held_out
@@ -74,7 +74,7 @@ def test_the_streams_error_is_the_distance_of_two_models_hidden_states(grown, fo
     converted, recipe = load(folder), Recipe(**load_recipe(folder / "recipe.yaml"))
     ids = held_out(converted, recipe)
     settle(converted, recipe, grown["compute"])
-    original = load_model("demo-glu", compute=grown["compute"])
+    original = open_model("demo-glu").load(compute=grown["compute"])
     with torch.no_grad():
         new = converted.model(input_ids=ids, output_hidden_states=True).hidden_states[3][:, 1:].double()
         old = original(input_ids=ids, output_hidden_states=True).hidden_states[3][:, 1:].double()

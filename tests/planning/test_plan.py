@@ -1,6 +1,5 @@
 """``plan``: groups, bytes and FLOPs of real models against numbers computed by hand, refusals that help, measured times."""
 
-import importlib
 import json
 import re
 
@@ -13,7 +12,7 @@ import mxdsurgery
 from mxdsurgery.cli import main
 from mxdsurgery.errors import MemoryBudgetError
 from mxdsurgery.planning import calibrate
-from mxdsurgery.planning.plan import Plan
+from mxdsurgery.planning.plan import Plan, open_and_plan, with_time
 from mxdsurgery.terminal.console import size
 
 LLAMA = "meta-llama/Llama-3.2-3B"
@@ -159,9 +158,8 @@ def test_planning_for_a_gpu_that_is_not_here(monkeypatch):
 
 
 def test_convert_predicts_only_what_is_worth_it():
-    module = importlib.import_module("mxdsurgery.planning.plan")
-    plan, recipe = mxdsurgery.plan("demo-glu", tokens=5_000, device="cpu")
-    assert module.with_time(plan, recipe, worth_it=60.0).unmeasured.startswith("too short a run to measure first, at least ")
+    plan, recipe, base = open_and_plan("demo-glu", None, {"tokens": 5_000, "device": "cpu"})
+    assert with_time(plan, recipe, base, worth_it=60.0).unmeasured.startswith("too short a run to measure first, at least ")
 
 
 def sequential(tmp_path, **overrides):

@@ -15,6 +15,7 @@ from running import ROOT
 from safetensors.torch import load_file, save_file
 
 import mxdsurgery
+from mxdsurgery.base.model import BaseModel
 from mxdsurgery.errors import CheckpointError, Interrupted, OutputError
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.resume import Checkpoints, optimizer_state, restore_optimizer
@@ -179,15 +180,14 @@ def test_a_run_of_other_settings_model_or_text_is_not_resumed(unfinished, tmp_pa
     with pytest.raises(CheckpointError, match="something else: lr: 0.5(.|\n)*expected: lr: 0.00"):
         resumed(lr=0.5)
     with monkeypatch.context() as patch:
-        module = sys.modules["mxdsurgery.conversion.convert"]
-        load_model = module.load_model
+        read = BaseModel._read
 
-        def another(*args, **options):
-            model = load_model(*args, **options)
+        def another(*args):
+            model = read(*args)
             model.model.layers[0].mlp.down_proj.weight.data[0, 0] += 1.0
             return model
 
-        patch.setattr(module, "load_model", another)
+        patch.setattr(BaseModel, "_read", another)
         with pytest.raises(CheckpointError, match="something else: base"):
             resumed()
     text = (tmp_path / "text.txt").read_text()
@@ -368,7 +368,7 @@ def test_a_checkpoint_keeps_every_dtype_bit_for_bit(tmp_path):
 
 
 def test_runs_killed_at_random_instants_end_as_if_they_had_not_been(tmp_path):
-    script = ROOT / "scripts" / "reliability.py"
+    script = ROOT / "scripts" / "measure" / "reliability.py"
     work = "import json, reliability, pathlib, sys; print(json.dumps(reliability.measure_kills(2, pathlib.Path(sys.argv[1]))))"
     command = [sys.executable, "-c", work, str(tmp_path)]  # a process of its own: it forks
     environment = os.environ | {"PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1"}

@@ -13,7 +13,7 @@ from mxdsurgery.layers.layer import MxDLayer
 from mxdsurgery.planning import budget
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.training import cost
-from mxdsurgery.training.cost import BaseModel, LayerPlan, Machine
+from mxdsurgery.training.cost import BaseShape, LayerPlan, Machine
 from mxdsurgery.training.distill import LayerInTraining, train_step
 from mxdsurgery.training.initialize import layer_shape
 
@@ -26,7 +26,7 @@ def tiny_layers(family="llama", n_experts=64):
 
 
 def tiny_base(dtype="bfloat16"):
-    return BaseModel(parameters=40_000, layer_parameters=(10_000, 11_000), d_model=32, vocabulary=64, dtype=dtype)
+    return BaseShape(parameters=40_000, layer_parameters=(10_000, 11_000), d_model=32, vocabulary=64, dtype=dtype)
 
 
 def machine(memory=None, device="cpu", bf16=False):

@@ -1,0 +1,45 @@
+"""A model's decoder layers."""
+
+import torch
+from transformers import PreTrainedModel
+
+from mxdsurgery.base.families import family_of
+from mxdsurgery.errors import NotCausalLMError, UnknownFamilyError
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
+    """The list of decoder layers and its path from the base model: the outermost one of the config's length in its decoder.
+
+    Raises:
+        UnknownFamilyError: there is none.
+        NotCausalLMError: they are an encoder's.
+    """
+    named = family_of(model.config.model_type).layers
+    if named is not None:
+        if named not in dict(model.base_model.named_modules()):
+            raise UnknownFamilyError(
+                f"{type(model).__name__} holds no module {named!r}, where its family is registered to have its decoder layers",
+                fix="register the path from the base model",
+            )
+        return named, model.base_model.get_submodule(named)
+    wanted = model.config.get_text_config(decoder=True).num_hidden_layers
+    decoder = model.get_decoder()  # without a vision tower that may stand beside it, of as many layers
+    inside = next((name for name, module in model.base_model.named_modules() if module is decoder), "")
+    lists = [
+        (f"{inside}.{name}".lstrip("."), module)
+        for name, module in model.base_model.get_submodule(inside).named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == wanted
+    ]
+    if not lists:
+        raise UnknownFamilyError(
+            f"{type(model).__name__} holds no list of {wanted} decoder layers",
+            expected="decoder layers in one torch.nn.ModuleList",
+        )
+    path, layers = min(lists, key=lambda item: item[0].count("."))
+    # What a config says of is_decoder counts only where the layers ask for it: GPT-NeoX's says false.
+    if any(getattr(module, "is_decoder", True) is False for layer in layers[:1] for module in layer.modules()):
+        raise NotCausalLMError(
+            f"{type(model).__name__} is an encoder here: its config says is_decoder: false",
+            expected="a decoder-only causal language model",
+        )
+    return path, layers

@@ -1,0 +1,45 @@
+"""How ``convert`` and ``heal`` begin and end: a run in its folder, of one process or of several launched together."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mxdsurgery.recipe import Recipe
+from mxdsurgery.runs.parallel import check_parallel, processes, rank
+from mxdsurgery.runs.run_folder import RunFolder, depends_on
+from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.training.accelerator import start_processes
+
+
+@contextmanager
+def shared_run(
+    target: Path, recipe: Recipe, more: Mapping[str, Any], resume: bool, overwrite: bool, reporter: Reporter
+) -> Iterator[tuple[RunFolder, Reporter]]:
+    """A run that makes ``target``: begun, or gone on with; when all went well, its folder is gone.
+
+    Args:
+        target: the result's place.
+        recipe: what it depends on; parallel, device and when checkpoints are written.
+        more: what it depends on besides; see `RunFolder.confirm`.
+        resume: go on with an unfinished run.
+        overwrite: begin anew, whatever is there.
+        reporter: is told by the first process only.
+
+    Yields:
+        The run, and whom to tell what happens in it.
+
+    Raises:
+        DeviceError: the device is not there.
+        OutputError, CheckpointError: see `RunFolder.open`.
+        Interrupted, MxDError: see `RunFolder.working`.
+    """
+    start_processes(recipe)
+    check_parallel(recipe)
+    run = RunFolder(target, recipe)
+    run.open(depends_on(recipe.to_dict()) | {"processes": processes()} | dict(more), resume, overwrite)
+    first = rank() == 0  # asked now: at the end, the processes have parted
+    with run.working(reporter if first else Reporter()) as recording:
+        yield run, recording
+    if first:
+        run.finish(target)
