@@ -21,10 +21,10 @@ class Activations(NamedTuple):
 
 
 class ShuffledPositions(Iterator[dict[int, Activations]]):
-    """Mixes positions across batches: as many batches, of the same size, each drawn at random from a buffer.
+    """Mixes positions across batches: yields as many batches, of the same size, each drawn at random from a buffer.
 
-    The buffer fills first; then each position drawn makes room for one of the next batch; in the end it empties. All layers
-    are drawn alike, so what one of them sees does not depend on which others there are.
+    First the buffer fills; then each position drawn makes room for one of the next batch; at the end the buffer empties. All
+    layers draw the same positions, so what one layer sees does not depend on which others there are.
 
     Args:
         batches: by layer, x and y (n, D), in one dtype and on one device, every batch of the same n.
@@ -44,7 +44,7 @@ class ShuffledPositions(Iterator[dict[int, Activations]]):
 
     @staticmethod
     def ahead(buffer: int, n: int) -> int:
-        """How many batches more than it gave it has taken, before the text is through."""
+        """How many more batches it has taken than it has yielded, until the batches end."""
         return buffer // n if buffer >= 2 * n else 0
 
     def __next__(self) -> dict[int, Activations]:
@@ -83,7 +83,7 @@ class ShuffledPositions(Iterator[dict[int, Activations]]):
         self.last = list(order.split(self.n)) if self.filled else []
 
     def state(self) -> dict[str, Tensor]:
-        """What it holds and where its drawing stands; nothing where it mixes nothing."""
+        """The buffer, the random generator and how far it is, by name; empty where nothing is mixed."""
         if not self.room:
             return {}
         held = {f"{name}.{layer}": part for layer, pair in self.held.items() for name, part in pair._asdict().items()}
@@ -92,7 +92,7 @@ class ShuffledPositions(Iterator[dict[int, Activations]]):
         return held | {"generator": self.generator.get_state(), "last": last, "stands": stands}
 
     def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
-        """Goes on from a `state`; the batches given have to go on there, too."""
+        """Goes on from a `state`; the batches given have to begin after those that were taken before it."""
         if not self.room:
             return
         layers = sorted(int(name.partition(".")[2]) for name in state if name.startswith("x."))
@@ -145,7 +145,7 @@ def record_activations(model: PreTrainedModel, blocks: Sequence[Block], input_id
 
 
 def record_layer(model: PreTrainedModel, block: Block, shape: Sequence[int], run: Callable[[], object]) -> Activations:
-    """As `record_activations`, of the one block in a decoder layer that is run alone, on hidden states of shape (B, T)."""
+    """As `record_activations`, of one block, whose decoder layer ``run`` runs alone on (B, T, D); ``shape`` is (B, T)."""
     return _record(model, [block], run, shape)[block.layer]
 
 

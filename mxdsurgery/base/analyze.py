@@ -39,13 +39,13 @@ class Analysis:
     layers: list[Finding]
 
     def select(self, selection: str) -> tuple[list[Block], dict[str, str]]:
-        """The blocks that a ``layers`` value names, and what ``all`` leaves: by reason, the layers as a selection.
+        """The blocks that a ``layers`` value names; and the layers that ``all`` leaves out, as a selection, by reason.
 
-        Models mix kinds of layers: ``all`` means all that can be converted, a layer that is named has to be one of them.
+        Some models mix kinds of layers: ``all`` means all that can be converted; a layer named by its number has to be one.
 
         Raises:
-            LayerSelectionError: a layer that the model does not have.
-            UnsupportedBlockError: a layer that cannot be converted, or there is no other.
+            LayerSelectionError: the value cannot be read, or names a layer that the model does not have.
+            UnsupportedBlockError: a named layer cannot be converted, or no layer can.
         """
         chosen = select_layers(selection, len(self.layers))
         left: dict[str, list[int]] = {}
@@ -129,7 +129,7 @@ def analyze(model: str, *, revision: str | None = None, trust_remote_code: bool 
 
 
 def analysis_of(base: BaseModel) -> Analysis:
-    """The same, of a model that is open already."""
+    """As `analyze`, of a model that is open already."""
     return Analysis(
         model=base.name,
         revision=base.commit,

@@ -21,8 +21,8 @@ class Part:
         path: the module, from the base model (``layers.3.mlp.gate_proj``).
         transposed: the weight is stored (in, out), as GPT-2's Conv1D does.
         outputs: (start, stop, step) of the fused map's outputs; None for all.
-        scale: what the block multiplies the map's output with; of the encoder, before the activation.
-        scaled_by: a parameter of one element that it is multiplied with besides, from the base model.
+        scale: what the block multiplies the map's output with; for an encoder, before the activation.
+        scaled_by: path, from the base model, of a parameter of one element that the output is also multiplied with.
     """
 
     path: str
@@ -32,12 +32,12 @@ class Part:
     scaled_by: str | None = None
 
     def weight(self, root: nn.Module) -> Tensor:
-        """(out, in), what the block multiplies with: the module's own weight, scaled where the block does."""
+        """(out, in): this part's share of the module's weight, multiplied with the block's factors."""
         weight = root.get_submodule(self.path).weight
         return self._share(root, weight.T if self.transposed else weight)
 
     def bias(self, root: nn.Module) -> Tensor | None:
-        """(out,), as the weight, or None where the map has no bias."""
+        """(out,): the same of the bias; None where the map has none."""
         bias = root.get_submodule(self.path).bias
         return None if bias is None else self._share(root, bias)
 
@@ -62,8 +62,8 @@ class Block:
     Attributes:
         layer: index of the decoder layer.
         path: the module that is replaced, from the base model.
-        bypass: modules beside it that become identities (where the maps cannot be replaced together with what holds them: they
-            stand in the decoder layer itself, or in a module that is given more than hidden states).
+        bypass: other modules of the block, which become identities. Empty unless its maps stand in the decoder layer itself,
+            or in a module that takes more than hidden states: there, no single module can be replaced.
         kind: ``mlp``, ``D act(E x)``, or ``glu``, ``D (act(E_g x) * E_u x)``.
         activation: transformers' name of it.
         d_model: D.
@@ -74,7 +74,7 @@ class Block:
         encoder_bias: whether E (and E_u) have a bias.
         decoder_bias: whether D has one.
         parameters: of all its maps.
-        activation_path: the module that holds what the activation has learned, from the base model; None: nothing.
+        activation_path: the activation's module, from the base model, if it has parameters; else None.
     """
 
     layer: int
@@ -121,7 +121,7 @@ class Block:
         )
 
     def act(self, root: nn.Module) -> nn.Module:
-        """Its activation, with what that has learned."""
+        """Its activation, with the parameters that it has learned, if any."""
         return ACT2FN[self.activation] if self.activation_path is None else root.get_submodule(self.activation_path)
 
     def hidden(self, root: nn.Module, x: Tensor) -> Tensor:

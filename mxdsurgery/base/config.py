@@ -1,4 +1,4 @@
-"""The base model's config: read from a folder or the hub, and whether it is one of a model that can be converted at all."""
+"""The base model's config: reads it from a folder or the hub, and checks that such a model can be converted at all."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import ModelNotFoundError, MxDError, NotCausalLMError, UnknownFamilyError, WeightsError, first_line
 from mxdsurgery.outside import check_folder, foreign_code, read_json
 
-# More decoder layers than any model has; each is built, if only without weights, before anything else is known of it.
+# More decoder layers than any model has. A config is checked for it first: the skeleton builds each layer, if without weights.
 _MOST_LAYERS = 4096
 
 
@@ -24,7 +24,7 @@ def model_source(model: str) -> str:
 
 
 def model_name(model: str) -> str:
-    """A model as it may be told to others: of a local folder, its name only."""
+    """A model's name as others may see it: of a local folder, the folder's name without its path."""
     return Path(model).name if os.path.isdir(model) else model
 
 
@@ -34,7 +34,8 @@ def load_config(model: str, revision: str | None = None, trust_remote_code: bool
     Args:
         model: hub id, local folder or demo model.
         revision: branch, tag or commit on the hub.
-        trust_remote_code: whether Python code that comes with the model may be run. It is only where transformers has none.
+        trust_remote_code: whether Python code that comes with the model may be run. It is run only where transformers
+            does not have the architecture.
 
     Raises:
         ModelNotFoundError: no such model, or it cannot be reached.
@@ -44,7 +45,7 @@ def load_config(model: str, revision: str | None = None, trust_remote_code: bool
         WeightsError: it is quantised.
     """
     source = model_source(model)
-    there = os.path.exists(source)  # where Path.exists() raises, for a name too long to be a file's, this is False
+    there = os.path.exists(source)  # False for a name too long to be a file's, where Path.exists() raises
     if there and not (Path(source) / "config.json").is_file():
         raise ModelNotFoundError(f"{model!r} is there, but holds no config.json", expected=MODEL_KINDS)
     if not there and _looks_like_path(model):
@@ -63,7 +64,7 @@ def load_config(model: str, revision: str | None = None, trust_remote_code: bool
         _check_buildable(model, config)
     except MxDError:
         raise
-    except Exception as error:  # whatever a malformed config makes of transformers' checks and ours
+    except Exception as error:  # a malformed config can make transformers' checks and ours raise anything
         raise UnknownFamilyError(f"the config of {model!r} is not valid: {first_line(error)}") from None
     return config
 
@@ -72,7 +73,7 @@ def _needs_own_code(model: str, declared: dict[str, Any]) -> bool:
     """Whether transformers knows an architecture only by code that comes with the model.
 
     Raises:
-        UnknownFamilyError: nothing knows it.
+        UnknownFamilyError: neither transformers nor code that comes with the model knows it.
         NotCausalLMError: it is a converted model.
     """
     model_type = declared["model_type"]
@@ -99,7 +100,7 @@ def _needs_own_code(model: str, declared: dict[str, Any]) -> bool:
 def _config_dict(model: str, revision: str | None) -> dict[str, Any]:
     """The raw config.json, before any class looks at it; it names a ``model_type``, and no code that loads by itself."""
     source = model_source(model)
-    if os.path.isdir(source):  # where Path.is_dir() raises, for a name too long to be a folder's, this is False
+    if os.path.isdir(source):  # False for a name too long to be a folder's, where Path.is_dir() raises
         declared = _local_config_dict(model, Path(source))
     else:
         try:

@@ -8,11 +8,11 @@ from mxdsurgery.errors import NotCausalLMError, UnknownFamilyError
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
-    """The list of decoder layers and its path from the base model: the outermost one of the config's length in its decoder.
+    """The path, from the base model, and the list of decoder layers: the outermost list of the config's length in its decoder.
 
     Raises:
         UnknownFamilyError: there is none.
-        NotCausalLMError: they are an encoder's.
+        NotCausalLMError: the layers are an encoder's.
     """
     named = family_of(model.config.model_type).layers
     if named is not None:
@@ -23,7 +23,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
             )
         return named, model.base_model.get_submodule(named)
     wanted = model.config.get_text_config(decoder=True).num_hidden_layers
-    decoder = model.get_decoder()  # without a vision tower that may stand beside it, of as many layers
+    decoder = model.get_decoder()  # without a vision tower beside it, which may have as many layers
     inside = next((name for name, module in model.base_model.named_modules() if module is decoder), "")
     lists = [
         (f"{inside}.{name}".lstrip("."), module)
@@ -36,7 +36,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
             expected="decoder layers in one torch.nn.ModuleList",
         )
     path, layers = min(lists, key=lambda item: item[0].count("."))
-    # What a config says of is_decoder counts only where the layers ask for it: GPT-NeoX's says false.
+    # A config's is_decoder counts only where the layers read it: GPT-NeoX's says false.
     if any(getattr(module, "is_decoder", True) is False for layer in layers[:1] for module in layer.modules()):
         raise NotCausalLMError(
             f"{type(model).__name__} is an encoder here: its config says is_decoder: false",

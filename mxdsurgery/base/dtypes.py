@@ -16,7 +16,7 @@ def holds(dtype: torch.dtype, stored: torch.dtype) -> bool:
 
 
 def in_memory(stored: str, compute: str | None) -> str:
-    """What weights that are stored in a dtype are held in, by name, where a model computes in another one."""
+    """The dtype, by name, of weights in memory that are stored in ``stored``, where a model computes in ``compute``."""
     wider = compute is not None and holds(getattr(torch, compute), getattr(torch, stored))
     return compute if wider else stored
 
@@ -27,10 +27,10 @@ class _Stored:
 
     Attributes:
         dtype: of nearly all of them.
-        wider: that of the single weights that some families keep in float32, by name.
-        autocast: what it computes in, where that does not hold the weights and they stay what they are.
-        forwards: the modules that run under autocast; of a model whose weights lie on disk, with the forward of their own that
-            they had already.
+        wider: the dtypes of single weights that have another one, by name: some families keep some in float32.
+        autocast: the dtype that it computes in, where that does not hold the weights, which then stay as they are.
+        forwards: the modules that run under autocast, each with the ``forward`` that was set on it before, or None; one was
+            set where the weights lie on disk.
     """
 
     dtype: torch.dtype
@@ -42,8 +42,8 @@ class _Stored:
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Lets a model compute in a dtype.
 
-    Where that holds all that the weights do, they are cast to it, those on disk as they are read, and `as_stored` casts them
-    back. Where it does not, they stay what they are, and the model runs under autocast.
+    Where that dtype holds every number of the stored one, the weights are cast to it, those on disk as they are read, and
+    `as_stored` casts them back. Where it does not, the weights stay as they are, and the model runs under autocast.
     """
     if dtype == computed_in(model):
         return
@@ -60,23 +60,23 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
     device, kept.autocast = execution_device(model).type, dtype
     for module in _entrances(model):
         kept.forwards[module] = module.__dict__.get("forward")
-        module.forward = torch.autocast(device, dtype)(module.forward)  # one each: they are entered within each other
+        module.forward = torch.autocast(device, dtype)(module.forward)  # one for each: they are entered within each other
 
 
 def computed_in(model: PreTrainedModel) -> torch.dtype:
-    """What a model computes in."""
+    """The dtype that a model computes in."""
     kept = _kept(model)
     return model.dtype if kept is None or kept.autocast is None else kept.autocast
 
 
 def stored_in(model: PreTrainedModel) -> torch.dtype:
-    """What a model's weights are stored in, whatever it computes in."""
+    """The dtype that a model's weights are stored in, whatever it computes in."""
     kept = _kept(model)
     return model.dtype if kept is None else kept.dtype
 
 
 def as_stored(model: PreTrainedModel) -> None:
-    """Brings a model's weights to what they are stored in, rounding those that were not read from there, and ends autocast."""
+    """Casts a model's weights to the dtype that they are stored in, which rounds new ones, and ends autocast."""
     kept = _kept(model)
     if kept is None:  # it computes in what it is stored in
         return
@@ -101,7 +101,7 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _floats(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """What of a model has a floating dtype, by name: parameters and buffers."""
+    """A model's parameters and buffers that have a floating dtype, with their names."""
     return [(name, held) for name, held in (*model.named_parameters(), *model.named_buffers()) if held.is_floating_point()]
 
 

@@ -1,7 +1,7 @@
-"""What is asked of a model before it is trusted: its files, its weights, its blocks, and that it reads only what came before.
+"""What is checked before a model is trusted: its files, weights and blocks, and that no prediction depends on later tokens.
 
-Weights are walked once, a module at a time, also where they lie on disk: whether they are finite, their digest, and whether
-blocks are what is said of them.
+One pass over the weights, a module at a time, also where they lie on disk, checks that they are finite, takes their digest
+and proves the blocks.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from mxdsurgery.base.proof import prove_block
 from mxdsurgery.errors import NotCausalLMError, WeightsError, first_line
 from mxdsurgery.outside import stored_shapes
 
-# So many tokens show whether a model reads those to come.
+# A context of so many tokens shows whether predictions depend on later ones.
 _CAUSAL_TOKENS = 6
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -36,7 +36,7 @@ class Examination:
 
     Attributes:
         digest: see `weights_digest`.
-        error: the largest relative error of its blocks, recomputed from their parts; 0.0 without any.
+        error: the largest relative error of its blocks, recomputed from their parts; 0.0 without blocks.
     """
 
     digest: str
@@ -44,11 +44,11 @@ class Examination:
 
 
 def examine(name: str, model: PreTrainedModel, blocks: Sequence[Block] = ()) -> Examination:
-    """Walks once over all weights of a model: they have to be finite, and its blocks what is said of them.
+    """Walks once over all weights of a model: checks that they are finite, takes their digest and proves the blocks.
 
     Args:
         name: of the model, for people.
-        model: its weights may lie on disk; a module at a time is read.
+        model: its weights may lie on disk; they are read a module at a time.
         blocks: to recompute; see `prove_block`.
 
     Raises:
@@ -125,13 +125,13 @@ def check_causal(name: str, model: PreTrainedModel) -> None:
 
 
 def check_files(name: str, source: str, revision: str | None, parameters: int) -> None:
-    """Makes sure, before any is read, that weights are there, and of a kind that is read.
+    """Checks, before any weight is read, that there are weights, in a format that we read.
 
     Args:
         name: of the model, for people.
         source: folder or hub id.
         revision: on the hub.
-        parameters: that the config asks for.
+        parameters: how many the config asks for.
 
     Raises:
         WeightsError: they are pickled, an adapter's, outside their folder or far fewer than the config asks for.
@@ -151,7 +151,7 @@ def check_files(name: str, source: str, revision: str | None, parameters: int) -
         held = sum(torch.Size(shape).numel() for shape in stored_shapes(folder).values())
     except (ValueError, OSError) as error:
         raise WeightsError(f"the weights of {name!r} cannot be loaded: {first_line(error)}") from None
-    if parameters > 2 * held:  # what is missing would be made up, in memory, before anyone says so
+    if parameters > 2 * held:  # transformers would initialise what is missing, in memory, before it says so
         raise WeightsError(
             f"the weights of {name!r} are missing for the most part: its config asks for {parameters:,}, its files hold "
             f"{held:,}",
@@ -160,7 +160,7 @@ def check_files(name: str, source: str, revision: str | None, parameters: int) -
 
 
 def pickled(name: str, found: str) -> WeightsError:
-    """The error that says so."""
+    """The error for weights that are not safetensors; ``found``: what the model holds instead."""
     return WeightsError(
         f"{name!r} holds {found}",
         expected="weights as .safetensors (pickled weights can run code and are never opened)",

@@ -1,6 +1,6 @@
-"""What the structure of a model cannot say: the few families that need a word, and how to add one.
+"""What the structure of a model does not show: the few families that need an entry, and how to add one.
 
-Everything else is found by shapes and dataflow. Whatever is said here is proven like the rest, by recomputation.
+Everything else is found by shapes and dataflow. What an entry says is proven like the rest, by recomputation.
 """
 
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ class Family:
     """What is known of a family (a config's ``model_type``) beside its structure.
 
     Attributes:
-        reason: why the structure does not say it; for people.
+        reason: why the structure does not show it; for people.
         layers: the list of decoder layers, from the base model (``transformer.h``); default: the outermost list of the
             config's number of layers.
         block: the module, from a decoder layer, that holds the MLP block (``ffn``); default: the one that can be proven.
         activation: transformers' name of it, tried first; default: those that the config names, then the common ones.
-        linears: classes, by name, that are linear maps beside nn.Linear, Conv1D and their subclasses: with ``weight`` and
-            ``bias`` (or None). True where the weight is stored (in, out), False where (out, in).
+        linears: names of classes that are linear maps, beside nn.Linear, Conv1D and their subclasses; they have ``weight`` and
+            ``bias`` (or None). The value: True where the weight is stored (in, out), False where (out, in).
         refused: why it cannot be converted at all.
     """
 
@@ -68,14 +68,14 @@ _FAMILIES: dict[str, Family] = {
 
 
 def register_family(model_type: str, family: Family) -> None:
-    """Says of a family what its structure does not, in this process; for architectures of one's own.
+    """Registers, in this process, what the structure of a family does not show; for architectures of one's own.
 
     Args:
         model_type: the config's.
         family: what to know.
 
     Raises:
-        UnknownFamilyError: something is known of the family already, or a word in it is none.
+        UnknownFamilyError: the family is registered already, or its model_type or reason is empty.
     """
     if model_type in _FAMILIES:
         raise UnknownFamilyError(f"family {model_type!r} is registered already", expected="another model_type")

@@ -17,7 +17,7 @@ from mxdsurgery.base.families import Family, family_of
 from mxdsurgery.base.proof import arguments, read_block
 from mxdsurgery.errors import UnsupportedBlockError
 
-# How a module's attribute ends that says where it stands.
+# How the names of attributes end that hold a module's index in the model.
 _NUMBERS = ("idx", "index", "layer_id", "block_id", "layer_number")
 
 
@@ -39,11 +39,11 @@ def find_blocks(model: PreTrainedModel) -> list[Finding]:
     """What each decoder layer of a model holds, in order.
 
     Works on a skeleton (meta device): the proof then runs on a copy of the block with random weights, once for all layers of
-    the same structure. On a model with weights use `prove_block` besides, which runs the proof on the weights themselves.
+    the same structure. On a model with weights also use `prove_block`, which runs the proof on the weights themselves.
 
     Raises:
         UnknownFamilyError: the model has no list of decoder layers.
-        NotCausalLMError: they are an encoder's.
+        NotCausalLMError: the layers are an encoder's.
     """
     path, layers = decoder_layers(model)
     family = family_of(model.config.model_type)
@@ -61,7 +61,7 @@ def find_blocks(model: PreTrainedModel) -> list[Finding]:
 
 
 def _without_shared(model: PreTrainedModel, findings: list[Finding]) -> list[Finding]:
-    """The findings, with a reason in place of blocks whose weights are another layer's, too: to replace one changes both."""
+    """The findings; a block whose weights another layer shares gives way to a reason: replacing it would change both."""
     owners: dict[int, list[int]] = {}
     for finding in findings:
         for part in finding.block.parts if finding.block else []:
@@ -76,7 +76,7 @@ def _without_shared(model: PreTrainedModel, findings: list[Finding]) -> list[Fin
 
 
 def _features(module: nn.Module) -> tuple:
-    """What tells a module from others of its class: the shapes of its weights, and its settings, but for its number."""
+    """What distinguishes a module from others of its class: the shapes of its weights, and its settings except its index."""
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters(recurse=False))
     settings = tuple(
         (name, value)
@@ -108,7 +108,7 @@ def _find_block(layer: nn.Module, path: str, index: int, config: PreTrainedConfi
 
 
 def _why_none(layer: nn.Module) -> str:
-    """What a decoder layer without a candidate is."""
+    """The reason why a decoder layer has no candidate."""
     experts = [tuple(parameter.shape) for parameter in layer.parameters() if parameter.ndim == 3 and parameter.shape[1] > 1]
     if experts:
         return f"is a mixture of experts (weights of shape {list(experts[0])}) without a dense block beside them"
@@ -116,9 +116,9 @@ def _why_none(layer: nn.Module) -> str:
 
 
 def _candidates(layer: nn.Module, d_model: int, family: Family) -> Iterator[tuple[str, bool]]:
-    """Modules whose linear maps fit an MLP's shapes, innermost only; True where the maps are replaced one by one, inline.
+    """Modules, by path, whose linear maps fit an MLP's shapes, innermost only; True where the maps are replaced one by one.
 
-    "" is the layer itself. A module that is given more than hidden states (a residual, say) is read inline, too.
+    "" is the layer itself. A module that takes more than hidden states (a residual, say) has them replaced one by one, too.
     """
     fitting = [
         name

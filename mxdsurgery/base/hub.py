@@ -79,7 +79,7 @@ def reading_error(model: str, error: Exception) -> MxDError:
     return ModelNotFoundError(f"{model!r} cannot be read: {first_line(error)}", expected=MODEL_KINDS)
 
 
-# What a status means where something is sent, and what to do about it.
+# What an HTTP status means when something is sent, and what to do about it.
 _REFUSALS = {
     400: ("the hub does not accept what was sent", "mend what it names"),
     401: ("the hub does not know the token", LOG_IN),
@@ -99,7 +99,7 @@ _REFUSALS = {
 def writing_error(repo: str, error: Exception) -> MxDError:
     """The named error for what huggingface_hub raised while something was sent to ``repo``."""
     cause = _Cause(error)
-    in_xet = re.search(r"HTTP status \w+ error \((\d{3})", str(error))  # hf_xet says it in words only
+    in_xet = re.search(r"HTTP status \w+ error \((\d{3})", str(error))  # hf_xet gives the status in its message only
     if cause.refusal is not None or in_xet:
         status = cause.refusal.response.status_code if cause.refusal else int(in_xet[1])
         reason, fix = _REFUSALS.get(status, ("the hub has a fault of its own", "push again later"))

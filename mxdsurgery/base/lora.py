@@ -58,13 +58,13 @@ def projections(original: PreTrainedModel) -> list[str]:
 
 
 class Adapters:
-    """LoRA adapters in a model, which stays the object it was; only they have gradients.
+    """LoRA adapters in a model, which stays the same object; only the adapters have gradients.
 
     Args:
         model: the model; its other weights are frozen.
         paths: of the linear maps, from the base model.
         rank: of each adapter.
-        seed: of their random half.
+        seed: of the random half of their weights.
     """
 
     def __init__(self, model: PreTrainedModel, paths: Sequence[str], rank: int, seed: int = 0) -> None:
@@ -87,7 +87,7 @@ class Adapters:
         self._model = model
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those that learn, fp32."""
+        """The parameters that learn, fp32."""
         return [parameter for parameter in self._peft.parameters() if parameter.requires_grad]
 
     def state(self) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ class Adapters:
 
     @contextmanager
     def as_written(self) -> Iterator[None]:
-        """While open, the adapters stand in the weights, rounded as they are stored; afterwards these are as they were."""
+        """While open, the adapters are merged into the weights, rounded to the stored dtype; afterwards they are as before."""
         layers = [self._model.base_model.get_submodule(path) for path in self._paths]
         before = [layer.get_base_layer().weight.detach().clone() for layer in layers]
         try:
@@ -119,7 +119,7 @@ class Adapters:
                     layer.get_base_layer().weight.copy_(weight)
 
     def merge(self) -> None:
-        """Puts the adapters into the weights for good; the model then holds plain linear maps again."""
+        """Merges the adapters into the weights for good; the model then holds plain linear maps again."""
         self._peft.merge_and_unload()
 
     def remove(self) -> None:
@@ -136,7 +136,7 @@ class Adapters:
 
 
 def healed_maps(config: dict[str, Any], kept: str) -> list[str]:
-    """Paths from the base model of what LoRA changed, by a converted model's ``mxd`` entry.
+    """Paths, from the base model, of the linear maps that LoRA changed, from the ``mxd`` entry of a converted model's config.
 
     Args:
         config: the entry.

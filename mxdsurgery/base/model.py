@@ -1,6 +1,6 @@
 """The base model, resolved once: its config, its skeleton, its weights and its tokenizer.
 
-Everything that the hub or a folder can answer wrongly becomes a named error, here or in `config` and `examination`.
+Whatever is wrong with what the hub or a folder holds becomes a named error, here, in `config` or in `examination`.
 """
 
 import copy
@@ -30,7 +30,7 @@ from mxdsurgery.base.examination import (
 from mxdsurgery.base.offload import compute_on, move
 from mxdsurgery.errors import DataError, ModelNotFoundError, RecipeError, UnknownFamilyError, WeightsError, first_line
 
-# Elsewhere transformers asks a server to convert pickled weights, and loads what that one answers.
+# Otherwise transformers asks a server to convert pickled weights, and loads what the server returns.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
@@ -40,9 +40,9 @@ class BaseModel:
 
     Attributes:
         name: as the user named it.
-        revision: the commit on the hub, where it comes from there and that is known; else as it was asked for.
-        config: as its files have it; it is never changed.
-        trust_remote_code: whether code that comes with the model may be run; it is only where transformers has none.
+        revision: the commit on the hub, where that is known; else the revision that was asked for.
+        config: as the model's files have it; never changed.
+        trust_remote_code: whether code that comes with the model may be run; see `load_config` and `load_tokenizer`.
     """
 
     name: str
@@ -52,7 +52,7 @@ class BaseModel:
 
     @property
     def commit(self) -> str | None:
-        """Its revision on the hub, where it comes from there and that is known."""
+        """The commit on the hub; None for a local folder, or where the commit is not known."""
         return getattr(self.config, "_commit_hash", None)
 
     @property
@@ -66,7 +66,7 @@ class BaseModel:
         return model_skeleton(copy.deepcopy(self.config))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its own; see `load_tokenizer`."""
+        """The model's tokenizer; see `load_tokenizer`."""
         return load_tokenizer(self.name, self.revision, self.trust_remote_code)
 
     def load(
@@ -82,16 +82,16 @@ class BaseModel:
 
         Args:
             dtype: of the weights: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-            compute: what it computes in, by name; see `dtypes.compute_in`. Default: the dtype of its weights.
+            compute: the dtype that it computes in, by name; see `dtypes.compute_in`. Default: the dtype of its weights.
             device: where the weights go.
-            offload: a folder, where the weights are to stay on disk until each is needed. They are read from the checkpoint's
-                own files; the few that transformers stores otherwise than it computes with them are written to the folder.
-            check: whether to make sure that all weights are finite and that no token changes what is predicted before it; that
-                reads all of them.
+            offload: a folder; the weights then stay on disk until each is needed. They are read from the checkpoint's own
+                files; the few that transformers stores in another form than it computes with are written to the folder.
+            check: whether to check that all weights are finite and that no token changes what is predicted before it; this
+                reads all weights.
 
         Raises:
             WeightsError: no safetensors, weights that the config asks for are missing, or one is NaN or infinite.
-            NotCausalLMError: it reads the tokens to come.
+            NotCausalLMError: its predictions depend on later tokens.
         """
         loaded = self._read(dtype, device, offload)
         if check:
@@ -107,7 +107,7 @@ class BaseModel:
         device: str | torch.device = "cpu",
         offload: Path | None = None,
     ) -> tuple[PreTrainedModel, Examination]:
-        """As `load`, and what `examine` finds out of its weights and blocks, which are walked once for all of that.
+        """As `load`, and what `examine` finds out about its weights and blocks, in one pass over them.
 
         Raises:
             WeightsError, NotCausalLMError: see `load`.
@@ -166,11 +166,17 @@ def open_model(name: str, revision: str | None = None, trust_remote_code: bool =
 
 
 def model_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: every module and shape, no weights. Code of its own was trusted with its config."""
+    """The model on the meta device: every module and shape, no weights.
+
+    Code that comes with the model was trusted when its config was read.
+
+    Raises:
+        UnknownFamilyError: transformers cannot build it from this config.
+    """
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=own_code(config))
-    except Exception as error:  # whatever an inconsistent config makes of a model's __init__
+    except Exception as error:  # an inconsistent config can make a model's __init__ raise anything
         raise UnknownFamilyError(
             f"transformers cannot build a {config.model_type} model from this config: {first_line(error)}",
             expected="a config.json as transformers wrote it",
@@ -181,7 +187,7 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
     """The base model's tokenizer; with ``trust_remote_code``, code that comes with it may be run.
 
     Raises:
-        ModelNotFoundError: it has none, or it cannot be reached.
+        ModelNotFoundError: the model has no tokenizer, or it cannot be reached.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_source(model), revision=revision, trust_remote_code=trust_remote_code)
@@ -198,15 +204,15 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
 
 
 def check_fits(model: PreTrainedModel, input_ids: Tensor) -> None:
-    """Makes sure that a model can read contexts, before it fails in the midst of one.
+    """Checks, before a model runs, that it can read some contexts.
 
     Args:
         model: any.
         input_ids: (B, T) int64.
 
     Raises:
-        DataError: there is nothing in them, or a token that the model does not have.
-        RecipeError: they are longer than the model's.
+        DataError: they are empty, or hold a token that the model does not have.
+        RecipeError: they are longer than the model can read.
     """
     if input_ids.numel() == 0:
         raise DataError(f"there is no text: {tuple(input_ids.shape)} tokens", expected="one context at least")

@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# A shard of a checkpoint that is written from offloaded weights: so much of it is in memory at a time.
+# Size of a checkpoint's shards where it is written from offloaded weights: one shard is in memory at a time.
 SHARD_BYTES = 2**30
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether weights of it lie on disk."""
+    """Whether any weights of a model lie on disk."""
     return any(has_offloaded_params(module) for module in model.modules())
 
 
@@ -45,7 +45,7 @@ def compute_on(model: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def resident(module: nn.Module) -> Iterator[None]:
-    """While open, all weights of a module are in memory, on the device where it computes, if they are not anyway."""
+    """While open, all weights of a module are in memory; those that lie on disk are read to the device where it computes."""
     offloaded = [(part, part._hf_hook) for part in module.modules() if has_offloaded_params(part)]
     try:
         for part, hook in offloaded:
@@ -97,7 +97,7 @@ def move(layer: nn.Module, device: torch.device | str) -> None:
 
 
 def adopt_hooks(model: PreTrainedModel, like: PreTrainedModel) -> None:
-    """Lets ``model`` find on disk what ``like``, of the same modules, has there; so transformers can save it by shards."""
+    """Gives ``model`` the disk hooks of ``like``, of the same modules, so that transformers can save it by shards."""
     for name, module in like.named_modules():
         if hasattr(module, "_hf_hook"):
             model.get_submodule(name)._hf_hook = module._hf_hook

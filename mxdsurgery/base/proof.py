@@ -2,7 +2,7 @@
 
 A candidate is run on random input. Every reading of its parts (which map is which, which activation, which half of a fused
 map is the gate, what is multiplied with what) is tried: the one that reproduces the hidden units and the output to fp32
-rounding is the block's structure. What no reading reproduces is refused.
+rounding is the block's structure. A candidate that no reading reproduces is refused.
 """
 
 import copy
@@ -24,12 +24,12 @@ from mxdsurgery.errors import UnsupportedBlockError, first_line
 
 # Largest |difference| / largest |value| that still is fp32 rounding; the activations differ from each other by far more.
 TOLERANCE = 2e-5
-# The sizes of the random tokens that a block is run on: what it does to large values only, a clamp, has to show.
+# The sizes of the random tokens that a block is run on; the large ones show what it does to large values only: a clamp.
 _TOKEN_SIZES = (1.0, 1.0, 1.0, 1.0, 1.0, 100.0, 1000.0)
-# How near to a number of the config or the module a measured factor has to be, to be that number.
+# A measured factor counts as a number of the config or the module if their relative difference is at most this.
 _SAME_FACTOR = 1e-4
 
-# Activations to try after those that the config names, most used first; names that compute the same function stand once.
+# Activations to try after those that the config names, most used first; of names for the same function, one is listed.
 _COMMON_ACTIVATIONS = (
     "silu",
     "gelu",
@@ -50,7 +50,7 @@ def prove_block(model: PreTrainedModel, block: Block) -> float:
         The largest |difference| / largest |value|.
 
     Raises:
-        UnsupportedBlockError: more than fp32 rounding.
+        UnsupportedBlockError: that is more than fp32 rounding.
     """
     original = model.base_model.get_submodule(block.holder_path)
     with resident(original):
@@ -78,7 +78,7 @@ def read_block(
         inline: whether the maps are to be replaced one by one, not the module.
         d_model: D.
         config: the model's.
-        family: what is known of the family besides.
+        family: what is known of the model's family.
 
     Raises:
         UnsupportedBlockError: it cannot be run alone, or no reading reproduces it.
@@ -114,7 +114,7 @@ class _Trace:
 
 
 def _unhooked_copy(module: nn.Module) -> nn.Module:
-    """A copy that computes by itself: without the hooks by which Accelerate moves weights, which would run the original."""
+    """A copy without the hooks by which Accelerate moves weights: they would run the original module."""
     hooks = {id(part._hf_hook): None for part in module.modules() if hasattr(part, "_hf_hook")}
     copied = copy.deepcopy(module, hooks)
     for part in copied.modules():
@@ -163,7 +163,7 @@ def _run(holder: nn.Module, d_model: int, maps: list[str], whole: bool, where: s
         for hook in hooks:
             hook.remove()
     x, y = given[0], y[0] if isinstance(y, tuple) else y
-    if not whole:  # the module goes on after the block: the block's output is its last map's
+    if not whole:  # the module computes more after the block, whose output is that of its last map
         down = next((path for path in reversed(maps) if path in outputs), None)
         y = outputs[down] if down else y
         x = inputs[maps[0]] if maps[0] in inputs else x
@@ -173,7 +173,7 @@ def _run(holder: nn.Module, d_model: int, maps: list[str], whole: bool, where: s
 
 
 def arguments(module: nn.Module) -> int:
-    """How many arguments a module has to be given: hidden states, and what is added to them, say."""
+    """How many arguments a module's forward needs: hidden states and, say, a residual that is added to them."""
     parameters = inspect.signature(module.forward).parameters.values()
     return max(1, sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters))
 
@@ -181,7 +181,7 @@ def arguments(module: nn.Module) -> int:
 def _readings(
     holder: nn.Module, linears: dict[str, nn.Module], trace: _Trace, inline: bool, config: PreTrainedConfig, family: Family
 ) -> Iterator[Block]:
-    """Every way to assign roles that the dataflow allows, with every activation that comes into question; scaled ones last."""
+    """Every assignment of roles that the dataflow allows, with every activation to try; those with scaled maps last."""
     fed_by_x = [name for name in linears if _same(trace.inputs[name], trace.x)]
     rest = [name for name in linears if name not in fed_by_x]
     if len(rest) != 1 or not fed_by_x:
@@ -193,7 +193,7 @@ def _readings(
         acts = [n for n in trace.inputs if n not in linears and _same(trace.inputs[n], trace.outputs[fed_by_x[0]])]
         acts = [n for n in acts if _same(trace.outputs[n], trace.inputs[down])]
         if len(fed_by_x) != 1 or not acts:
-            return  # the activation is no module: nothing to put an identity in place of
+            return  # the activation is no module, so no identity can take its place
         bypass = (acts[0], down)
     found = []
     for (encoder, up), (activation, path) in itertools.product(
@@ -243,7 +243,7 @@ def _encoder_roles(
 
 
 def _activations(holder: nn.Module, config: PreTrainedConfig, family: Family) -> list[tuple[str, str | None]]:
-    """The activations that the family and the config name, then the common ones; those that learn with where they stand."""
+    """The activations that family and config name, then the common ones; with their path where they have parameters."""
     values = config.get_text_config(decoder=True).to_dict().values()
     named = [value for value in (family.activation, *values) if isinstance(value, str) and value in ACT2FN]
     found: list[tuple[str, str | None]] = []
@@ -260,7 +260,7 @@ def _activations(holder: nn.Module, config: PreTrainedConfig, family: Family) ->
 
 
 def _numbers(holder: nn.Module, config: PreTrainedConfig) -> dict[float, Scaling]:
-    """Factors that a block may multiply its maps with, and how a part says so: 1, and what config and module have."""
+    """Factors that a block may multiply its maps with: 1, and numbers of config and module; each with how a part says it."""
     numbers: dict[float, Scaling] = {1.0: lambda part: part}
     own = (value for module in holder.modules() for value in vars(module).values())
     for value in _floats((*config.get_text_config(decoder=True).to_dict().values(), *own)):
@@ -333,7 +333,7 @@ def _what_differs(holder: nn.Module, linears: dict[str, nn.Module], trace: _Trac
 
 
 def _errors(block: Block, holder: nn.Module, trace: _Trace) -> Tensor:
-    """The larger relative error of each token's hidden units and output, recomputed from the parts."""
+    """By token: the larger of the relative errors of its hidden units and its output, recomputed from the parts."""
     with torch.no_grad():
         z = block.hidden(holder, trace.x)
         y = block.output(holder, z)
@@ -348,7 +348,7 @@ def _relative(value: Tensor, reference: Tensor) -> Tensor:
 
 
 def _largest(errors: Tensor) -> float:
-    """NaN counts as infinite."""
+    """The largest of some errors; NaN counts as infinite."""
     return errors.nan_to_num(nan=float("inf")).max().item()
 
 

@@ -1,4 +1,4 @@
-"""What a prediction is worth beside the original's, position by position: cross-entropy, KL and agreement."""
+"""How a prediction compares with the original's, position by position: cross-entropy, KL and agreement."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of a prediction beside the original's: cross-entropy, KL(original ‖ it), and whether the likeliest token is the same.
+# Scores of a prediction: cross-entropy, KL(original ‖ prediction), and whether its likeliest token is the original's.
 SCORES = ("ce", "kl", "agree")
 # Logits per group where the likeliest token is found by groups.
 _ARGMAX_GROUP = 64
@@ -20,7 +20,7 @@ class Known(NamedTuple):
     likeliest: Tensor  # (n,) int64
 
     def cross_entropy(self, following: Tensor) -> Tensor:
-        """Of the tokens (n,) that follow: (n,) fp32."""
+        """The original's cross-entropy on the tokens (n,) that follow: (n,) fp32."""
         return -self.log_p.gather(1, following[:, None])[:, 0]
 
 
@@ -46,12 +46,12 @@ def next_token_scores(logits: Tensor, known: Known, following: Tensor) -> Tensor
     log_q = F.log_softmax(logits, dim=-1)
     ce = -log_q.gather(1, following[:, None])[:, 0]
     agree = (likeliest(logits) == known.likeliest).float()
-    kl = log_q.neg_().add_(known.log_p).mul_(known.p).sum(-1)  # in place: memory that is new costs more than the sums
+    kl = log_q.neg_().add_(known.log_p).mul_(known.p).sum(-1)  # in place: allocating memory costs more than the sums
     return torch.stack([ce, kl, agree])
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """``logits.argmax(-1)``, (n, V) -> (n,), in groups: their maxima first. On a CPU four times as fast."""
+    """``logits.argmax(-1)``, (n, V) -> (n,), by groups: the best group, then its best token. Four times as fast on a CPU."""
     n, vocabulary = logits.shape
     groups = vocabulary // _ARGMAX_GROUP
     whole = groups * _ARGMAX_GROUP

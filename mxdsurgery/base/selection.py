@@ -1,4 +1,4 @@
-"""Which layers: the little language of ``--layers`` and its meaning for a model."""
+"""The syntax of ``--layers``, and which layers of a model it names."""
 
 import re
 from collections.abc import Sequence

@@ -30,8 +30,8 @@ def replaced(model: PreTrainedModel, blocks: Sequence[Block], modules: Mapping[i
 
     Args:
         model: the model.
-        blocks: where; those without a module are left alone.
-        modules: what, by layer.
+        blocks: to replace; those without a module are left alone.
+        modules: the new modules, by layer.
     """
     new: dict[str, nn.Module] = {}
     for block in blocks:
@@ -43,7 +43,7 @@ def replaced(model: PreTrainedModel, blocks: Sequence[Block], modules: Mapping[i
 
 @contextmanager
 def answering(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """While open, a module computes something else; afterwards it is as it was, also where Accelerate dispatched it."""
+    """While open, a module runs another ``forward``; afterwards it is as it was, also where Accelerate dispatched it."""
     own = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -77,12 +77,12 @@ class ConstantOutput(nn.Module):
         self.register_buffer("value", value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., D) -> (..., D), memory of its own: what comes after may change it in place."""
+        """(..., D) -> (..., D), a copy: later modules may change it in place."""
         return self.value.to(x.dtype).expand_as(x).clone()
 
 
 class FrozenExperts(nn.Module):
-    """A layer whose experts say the same for every token, a constant (D,): what is left is its dense path.
+    """A layer with a constant (D,), the same for every token, in place of its experts' sum: only its dense path is left.
 
     With the best constant this is what the layer could do without choosing experts.
     """

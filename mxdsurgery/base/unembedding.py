@@ -13,12 +13,12 @@ from mxdsurgery.base.decoder import decoder_layers
 class Unembedding:
     """The linear map from a direction of the residual stream to logits, up to the last norm's scale.
 
-    The norm divides by a size that depends on the whole stream, not on the direction; what is left of it is linear: a gain for
-    each dimension and, in a LayerNorm, taking out the mean.
+    The norm divides by a size that depends on the whole stream, not on the direction; the rest of it is linear: a gain for
+    each dimension and, in a LayerNorm, subtracting the mean.
 
     Attributes:
-        weight: (V, D), the gain in it.
-        centred: whether the mean is taken out first.
+        weight: (V, D) float32, multiplied with the gain.
+        centred: whether the mean over D is subtracted first.
     """
 
     weight: Tensor
