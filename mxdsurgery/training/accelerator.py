@@ -44,7 +44,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def start_processes(recipe: Recipe) -> None:
-    """Lets the processes that were launched together know of each other; one alone has nothing to do.
+    """Connects the processes that were launched together; for a single process there is nothing to connect.
 
     Raises:
         DeviceError: the recipe's device is not there.
@@ -53,7 +53,7 @@ def start_processes(recipe: Recipe) -> None:
 
 
 def _check_agrees(accelerator: Accelerator, device: str) -> None:
-    """Raises DeviceError where Accelerate, which asks torch and its own environment, does not do what was asked for."""
+    """Raises DeviceError where Accelerate took another device, or only one of several processes: it reads its environment."""
     if accelerator.device.type != device:
         raise DeviceError(
             f"accelerate computes on {accelerator.device.type}, not on {device}",
@@ -101,12 +101,12 @@ def choose_kernels(accelerator: Accelerator, *, d_model: int, n_experts: int, k:
 
 
 def computes_in_bf16(recipe: Recipe, d_model: int = 512, d_hidden: int = 2048) -> bool:
-    """Whether training computes under bf16 autocast: as asked, or where products of D and H are faster so on the device."""
+    """Whether training computes under bf16 autocast: as asked, or where products of D and H are faster in bf16 here."""
     return _in_bf16(recipe.precision, recipe, d_model, d_hidden)
 
 
 def selects_in_bf16(recipe: Recipe, d_model: int = 512, n_experts: int = 4096) -> bool:
-    """Whether training ranks all N experts in bf16: as asked, or where products of D and N are faster so on the device."""
+    """Whether training ranks all N experts in bf16: as asked, or where products of D and N are faster in bf16 here."""
     return _in_bf16(recipe.selection, recipe, d_model, n_experts)
 
 

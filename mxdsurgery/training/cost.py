@@ -1,4 +1,4 @@
-"""What a conversion takes: bytes and FLOPs, by arithmetic alone, from shapes and the recipe. No device is asked anything.
+"""What a conversion takes: bytes and FLOPs, by arithmetic alone, from shapes and the recipe. No device is queried.
 
 Layers are trained in groups: all layers of a group from one pass over the text, as many as the memory budget allows.
 
@@ -21,9 +21,9 @@ GIB = 2**30
 
 # New layers are trained in fp32: 4 bytes for a parameter, 4 for its gradient, 8 for Adam's two moments.
 _WEIGHT, _GRADIENT, _ADAM = 4, 4, 8
-# In evaluation, final hidden states of variants are held up to so many bytes; then what they predict is compared in one go.
+# Evaluation holds the final hidden states of variants up to so many bytes; then it compares their predictions at once.
 HELD_BYTES = 2**28
-# A token in the buffer that shuffles the text: an int64, and its share of what Python adds for a context.
+# Bytes of a token in the buffer that shuffles the text: an int64, and its share of Python's overhead for a context.
 TEXT_BYTES = 13
 
 
@@ -35,7 +35,7 @@ class LayerPlan:
         block: what is replaced.
         n_experts: N; 0 for a layer without experts.
         k: K.
-        parameters: that are trained.
+        parameters: how many are trained.
         kind: of the new layer; see `mxdsurgery.layers.replacement`.
         sparsity: ``topk`` or ``batchtopk``.
     """
@@ -59,7 +59,7 @@ class LayerPlan:
 
     @property
     def all_parameters(self) -> int:
-        """Of the new layer, with those of the block itself where it holds the block."""
+        """Parameters of the new layer, with those of the block itself where the layer holds the block."""
         return self.parameters + (layer_parameters(self.block, 0, "dense") if self.kind == "topk-sae" else 0)
 
     @property
@@ -84,8 +84,8 @@ class BaseShape:
         d_model: D.
         vocabulary: entries of its output.
         dtype: of its weights in memory, and of its activations: ``float32``, ``bfloat16`` or ``float16``.
-        offloaded: whether its weights, and those of finished layers, lie on disk but for the decoder layer at work.
-        states_on_disk: whether the hidden states that are kept from layer to layer do.
+        offloaded: whether its weights, and those of finished layers, lie on disk, except the current decoder layer.
+        states_on_disk: whether the hidden states that are kept from layer to layer lie on disk.
     """
 
     parameters: int
@@ -98,17 +98,17 @@ class BaseShape:
 
     @property
     def element_bytes(self) -> int:
-        """Of one weight or activation."""
+        """Bytes of one weight or activation."""
         return DTYPE_BYTES[self.dtype]
 
     @property
     def weight_bytes(self) -> int:
-        """Of its weights."""
+        """Bytes of its weights."""
         return self.element_bytes * self.parameters
 
     @property
     def held_bytes(self) -> int:
-        """Of its weights that are in memory at a time: all; or the largest of a decoder layer and the embeddings."""
+        """Bytes of weights in memory at a time: all; or, offloaded, the largest decoder layer or the embeddings."""
         if not self.offloaded:
             return self.weight_bytes
         return self.element_bytes * max(*self.layer_parameters, self.vocabulary * self.d_model)
@@ -126,7 +126,7 @@ class Machine:
         memory_source: where the budget comes from, in words.
         threads: on the CPU; None in what an older version wrote.
         compute: dtype that both models compute in; None in what an older version wrote: as stored.
-        compute_why: why that, in words.
+        compute_why: why that dtype, in words.
     """
 
     device: str
@@ -175,7 +175,7 @@ class Group:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the base model and of all new layers on the device."""
+        """Weights of the base model and of all new layers on the device."""
         return self.base_bytes + self.finished_bytes + self.new_bytes
 
     @property
@@ -186,7 +186,7 @@ class Group:
 
     @property
     def step_flops(self) -> int:
-        """Per token, of the new layers."""
+        """FLOPs per token of the new layers, without the base model's."""
         return sum(self.flops.values()) - self.flops["base_forward"]
 
 
@@ -199,12 +199,12 @@ def layer_parameters(block: Block, n_experts: int, kind: str = "mxd") -> int:
 
 
 def transcoder_parameters(block: Block, expansion: float) -> float:
-    """Of a transcoder with ``expansion`` times D features: the budget that other layers are matched to."""
+    """Parameters of a transcoder of ``expansion`` times D features: the budget that other layers are matched to."""
     return expansion * block.d_model * (2 * block.d_model + 1) + block.d_model
 
 
 def matched_n_experts(block: Block, budget: float, kind: str = "mxd") -> int:
-    """N such that a layer of some kind has about as many parameters as a budget allows; at least 1, 0 without experts.
+    """N such that a layer of some kind has about as many parameters as a budget allows; at least 1, 0 for kind dense.
 
     A transcoder with ``m D`` features has ``P = m D (2D + 1) + D``; an MxD layer of as many solves ``P = enc + H D + D +
     N (2D + 1)``, where ``enc = H (D + 1)`` for an MLP and twice that for a GLU. Source: arXiv 2505.21364.
@@ -218,7 +218,7 @@ def matched_n_experts(block: Block, budget: float, kind: str = "mxd") -> int:
 
 
 def layer_flops(layer: LayerPlan) -> dict[str, int]:
-    """Per token, forward and backward; a multiplication and an addition are two."""
+    """FLOPs per token, forward and backward; a multiply-add counts as two."""
     d, h = layer.block.d_model, layer.hidden
     encoders = 2 if layer.block.kind == "glu" else 1
     skip = 4 * d * d if layer.kind == "skip-transcoder" else 0
@@ -238,7 +238,7 @@ def largest_layer(layers: Sequence[LayerPlan]) -> LayerPlan:
 
 
 def base_forward_flops(base: BaseShape, last: int, context: int, first: int = 0) -> int:
-    """Per token: the base model's pass from layer ``first`` up to ``last``; products with weights, and attention."""
+    """FLOPs per token of the base model's pass from layer ``first`` up to ``last``: products with weights, and attention."""
     layers = base.layer_parameters[first : last + 1]
     return 2 * sum(layers) + 4 * context * base.d_model * len(layers)
 
@@ -249,19 +249,19 @@ def kept_batches(recipe: Recipe) -> int:
 
 
 def _models_run(recipe: Recipe) -> int:
-    """With inputs: converted: the converted model, and the original where its outputs are wanted."""
+    """How many, with inputs: converted: the converted model, and the original where its outputs are wanted."""
     return 1 if recipe.target == "own" else 2
 
 
 def states_bytes(base: BaseShape, recipe: Recipe) -> int:
-    """The hidden states that are kept from layer to layer, of one model or two; 0 where none are."""
+    """Bytes of the hidden states that are kept from layer to layer, of one model or two; 0 where none are kept."""
     if recipe.inputs != "converted":
         return 0
     return _models_run(recipe) * kept_batches(recipe) * tokens_per_step(recipe) * base.d_model * base.element_bytes
 
 
 def fed_flops(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe) -> int:
-    """Per token: what the base model computes so that layers are fed."""
+    """FLOPs per token that the base model takes to feed the layers."""
     last = max(layer.block.layer for layer in layers)
     if recipe.inputs == "converted":  # each kept token also goes through the layer again, on to the next one
         return 2 * _models_run(recipe) * base_forward_flops(base, last, recipe.context, first=last)
@@ -310,7 +310,7 @@ def forward_bytes(base: BaseShape, d_hidden: int, batch: int) -> int:
 
 
 def tokens_per_step(recipe: Recipe) -> int:
-    """The batch in whole contexts."""
+    """Tokens in a batch, rounded down to whole contexts."""
     return recipe.batch // recipe.context * recipe.context
 
 
@@ -327,7 +327,7 @@ def make_group(
     blocks = {layer.block.layer: layer.block for layer in layers}.values()
     recorded = sum(2 * batch * block.d_model * base.element_bytes for block in blocks)  # x and y of one batch
     room = recipe.activation_buffer // batch  # batches in the buffer that mixes positions
-    drawn = recorded if room else 0  # beside the batch that takes its place
+    drawn = recorded if room else 0  # the batch that is drawn, beside the one that takes its place
     steps = [
         step_bytes(
             layer.block.d_model,
@@ -346,7 +346,7 @@ def make_group(
     parameters = sum(layer.parameters for layer in layers)
     by_kind = [layer_flops(layer) for layer in layers]
     flops = {name: sum(row[name] for row in by_kind) for name in by_kind[0]}
-    on_host = not shares_host_memory(machine.device)  # what does not compute lies beside the device
+    on_host = not shares_host_memory(machine.device)  # what is not computed with lies in host memory, apart from the device
     whole = recipe.inputs == "joint"  # one backward pass through all layers, with both models' logits
     logits = batch * base.vocabulary * 3 * base.element_bytes
     working = sum(steps) + logits if whole else max(*steps, forward_bytes(base, widest, batch), drawn)
@@ -366,9 +366,9 @@ def make_group(
 
 
 def make_groups(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, machine: Machine) -> list[Group]:
-    """Consecutive layers together, as many as fit the budget; a layer that does not fit stands alone.
+    """Groups of consecutive layers, as many as fit the budget; a layer that does not fit is a group of its own.
 
-    Those that learn on converted inputs stand alone anyway, those that learn jointly all together.
+    With inputs: converted each layer is a group of its own; with inputs: joint all layers are one group.
     """
     if recipe.inputs == "joint":
         return [make_group(layers, [], base, recipe, machine)]
@@ -390,17 +390,17 @@ def make_groups(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, ma
 
 
 def checkpoint_bytes(layers: Sequence[LayerPlan], base: BaseShape) -> int:
-    """The converted model's weights."""
+    """Bytes of the converted model's weights."""
     return base.weight_bytes + base.element_bytes * sum(layer.all_parameters - layer.block.parameters for layer in layers)
 
 
 def evaluation_bytes(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, machine: Machine) -> int:
-    """Peak of evaluation and export: the base model and all new layers in its dtype, and the larger of two things.
+    """Peak bytes of evaluation and export: the base model and all new layers in its dtype, and the larger of two things.
 
     Evaluation needs the logits of as many tokens as go through the head together, with about five tensors of the same shape
     in fp32; the final hidden states of several variants of a batch; and what decoder layers and blocks gave. Export reloads
-    the checkpoint in another process. With weights on disk, what computes is in memory, and a shard of the checkpoint while
-    it is written.
+    the checkpoint in another process. With weights on disk, only what is computing is in memory, and a shard of the
+    checkpoint while it is written.
     """
     batch, widest = tokens_per_step(recipe), max(layer.block.d_hidden for layer in layers)
     rows = min(batch, max(1, chunk_bytes(machine.device) // (4 * base.vocabulary)))

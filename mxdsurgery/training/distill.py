@@ -1,4 +1,4 @@
-"""Distillation: each new layer learns its block's output from its block's input. Where they come from is inputs.py's matter.
+"""Distillation: each new layer learns its block's output from its block's input. `inputs` says where both come from.
 
 Source of loss and schedule: arXiv 2505.21364.
 """
@@ -29,11 +29,11 @@ from mxdsurgery.training.cost import LayerPlan, first_k
 
 # Losses are looked at every so many steps: looking waits for the device.
 _CHECK_EVERY = 20
-# A loss this many times the first one, and that of an output of zero, has diverged.
+# A loss has diverged if it is this many times both the first loss and the loss of an output of zero.
 _DIVERGED = 10.0
-# K has fallen to its own value after this share of the steps.
+# K has fallen to its final value after this share of the steps.
 _K_FALLS_UNTIL = 0.7
-# Dictionaries learn best at a higher rate than the recipe's, which is a Mixture of Decoders': docs/frontier.md.
+# Transcoders and autoencoders learn best at a higher rate than the recipe's, a Mixture of Decoders': docs/frontier.md.
 _RATE_FACTORS = {"transcoder": 2.0, "skip-transcoder": 2.0, "topk-sae": 2.0}
 # An expert is dead when it has not fired for this share of the training tokens.
 _DEAD_AFTER = 0.1
@@ -60,7 +60,7 @@ class Progress:
 
     @property
     def finished(self) -> bool:
-        """Whether it is through."""
+        """Whether all steps are done."""
         return self.step == self.steps
 
     def by_layer(self) -> dict[str, dict[str, float]]:
@@ -100,7 +100,7 @@ class LayerInTraining:
         self.shares = text_shares(recipe)  # processes that each see a part of a batch
         self.experts: Experts | None = getattr(layer, "experts", None)
         self.unit_norm = recipe.unit_norm and self.experts is not None
-        self.specialise = recipe.specialise if isinstance(layer, MxDLayer) else 0.0  # elsewhere they multiply nothing
+        self.specialise = recipe.specialise if isinstance(layer, MxDLayer) else 0.0  # elsewhere the experts multiply nothing
         if self.experts is not None:
             layer.gate.selection = torch.bfloat16 if selects_in_bf16(recipe) else None
         self.optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=recipe.lr, fused=True)
@@ -114,7 +114,7 @@ class LayerInTraining:
         self.last_loss, self.diverged = math.nan, False  # over the steps before the last look
 
     def agree(self) -> None:
-        """Brings the firing record and the running sums of all processes that share the text together."""
+        """Merges the firing records and the running sums of all processes that share the text."""
         agree(self.last_fired, self.shares)
         agree(self.sums, self.shares, mean=True)
 
@@ -134,12 +134,12 @@ class LayerInTraining:
         self.first_loss = None if math.isnan(first) else first
 
     def set_k(self, k: int) -> None:
-        """How many experts are active from here on; nothing without experts."""
+        """Sets how many experts are active from here on; does nothing without experts."""
         if self.experts is not None:
             self.layer.gate.k = k
 
     def dead(self, tokens_seen: int) -> Tensor:
-        """Which experts have not fired for `dead_after` tokens: (N,) bool. None at first: all had a chance."""
+        """Which experts have not fired for `dead_after` tokens: (N,) bool. At first no expert is dead."""
         return self.last_fired < tokens_seen - self.dead_after
 
     def look(self, steps_since: int) -> float:
@@ -170,18 +170,18 @@ def distillation_loss(y_hat: Tensor, y: Tensor, size: Tensor | None = None) -> T
     Args:
         y_hat: what is learned.
         y: what is to be learned.
-        size: what to divide by the norm of; default: y.
+        size: the error is divided by the norm of this; default: y.
     """
     error = (y_hat.float() - y).square().sum(-1)
     return (error / (y if size is None else size).norm(dim=-1).clamp_min(1e-6)).mean()
 
 
 def frozen_gain(scale: Tensor, target: Tensor, y: Tensor, shares: int = 1) -> Tensor:
-    """How much of the loss the experts would gain if all they ever said were the best constant.
+    """How much the experts would take off the loss if their sum were the best constant, the same for every token.
 
     With ``m`` = scale, ``t`` = target and the loss's weights ``w = 1 / ‖y‖``, the best constant of dimension d is
     ``c_d = Σ w m_d t_d / Σ w m_d²`` over the batch, and it takes ``(Σ w m_d t_d)² / Σ w m_d²`` off the loss. Kept small, it
-    leaves the experts something to do: `expert_share` measures the same on held-out text, in nats.
+    leaves work to the choice of experts: `expert_share` measures the same on held-out text, in nats.
 
     Args:
         scale: (tokens, D), what the experts' sum is multiplied with.
@@ -216,7 +216,7 @@ def active_experts(step: int, steps: int, k: int, first_k: int) -> int:
 
 
 def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_seen: int, accelerator: Accelerator) -> None:
-    """One Adam step of one layer on x, y (tokens, D) in fp32; ``tokens_seen`` of the training, these included."""
+    """One Adam step of one layer on x, y (tokens, D) in fp32; ``tokens_seen`` counts the training's, these included."""
     layer, a = job.layer, None
     if isinstance(layer, TopKSAE):
         x = y
@@ -240,7 +240,7 @@ def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_see
     for group in job.optimizer.param_groups:
         group["lr"] = lr
     job.optimizer.step()
-    job.optimizer.zero_grad(set_to_none=True)  # now: of all layers in training, one holds its gradients at a time
+    job.optimizer.zero_grad(set_to_none=True)  # at once: only one of the layers in training holds gradients at a time
     if job.unit_norm:
         layer.experts.normalize()
     with torch.no_grad():
@@ -252,9 +252,9 @@ def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_see
 
 
 def _auxk_loss(job: LayerInTraining, x: Tensor, scale: Tensor, error: Tensor, y: Tensor, tokens_seen: int) -> Tensor | float:
-    """How well the dead experts, D/2 of them per token, make up for the error (tokens, D) that the living ones leave.
+    """The loss of the dead experts, D/2 of them per token, in predicting the error (tokens, D) that the living ones leave.
 
-    It is what gives an expert that never fires a gradient. Source: Gao et al., arXiv 2406.04093, appendix A.2; scaled down
+    It gives a gradient to experts that never fire. Source: Gao et al., arXiv 2406.04093, appendix A.2; scaled down
     where fewer than D/2 experts are dead, as EleutherAI's sparsify does.
     """
     dead = job.dead(tokens_seen).nonzero()[:, 0]
@@ -267,7 +267,7 @@ def _auxk_loss(job: LayerInTraining, x: Tensor, scale: Tensor, error: Tensor, y:
 
 
 def _remove_radial_gradient(weight: Tensor) -> None:
-    """Takes out of the gradient of C (N, D), rows of unit length, what would only change the rows' length."""
+    """Removes the radial part of the gradient of C (N, D): it would only change the length of the rows, which is one."""
     with torch.no_grad():
         radial = torch.einsum("nd,nd->n", weight.grad, weight)
         weight.grad.addcmul_(weight, radial[:, None], value=-1)
@@ -285,14 +285,14 @@ def distill(
     """Trains all layers in place, each on the activations of the block that it stands for.
 
     Args:
-        layers: what stands for which block; several may stand for the same one. fp32, on the device of the activations.
-        batches: endless, by layer: inputs and targets (B T, D); what is taken from them is gone. Where the training goes on
-            from a checkpoint, they begin with the one after those that it had taken.
+        layers: each with the block that it stands for; several may stand for the same one. fp32, on the activations' device.
+        batches: endless, by layer: inputs and targets (B T, D), which are removed as they are used. Where the training
+            resumes from a checkpoint, they begin after those that it took before.
         recipe: lr, warmup, decay, k_start, unit_norm, specialise, auxk, selection, activation_buffer.
         accelerator: device, precision and trackers.
         progress: says how many steps; updated on the way.
         report: called now and then with the progress.
-        keeper: has what to go on from, and is told of every step.
+        keeper: holds what to resume from, if anything, and is told of every step.
 
     Raises:
         DivergedError: naming the layer.
@@ -344,7 +344,7 @@ def distill(
 
 
 def batches_taken(progress: Progress, recipe: Recipe) -> int:
-    """How many batches a training has taken when it stands there."""
+    """How many batches a training has taken when it has made this progress."""
     ahead = ShuffledPositions.ahead(recipe.activation_buffer, progress.tokens_per_step) if progress.step else 0
     return min(progress.steps, progress.step + ahead)
 

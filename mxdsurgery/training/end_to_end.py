@@ -1,9 +1,9 @@
 """Training end to end: all new layers together, toward the original model's predictions of the next token.
 
 A layer that was trained alone never saw what the layers below it get wrong. Here the whole model runs with the new layers in
-it, and what is lowered is KL(original ‖ converted), in nats per token; a layer's own distance from its block's output and the
-penalty on what frozen experts could do (mxdsurgery.distill) may come on top. Only the new layers learn, and adapters of the
-attention where there are any; everything else is frozen.
+it, and the loss is KL(original ‖ converted), in nats per token; each layer's own distance from its block's output and the
+penalty on what frozen experts could do (mxdsurgery.training.distill) may be added. Only the new layers learn, and adapters of
+the attention where there are any; everything else is frozen.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ VALIDATION_TOKENS = 8192
 _CHECK_EVERY = 10
 # An expert is dead when it has not fired for this share of the training tokens.
 _DEAD_AFTER = 0.1
-# Gradients of all parameters together are scaled down to this length.
+# Gradients are clipped: the norm of all of them together is at most this.
 _LONGEST_GRADIENT = 1.0
 
 
@@ -63,11 +63,12 @@ class Settings:
     Attributes:
         local: weight of each layer's own loss, its squared distance from the block's output over the output's size.
         accumulate: examples per optimiser step; each is a forward and a backward pass.
-        checkpointing: keep only what goes into each decoder layer, and compute the rest again in the backward pass.
-        anneal: K falls from the recipe's ``k_start``, as where layers start fresh; else it is k throughout.
-        validations: how many times the validation text is looked at, beside once at the start.
-        patience: stop after so many of them without a new best, in the second half of the steps: what begins well gets worse
-            at first. None: never.
+        checkpointing: gradient checkpointing: keep each decoder layer's input only, and compute the rest again in the backward
+            pass.
+        anneal: K falls from the recipe's ``k_start``, as for layers that start fresh; else it is k throughout.
+        validations: how many times KL on the validation text is measured, beside once at the start.
+        patience: stop after so many validations without a new best, in the second half of the steps: layers that are good at
+            the start get worse at first. None: never.
     """
 
     local: float = 0.0
@@ -85,10 +86,10 @@ class EndToEnd(Progress):
     Attributes:
         kl: KL(original ‖ converted) on the training text since the last look, nats per token.
         validation: (step, KL) on the validation text, of the layers as they would be written; the first is of the start.
-        best_step: where that was lowest; 0 is the start.
-        best: the layers' weights there, rounded as they will be stored, on the CPU.
-        best_adapters: those of the adapters.
-        stopped: whether it ended early, for want of a new best.
+        best_step: the step at which KL on the validation text was lowest; 0 is the start.
+        best: the layers' weights at that step, rounded as they will be stored, on the CPU.
+        best_adapters: the adapters' weights at that step, on the CPU.
+        stopped: whether it ended early, because no new best came.
     """
 
     kl: float = math.nan
@@ -112,17 +113,17 @@ class EndToEnd(Progress):
 
     @property
     def best_tokens(self) -> int:
-        """Training tokens seen where it was lowest."""
+        """Training tokens seen at the best step."""
         return self.best_step * self.tokens_per_step
 
     @property
     def best_kl(self) -> float:
-        """The lowest on the validation text."""
+        """The lowest KL on the validation text."""
         return min(kl for _, kl in self.validation)
 
 
 class _Standing(nn.Module):
-    """A layer in training, in fp32, in a block's place in a model of another dtype; it works out its own part of the loss."""
+    """A layer in training, in fp32, in a block's place in a model of another dtype; it computes its own part of the loss."""
 
     def __init__(self, job: LayerInTraining, local: float) -> None:
         super().__init__()
@@ -130,7 +131,7 @@ class _Standing(nn.Module):
         self.target: Tensor | None = None  # the block's output in the original model
         self.tokens_seen = 0
         self.loss: Tensor | None = None
-        self.watched = True  # whether this pass counts in the statistics; computing it again for the gradient does not
+        self.watched = True  # whether this pass counts in the statistics; recomputing it in the backward pass does not
 
     def forward(self, x: Tensor) -> Tensor:
         job, layer, dtype = self.job, self.job.layer, x.dtype
@@ -147,7 +148,8 @@ class _Standing(nn.Module):
         loss = distillation_loss(flat, y)
         self.loss = self.local * loss / size
         if job.specialise > 0:
-            # What frozen experts could do of what the layer does now: the layer's input is not the original's any more.
+            # How much of the layer's present output, not of the block's, frozen experts could give: the layer's input is no
+            # longer the original's.
             now = flat.detach().float()
             reached = now - rest.detach().expand_as(y_hat).flatten(0, -2)
             now_size = now.norm(dim=-1).mean().clamp_min(1e-6)
@@ -165,9 +167,9 @@ class _Standing(nn.Module):
 def kl_and_gradient(
     model: PreTrainedModel, hidden: Tensor, example: Example, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
-    """KL(original ‖ model) per token over positions but 0, and its gradient by the hidden states.
+    """KL(original ‖ model) per token over positions but 0, and its gradient with respect to the hidden states.
 
-    The gradient is taken part by part, so that the predictions of few tokens exist at a time.
+    The gradient is computed part by part, so that the logits of a few tokens exist at a time.
 
     Args:
         model: whose frozen head is used.
@@ -218,24 +220,25 @@ def train_end_to_end(
     adapters: Adapters | None = None,
     keeper: Keeper = UNKEPT,
 ) -> None:
-    """Trains all layers in place, together, and leaves them as they were best on the validation text; the start counts too.
+    """Trains all layers in place, together; they keep their best weights on the validation text; the start counts too.
 
     Args:
         model: the model whose blocks they stand for; it is left as it was. It may be the original itself: the layers stand in
             it only while it runs for them.
         layers: fp32, on the model's device, those weights frozen that are not to learn.
-        examples: without end; where the training goes on from a checkpoint, they begin with the one after those that it took.
-        validation: of text that is not trained on.
+        examples: endless; where the training resumes from a checkpoint, they begin after those that it took before.
+        validation: examples of text that is not trained on.
         recipe: lr, warmup, decay, k_start, unit_norm, specialise, selection.
         settings: what else.
         accelerator: device, precision and trackers.
         state: says how many steps; updated on the way.
-        report: called now and then with it.
+        report: called now and then with the state.
         adapters: of the model's attention, that learn with the layers or alone.
-        keeper: has what to go on from, and is told of every step.
+        keeper: holds what to resume from, if anything, and is told of every step.
 
     Raises:
         DivergedError: a loss became NaN or grew without bound.
+        Interrupted: the run was asked to stop.
     """
     trainer = _Trainer(model, layers, recipe, settings, accelerator, state, adapters)
     every = max(1, state.steps // settings.validations)
@@ -315,7 +318,7 @@ class _Trainer:
                 job.experts.normalize()
 
     def kept(self) -> dict[str, Tensor]:
-        """All that training goes on from: of the layers and of the adapters, as they are and as they were best."""
+        """All that training goes on from: layers and adapters, as they are now and as they were at the best step."""
         agree(self.kl_sum, self.shares, mean=True)
         tensors = {"kl_sum": self.kl_sum, "looked_at": torch.tensor(self.looked_at)}
         for plan, job in self.jobs.items():
@@ -407,7 +410,7 @@ class _Trainer:
 
 
 def _as_written(plan: LayerPlan, layer: nn.Module, model: PreTrainedModel) -> nn.Module:
-    """A copy of a layer in training, as it computes in a model after rounding to what that is stored in."""
+    """A copy of a layer in training, rounded to the dtype that the model is stored in, ready to compute in the model."""
     made = copy.deepcopy(layer).to(stored_in(model)).to(model.dtype).eval().requires_grad_(False)
     if hasattr(made, "gate"):
         made.gate.k, made.gate.selection = plan.k, None
@@ -422,7 +425,7 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
     """While open, each decoder layer keeps its input only and is computed again in the backward pass.
 
-    Not by transformers' ``gradient_checkpointing_enable``, which asks for training mode, and that turns dropout on.
+    Not by transformers' ``gradient_checkpointing_enable``: it asks for training mode, which turns dropout on.
     """
     _, layers = decoder_layers(model)
     with contextlib.ExitStack() as stack:

@@ -19,7 +19,7 @@ from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.training.cost import LayerPlan
 
-# `pretrained`: how much a token's gate pre-activations spread around 1, where they all stand at first.
+# `pretrained`: how much a token's gate pre-activations spread around 1 at the start.
 _PRETRAINED_SPREAD = 1e-3
 
 
@@ -34,7 +34,7 @@ def measure_statistics(model: PreTrainedModel, blocks: Sequence[Block], batches:
     """The statistics of each block over some batches of input ids (B, T), position 0 left out.
 
     Raises:
-        DataError, RecipeError: the batches are none that the model can read; see `mxdsurgery.base.model.check_fits`.
+        DataError, RecipeError: the model cannot read the batches; see `mxdsurgery.base.model.check_fits`.
     """
     for batch in batches:
         check_fits(model, batch)
@@ -86,7 +86,7 @@ def initial_layer(model: PreTrainedModel, plan: LayerPlan, recipe: Recipe, stati
         recipe: ``init`` says how E, D and the experts of kind ``mxd`` start, and E and D of kind ``dense``; other kinds have
             one start. ``random``: the paper's (encoder and gate as default linear layers, C random unit rows, D zero);
             ``encoder``: the same with E and its biases from the block; ``pretrained``: D from the block too and Cᵀa near 1,
-            faithful at once, but then the experts are decoration. ``seed`` is of the random parts; the layer's index is
+            faithful at once, but then the dense path does all the work. ``seed`` is for the random parts; the layer's index is
             mixed in, so that a layer's start does not depend on its neighbours. Transcoders start with C zero, or with
             random unit rows where ``unit_norm`` keeps them at that length.
         statistics: the block's, for the gate bias: ``b_g = -G mean(x)``, so that the average token favours no expert.

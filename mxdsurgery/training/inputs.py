@@ -2,10 +2,10 @@
 
 ``original``: both from the unmodified model, so that layers are independent and one pass of the model feeds them all.
 
-``converted``: inputs from a model whose layers below are converted already, so that a layer learns on what it will get. The
-decoder layers are gone through one by one: the hidden states of the text that enter a layer are kept, in memory or on disk;
-the layer in training is run on them, replaced, and run once more to give the hidden states that enter the next one. No more
-than one decoder layer of the base model has to be in memory at a time.
+``converted``: inputs from a model whose layers below are converted already, so that a layer learns on the inputs that it
+will get. The decoder layers are processed one by one: the hidden states of the text that enter a layer are kept, in memory or
+on disk; the decoder layer is run on them to train its new layer, then once more, with its block replaced, to give the hidden
+states that enter the next one. No more than one decoder layer of the base model has to be in memory at a time.
 """
 
 import copy
@@ -44,7 +44,7 @@ _STREAM_TOLERANCE = 1e-3
 
 
 class Read(Iterator[Tensor]):
-    """Batches of ids (B, T), with a digest of all that were taken: a run that goes on makes sure that its text is the same."""
+    """Batches of ids (B, T), with a digest of all that were taken: a resumed run checks with it that its text is the same."""
 
     def __init__(self, batches: Iterator[Tensor]) -> None:
         self.batches, self.sha256 = batches, hashlib.sha256()
@@ -55,12 +55,12 @@ class Read(Iterator[Tensor]):
         return batch
 
     def skip(self, count: int) -> None:
-        """Takes so many."""
+        """Takes ``count`` batches and drops them."""
         for _ in range(count):
             next(self)
 
     def digest(self) -> str:
-        """Of what was taken."""
+        """SHA-256 of the batches taken so far."""
         return self.sha256.hexdigest()
 
 
@@ -96,7 +96,7 @@ class OriginalInputs:
 
     @contextmanager
     def feed(self, blocks: Sequence[Block], skip: int = 0) -> Iterator[Feed]:
-        """Opens the text for the layers that stand for some blocks; so many batches were taken by an earlier process."""
+        """Opens the text for the layers that stand for some blocks; an earlier process took the first ``skip`` batches."""
         text = dataclasses.replace(self.text)
         with closing(text.batches(self.contexts)) as batches:
             sample = list(itertools.islice(batches, _STATISTICS_BATCHES))
@@ -108,11 +108,11 @@ class OriginalInputs:
         self.times_read = text.passes
 
     def replace(self, layers: Mapping[LayerPlan, nn.Module]) -> None:
-        """Trained layers change nothing for those that come."""
+        """Does nothing: trained layers do not change what later ones are fed."""
 
 
 class HiddenStates:
-    """The hidden states (B, T, D) that enter one decoder layer, of each batch of a text: by name, of one model or of two.
+    """The hidden states (B, T, D) that enter one decoder layer, of each batch of a text: ``converted``, or also ``original``.
 
     Args:
         folder: where they are kept, a safetensors file for each batch; None: in memory.
@@ -134,7 +134,7 @@ class HiddenStates:
         if self.folder is None:
             self.held[number] = states
         else:
-            aside = self._path(number).with_suffix(".new")  # what is read may still be in use
+            aside = self._path(number).with_suffix(".new")  # tensors read from the old file may still be in use
             save_file(states, aside)
             os.replace(aside, self._path(number))
         self.count = max(self.count, number + 1)
@@ -152,7 +152,7 @@ class ConvertedInputs:
         recipe: batch, context, target, tokens, kept_tokens, seed.
         device: of the training.
         folder: where the hidden states are kept; None: in memory.
-        reporter: is shown the text being read.
+        reporter: is told how much of the text is read.
 
     Raises:
         UnsupportedBlockError: the model's decoder layers cannot be run one by one.
@@ -232,7 +232,7 @@ class ConvertedInputs:
         self.at += 1
 
     def _run(self, state: Tensor) -> Tensor:
-        """What the decoder layer that the states enter makes of one (B, T, D)."""
+        """The output of the decoder layer that the states enter, for one of them: (B, T, D) -> (B, T, D)."""
         args, kwargs = self.calls[self.at]
         return hidden_of(self.decoder[self.at](state.to(self.device), *args, **kwargs))
 
@@ -248,7 +248,7 @@ class ConvertedInputs:
 
     @torch.no_grad()
     def _prove_stream(self, block: Block) -> None:
-        """Raises UnsupportedBlockError unless the decoder layer adds its block's output to the hidden states, as it is."""
+        """Raises UnsupportedBlockError unless the decoder layer adds its block's output, unchanged, to the hidden states."""
 
         def single(value: Any) -> Any:
             return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -270,20 +270,20 @@ class ConvertedInputs:
 
     @torch.no_grad()
     def _toward_stream(self, block: Block, states: Mapping[str, Tensor]) -> Activations:
-        """The target is the block's own output plus what the decoder layer's output then lacks of the original's."""
+        """The target is the block's own output, plus the original decoder layer's output minus the converted model's."""
         with recording(self.base, [block], shape=self.shape) as recorded:
             own = self._run(states["converted"])
             x, y = recorded[block.layer]
             return Activations(x, y + (self._run(states["original"]) - own))
 
     def _batches(self, block: Block, skip: int) -> Iterator[dict[int, Activations]]:
-        """Over and over, from the second time on in an order of its own; without the first ``skip``."""
+        """All batches again and again, from the second pass on in random order; without the first ``skip`` of them."""
         for number in itertools.islice(self._order(), skip, None):
             x, y = self._activations(block, number)
             yield {block.layer: Activations(x.flatten(0, 1), y.flatten(0, 1))}
 
     def _order(self) -> Iterator[int]:
-        """Which batch comes next, endless."""
+        """The batches' numbers in the order of training, endless."""
         count = len(self.states)
         yield from range(count)
         for times in itertools.count(1):
@@ -292,7 +292,7 @@ class ConvertedInputs:
 
 
 def _embeddings_resident(base: PreTrainedModel, decoder: nn.ModuleList) -> ExitStack:
-    """Keeps in memory what lies before and behind the decoder layers, where it lies apart from them."""
+    """Keeps in memory what the base model holds beside the decoder layers: embeddings and last norm, for example."""
     stack = ExitStack()
     for child in base.base_model.children():
         if all(module is not decoder for module in child.modules()):
@@ -305,10 +305,10 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def prove_layers(base: PreTrainedModel, decoder: nn.ModuleList, input_ids: Tensor) -> list[_Call]:
-    """What each decoder layer is called with on a batch (B, T), after making sure that nothing happens between two of them.
+    """What each decoder layer is called with on a batch (B, T); checks that nothing happens between two of them.
 
     Raises:
-        UnsupportedBlockError: what enters a layer is not what came out of the one below.
+        UnsupportedBlockError: what enters a layer is not what came out of the one below, or another number of layers ran.
     """
     calls: list[_Call] = []
     below: list[Tensor] = []

@@ -1,7 +1,7 @@
 """Triton kernels for the three sparse products of `mxdsurgery.layers.sparse`, on CUDA and wherever else Triton compiles.
 
 `install_if_faster` puts them to use where they agree with plain torch and beat it, on the device and at the sizes of the run.
-Plain torch is the fallback and the oracle. Every sum runs in float32 in a fixed order: the same inputs give the same bits.
+Plain torch is the fallback and the reference. Every sum runs in float32 in a fixed order: the same inputs give the same bits.
 
 Shapes: n tokens, D model width, N rows (experts), K chosen rows per token.
 """

@@ -1,7 +1,7 @@
-"""What the original model predicts at every position, for another model to learn: all of it, or its likeliest tokens, kept.
+"""What the original model predicts at every position, for another model to learn: everything, or its likeliest tokens, kept.
 
-Predictions over a large vocabulary are never held for a whole batch. What is held are the hidden states before the
-language-model head, and some tokens at a time go through it.
+Predictions over a large vocabulary are never held for a whole batch. The hidden states before the language-model head are
+held instead, and go through it some tokens at a time.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from mxdsurgery.base.offload import execution_device
 from mxdsurgery.base.surgery import answering
 from mxdsurgery.layers.sparse import without_autocast
 
-# Predictions (tokens, V) are formed for so many bytes' worth of tokens at a time, in fp32.
+# Logits (tokens, V) are computed for as many tokens at a time as take so many bytes in fp32.
 _LOGITS_BYTES = 2**26
 
 
@@ -33,7 +33,7 @@ class Targets(Protocol):
     y: dict[int, Tensor]
 
     def kl(self, logits: Tensor, rows: slice) -> Tensor:
-        """KL(original ‖ given), nats summed over some of the B (T - 1) positions but 0: logits (n, V) -> scalar fp32."""
+        """KL(original ‖ logits) in nats, summed over ``rows`` of the B (T - 1) positions after 0: (n, V) -> scalar fp32."""
 
 
 class Example(NamedTuple):
@@ -44,7 +44,7 @@ class Example(NamedTuple):
 
 
 class _Answer(BaseModelOutputWithPastAndCrossAttentions):
-    """What a decoder says that is not run: hidden states, and of what families have besides (router logits), nothing."""
+    """The output of a decoder that is not run: hidden states; all else that families return (router logits) is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -58,21 +58,21 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """What the language-model head is given: ids (B, T) -> (B, T, D)."""
+    """The input of the language-model head: ids (B, T) -> (B, T, D)."""
     inner = model.base_model if model.base_model is not model else _decoder(model)  # not every family has a base model
     return inner(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def predict(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """The model's logits from what `hidden_states` gives: (n, D) -> (n, V), by the family's own code."""
-    # With its decoder answering at once, the model does what it does after it: the head, and scales or caps of the logits.
+    # As its decoder returns this at once, the model computes only what comes after: the head, scales or caps of the logits.
     with answering(_decoder(model), lambda *_, **__: _Answer(last_hidden_state=hidden[None])):
         ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
         return model(input_ids=ids, use_cache=False).logits[0]
 
 
 def parts(tokens: int, vocabulary: int, size: int = _LOGITS_BYTES) -> Iterator[slice]:
-    """Which of so many tokens go through the head together; their logits take so many bytes in fp32."""
+    """Slices of ``tokens`` tokens; each goes through the head together, and its logits take about ``size`` bytes in fp32."""
     rows = max(1, size // (4 * vocabulary))
     return (slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows))
 
@@ -114,11 +114,11 @@ def original_examples(model: PreTrainedModel, blocks: Sequence[Block], batches: 
 
 
 class TopTargets:
-    """The original's likeliest tokens at each position, and what it leaves for all others together.
+    """The original's likeliest tokens at each position, and the probability that it leaves for all others together.
 
     Args:
         log_p: (n, top) log-probabilities, and one column more for the others, unless there are none.
-        tokens: (n, top) which they are.
+        tokens: (n, top) their ids.
     """
 
     y: dict[int, Tensor] = {}
@@ -127,9 +127,9 @@ class TopTargets:
         self.log_p, self.tokens = log_p, tokens
 
     def kl(self, logits: Tensor, rows: slice) -> Tensor:
-        """See `Targets`; the others count as one token, so that it is at most the full one."""
+        """See `Targets`; the others count as one token, so this KL is at most the full one."""
         tokens = self.tokens[rows].to(torch.int64)
-        # Kept in half precision: made to add up to one again.
+        # Kept in half precision: normalised to sum to one again.
         log_p = F.log_softmax(self.log_p[rows].float(), dim=-1)
         log_q = F.log_softmax(logits.float(), dim=-1)
         known = log_q.gather(1, tokens)
@@ -140,15 +140,15 @@ class TopTargets:
 
 
 class KeptPredictions:
-    """The original's ``top_n`` likeliest tokens at every position of some contexts, in files, so that it can go.
+    """The original's ``top_n`` likeliest tokens at every position of some contexts, in files: the original need not stay.
 
     Six bytes per token and position: 1M tokens with 64 take 0.4 GB of disk, and no memory.
 
     Args:
-        folder: where to; an empty one, which lives as long as this.
-        contexts: S, at most.
+        folder: an empty one for the files; it has to exist as long as this object.
+        contexts: S, the most that can be added.
         length: T.
-        top_n: how many.
+        top_n: how many tokens are kept of each position.
         vocabulary: V.
     """
 
@@ -181,7 +181,7 @@ class KeptPredictions:
         self.contexts += len(ids)
 
     def examples(self, size: int, device: torch.device, seed: int = 0) -> Iterator[Example]:
-        """Batches of so many contexts without end, all of them in a new random order again and again."""
+        """Endless batches of ``size`` contexts: all of them, again and again, each time in a new random order."""
         generator = torch.Generator().manual_seed(seed)
         orders = (torch.randperm(self.contexts, generator=generator).tolist() for _ in itertools.count())
         drawn = itertools.chain.from_iterable(orders)
@@ -189,7 +189,7 @@ class KeptPredictions:
             yield self._example(list(itertools.islice(drawn, size)), device)
 
     def in_order(self, size: int, device: torch.device) -> list[Example]:
-        """Batches of so many contexts, all of them once, as they came."""
+        """Batches of ``size`` contexts: all of them once, in the order in which they were added."""
         return [self._example(rows.tolist(), device) for rows in torch.arange(self.contexts).split(size)]
 
     def _example(self, rows: list[int], device: torch.device) -> Example:
