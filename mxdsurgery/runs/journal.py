@@ -16,10 +16,10 @@ LOG_FILE, METRICS_FILE = "log.txt", "metrics.jsonl"
 
 
 class Journal:
-    """Writes the two files of a run folder; a line is there as soon as it was written. Secrets are masked.
+    """Writes the two files of a run folder; each line is in its file when the call returns. Secrets are masked.
 
-    A line that a killed run left unfinished is cut off when the next one begins to write, so that all lines are whole but
-    perhaps the last.
+    A line that a killed run left unfinished is cut off when the next run opens the files, so that all lines but perhaps the
+    last are whole.
 
     Args:
         folder: made with the first line; None: nothing is written.
@@ -36,7 +36,7 @@ class Journal:
 
         Args:
             level: ``debug``, ``info``, ``warning`` or ``error``.
-            stage: one word, as the lines of a command begin.
+            stage: one word, the first of a line that a command prints.
             text: what happened.
 
         Raises:
@@ -93,7 +93,7 @@ class Recording(Reporter):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            with contextlib.suppress(OutputError):  # the error on its way says more
+            with contextlib.suppress(OutputError):  # the error that ended the work says more
                 self.journal.event("error", self.stage, f"{type(error).__name__}: {error}")
 
 
@@ -111,7 +111,7 @@ def _plain(value: Any, secrets: set[str]) -> Any:
 
 
 def _cut_unfinished(path: Path) -> None:
-    """Takes off the end of a file what follows its last line break."""
+    """Cuts off what follows the last line break of a file."""
     try:
         with open(path, "rb+") as file:
             whole = end = file.seek(0, 2)

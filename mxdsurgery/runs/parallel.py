@@ -23,7 +23,7 @@ Item = TypeVar("Item")
 
 
 def processes() -> int:
-    """How many work together."""
+    """How many processes work together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -69,7 +69,7 @@ def my_contexts(batch: Tensor, recipe: Recipe) -> Tensor:
 
 
 def layer_shares(layers: Sequence[Item], recipe: Recipe) -> list[list[Item]]:
-    """Each process's share of the layers: neighbours, as evenly as it goes; all of them where layers are not shared."""
+    """Each process's share of the layers: consecutive ones, as evenly as possible; all of them where layers are not shared."""
     count = processes()
     if count == 1 or recipe.parallel != "layers":
         return [list(layers)] * count
@@ -79,7 +79,7 @@ def layer_shares(layers: Sequence[Item], recipe: Recipe) -> list[list[Item]]:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Names what goes wrong between processes.
+    """Turns errors of communication between processes into a named error.
 
     Raises:
         DeviceError: another process is gone.
@@ -121,7 +121,7 @@ def agree(values: Tensor, shares: int, *, mean: bool = False) -> None:
 
 
 def any_of(flags: Sequence[bool], shares: int) -> list[bool]:
-    """Whether each is so in any of the processes that share the text."""
+    """For each flag, whether it is set in any of the processes that share the text."""
     if shares == 1:
         return list(flags)
     values = torch.tensor(flags, dtype=torch.int32, device=_between())
@@ -130,7 +130,7 @@ def any_of(flags: Sequence[bool], shares: int) -> list[bool]:
 
 
 def first_ones(values: Any) -> Any:
-    """Plain data as the first process has it, in all of them."""
+    """The first process's plain data, in all processes."""
     if processes() == 1:
         return values
     written = _as_bytes(values).to(_between())
@@ -158,20 +158,20 @@ def _from_bytes(written: Tensor) -> Any:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Waits until all processes are here."""
     if processes() > 1:
         with _together():
             dist.barrier()
 
 
 def send(tensor: Tensor, device: torch.device) -> None:
-    """A tensor to the first process."""
+    """Sends a tensor to the first process."""
     with _together():
         dist.send(tensor_bytes(tensor).to(device), 0)
 
 
 def receive(like: Tensor, source: int, device: torch.device) -> Tensor:
-    """A tensor of this shape and dtype from a process, on the CPU."""
+    """Receives a tensor of the shape and dtype of ``like`` from a process; it is on the CPU."""
     here = torch.empty(like.numel() * like.element_size(), dtype=torch.uint8, device=device)
     with _together():
         dist.recv(here, source)
@@ -179,13 +179,13 @@ def receive(like: Tensor, source: int, device: torch.device) -> Tensor:
 
 
 def send_values(values: Any, device: torch.device) -> None:
-    """Plain data to the first process."""
+    """Sends plain data to the first process."""
     written = _as_bytes(values)
     send(torch.tensor([len(written)]), device)
     send(written, device)
 
 
 def receive_values(source: int, device: torch.device) -> Any:
-    """Plain data from a process."""
+    """Receives plain data from a process."""
     length = int(receive(torch.zeros(1, dtype=torch.int64), source, device))
     return _from_bytes(receive(torch.zeros(length, dtype=torch.uint8), source, device))

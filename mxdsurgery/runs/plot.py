@@ -15,13 +15,13 @@ from mxdsurgery.errors import MetricsError, OutputError
 from mxdsurgery.runs.journal import LOG_FILE, METRICS_FILE
 from mxdsurgery.terminal.console import Reporter, compact
 
-# A layer went wrong if its NMSE is at last so many times its lowest: noise and the fall of K raise it by a few per cent.
+# A layer went wrong if its last NMSE is over so many times its lowest: noise and the fall of K raise it by a few per cent.
 _GREW = 2.0
 _FIGURES = ("loss", "nmse", "dead_share")
 _SUFFIXES = (".png", ".svg")
-# More than any run has; what is longer was not written by one.
+# More than any run writes; a file beyond these limits was not written by one.
 _LONGEST_LINE, _MOST_LAYERS = 16 * 2**20, 1024
-# How much of the end of a log is looked at.
+# Bytes at the end of a log that are read.
 _LOOKED_BACK = 65536
 
 
@@ -33,7 +33,8 @@ class Stretch:
         stage: ``distil`` or ``heal``.
         group: its number; None where there are no groups.
         looks: by step, what was written then: ``tokens`` since the stretch began, ``seconds``, ``kl``, ``validation_kl``, and
-            by layer its ``loss``, ``nmse`` and ``dead_share``. NaN is what was not finite; what was not measured is not there.
+            by layer its ``loss``, ``nmse`` and ``dead_share``. A value that was not finite is NaN; what was not
+            measured is not there.
     """
 
     stage: str
@@ -47,7 +48,7 @@ class Stretch:
 
     @property
     def tokens(self) -> float:
-        """Where it ends."""
+        """Tokens at its end."""
         return max(look["tokens"] for look in self.looks.values())
 
     def curve(self, layer: str, figure: str) -> list[tuple[int, float]]:
@@ -56,7 +57,7 @@ class Stretch:
         return [(step, value) for step, value in values if value is not None]
 
     def layers(self) -> list[str]:
-        """Those with figures, in order."""
+        """The layers that have figures, in order."""
         return sorted({layer for look in self.looks.values() for layer in look["layers"]}, key=_in_order)
 
 
@@ -74,7 +75,7 @@ def plot(folder: str | Path, *, out: str | Path | None = None, reporter: Reporte
         was left unfinished and skipped; ``went_wrong``: of the layer whose NMSE first grew or stopped being finite, a
         sentence, or None; ``ended_with``: the error that ended the run, as log.txt has it, or None; ``stretches``: of each
         stage and group its last ``step``, ``tokens``, ``kl`` and ``validation_kl``, and by layer its last ``loss``, ``nmse``
-        and ``dead_share`` with ``lowest_nmse`` and ``lowest_step``. None is what was not measured or not finite.
+        and ``dead_share`` with ``lowest_nmse`` and ``lowest_step``. None stands for what was not measured or not finite.
 
     Raises:
         MetricsError: there is no metrics.jsonl, or a line in it cannot be read.
@@ -89,7 +90,7 @@ def plot(folder: str | Path, *, out: str | Path | None = None, reporter: Reporte
     wrong = first_wrong(stretches)
     sentence = None if wrong is None else _sentence(*wrong, of_several=len(stretches) > 1)
     title = "\n".join([path.resolve().parent.name, *([sentence] if sentence else [])])
-    from mxdsurgery.terminal.chart import training_chart  # matplotlib, which no mistake has to wait for
+    from mxdsurgery.terminal.chart import training_chart  # imports matplotlib: the errors above come without that
 
     figure = training_chart(_curves(stretches), _beginnings(stretches), title, marked=wrong and wrong[1])
     for place in figures:
@@ -118,7 +119,7 @@ def read_metrics(path: Path) -> tuple[list[Stretch], bool]:
     Where a run was resumed, a step may be there twice: what was written last counts, layer by layer.
 
     Raises:
-        MetricsError: a line before the last is no look at a training, or there is no whole line.
+        MetricsError: a line before the last is no look at a training, or no line holds a figure of one.
     """
     stretches: dict[tuple[str, int | None], Stretch] = {}
     cut_line = False
@@ -246,7 +247,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
 
 
 def _look(line: bytes) -> tuple[str, int | None, int, dict[str, Any]]:
-    """Stage, group, step and figures of a line; raises one of `json`'s or Python's errors if it is none."""
+    """Stage, group, step and figures of a line; raises an error of `json` or Python if the line is not one."""
     row = json.loads(line)
     stage, group, step = row["stage"], row.get("group"), row["step"]
     if not isinstance(stage, str) or not isinstance(step, int) or not isinstance(group, int | None):
@@ -262,12 +263,12 @@ def _look(line: bytes) -> tuple[str, int | None, int, dict[str, Any]]:
 
 
 def _numbers(row: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, float]:
-    """What of some figures is there; null, for what was not finite, is NaN."""
+    """Those of the named figures that a row has; null, written for what was not finite, becomes NaN."""
     return {name: math.nan if row[name] is None else float(row[name]) for name in names if name in row}
 
 
 def _wrong_from(curve: list[tuple[int, float]]) -> int | None:
-    """The step from which on an NMSE was not finite, or, if it did not come back, far above its lowest; None: it is well."""
+    """The first step at which an NMSE was not finite, or else far above its lowest if it ends there too; None: it is well."""
     bad = next((step for step, value in curve if not math.isfinite(value)), None)
     lowest = _lowest(curve)
     if bad is not None or lowest is None:

@@ -1,7 +1,7 @@
 """Checkpoints that training goes on from as if nothing had happened, and what goes into them.
 
-A checkpoint is a folder, written aside, brought to the disk and renamed: whatever ends the process, it is there whole or not
-at all. Its manifest has every file's size and SHA-256, and nothing is resumed from what differs from that.
+A checkpoint is a folder that is written under another name, synced to disk and renamed: whatever ends the process, it is
+there whole or not at all. Its manifest has every file's size and SHA-256; a checkpoint that differs from it is refused.
 """
 
 import json
@@ -21,19 +21,19 @@ from torch import Tensor
 from mxdsurgery.base.digest import file_digest
 from mxdsurgery.errors import CheckpointError, OutputError
 
-# What this version writes, and all that it reads.
+# The version of checkpoints that is written, and the only one that is read.
 CHECKPOINT_VERSION = 1
 _MANIFEST, _STATE, _ASIDE = "manifest.json", "state.json", ".writing"
 # Writing checkpoints never takes more than this share of the time, unless a number of steps is asked for.
 _LARGEST_SHARE = 0.05
 
-# What is in the files of a checkpoint, by their names; asked for when they are written.
+# By the name of each file of a checkpoint, what gives its tensors; called when the file is written.
 Files = dict[str, Callable[[], Mapping[str, Tensor]]]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that is whole.
+    """A checkpoint that is whole.
 
     Attributes:
         folder: where it lies.
@@ -44,7 +44,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, file: str) -> dict[str, Tensor]:
-        """What a file of it holds, on the CPU."""
+        """The tensors in one of its files, on the CPU."""
         return load_file(self.folder / file)
 
 
@@ -52,9 +52,9 @@ class Checkpoints:
     """The checkpoints in a folder.
 
     Args:
-        folder: theirs; made with the first of them.
+        folder: where they lie; made with the first of them.
         every: steps between two; None: by time alone.
-        minutes: between two, where ``every`` says nothing sooner.
+        minutes: minutes between two, where ``every`` asks for none sooner.
         keep: how many stay; 0: none is ever written.
     """
 
@@ -71,12 +71,12 @@ class Checkpoints:
         return time.monotonic() - self.last > max(60.0 * self.minutes, self.took / _LARGEST_SHARE)
 
     def save(self, step: int, files: Files, unchanging: Files, state: Mapping[str, Any]) -> None:
-        """Writes one, and lets go of the oldest.
+        """Writes a checkpoint, and deletes the oldest ones.
 
         Args:
-            step: which the run has reached; a later one than that of all others.
+            step: the step that the run has reached, later than those of all other checkpoints.
             files: by name, what gives their tensors.
-            unchanging: the same, of files that are taken from the checkpoint before this where it has them.
+            unchanging: the same, of files that do not change: they are taken from the checkpoint before, where it has them.
             state: plain data.
 
         Raises:
@@ -115,7 +115,7 @@ class Checkpoints:
         return bool(self._all())
 
     def latest(self, anew: str = "--overwrite") -> Checkpoint | None:
-        """The newest; None where there is none.
+        """The newest checkpoint; None where there is none.
 
         Args:
             anew: how to begin anew, for people.
@@ -153,7 +153,7 @@ class Checkpoints:
             ) from None
 
     def _all(self) -> list[Path]:
-        """From the oldest to the newest."""
+        """The checkpoints' folders, from the oldest to the newest."""
         return sorted(self.folder.glob("step-*"), key=lambda path: path.name)
 
     def _newest(self) -> Path | None:
@@ -161,7 +161,7 @@ class Checkpoints:
 
 
 def sync(path: Path) -> None:
-    """Brings a file or folder to the disk: a rename is only as good as what is there already."""
+    """Flushes a file or folder to the disk: a rename is only safe once the content is there."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -174,7 +174,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file under a second name; a copy where the file system has no such thing."""
+    """The same file under a second name; a copy where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -182,7 +182,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that an optimiser keeps of its parameters: by their number and the name of what is kept."""
+    """All that an optimiser keeps for its parameters, by parameter number and name: ``0.exp_avg``."""
     state = optimizer.state_dict()["state"]
     return {f"{number}.{name}": value for number, kept in state.items() for name, value in kept.items()}
 
@@ -197,7 +197,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose names begin with ``prefix.``, without it."""
+    """The tensors whose names begin with ``prefix.``, by the rest of the name."""
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}
 
 

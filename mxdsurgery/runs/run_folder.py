@@ -1,7 +1,7 @@
 """The folder beside a result that a run works in until the result is there.
 
-``<out>.run`` holds recipe.yaml and plan.json, log.txt and metrics.jsonl (mxdsurgery.journal), and the last checkpoints
-(mxdsurgery.resume). It goes when the run ends well; else it is what ``--resume`` goes on from.
+``<out>.run`` holds recipe.yaml and plan.json, log.txt and metrics.jsonl (mxdsurgery.runs.journal), and the last
+checkpoints (mxdsurgery.runs.resume). It is removed when the run ends well; else ``--resume`` goes on from it.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from mxdsurgery.terminal.console import Reporter
 
 # The file of a checkpoint with what is in training.
 TRAINING_FILE = "training.safetensors"
-# A run may go on with other values of these: they do not change what is trained, or `RunFolder.keep_threads` sees to it.
+# A run may go on with other values of these: they do not change what is trained; for threads, `keep_threads` sees to that.
 _FREE_KEYS = {
     *CHECKPOINT_KEYS,
     "overwrite",
@@ -52,7 +52,7 @@ class Stop:
 
 @contextmanager
 def stoppable(say: Callable[[str], None]) -> Iterator[Stop]:
-    """While open, the first Ctrl-C, or SIGTERM, only asks; the second interrupts as usual. For the main thread."""
+    """While open, the first Ctrl-C or SIGTERM only asks the run to stop; the second interrupts as usual. Main thread only."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -87,7 +87,7 @@ class RunFolder:
     def __init__(self, out: Path | None, recipe: Recipe) -> None:
         self.path = None if out is None else out.with_name(out.name + ".run")
         self.shares = text_shares(recipe)
-        self.own = f".{rank()}" if rank() else ""  # ends the names of what is this process's own
+        self.own = f".{rank()}" if rank() else ""  # ends the names of files that only this process uses
         self.writes = self.path is not None and (rank() == 0 or self.shares == 1)
         self.checkpoints = None
         if self.path is not None:
@@ -104,23 +104,23 @@ class RunFolder:
         self.at = 0  # the step of the last checkpoint
         self.computes = {name: getattr(recipe, name) for name in COMPUTE_KEYS}
         self.anew = ""  # how to begin anew, for people
-        self.made: list[Path] = []  # folders above that were not there before, from the lowest
+        self.made: list[Path] = []  # parent folders that did not exist before, the lowest first
 
     @property
     def scratch(self) -> Path | None:
-        """A folder for what is gone with the process; on the file system of the result."""
+        """A folder for the temporary files of this process, on the file system of the result."""
         return None if self.path is None else self.path / f"scratch{self.own}"
 
     def as_begun(self, chosen: Recipe, say: Callable[[str], None], resume: bool = False) -> Recipe:
-        """The recipe with what the run that goes on computes in; or else with what the first of several processes chose.
+        """The recipe with the dtypes that a resumed run began with; else with those that the first of several processes chose.
 
         Args:
-            chosen: with what would be computed in here, in place of each ``auto``.
-            say: is told, where the run computes in something else.
-            resume: whether to look what a run computes in that is yet to be opened.
+            chosen: the recipe with the dtypes that this machine would compute in, in place of each ``auto``.
+            say: is told if the run computes in another one.
+            resume: whether to look in the last checkpoint, because the run is not opened yet.
         """
         found = self.checkpoints.latest(self.anew) if resume else self.resumed
-        begun = None if found is None else found.state.get("computes")  # an older version's says nothing
+        begun = None if found is None else found.state.get("computes")  # a checkpoint of an older version has none
         settled = dataclasses.replace(chosen, **begun or first_ones({name: getattr(chosen, name) for name in COMPUTE_KEYS}))
         if settled.compute != chosen.compute:
             say(f"compute    {settled.compute}, as the run began; here it would have been {chosen.compute}")
@@ -128,13 +128,13 @@ class RunFolder:
         return settled
 
     def open(self, identity: Mapping[str, Any], resume: bool, overwrite: bool, anew: str = "--overwrite") -> None:
-        """Begins the run, or goes on with it: ``resumed`` then is where it stood.
+        """Begins the run, or resumes it: ``resumed`` is then the checkpoint that it goes on from.
 
         Args:
             identity: what the run depends on, as plain data; see `confirm`.
             resume: go on from the last checkpoint, if there is one.
             overwrite: begin anew, whatever is there.
-            anew: how to do so, for people.
+            anew: how to begin anew, for people.
 
         Raises:
             OutputError: there is an unfinished run, and it is to be neither resumed nor overwritten; or the folder cannot be
@@ -145,7 +145,7 @@ class RunFolder:
             return
         self.anew = anew
         if rank() > 0:
-            wait()  # the first one makes sure that the folder is what is asked for
+            wait()  # the first process checks the folder before the others
         found = self.checkpoints.latest(anew) if resume else None
         there = any(self.path.glob("checkpoints*/step-*"))
         if rank() == 0 and there and not resume and not overwrite:
@@ -170,7 +170,7 @@ class RunFolder:
         self.journal = Journal(self.path if self.writes else None)
 
     def confirm(self, **identity: Any) -> None:
-        """More that the run depends on, which was not known when it was opened.
+        """Adds what else the run depends on, and checks it against the checkpoint that is resumed.
 
         Raises:
             CheckpointError: the run that is to go on depends on something else.
@@ -189,11 +189,11 @@ class RunFolder:
             )
 
     def keep_threads(self, count: int | None, say: Callable[[str], None]) -> None:
-        """Computes on as many CPU threads as the run did before: on others, sums are rounded otherwise.
+        """Computes on as many CPU threads as the run did before: with another number, sums are rounded differently.
 
         Args:
-            count: so many; None: an older version did not write it down.
-            say: is told, where this process had others.
+            count: how many; None: an older version did not write it down.
+            say: is told if this process had another number.
 
         Raises:
             CheckpointError: another number was asked for.
@@ -229,7 +229,7 @@ class RunFolder:
         """To be called after each step, counted over the whole run: writes a checkpoint if one is due, and stops if asked to.
 
         Raises:
-            Interrupted: it was asked to.
+            Interrupted: the run was asked to stop.
         """
         due = self.checkpoints is not None and self.checkpoints.due(step)
         due, asked = any_of([due, self.stop.asked], self.shares)
@@ -244,7 +244,7 @@ class RunFolder:
             return
         if not self.writes:
             for tensors in files.values():
-                tensors()  # which brings together what all processes know
+                tensors()  # a collective operation: it merges what all processes know
             self.at = step
             return
         own = {"step": step, "identity": self.identity, "threads": torch.get_num_threads(), "computes": self.computes}
@@ -252,7 +252,7 @@ class RunFolder:
         self.at = step
 
     def _left(self) -> str:
-        """What is there when the run ends too soon, for people; the folder goes if nothing was trained in it."""
+        """What a run that ends too soon leaves, for people; removes the folder if nothing was trained in it."""
         if not self.at:
             if self.path is not None and rank() == 0 and not (self.path / METRICS_FILE).is_file():
                 shutil.rmtree(self.path, ignore_errors=True)
@@ -264,7 +264,7 @@ class RunFolder:
 
     @contextmanager
     def working(self, reporter: Reporter) -> Iterator[Reporter]:
-        """The work inside is written down; where it ends too soon, it says what there is to go on from.
+        """While open, the work is written to the journal; an error that ends it also says what there is to resume from.
 
         Raises:
             Interrupted: Ctrl-C.
@@ -280,7 +280,7 @@ class RunFolder:
         except KeyboardInterrupt:
             raise Interrupted(f"Interrupted. {self._left()}") from None
         except (DivergedError, CheckpointError):
-            raise  # to go on from there would end there again
+            raise  # a resumed run would end at the same point again
         except MxDError as error:
             left = self._left()
             if not self.at:
@@ -302,14 +302,14 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Keeper:
-    """What a training tells of each of its steps, and where it gets what to go on from.
+    """Connects a training with its run: it is told of each step, and holds what to resume from.
 
     Attributes:
         run: writes the checkpoints; None: nobody does.
-        step: of the whole run, at the moment.
-        state: where the run stands, as plain data.
+        step: gives the present step of the whole run.
+        state: gives where the run stands, as plain data.
         unchanging: files of what is finished.
-        resumed: what the training gave when the checkpoint was written that it goes on from; None: it begins.
+        resumed: the tensors of the checkpoint that the training resumes from, as it gave them; None: it begins.
     """
 
     run: RunFolder | None = None
@@ -319,7 +319,7 @@ class Keeper:
     resumed: dict[str, Tensor] | None = None
 
     def after(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
-        """After a step: ``tensors`` is all that the training goes on from, and only asked for if it is written.
+        """To be called after a step; ``tensors`` gives all that the training goes on from, and is called only if needed.
 
         Raises:
             Interrupted: the run was asked to stop.
@@ -328,12 +328,12 @@ class Keeper:
             self.run.after(self.step(), {TRAINING_FILE: tensors}, self.unchanging, self.state)
 
     def finished(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
-        """At the end: what comes after it, measuring and writing, may be interrupted too."""
+        """To be called at the end: writes a checkpoint, since what follows, measuring and writing, may be interrupted too."""
         if self.run is not None:
             self.run.save(self.step(), {TRAINING_FILE: tensors}, self.unchanging, self.state())
 
 
-# For a training that nobody keeps.
+# For a training without checkpoints.
 UNKEPT = Keeper()
 
 

@@ -53,7 +53,10 @@ def start_processes(recipe: Recipe) -> None:
 
 
 def _check_agrees(accelerator: Accelerator, device: str) -> None:
-    """Raises DeviceError where Accelerate took another device, or only one of several processes: it reads its environment."""
+    """Raises DeviceError where Accelerate chose another device, or where launched processes are not connected.
+
+    Accelerate asks torch and its own environment variables.
+    """
     if accelerator.device.type != device:
         raise DeviceError(
             f"accelerate computes on {accelerator.device.type}, not on {device}",
