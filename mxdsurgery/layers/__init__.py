@@ -1,4 +1,4 @@
-"""What travels with a checkpoint, all of it and nothing else: torch and transformers only, relative imports.
+"""All files that travel with a checkpoint, and no others: torch and transformers only, relative imports.
 
 Begin with `layer`, the Mixture-of-Decoders layer; `sparse` has its products, `interventions` is ``model.mxd``.
 """

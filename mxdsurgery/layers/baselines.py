@@ -6,8 +6,8 @@ All of them are what a user would otherwise put in a block's place, with the sam
     skip-transcoder    y = Cᵀ a + S x + b                                    and a dense map beside them (arXiv 2501.18823)
     topk-sae           y = Cᵀ a + b            a = TopK(relu(G y + b_g))     of the block's own output (arXiv 2406.04093)
 
-Row n of C (N, D) is what feature n writes; G (N, D) reads. "Experts" and "features" are the same thing here: what the gate
-chooses among.
+Row n of C (N, D) is what feature n writes, row n of G (N, D) what it reads. "Experts" and "features" are the same thing
+here: what the gate chooses among.
 
 Shapes: x and y (..., D); S (D, D); N features, K of them active.
 """
@@ -48,7 +48,7 @@ class Transcoder(nn.Module):
         return self.combine(self.coefficients(x), x)
 
     def coefficients(self, x: Tensor) -> Coefficients:
-        """Of the features, for the block's input x (..., D)."""
+        """The features' coefficients for the block's input x (..., D)."""
         return self.gate(x)
 
     def combine(self, a: Coefficients, x: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class SkipTranscoder(Transcoder):
 
 
 class TopKSAE(Transcoder):
-    """A sparse autoencoder of a block's output y, and the block itself, which makes y from x: x (..., D) -> (..., D).
+    """A sparse autoencoder of a block's output y, and the block itself, which computes y from x: x (..., D) -> (..., D).
 
     Its gate takes y; `forward` and `coefficients` take the block's input x.
 
@@ -101,5 +101,5 @@ class TopKSAE(Transcoder):
         self.block = DenseLayer(d_model=d_model, **block).requires_grad_(False)
 
     def coefficients(self, x: Tensor) -> Coefficients:
-        """Of the features, for the block's input x (..., D)."""
+        """The features' coefficients for the block's input x (..., D)."""
         return self.gate(self.block(x))

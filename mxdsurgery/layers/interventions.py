@@ -4,10 +4,10 @@
         model.generate(...)
 
 Layers and experts are numbered as in the model's config. Every method returns a new object with one more change, and changes
-nothing yet; the object is a context manager, and while it is open the changes are in force. Contexts nest, what comes first
-(or further out) works first, and on leaving, also by an exception, the gates are as they were. Changes are part of each
-layer's ``gate``: they work in batches, in ``generate`` with a KV cache and under ``torch.compile``, which compiles anew for
-them.
+nothing yet; the object is a context manager, and while it is open the changes are in force. Contexts nest; changes that
+were made first, or in an outer context, are applied first. On leaving, also by an exception, the gates are as they were.
+Changes are part of each layer's ``gate``: they work in batches, in ``generate`` with a KV cache and under ``torch.compile``,
+which recompiles for them.
 
 Shapes: B batch, T tokens, D model width, N experts; a gate gives (..., K) coefficients of K chosen experts.
 """
@@ -34,17 +34,17 @@ Positions = Iterable[int] | slice | Tensor
 
 
 class InterventionError(ValueError):
-    """A layer, an expert or a number that cannot be: what was found and what is possible."""
+    """An invalid layer, expert or number; the message says what was found and what is possible."""
 
 
 @dataclass(eq=False)
 class Columns:
-    """Where in its text the tokens of the running forward pass stand; a hook on the model sets it.
+    """The positions in the text of the running forward pass's tokens; a hook on the model sets them.
 
     Attributes:
         batch: B.
         tokens: T.
-        start: the first token's place, with what a KV cache holds before it; None outside of a forward pass.
+        start: the first token's position, after the tokens that a KV cache holds; None outside of a forward pass.
     """
 
     batch: int = 0
@@ -91,8 +91,8 @@ class Change:
     Attributes:
         kind: ``drop``, ``ablate``, ``scale``, ``steer``, ``clamp``, ``copy`` or ``merge``.
         experts: (M,) int64.
-        amounts: (M,) float32, what ``scale``, ``steer`` and ``clamp`` do; int64 sources of ``copy``; group sizes of ``merge``,
-            whose groups follow each other in ``experts``.
+        amounts: (M,) float32, the numbers of ``scale``, ``steer`` and ``clamp``; (M,) int64, the source experts of ``copy``;
+            int64, the group sizes of ``merge``, whose groups follow each other in ``experts``.
         when: for ``steer`` and ``clamp``: ``always``, or where the gate chose the expert (``firing``) or not (``silent``).
         positions: where in the text; None: everywhere.
         columns: where the tokens of the running pass stand, if ``positions`` needs to know.
@@ -106,7 +106,7 @@ class Change:
     columns: Columns | None = None
 
     def here(self, like: Tensor) -> Tensor | None:
-        """The tokens that it is about: bool, like (..., K) without its last dimension; None: all of them."""
+        """The tokens that it changes: bool, like (..., K) without its last dimension; None: all of them."""
         return None if self.positions is None else self.columns.chosen(self.positions, like)
 
     def on(self, device: torch.device) -> "Change":
@@ -117,7 +117,7 @@ class Change:
         return replace(self, experts=self.experts.to(device), amounts=amounts)
 
     def find(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of ``experts`` each of the indices (..., K) is, and whether it is one at all: (..., K) both."""
+        """For each of the indices (..., K): its place in ``experts``, and whether it is among them at all; both (..., K)."""
         order = self.experts.sort()
         place = torch.searchsorted(order.values, indices).clamp_max(len(self.experts) - 1)
         return order.indices[place], order.values[place] == indices
@@ -145,7 +145,7 @@ class Change:
         return Coefficients(torch.cat([values, added], -1), torch.cat([a.indices, indices], -1))
 
     def _merged(self, a: Coefficients, here: Tensor | None) -> Coefficients:
-        """Each coefficient of a group's expert in equal parts on all of the group."""
+        """Splits each coefficient of a group's expert equally among all experts of the group."""
         values, indices = [a.values], [a.indices]
         for group in self.experts.split(self.amounts.tolist()):
             member = torch.isin(a.indices, group) & _every(here)
@@ -164,7 +164,7 @@ class GateChanges:
 
     def __call__(self, gate: Gate, x: Tensor) -> Coefficients:
         """Chooses without the experts that are dropped, and changes the coefficients of the chosen ones."""
-        changes = [change.on(x.device) for change in self.changes]  # an offloaded gate is somewhere only while it runs
+        changes = [change.on(x.device) for change in self.changes]  # an offloaded gate is on a device only while it runs
         drops = [change for change in changes if change.kind == "drop"]
         everywhere = [change.experts for change in drops if change.positions is None]
         somewhere = [change for change in drops if change.positions is not None]
@@ -192,8 +192,8 @@ class Interventions:
 
     Args:
         model: a converted model, of any family.
-        changes: by layer, in the order in which they work.
-        rows: rows of C that are exchanged: (layer, expert, (D,) tensor).
+        changes: each with its layer, in the order in which they are applied.
+        rows: new rows of C: (layer, expert, (D,) tensor).
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class Interventions:
         self._open: list[tuple[list[tuple[Gate, Change]], list[tuple[Tensor, int, Tensor]], list]] = []
 
     def ablate(self, experts: Mapping[int, Iterable[int]], *, positions: Positions | None = None) -> "Interventions":
-        """Sets coefficients to 0 after the choice: nothing takes their place. What zeroing ``c_n`` does.
+        """Sets coefficients to 0 after the choice: no other experts take their place. The same as zeroing ``c_n``.
 
         Args:
             experts: by layer.
@@ -226,9 +226,9 @@ class Interventions:
         return self._with("ablate", self._listed(experts), positions=positions)
 
     def drop(self, experts: Mapping[int, Iterable[int]], *, positions: Positions | None = None) -> "Interventions":
-        """Takes experts out before the choice: the next ones take their places. Arguments as `ablate`'s.
+        """Takes experts out before the choice: those that rank next take their places. Arguments as `ablate`'s.
 
-        Drops work before all other changes.
+        Drops are applied before all other changes.
         """
         return self._with("drop", self._listed(experts), positions=positions)
 
@@ -270,7 +270,7 @@ class Interventions:
         return self._with("clamp", self._numbers(values, unit), when, positions)
 
     def copy(self, sources: Mapping[int, Mapping[int, int]], *, positions: Positions | None = None) -> "Interventions":
-        """Lets an expert do what another does where it fires: ``{layer: {expert: source}}``; ``c_expert = c_source``."""
+        """Where an expert fires, it does what another one does: ``{layer: {expert: source}}``; ``c_expert = c_source``."""
         found = [
             (layer, self._experts(layer, given), torch.tensor(self._experts(layer, given.values())))
             for layer, given in self._by_layer(sources).items()
@@ -278,7 +278,7 @@ class Interventions:
         return self._with("copy", found, positions=positions)
 
     def merge(self, groups: Mapping[int, Iterable[Iterable[int]]]) -> "Interventions":
-        """Lets each expert of a group do the mean of what they do: it no longer matters which of them fires.
+        """Gives each expert of a group the mean of the group's ``c_n``: it no longer matters which of them fires.
 
         Args:
             groups: by layer, of two experts or more, none in two groups.
@@ -317,7 +317,7 @@ class Interventions:
         placed, rows, handles = record
         columns = Columns()
         if any(change.positions is not None for _, change in self._changes):
-            for module in {self.model, self.model.base_model}:  # either may be called, and the first may pass the second by
+            for module in {self.model, self.model.base_model}:  # either may be called, and the model may bypass its base model
                 handles.append(module.register_forward_pre_hook(columns.enter, with_kwargs=True))
                 handles.append(module.register_forward_hook(columns.leave, always_call=True))
         for layer, expert, row in self._rows:
@@ -432,7 +432,7 @@ class Interventions:
 
 
 def _gates(layer: nn.Module) -> list[Gate]:
-    """Its gate; where PEFT has wrapped that to train it, the original and the copies, of which any may run."""
+    """A layer's gate; if PEFT wrapped the gate to train it, the original and the copies, any of which may run."""
     return [module for module in layer.gate.modules() if isinstance(module, Gate)]
 
 

@@ -25,16 +25,16 @@ from .sparse import mix, sparse_gate
 
 # With `batchtopk` no token keeps more than so many times K experts, which bounds the memory.
 BATCH_TOP_K_LIMIT = 4
-# How fast the threshold of `batchtopk` follows the batches: its moving average forgets in about so many steps.
+# The moving average of the `batchtopk` threshold follows the batches with a time constant of about so many steps.
 _THRESHOLD_STEPS = 20
 
 
 class Coefficients(NamedTuple):
-    """The expert coefficients of some tokens, sparsely: ``a[indices] = values`` and zero elsewhere.
+    """The expert coefficients of some tokens, stored sparsely: ``a[indices] = values`` and zero elsewhere.
 
     ``values`` (..., K) are non-negative, float32 or wider; ``indices`` (..., K) int64 in [0, N), in no particular order, each
-    at most once per token. A hook or an intervention may give more or fewer than K of them, of any sign, and an expert several
-    times: they add up.
+    at most once per token. A hook or an intervention may give more or fewer than K of them, of any sign, and several for one
+    expert, which then add up.
     """
 
     values: Tensor
@@ -59,13 +59,13 @@ class Gate(nn.Module):
         k: K.
         sparsity: ``topk``: each token keeps its K largest pre-activations. ``batchtopk`` (Bussmann et al., arXiv 2412.06410):
             in training, a batch of n tokens keeps its n K largest, so that a token has K on average and at most
-            ``BATCH_TOP_K_LIMIT`` K; afterwards, each token keeps those above the threshold that training arrived at.
+            ``BATCH_TOP_K_LIMIT`` K; afterwards, each token keeps those that reach the threshold from training.
     """
 
     def __init__(self, d_model: int, n_experts: int, k: int, sparsity: str = "topk") -> None:
         super().__init__()
         self.k = k
-        self.selection: torch.dtype | None = None  # of the ranking of all N experts; None: the weight's own
+        self.selection: torch.dtype | None = None  # dtype of the ranking of all N experts; None: the weight's own
         self.interventions: Callable[[Gate, Tensor], Coefficients] | None = None
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))  # G
         self.bias = nn.Parameter(torch.empty(n_experts))  # b_g
@@ -90,15 +90,15 @@ class Gate(nn.Module):
         return self.k if self.threshold is None else min(BATCH_TOP_K_LIMIT * self.k, self.n_experts)
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """``G x + b_g``: (..., D) -> (..., N). Dense; for the slow path and for looking at."""
+        """``G x + b_g``: (..., D) -> (..., N). Dense; for `MxDLayer.forward_dense` and for inspection."""
         return F.linear(x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Coefficients:
-        """(..., D) -> coefficients (..., K), or with ``batchtopk`` (..., `active`), those not kept zero."""
+        """(..., D) -> coefficients (..., K), or with ``batchtopk`` (..., `active`), zero where not kept."""
         return self.choose(x, self.bias) if self.interventions is None else self.interventions(self, x)
 
     def choose(self, x: Tensor, bias: Tensor, spare: int = 0) -> Coefficients:
-        """What `forward` gives, with another bias (N,), and the ``spare`` experts that come next: (..., `active` + spare)."""
+        """As `forward`, with another bias (N,), and with the ``spare`` experts that rank next: (..., `active` + ``spare``)."""
         active = min(self.active + spare, self.n_experts)
         values, indices = sparse_gate(x.reshape(-1, x.shape[-1]), self.weight, bias, active, self.selection)
         if self.threshold is not None:
@@ -109,7 +109,7 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def _batch_threshold(self, values: Tensor) -> Tensor:
-        """The (n K)-th largest of the values (n, `active`) of a batch; the moving average follows it."""
+        """The (n K)-th largest of the values (n, `active`) of a batch; updates the moving average with it."""
         kept = values.flatten().topk(self.k * len(values), sorted=False).values.min()
         first = self.threshold == 0
         self.threshold.copy_(torch.where(first, kept, torch.lerp(self.threshold, kept, 1 / _THRESHOLD_STEPS)))
@@ -122,7 +122,7 @@ class Experts(nn.Module):
     Args:
         d_model: D.
         n_experts: N.
-        bias: whether there is a constant (D,) beside what the chosen experts say: where a model was steered for good.
+        bias: whether a constant (D,) is added to the chosen experts' sum: where a model was steered for good.
     """
 
     def __init__(self, d_model: int, n_experts: int, bias: bool = False) -> None:
@@ -132,7 +132,7 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Random rows, uniform in the cube and then of unit length; the constant zero."""
+        """Random rows, uniform in [-1, 1]^D and then scaled to unit length; the constant is zero."""
         nn.init.uniform_(self.weight, -1.0, 1.0)
         self.normalize()
         if self.bias is not None:
@@ -152,7 +152,7 @@ class Experts(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    """An MLP block with plain linear maps, ``y = D z + b``: what an MxD layer is without experts, and a control beside it.
+    """An MLP block with plain linear maps, ``y = D z + b``: an MxD layer without its experts, which also serves as a control.
 
     Args:
         d_model: D, model width.
@@ -166,7 +166,7 @@ class DenseLayer(nn.Module):
         super().__init__()
         self.encoder = nn.Linear(d_model, d_hidden, bias=encoder_bias)  # E; E_g of a GLU
         self.encoder_up = nn.Linear(d_model, d_hidden, bias=encoder_bias) if kind == "glu" else None  # E_u
-        self.activation = ACT2FN[activation].to(torch.get_default_dtype())  # one that learns is made in bf16
+        self.activation = ACT2FN[activation].to(torch.get_default_dtype())  # ACT2FN makes one with parameters in bf16
         self.decoder = nn.Linear(d_hidden, d_model, bias=False)  # D
         self.bias = nn.Parameter(torch.empty(d_model))  # b
         self.reset_parameters()
@@ -189,7 +189,7 @@ class DenseLayer(nn.Module):
         return self.decoder(self.hidden(x)) + self.bias
 
     def dense_path(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What experts, where there are any, are multiplied with, and what is added to that: ``D z`` (..., D), ``b`` (D,)."""
+        """What the experts' sum, if any, is multiplied with, and what is then added: ``D z`` (..., D), ``b`` (D,)."""
         return self.decoder(self.hidden(x)), self.bias
 
 
@@ -214,7 +214,7 @@ class MxDLayer(DenseLayer):
         return self.combine(self.coefficients(x), x)
 
     def coefficients(self, x: Tensor) -> Coefficients:
-        """Of the experts, for the block's input x (..., D)."""
+        """The experts' coefficients for the block's input x (..., D)."""
         return self.gate(x)
 
     def combine(self, a: Coefficients, x: Tensor) -> Tensor:
@@ -223,9 +223,9 @@ class MxDLayer(DenseLayer):
         return self.experts(a) * scale + rest
 
     def forward_dense(self, x: Tensor) -> Tensor:
-        """The same by the formula as it is written, with every expert: (tokens, N) matrices, autograd through all of it.
+        """`forward` of ``topk`` by the formula as it is written, over all N experts: (tokens, N) matrices, all by autograd.
 
-        Slow; here to be read and to test `forward` against.
+        Slow; a reference to read and to test `forward` against.
         """
         pre = self.gate.pre_activations(x).relu()
         top = torch.topk(pre, self.gate.k, dim=-1)

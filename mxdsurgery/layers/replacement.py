@@ -1,7 +1,7 @@
 """What can stand where an MLP block was, and the model classes that hold it. Travels with every exported checkpoint.
 
 Every kind of layer maps a block's input x (..., D) to its output (..., D). All but `DenseLayer` have a ``gate``, whose output
-are the coefficients of N experts, and ``experts``, which add up to s, what they say; then ``y = s * m + r`` with
+is the coefficients of N experts, and ``experts``, which turn these into their sum s (..., D); then ``y = s * m + r`` with
 ``m, r = dense_path(...)``.
 """
 
@@ -38,12 +38,16 @@ class MxDSurgeryMixin:
 
     @property
     def mxd(self) -> Interventions:
-        """Where its experts are changed while it runs: ``with model.mxd.ablate({12: [4031]}): ...``."""
+        """Changes to its experts while it runs: ``with model.mxd.ablate({12: [4031]}): ...``."""
         return Interventions(self)
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """As the family's own class: else transformers would leave out what that one initialises from above, not by module."""
+        """Whether the family's own class is custom code.
+
+        Where this is True, transformers does not initialise modules without parameters of their own, which leaves out weights
+        that the family's class initialises from a parent module.
+        """
         return next(base for base in cls.__mro__[1:] if not issubclass(base, MxDSurgeryMixin)).is_custom_code()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -22,15 +22,15 @@ from torch import Tensor
 # By device type, a module with `mix`, `dots` and `scatter` of its own.
 KERNELS: dict[str, ModuleType] = {}
 
-# The pre-activations (tokens, N) are formed for so many bytes' worth of tokens at a time, by device type: as much as stays
-# near the cores of a CPU, and enough to keep anything else busy.
+# Pre-activations (tokens, N) are computed for as many tokens at a time as take so many bytes, by device type: on a CPU, as
+# much as stays near its cores; elsewhere, enough to keep the device busy.
 CHUNK_BYTES = {"cpu": 2**24}
 _CHUNK_BYTES_ELSEWHERE = 2**28
 # In low precision, so many more candidates than K are ranked again exactly. docs/performance.md has the measurement.
 EXTRA_CANDIDATES = 8
 # Elements per group where the top is found by group maxima.
 TOP_K_GROUP = 4
-# Rows gathered at once where there is no better way: 64 MiB in fp32.
+# Elements of rows gathered at once where there is no better way: 64 MiB in fp32.
 _GATHERED_ELEMENTS = 2**24
 
 
