@@ -12,11 +12,11 @@ from torch import Tensor
 from mxdsurgery.errors import DataError, first_line
 from mxdsurgery.text.sources import Packing, hub_rows
 
-if TYPE_CHECKING:  # only what reads labelled text needs it
+if TYPE_CHECKING:  # imported only where labelled text is read
     import pandas
 
 _FORMS = "a .jsonl, .jsonl.gz, .csv or .parquet file, or a data set on the hub (user/name[:config[:split]])"
-# pandas' reader of each, and how it is called.
+# By suffix: the name of pandas' reader, and its options.
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("read_json", {"lines": True, "dtype": False}),
     ".jsonl.gz": ("read_json", {"lines": True, "dtype": False, "compression": "gzip"}),
@@ -31,7 +31,7 @@ class Labelled:
 
     Attributes:
         texts: in their order.
-        labels: the classes' names, as many.
+        labels: the class of each text, by name.
     """
 
     texts: list[str]
@@ -39,11 +39,11 @@ class Labelled:
 
     @property
     def classes(self) -> list[str]:
-        """Their names, in alphabetical order."""
+        """The classes' names, in alphabetical order."""
         return sorted(set(self.labels))
 
     def sample(self, count: int | None, seed: int) -> "Labelled":
-        """So many of them, drawn at random; all where there are no more, or with None."""
+        """``count`` of the texts, drawn at random; all of them with None, or where there are no more."""
         if count is None or count >= len(self.texts):
             return self
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self.texts))[:count])
@@ -105,9 +105,9 @@ class TokenBatch:
     """Some texts as token ids, padded on the right.
 
     Attributes:
-        rows: which texts.
+        rows: (B,) int64, the texts' places in the list.
         input_ids: (B, T) int64.
-        counted: (B, T) bool: neither padding nor position 0.
+        counted: (B, T) bool, True at neither padding nor position 0.
     """
 
     rows: Tensor

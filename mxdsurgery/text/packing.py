@@ -15,7 +15,7 @@ _DOCUMENTS, _PIECE = 16, 2**20
 
 
 def in_batches(contexts: Tensor, tokens: int) -> tuple[Tensor, ...]:
-    """Contexts (S, T) in batches (B, T) of so many tokens, as far as whole contexts go; one context at least."""
+    """Splits contexts (S, T) into batches (B, T) of at most ``tokens`` tokens, but of one context at least."""
     return contexts.split(max(1, tokens // contexts.shape[1]))
 
 
@@ -95,7 +95,7 @@ class Packing:
 
     @functools.cached_property
     def _adds_space(self) -> bool:
-        """Whether the tokenizer takes every text to begin with a space, so that the one before a piece is left out."""
+        """Whether the tokenizer adds a space before every text; if so, the space before a piece is left out."""
         ids = self.tokenizer(["a a", "a", " a"], add_special_tokens=False)["input_ids"]
         return ids[0] == ids[1] + ids[1] != ids[1] + ids[2]
 

@@ -54,10 +54,10 @@ def text_name(spec: str) -> str:
 def token_strings(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     r"""Each token as it stands in a text, with the space before it if it has one.
 
-    What is no text by itself, a part of a character in bytes, is given as ``\xe2\x80``; what the tokenizer does not know, as
-    its id between angle brackets.
+    A token that is no text by itself but some bytes of a character is given as ``\xe2\x80``; a token that the tokenizer does
+    not know, as its id between angle brackets.
     """
-    # Decoded after another token: alone, many tokenizers drop the space before it.
+    # Decoded after another token: of a token alone, many tokenizers drop the space before it.
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     before = tokenizer.decode(anchor, **options)
@@ -91,7 +91,7 @@ def documents(spec: str, text_column: str = "text") -> Iterator[str]:
 def documents_with_fields(
     spec: str, text_column: str = "text", fields: Sequence[str] = ()
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """As `documents`, each with other fields of its row, those of ``fields`` among them that it has."""
+    """As `documents`, each with other fields of its row; among them are those of ``fields`` that the row has."""
     if spec in ("stdlib", "stdlib:train", "stdlib:heldout"):
         found = ((document, {}) for document in stdlib_documents(spec.partition(":")[2] or "train"))
     elif spec.startswith("stdlib:"):
@@ -104,7 +104,7 @@ def documents_with_fields(
 
 
 def _encodable(document: str) -> str:
-    """A document without halves of characters, which JSON can hold and no tokenizer takes."""
+    """A document with its lone surrogates replaced: JSON can hold them, and no tokenizer takes them."""
     try:
         document.encode()
         return document
@@ -113,7 +113,7 @@ def _encodable(document: str) -> str:
 
 
 def _file_documents(path: Path, text_column: str, fields: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if not os.path.isfile(path):  # where Path.is_file() raises, for a name too long to be a file's, this is False
+    if not os.path.isfile(path):  # False for a name too long to be a file's, where Path.is_file() raises
         raise DataError(f"no text file {str(path)!r}", expected=_FORMS)
     try:
         if path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -241,7 +241,7 @@ def hub_rows(spec: str, limit: int | None = None) -> Iterator[dict[str, Any]]:
     """
     try:
         yield from itertools.islice(_open_stream(spec), limit)
-    except Exception as error:  # the library raises what each of its layers raises, also in the midst of the stream
+    except Exception as error:  # each of the library's layers raises its own kinds, also in the middle of the stream
         raise DataError(
             f"the data set {spec!r} cannot be read: {first_line(error)}",
             expected=_FORMS,
@@ -293,7 +293,8 @@ class TextStream:
     def batches(self, size: int) -> Iterator[Tensor]:
         """Batches of shuffled contexts without end, pass after pass: yields int64 (B, T), B = size.
 
-        Reading, tokenising and packing run ahead in a thread of their own; in pinned memory if a device copies faster from it.
+        Reading, tokenising and packing run ahead in their own thread; batches are in pinned memory if a device copies from it
+        faster.
         """
         for number, batch in run_ahead(self._batches(size)):
             self.passes = number
@@ -347,8 +348,8 @@ class TextStream:
 def run_ahead(items: Iterator[Item], depth: int = 8) -> Iterator[Item]:
     """The same items, made in a thread up to ``depth`` of them before they are asked for.
 
-    What the thread raises is raised here, in its place; when the taker stops, so does the thread. A thread and not a process:
-    the tokenizer computes outside Python's lock, and must not be forked once it has run.
+    What the thread raises is raised here, in its place; when the consumer stops, so does the thread. A thread and not a
+    process: the tokenizer computes without holding the GIL, and must not be forked once it has run.
     """
     made: queue.Queue = queue.Queue(depth)
     stopped = threading.Event()
@@ -383,7 +384,7 @@ def run_ahead(items: Iterator[Item], depth: int = 8) -> Iterator[Item]:
             yield content
     finally:
         stopped.set()
-        thread.join(timeout=5.0)  # it may hang in a connection; as a daemon it holds nothing up
+        thread.join(timeout=5.0)  # it may hang in a connection; a daemon does not keep the process alive
 
 
 def open_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[TextStream, Tensor]:
