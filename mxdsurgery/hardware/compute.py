@@ -1,11 +1,11 @@
-"""What is computed in: chosen by timing this device, never by a list of its instructions.
+"""The dtype to compute in: chosen by timing this device, never by a list of its instructions.
 
-Weights are stored in the checkpoint's dtype, those of the result too. What a stage *computes* in is another thing: a processor
-without bf16 instructions multiplies bf16 matrices 40 times as slowly as fp32 ones, one with them several times as fast. So a
-model computes in what its weights are stored in, or in float32 where that is faster here; in less than what is stored only
-where it is asked to. Layers in training, whose weights are float32, compute under bf16 autocast where that is faster.
+Weights are stored in the checkpoint's dtype, those of the result too. The dtype that a stage *computes* in is another thing: a
+processor without bf16 instructions multiplies bf16 matrices 40 times as slowly as fp32 ones, one with them several times as
+fast. So a model computes in the dtype that its weights are stored in, or in float32 where that is faster here; in a narrower
+one only if asked to. Layers in training, whose weights are float32, compute under bf16 autocast where that is faster.
 
-Each shape is timed once on a machine, in some tens of milliseconds, and what was found is kept in the hub's cache folder.
+Each shape is timed once on a machine, in some tens of milliseconds, and the result is kept in the hub's cache folder.
 """
 
 import functools
@@ -25,11 +25,11 @@ from torch import nn
 
 from mxdsurgery.hardware.device import hardware, synchronise
 
-# A dtype has to be so many times as fast as the one that is preferred.
+# A dtype has to be so many times as fast as the preferred one to be chosen instead.
 _WORTH_IT = 1.1
-# On as many rows as it takes for the slower dtype to need so many seconds, if there are as many; the best of so many calls.
+# Timed on as many rows as take the slower dtype so many seconds, if there are as many; the best of so many calls.
 _LONG_ENOUGH, _CALLS = 0.01, 4
-# Wider matrices have the rate of these.
+# Wider matrices are timed at this width: their rate is the same.
 _WIDEST = 1024
 # Where rates are kept: seconds by machine, by what was measured, and by dtype.
 _RATES_FILE = "rates-1.json"
@@ -38,7 +38,7 @@ Known = dict[str, dict[str, dict[str, float]]]
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model computes at a time.
+    """The shape of what a model computes at a time.
 
     Attributes:
         tokens: B T of a forward pass.
@@ -67,7 +67,7 @@ class Choice:
 
 
 def model_dtype(stored: str, asked: str, device: str, shape: Shape) -> Choice:
-    """What a model computes in whose weights are stored in a dtype.
+    """The dtype that a model computes in, by the dtype that its weights are stored in.
 
     Args:
         stored: ``float32``, ``bfloat16`` or ``float16``.
@@ -83,7 +83,7 @@ def model_dtype(stored: str, asked: str, device: str, shape: Shape) -> Choice:
 
 
 def training_dtype(device: str, tokens: int, d_in: int, d_out: int) -> Choice:
-    """What products of tokens with float32 weights (d_out, d_in) compute in: float32, or bfloat16 where that is faster."""
+    """The dtype of products of tokens with float32 weights (d_out, d_in): float32, or bfloat16 where that is faster."""
     dtypes = ("float32", "bfloat16")
     return _faster(*dtypes, product_seconds(device, dtypes, tokens, d_in, d_out), device)
 
@@ -100,7 +100,7 @@ def _faster(first: str, second: str, seconds: dict[str, float], device: str) -> 
 
 
 def layer_seconds(device: str, dtypes: tuple[str, ...], shape: Shape) -> dict[str, float]:
-    """Seconds per token of a decoder layer of a shape, of torch's own making, in some dtypes; kept for this machine."""
+    """Seconds per token of a decoder layer of a shape, built by torch's own class, in some dtypes; kept for this machine."""
     d, h = min(shape.d_model, _WIDEST), min(shape.d_hidden, 2 * _WIDEST)
     heads = max(1, min(shape.heads, shape.heads * d // shape.d_model))
     heads = heads if d % heads == 0 else 1
@@ -127,7 +127,7 @@ def layer_seconds(device: str, dtypes: tuple[str, ...], shape: Shape) -> dict[st
 
 
 def product_seconds(device: str, dtypes: tuple[str, ...], tokens: int, d_in: int, d_out: int) -> dict[str, float]:
-    """Seconds per token of a product with a float32 matrix that is cast to a dtype first, as autocast does; kept."""
+    """Seconds per token of a product with a float32 matrix that is first cast to a dtype, as autocast does; kept likewise."""
     d_in, d_out = min(d_in, _WIDEST), min(d_out, 4 * _WIDEST)
 
     def product_in(dtype: torch.dtype) -> Callable[[int], Any]:
@@ -150,7 +150,7 @@ def _kept(
 
 @torch.no_grad()
 def _seconds_per_row(runs: dict[str, Callable[[int], Any]], rows: int, device: str) -> dict[str, float]:
-    """Seconds of calls per row of their input, all on as many rows: on fewer than there are where that takes long."""
+    """Seconds per row of each call's input, all on the same number of rows: on fewer than ``rows`` where that takes long."""
 
     def seconds(run: Callable[[int], Any], count: int) -> float:
         start = time.perf_counter()
@@ -229,7 +229,7 @@ def _machine(device: str) -> str:
 
 
 def _processor() -> str:
-    """The processor's name, model and stepping, where Linux says them: several have one name."""
+    """The processor's name, model and stepping, where Linux says them: several processors share a name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Which device a run computes on, and what that one is and can, for any device that torch's accelerator API knows.
+"""Which device a run computes on, what that device is and can do, for any device that torch's accelerator API knows.
 
 A machine has the CPU and at most one type of accelerator: ``cuda`` (NVIDIA, and AMD under ROCm), ``mps`` (Apple), ``xpu``
 (Intel), or another that a plug-in of torch brings. Devices are named by their type.
@@ -23,7 +23,7 @@ def meant(name: str) -> str:
 
 
 def check_device(name: str) -> str:
-    """The same, of a device that has to be here.
+    """As `meant`, for a device that has to be on this machine.
 
     Raises:
         DeviceError: it is not.
@@ -39,7 +39,7 @@ def check_device(name: str) -> str:
 
 
 def shares_host_memory(device: str) -> bool:
-    """Whether what lies on a type of device takes memory from the CPU."""
+    """Whether a type of device uses the CPU's memory."""
     return device in ("cpu", "mps")
 
 
@@ -68,7 +68,7 @@ def synchronise(device: str) -> None:
 
 
 def empty_cache(device: str) -> None:
-    """Gives memory back that torch keeps of a device without using it."""
+    """Gives back memory of a device that torch keeps cached without using it."""
     if device != "cpu":
         getattr(torch.get_device_module(device), "empty_cache", lambda: None)()
 

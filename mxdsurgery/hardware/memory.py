@@ -1,4 +1,4 @@
-"""How much memory a device has free, and how much of it a stretch of work took at most."""
+"""How much memory a device has free, and how much of it a piece of work took at its peak."""
 
 import re
 from pathlib import Path
@@ -55,7 +55,7 @@ class PeakMemory:
             self._before = None
 
     def bytes(self) -> int | None:
-        """So far; None where it cannot be measured."""
+        """The peak so far; None where it cannot be measured."""
         return None if self._before is None else max(0, self._peak() - self._before)
 
     def _peak(self) -> int:

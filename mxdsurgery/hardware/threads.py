@@ -3,16 +3,16 @@
 import os
 import sys
 
-# What torch and MKL read when they are loaded, here and in processes that are started from here.
+# Environment variables that torch and MKL read when they are loaded, here and in processes that are started from here.
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# MKL would take fewer where it sees fewer cores, and torch then as many as MKL.
+# Otherwise MKL takes fewer threads where it sees fewer cores, and torch then as many as MKL.
 _EXACTLY = {"MKL_DYNAMIC": "FALSE"}
 
 _asked_for: int | None = None
 
 
 def use_threads(count: int | None) -> None:
-    """Computes on so many from here on, for as long as the process lives; None: as before."""
+    """Sets the number of CPU threads for the rest of the process; None changes nothing."""
     global _asked_for
     if count is not None:
         _asked_for = count
@@ -20,12 +20,12 @@ def use_threads(count: int | None) -> None:
 
 
 def asked_for() -> int | None:
-    """How many were asked for; None: nobody asked."""
+    """How many threads were asked for; None: nobody asked."""
     return _asked_for
 
 
 def set_threads(count: int) -> None:
-    """As `use_threads`, where nobody asked."""
+    """As `use_threads`, without counting as asked for."""
     os.environ.update(dict.fromkeys(_COUNTS, str(count)) | _EXACTLY)
     if "torch" in sys.modules:
         import torch

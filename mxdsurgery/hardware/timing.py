@@ -10,7 +10,7 @@ from mxdsurgery.hardware.device import devices, synchronise
 
 
 def median_seconds(function: Callable[[], object], min_run_time: float = 1.0) -> float:
-    """The median time of a call, an accelerator waited for, on as many threads as torch has; the first call is not counted.
+    """The median seconds of a call, the accelerator synchronised, on as many threads as torch has; the first is not counted.
 
     Args:
         function: what to call.
@@ -20,7 +20,7 @@ def median_seconds(function: Callable[[], object], min_run_time: float = 1.0) ->
 
 
 def best_seconds(function: Callable[[], object], min_run_time: float = 1.0) -> float:
-    """As `median_seconds`, the shortest time: what else a machine does only adds to it."""
+    """As `median_seconds`, the shortest time: other work on the machine only adds to it."""
     return min(_times(function, min_run_time))
 
 
@@ -33,6 +33,6 @@ def _times(function: Callable[[], object], min_run_time: float) -> list[float]:
 
 
 def _now() -> float:
-    """The time when everything is done; torch's own clock waits for some devices only, in its older versions."""
+    """The time once the device has done everything; torch's own clock waits for some devices only, in its older versions."""
     synchronise(devices()[-1])
     return time.perf_counter()
