@@ -67,7 +67,7 @@ def _curve(axes: Any, rows: list[dict[str, Any]], kind: str, colour: str, mark: 
     axes.errorbar([row["k"] for row in rows], values, yerr=reach, color=colour, marker=mark, capsize=3, label=label)
 
 
-# Of a training: a figure's name, its axis, and whether its values span powers of ten.
+# Of a training: each figure's name, its axis label, and whether the axis is logarithmic.
 _PANELS = {
     "loss": ("loss", True),
     "nmse": ("NMSE", True),
@@ -75,7 +75,7 @@ _PANELS = {
     "kl": ("KL, nats per token", True),
 }
 _KL_STYLES = {"kl": ("#0072B2", "-", "training text"), "validation_kl": ("#D55E00", "--", "validation text")}
-# Of more layers than this, colours are read off a bar beside the figure instead of a list below it.
+# For more layers than this, a colour bar beside the figure replaces the legend below it.
 _MOST_LISTED = 12
 
 
@@ -151,7 +151,7 @@ def _colours(names: Sequence[str]) -> dict[str, Any]:
 
 
 def _explain(figure: Figure, axes: Sequence[Any], names: Sequence[str], colours: Mapping[str, Any]) -> None:
-    """Which colour is which layer: a list below, or, for many layers with numbers, a bar."""
+    """Which colour is which layer: a legend below, or, for many layers with numbers, a colour bar."""
     if len(names) > _MOST_LISTED and all(name.isdecimal() for name in names):
         numbers = [int(name) for name in names]
         scale = Normalize(min(numbers), max(numbers))
@@ -160,6 +160,6 @@ def _explain(figure: Figure, axes: Sequence[Any], names: Sequence[str], colours:
         bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
         return
     lines = [Line2D([], [], color=colours[name]) for name in names]
-    labels = [f"layer {name}".replace("$", r"\$") for name in names]  # which else begins a formula
+    labels = [f"layer {name}".replace("$", r"\$") for name in names]  # a $ would begin a formula
     if names:
         figure.legend(lines, labels, loc="outside lower center", ncols=min(6, len(names)), fontsize=8, frameon=False)

@@ -13,15 +13,15 @@ from mxdsurgery.errors import MxDError
 
 # Without a terminal, a progress line every so many seconds.
 _LINE_EVERY = 15.0
-# How fast work goes is seen from the last so many seconds.
+# The rate of work is measured over the last so many seconds.
 _RECENT = 30.0
 
-# What the first so many units of a piece of work cost, in any unit of its own.
+# From a number of units of work: what the first so many of them cost, in any unit of cost.
 Cost = Callable[[float], float]
 
 
 class Reporter:
-    """Says nothing; the base of what does. Every stage function takes one."""
+    """Says nothing; the base class of reporters that do. Every stage function takes one."""
 
     def say(self, text: str) -> None:
         """One line about what happens or was found."""
@@ -44,8 +44,8 @@ class ConsoleReporter(Reporter):
 
     Args:
         console: which.
-        level: the lowest level of what is said, as `logging` names them: ``warning`` is nothing, for all that is said is
-            information; ``info``; ``debug`` is one line per event, with its time, level and stage, and no bars.
+        level: the lowest level of what is said, as `logging` names them: ``warning``: nothing, since all that is said
+            is information; ``info``: all of it; ``debug``: one line per event, with its time, level and stage, and no bars.
     """
 
     def __init__(self, console: Console | None = None, level: str = "info") -> None:
@@ -89,7 +89,7 @@ class ConsoleReporter(Reporter):
 
 
 class Pace:
-    """How fast a piece of work goes and how long the rest of it takes, judged by the last while and not by all of it.
+    """How fast a piece of work goes and how long the rest of it takes, judged by the most recent part and not by all of it.
 
     Args:
         cost: of the first so many units of the work; default: all of them cost the same.
@@ -99,18 +99,18 @@ class Pace:
     def __init__(self, cost: Cost | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.cost, self.clock, self.total = cost or (lambda done: done), clock, 0.0
         self.begun = (clock(), 0.0)
-        self.seen: deque[tuple[float, float]] = deque()  # when how much was done
+        self.seen: deque[tuple[float, float]] = deque()  # (time, units done)
 
     def update(self, done: float, total: float) -> None:
-        """So much of so much is done now."""
+        """Notes that ``done`` of ``total`` units are done now."""
         self.total = total
         self.seen.append((self.clock(), done))
         while len(self.seen) > 2 and self.seen[1][0] <= self.seen[-1][0] - _RECENT:
             self.seen.popleft()
 
     def _span(self) -> tuple[float, float, float]:
-        """The last while: its seconds, and from where to where in the work it went."""
-        # Not from the beginning, if it can be: machines warm up, and of a resumed run much was done before.
+        """The most recent part: its seconds, and the units done at its beginning and its end."""
+        # Not from the beginning, if possible: machines warm up, and a resumed run begins with much done already.
         (start, before), (end, done) = (self.seen[0] if len(self.seen) > 1 else self.begun), self.seen[-1]
         return max(end - start, 1e-9), before, done
 
@@ -127,7 +127,7 @@ class Pace:
         return (self.cost(self.total) - self.cost(done)) * seconds / max(self.cost(done) - self.cost(before), 1e-9)
 
     def words(self, unit: str) -> str:
-        """Both, for people."""
+        """Rate and time left, for people."""
         return f"{compact(self.rate)} {unit}/s  {duration(self.left)} left"
 
 
@@ -163,7 +163,7 @@ def event_line(level: str, stage: str, text: str) -> str:
 
 
 def stage_and_text(line: str, before: str) -> tuple[str, str]:
-    """A line's stage, its first word, and the rest; a line that begins with blanks goes on with the stage before."""
+    """A line's stage, its first word, and the rest; a line that begins with blanks belongs to the stage before."""
     stage, _, text = line.partition(" ") if line[:1].strip() else (before, "", line)
     return stage, text.strip()
 
@@ -181,7 +181,7 @@ def timed(event: Callable[[str, str, str], None], stage: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        with suppress(MxDError):  # what stopped it says more
+        with suppress(MxDError):  # the error that stopped it says more
             event("error", stage, f"stopped after {time.monotonic() - start:.1f} s: {type(error).__name__}")
         raise
     event("info", stage, f"ended after {time.monotonic() - start:.1f} s")

@@ -1,4 +1,4 @@
-"""How much a command says: -q and -v, which all have, and whether the libraries' warnings are heard."""
+"""How much a command says: -q and -v, which all commands have, and whether the libraries' warnings are shown."""
 
 import logging
 import os
@@ -40,13 +40,13 @@ class Command(click.Command):
         self.params += level_options()
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs it, with the libraries as loud as asked for."""
+        """Runs it, with the libraries' warnings shown or not, as asked for."""
         _hear_libraries(_level() == "debug")
         return super().invoke(ctx)
 
 
 def console_reporter() -> ConsoleReporter:
-    """What the running command tells people with."""
+    """The reporter of the running command, at the level asked for."""
     return ConsoleReporter(level=_level())
 
 
@@ -55,7 +55,7 @@ def _level() -> str:
 
 
 class _Lines(logging.Handler):
-    """What a library logs, as a line like ours."""
+    """Prints what a library logs as a line like ours."""
 
     def emit(self, record: logging.LogRecord) -> None:
         line = event_line(record.levelname.lower(), record.name.partition(".")[0], record.getMessage())
@@ -63,7 +63,7 @@ class _Lines(logging.Handler):
 
 
 def _hear_libraries(warned: bool) -> None:
-    """The libraries' own progress bars, warnings and advice would interrupt ours; their warnings are there for who asks."""
+    """Silences the libraries' progress bars, advice and, unless ``warned``, warnings: they would interrupt our own."""
     warnings.simplefilter("default" if warned else "ignore")
     warnings.simplefilter("once", MxDWarning)
     warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
