@@ -13,8 +13,8 @@ from typing import Any
 
 # On Linux, torch then asks for huge pages: the CPU's training step spends a tenth of its time on page faults otherwise.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# OpenMP's threads then spin for a moment while they wait for each other, and sleep: beside other programs, long spinning costs
-# many times what it saves; alone, none at all costs an eighth (docs/tried.md).
+# OpenMP's threads then spin briefly while they wait for each other, and then sleep: beside other programs, long spinning costs
+# many times what it saves; alone, no spinning at all costs an eighth (docs/tried.md).
 if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
     os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="2000")
 
@@ -57,7 +57,7 @@ __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, or a room or module of ours, that nobody asked for before."""
+    """Loads a public name, or a room or module of ours, when it is first asked for."""
     if name in _MODULE_OF:
         value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
         setattr(sys.modules[__name__], name, value)

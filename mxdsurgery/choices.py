@@ -1,11 +1,11 @@
-"""What flags may be, and are by default, where no recipe key says so: plain data, so that help is there without torch."""
+"""Choices and defaults of flags where no recipe key has them: plain data, so that help needs no torch."""
 
 from mxdsurgery.recipe import RECIPE_KEYS
 
 # `frontier`
 DEFAULT_K = (16, 32, 64, 128, 256)
 DEFAULT_KINDS = ("mxd", "transcoder", "skip-transcoder")
-# One layer at a time is looked at, so there are no others to feed it.
+# Each layer is converted alone, so no others feed it.
 ONE_LAYER = {
     "inputs": "original",
     "target": "stream",
@@ -22,9 +22,9 @@ HEAL_CHOICES = {
     "teacher": ("model", "cached"),
     "format": RECIPE_KEYS["format"].choices,
 }
-# The peak learning rate, as a share of that of the conversion: more spoils a good start before it heals.
+# The peak learning rate, as a share of that of the conversion: a higher one spoils a good start before it heals.
 LR_FACTOR = 0.1
-# The weight of the penalty on frozen experts, of the recipe's: with less, their share falls while the KL does.
+# The weight of the penalty on frozen experts, as a multiple of the recipe's: with less, the experts' share falls with the KL.
 SPECIALISE_FACTOR = 10.0
 # The weight of each layer's own distance from its block's output, beside the KL's 1.
 LOCAL = 0.3
@@ -33,5 +33,5 @@ LOCAL = 0.3
 BY = ("auto", "token", "text")
 # `coefficients`
 FORMS = ("parquet", "safetensors")
-# `generate`: of the numbers of ``steer`` and ``clamp``. As in interventions.py, which travels and so imports nothing of this.
+# `generate`: units of the numbers of ``steer`` and ``clamp``. Repeats interventions.py, which travels and cannot import this.
 UNITS = ("coefficient", "maximum")

@@ -40,7 +40,7 @@ _FIRST_SPEAKS = 5.0  # seconds that the other processes of a run wait before the
 
 
 class _NamedErrors(click.Group):
-    """A user's mistake, in a flag too: its three lines on stderr and exit code 2. Ctrl-C: what is there, and 130."""
+    """Prints a user's mistake, also one in a flag, on stderr: exit code 2. For Ctrl-C, what was kept: exit code 130."""
 
     command_class = Command
 
@@ -49,7 +49,7 @@ class _NamedErrors(click.Group):
             return super().invoke(ctx)
         except MxDError as error:
             one_of_several = int(os.environ.get("RANK", 0))
-            time.sleep(_FIRST_SPEAKS * bool(one_of_several))  # and the launcher ends this one if that says the same
+            time.sleep(_FIRST_SPEAKS * bool(one_of_several))  # the launcher ends this one meanwhile if the first says the same
             click.echo(masked(f"{type(error).__name__}: {error}", secrets_here(None)), err=True)
             sys.exit(2)
         except KeyboardInterrupt as interrupt:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-# Forms that nothing else has.
+# Patterns that match nothing but secrets.
 _SECRETS = {
     "a Hugging Face token": r"(?<![A-Za-z0-9])(?:hf_|api_org_)[A-Za-z0-9]{20,}",
     "an OpenAI key": r"(?<![A-Za-z0-9])sk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{20,}",
@@ -32,7 +32,7 @@ _ASSIGNMENTS = {
 _FORMS = [(what, re.compile(form)) for what, form in _SECRETS.items()]
 _NAMED = [(what, re.compile(form)) for what, form in _ASSIGNMENTS.items()]
 
-# Environment variables whose values are looked for as they are: those that the libraries used here read.
+# Environment variables whose values are searched for literally: those that the libraries used here read.
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY")
 
 # A path is a whole value of YAML (up to the end of its line) or a whole string, which may hold spaces; or it stands in a text.
@@ -49,7 +49,7 @@ _PATHS = re.compile(
 )
 # Where people's own files are, on machines of any kind.
 _OWN = {"home", "Users", "root", "tmp", "private", "mnt", "media", "Volumes", "scratch", "workspace", "content", "kaggle"}
-# What every machine has gives nothing away.
+# Folders that every machine has: they give nothing away.
 _EVERYWHERE = {"bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "proc", "run", "sbin", "sys"}
 _EVERYWHERE_IN_USR = {"bin", "include", "lib", "lib32", "lib64", "libexec", "sbin", "share"}
 _TOP = _OWN | _EVERYWHERE | {"opt", "srv", "usr", "var"}
@@ -63,7 +63,7 @@ class Finding:
         line: where, counted from 1.
         what: in words, with its article.
         shown: the path, or the beginning of the secret.
-        secret: whether it is one; else it is a path.
+        secret: whether it is a secret; else it is a path.
     """
 
     line: int
@@ -73,7 +73,7 @@ class Finding:
 
 
 def secrets_here(token: str | None) -> set[str]:
-    """The token in use, and those in the environment: they are looked for as they are."""
+    """The token in use, and those in the environment, to be searched for literally."""
     values = [token, *(os.environ.get(name) for name in _VARIABLES)]
     return {value.strip() for value in values if value and len(value.strip()) >= 8}
 
@@ -83,15 +83,15 @@ def disclosures(text: str, known: Iterable[str] = (), vocabulary: bool = False) 
 
     Args:
         text: of a whole file.
-        known: secrets to look for as they are.
-        vocabulary: the text lists a tokenizer's pieces, or is what a model was shown: only what can be nothing but a secret.
+        known: secrets to search for literally.
+        vocabulary: the text lists a tokenizer's pieces, or is what a model was shown: find only what is surely a secret.
     """
     found = [(start, end, what, True) for start, end, what in _secrets(text, known, vocabulary)]
     if not vocabulary:
         found += [(start, end, "a local path", False) for start, end in _local_paths(text)]
     findings, reached = [], 0
-    for start, end, what, secret in sorted(found, key=lambda one: one[0]):  # of two names for one, the more exact is first
-        if start >= reached:  # a token is also what follows the word "token"
+    for start, end, what, secret in sorted(found, key=lambda one: one[0]):  # of two at one place, the more exact stays first
+        if start >= reached:  # drops overlaps: a token may also follow the word "token"
             length = end - start
             shown = f"{text[start : start + length // 8][:4]}... ({length} characters)" if secret else text[start:end]
             findings.append(Finding(text.count("\n", 0, start) + 1, what, shown, secret))
@@ -109,22 +109,22 @@ def redacted(text: str) -> str:
 
 
 def masked(text: str, known: Iterable[str] = ()) -> str:
-    """The text with what kind of secret it is in place of each secret; local paths stay.
+    """The text with each secret replaced by its kind; local paths stay.
 
     Args:
         text: of a log or a message.
-        known: secrets to look for as they are.
+        known: secrets to search for literally.
     """
     pieces, reached = [], 0
     for start, end, what in sorted(_secrets(text, known, False), key=lambda one: one[0]):
         if start >= reached:
             pieces += [text[reached:start], f"[{what}]"]
-        reached = max(reached, end)  # nothing of a longer form's end is left over
+        reached = max(reached, end)  # so that the end of a longer, overlapping match does not stay
     return "".join([*pieces, text[reached:]])
 
 
 def secret_in(text: str) -> str | None:
-    """What kind of secret is in a text, those of the environment among them; None where there is none."""
+    """The kind of a secret that a text holds, those of the environment included; None where there is none."""
     return next((what for _, _, what in _secrets(text, secrets_here(None), False)), None)
 
 
@@ -146,7 +146,7 @@ def _local_paths(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_local(path: str) -> bool:
-    """Whether an absolute path names something of this machine or of another; it need not exist any more."""
+    """Whether an absolute path is a local one, of this machine or another; it need not exist any more."""
     first, *rest = PurePosixPath(path).parts[1:] or ("",)
     if not rest:
         return first not in {"", *_TOP} and os.path.exists(path)

@@ -25,7 +25,7 @@ class MxDError(Exception):
 
 
 class MxDWarning(UserWarning):
-    """Something that is allowed but hardly meant."""
+    """Something that is allowed but probably not intended."""
 
 
 class RecipeError(MxDError):
@@ -57,7 +57,7 @@ class UnsupportedBlockError(MxDError):
 
 
 class WeightsError(MxDError):
-    """Weights that are missing, incomplete or not safetensors."""
+    """Weights that are missing, incomplete, quantised, not finite or not safetensors."""
 
 
 class DataError(MxDError):
@@ -77,7 +77,7 @@ class BaseModelError(MxDError):
 
 
 class EditError(MxDError):
-    """An edit that names no expert of the model, has numbers that cannot be, or is meant for another model."""
+    """An edit that names no expert of the model, has invalid numbers, or is meant for another model."""
 
 
 class MetricsError(MxDError):
@@ -109,11 +109,11 @@ class CheckpointError(MxDError):
 
 
 class HealError(MxDError):
-    """A folder that cannot be healed, or a way of healing that there is not."""
+    """A folder that cannot be healed, or an unknown way of healing."""
 
 
 class LoRAError(MxDError):
-    """LoRA that cannot be: peft is missing, or there is nothing to adapt."""
+    """LoRA is not possible: peft is missing, or there is nothing to adapt."""
 
 
 class HubError(MxDError):
@@ -121,7 +121,7 @@ class HubError(MxDError):
 
 
 class PushError(MxDError):
-    """What cannot be pushed as it is: a token or local path in it, files missing from it, a place held by something else."""
+    """A push that is refused: a token or local path in it, files missing, or something else in its place."""
 
 
 class DeviceError(MxDError):

@@ -11,9 +11,9 @@ from mxdsurgery.outside import shown
 
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _COUNT = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmb]?)", re.IGNORECASE)
-# What counts or measures something is smaller than this.
+# Counts and measures have to be smaller than this.
 _MOST_NUMBER = 10**18
-# Nor do control characters, or halves of characters, stand in a name.
+# Texts are not longer than this, and hold no control characters or lone surrogates.
 _MOST_CHARACTERS = 10_000
 _NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -25,7 +25,7 @@ def parse_count(value: object) -> int | None:
     match = _COUNT.fullmatch(str(value).strip().replace("_", ""))
     if match is None:
         return None
-    number = Fraction(match[1]) * _SUFFIXES[match[2].lower()]  # floats make 4.1M a broken number
+    number = Fraction(match[1]) * _SUFFIXES[match[2].lower()]  # with floats, 4.1M would not be whole
     return int(number) if number.denominator == 1 and number < _MOST_NUMBER else None
 
 
@@ -104,7 +104,7 @@ class Key:
         if not good:
             raise RecipeError(f"recipe key {name!r} is {shown(value)}", expected=self.allowed())
         secret = secret_in(parsed) if isinstance(parsed, str) else None
-        if secret is not None:  # it is not quoted
+        if secret is not None:  # the error does not quote it
             raise RecipeError(
                 f"recipe key {name!r} holds {secret}",
                 expected="no secret: recipes are saved with the model, and shown on its card",

@@ -63,7 +63,7 @@ class Numbers(click.ParamType):
 
 
 def recipe_options(*without: str) -> Callable[[Callable], Callable]:
-    """A flag for every recipe key but the model, which is the argument, and some others; in the recipe's order."""
+    """A flag for every recipe key, in the recipe's order, except the model, which is the argument, and ``without``."""
 
     def add(command: Callable) -> Callable:
         for field in reversed(dataclasses.fields(Recipe)):
@@ -84,7 +84,7 @@ def recipe_options(*without: str) -> Callable[[Callable], Callable]:
 
 DEVICE = click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
 COMPUTE = click.option("--compute", type=RecipeValue("compute"), help=RECIPE_KEYS["compute"].doc)
-# On commands that are no conversion; of a conversion it is a key of the recipe, as all the rest.
+# For commands that convert nothing; for a conversion it is a recipe key, like the others.
 THREADS = click.option(
     "--threads",
     type=RecipeValue("threads"),
@@ -95,7 +95,7 @@ THREADS = click.option(
 
 
 def machine_options(command: Callable) -> Callable:
-    """The flags of where and how a command that is no conversion computes."""
+    """The flags that say where and how a command that converts nothing computes."""
     return DEVICE(COMPUTE(THREADS(command)))
 
 
@@ -104,7 +104,7 @@ BASE = click.option("--base", help="The original model, if it is not where the r
 
 
 def labelled_options(required: bool) -> Callable[[Callable], Callable]:
-    """The flags of what looks at experts through labelled text."""
+    """The flags of commands that look at experts through labelled text."""
     options = (
         click.option("--data", required=required, help="Labelled text: .jsonl, .csv, .parquet or a data set on the hub."),
         click.option("--layer", type=int, help="Default: the first in DIR."),
@@ -175,7 +175,7 @@ def heal_options(command: Callable) -> Callable:
 
 
 def _key_option(name: str) -> Callable[[Callable], Callable]:
-    """A recipe key's flag on a command that is no conversion."""
+    """A recipe key's flag on a command that converts nothing."""
     return click.option("--" + name.replace("_", "-"), type=RecipeValue(name), help=RECIPE_KEYS[name].doc)
 
 
@@ -185,7 +185,7 @@ def _choice(name: str, text: str) -> Callable[[Callable], Callable]:
 
 
 def text_options(command: Callable) -> Callable:
-    """The flags of what measures on held-out text."""
+    """The flags of commands that measure on held-out text."""
     options = (
         click.option("--data", help="Text; default: the recipe's held-out text."),
         click.option("--tokens", type=Count(), help="How many of its tokens; default: the recipe's eval_tokens."),

@@ -1,7 +1,7 @@
 """What comes from outside: files that others may have written are read within bounds, and nothing in them is ever run.
 
-Every reader here takes files of a bounded size, nesting and size of numbers, and says in a `ValueError` of one line what is
-wrong; who calls it says what the file should have been. Weights are safetensors, and no path leaves the folder that names it.
+Every reader here limits a file's size, its nesting and its numbers, and says in a `ValueError` of one line what is wrong;
+the caller says what the file should have been. Weights are safetensors, and no path leaves the folder that names it.
 """
 
 import itertools
@@ -16,16 +16,16 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 from safetensors import SafetensorError, safe_open
 
-# Of a file of settings.
+# The largest settings file.
 MOST_BYTES = 16 * 2**20
-# Mappings and lists within each other, and characters of one value.
+# The deepest nesting of mappings and lists, and the most characters of one value.
 _MOST_DEPTH, _MOST_CHARACTERS = 32, 2**16
-# Whole numbers are smaller than this: what counts something is.
+# Whole numbers have to be smaller than this, as every real count is.
 _MOST_NUMBER = 2**63
 # Files and folders of a model, with all that was found out about it.
 _MOST_FILES = 100_000
 
-# Of weights in several files.
+# The index of weights in several files.
 INDEX_FILE = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
 
@@ -40,7 +40,7 @@ def read_text(path: str | Path, most: int = MOST_BYTES) -> str:
         OSError: it is not there or may not be read.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    if path.exists() and not path.is_file():  # a pipe would block
         raise ValueError("is no plain file")
     with path.open("rb") as file:
         content = file.read(most + 1)
@@ -80,7 +80,7 @@ def _check_values(values: Any) -> None:
 
 
 class _PlainLoader(_C_LOADER):
-    """YAML's safe loader without what is not plain: a key that stands twice is an error, a number too large a text."""
+    """YAML's safe loader, but stricter: a key that stands twice is an error, a number that is too large becomes text."""
 
     def construct_mapping(self, node, deep=False):
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -105,20 +105,20 @@ def read_yaml(path: str | Path, most: int = MOST_BYTES) -> Any:
     """What a YAML file holds. Whole numbers from 2^63 on are given as the text that stands there.
 
     Raises:
-        ValueError: it is not YAML, has a key twice, is too large or too deeply nested, or has aliases (``*name``), which can
-            stand for more than any memory holds.
+        ValueError: it is not YAML, has a key twice, is too large or too deeply nested, has tags, or has aliases (``*name``),
+            which can stand for more than any memory holds.
         OSError: as `read_text`.
     """
     text = read_text(path, most)
     try:
         _check_events(text)
         return yaml.load(text, Loader=_PlainLoader)
-    except (yaml.YAMLError, ValueError) as error:  # the latter: numbers and dates that cannot be
+    except (yaml.YAMLError, ValueError) as error:  # the latter: invalid numbers and dates
         raise ValueError(f"is not valid YAML: {error}") from None
 
 
 def _check_events(text: str) -> None:
-    """Raises ValueError for what a YAML text should not hold, before anything is made of it: nothing here is recursive."""
+    """Raises ValueError for what a YAML text should not hold, before anything is built from it; without recursion."""
     depth = 0
     for event in yaml.parse(text, Loader=_C_LOADER):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -142,7 +142,7 @@ def shown(value: object, most: int = 1000) -> str:
 
 
 def inside(folder: Path, name: str) -> bool:
-    """Whether a name within a folder names something in it, links followed; in the hub's cache, links to its blobs are."""
+    """Whether a name leads to something inside a folder, links followed; in the hub's cache, links to its blobs count."""
     pure = PurePosixPath(name)
     if not name or "\0" in name or "\\" in name or pure.is_absolute() or ".." in pure.parts:
         return False
@@ -150,7 +150,7 @@ def inside(folder: Path, name: str) -> bool:
 
 
 def _leads_inside(root: Path, path: Path) -> bool:
-    """Whether a path, links followed, is in a folder that has no links itself."""
+    """Whether a path, links followed, is in ``root``, a resolved path, or among the hub's blobs that belong to it."""
     try:
         found = path.resolve()
     except (OSError, RuntimeError):  # a circle of links
@@ -182,7 +182,7 @@ def _entries(folder: Path, deep: bool) -> Iterator[Path]:
 
 
 def foreign_code(config: dict[str, Any]) -> str | None:
-    """The entry of a config that would have transformers fetch code from the hub and run it: a kernel; None without one."""
+    """The entry of a config that would make transformers fetch code from the hub and run it: a kernel; None without one."""
     pending: list[Any] = [config]
     while pending:
         value = pending.pop()
@@ -198,7 +198,7 @@ def foreign_code(config: dict[str, Any]) -> str | None:
 
 
 def check_types(value: Any, wanted: Any, where: str = "it") -> None:
-    """Raises ValueError if a value is not of a type, in its parts too: dataclasses, lists, tuples and dicts."""
+    """Raises ValueError if a value, or a part of it in dataclasses, lists, tuples or dicts, is not of a type."""
     origin, inner = get_origin(wanted), get_args(wanted)
     if wanted is Any:
         return
@@ -235,7 +235,7 @@ def _has_type(value: Any, wanted: Any) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that a folder's weights are in: of its index, where there is one.
+    """The files that hold a folder's weights: model.safetensors or, without it, those that the index names.
 
     Raises:
         ValueError: the index cannot be read, names a file outside the folder, or one that is not safetensors.

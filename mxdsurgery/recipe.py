@@ -21,7 +21,7 @@ _PACKAGE = Path(__file__).parent
 # Inside the package in an installed wheel; at the top of the repository in a checkout.
 RECIPES_FOLDER = next(path for path in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if path.is_dir())
 
-# Where K starts above its own value, it does not start above this unless asked to: early steps would cost too much.
+# Unless k_start says otherwise, K starts at most at this, or at k where that is more: early steps would cost too much.
 _MOST_K_START = 256
 
 
@@ -252,12 +252,12 @@ class Recipe:
         return dataclasses.asdict(self)
 
     def to_yaml(self) -> str:
-        """The recipe as a file that `load_recipe` reads back to the same values, but trust in code, which is given anew."""
+        """The recipe as a file that `load_recipe` reads back to the same values, except that it trusts no code."""
         return yaml.safe_dump(self.to_dict() | {"trust_remote_code": False}, sort_keys=False, allow_unicode=True)
 
 
 RECIPE_KEYS: dict[str, Key] = {f.name: f.metadata["key"] for f in dataclasses.fields(Recipe)}
-# What is computed in: auto is settled by measuring the device.
+# The dtypes to compute in: auto is decided by measuring the device.
 COMPUTE_KEYS = ("compute", "precision", "selection")
 # When checkpoints are written: they change nothing of what is computed.
 CHECKPOINT_KEYS = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
