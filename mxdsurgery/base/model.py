@@ -1,6 +1,6 @@
 """The base model, resolved once: its config, its skeleton, its weights and its tokenizer.
 
-Whatever is wrong with what the hub or a folder holds becomes a named error, here, in `config` or in `examination`.
+Whatever the hub or a folder answers wrongly becomes a named error, here, in `config` or in `examination`.
 """
 
 import copy

@@ -260,7 +260,7 @@ def _activations(holder: nn.Module, config: PreTrainedConfig, family: Family) ->
 
 
 def _numbers(holder: nn.Module, config: PreTrainedConfig) -> dict[float, Scaling]:
-    """Factors that a block may multiply its maps with: 1, and numbers of config and module; each with how a part says it."""
+    """Factors on maps that a block may have: 1, and numbers of config and module; each with what applies it to a part."""
     numbers: dict[float, Scaling] = {1.0: lambda part: part}
     own = (value for module in holder.modules() for value in vars(module).values())
     for value in _floats((*config.get_text_config(decoder=True).to_dict().values(), *own)):

@@ -268,7 +268,7 @@ def _numbers(row: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, float]
 
 
 def _wrong_from(curve: list[tuple[int, float]]) -> int | None:
-    """The first step at which an NMSE was not finite, or else far above its lowest if it ends there too; None: it is well."""
+    """The first step at which an NMSE was not finite, or else far above its lowest if it ends there too; None: neither."""
     bad = next((step for step, value in curve if not math.isfinite(value)), None)
     lowest = _lowest(curve)
     if bad is not None or lowest is None:

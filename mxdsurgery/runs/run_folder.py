@@ -87,7 +87,7 @@ class RunFolder:
     def __init__(self, out: Path | None, recipe: Recipe) -> None:
         self.path = None if out is None else out.with_name(out.name + ".run")
         self.shares = text_shares(recipe)
-        self.own = f".{rank()}" if rank() else ""  # ends the names of files that only this process uses
+        self.own = f".{rank()}" if rank() else ""  # ends the names of folders that only this process uses
         self.writes = self.path is not None and (rank() == 0 or self.shares == 1)
         self.checkpoints = None
         if self.path is not None:

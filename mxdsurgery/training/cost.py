@@ -175,7 +175,7 @@ class Group:
 
     @property
     def weight_bytes(self) -> int:
-        """Weights of the base model and of all new layers on the device."""
+        """Bytes of the weights on the device, of the base model and of all new layers."""
         return self.base_bytes + self.finished_bytes + self.new_bytes
 
     @property

@@ -1,4 +1,4 @@
-"""What the original model predicts at every position, for another model to learn: everything, or its likeliest tokens, kept.
+"""What the original model predicts at every position, for another model to learn: in full, or its likeliest tokens, kept.
 
 Predictions over a large vocabulary are never held for a whole batch. The hidden states before the language-model head are
 held instead, and go through it some tokens at a time.
