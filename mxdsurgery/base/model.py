@@ -118,7 +118,7 @@ class BaseModel:
         return self._ready(loaded, compute, device, check=True), examination
 
     def _read(self, dtype: str, device: str | torch.device, offload: Path | None) -> PreTrainedModel:
-        """As it is stored: in host memory; or on disk, to compute on the device."""
+        """The model in the dtype asked for: its weights in host memory, or on disk, to be computed with on the device."""
         check_files(self.name, self.source, self.revision, self.skeleton.num_parameters())
         try:
             loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -141,7 +141,7 @@ class BaseModel:
         return loaded.eval().requires_grad_(False)
 
     def _ready(self, loaded: PreTrainedModel, compute: str | None, device: str | torch.device, check: bool) -> PreTrainedModel:
-        """On the device, computing in what is asked for."""
+        """Puts the model on its device and in the dtype that it computes in, and checks, if asked, that it is causal."""
         move(loaded, device)
         if compute is not None:
             compute_in(loaded, getattr(torch, compute))
