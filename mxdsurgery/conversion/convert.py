@@ -38,10 +38,10 @@ class Conversion:
 
     Attributes:
         out: the folder.
-        plan: what was converted.
-        recipe: how, resolved.
+        plan: which layers were converted, and into what.
+        recipe: the resolved recipe.
         evaluation: the figures, as in evaluation.json.
-        seconds: of training.
+        seconds: training time.
     """
 
     out: Path
@@ -65,15 +65,15 @@ def convert(
         model: hub id, local folder, ``demo-glu`` or ``demo-mlp``.
         recipe: a recipe file or the name of one that comes with mxdsurgery; default: the one made for the model.
         resume: go on with the unfinished run in ``<out>.run``, if there is one, as if it had not been interrupted.
-        reporter: what to tell while working; default: nothing.
+        reporter: where progress is reported; default: nowhere.
         **overrides: recipe keys, for example ``layers="2-5"``, ``tokens=2_000_000``, ``k=16``, ``out="folder"``.
 
     Returns:
         The folder and the figures; where several processes were launched, None in all but the first.
 
     Raises:
-        MxDError: one of its named kinds; the output folder is as it was then. OutputError, where an unfinished run is neither
-            to be resumed nor overwritten; CheckpointError, where it cannot be resumed.
+        MxDError: one of its subclasses; the output folder is then as it was before. OutputError if there is an unfinished run
+            and neither resume nor overwrite is given; CheckpointError if that run cannot be resumed.
         Interrupted: Ctrl-C; while training, a checkpoint is written first.
     """
     made, resolved, base_model = open_and_plan(model, recipe, overrides)
@@ -126,7 +126,7 @@ def convert(
 
 
 def _settled(made: Plan, recipe: Recipe, base_model: BaseModel, run: RunFolder, reporter: Reporter, resume: bool) -> Plan:
-    """The plan that is carried out: that of the run that goes on, or this one, which has to fit. Says what it is."""
+    """The plan to carry out: that of the resumed run, or else ``made``, which must fit the memory budget. Reports it."""
     if (run.path / PLAN_FILE).is_file():
         begun = _read_plan(run.path / PLAN_FILE)
         step = 0 if run.resumed is None else run.resumed.state["step"]
@@ -135,7 +135,7 @@ def _settled(made: Plan, recipe: Recipe, base_model: BaseModel, run: RunFolder, 
             run.keep_threads(begun.machine.threads, reporter.say)
         made = begun.computing_as(made.settled(recipe))
     elif rank() == 0:
-        made.check_budget()  # not yet, where there was nothing to resume
+        made.check_budget()  # with ``resume``, this was not checked before
         made = with_time(made, recipe, base_model, WORTH_PREDICTING)
         (run.path / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
         write_json(run.path / PLAN_FILE, made.to_dict())
@@ -147,7 +147,7 @@ def _settled(made: Plan, recipe: Recipe, base_model: BaseModel, run: RunFolder, 
 
 
 def _read_plan(path: Path) -> Plan:
-    """A plan of the run that goes on."""
+    """A plan that the resumed run wrote; CheckpointError if it cannot be read."""
     try:
         return read_plan(path)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -155,7 +155,10 @@ def _read_plan(path: Path) -> Plan:
 
 
 def _my_share(made: Plan, recipe: Recipe, base_model: BaseModel, run: RunFolder) -> tuple[Plan, list[list[LayerPlan]]]:
-    """What this process trains, in the groups that it began with; and the layers of each process."""
+    """The plan of what this process trains (a resumed run keeps its groups), and the layers of each process.
+
+    Where all processes train the same layers, there is one list for all of them.
+    """
     shares = layer_shares(made.layers, recipe)
     if not all(shares):
         raise RecipeError(
@@ -183,9 +186,9 @@ def _evaluated(
     run: RunFolder,
     reporter: Reporter,
 ) -> tuple[Plan, dict[str, Any], float]:
-    """The figures, the seconds they took, and the plan with the tokens that single layers were measured on.
+    """The plan with the number of tokens that single layers were measured on, the figures, and the seconds they took.
 
-    Those are decided once: a run that goes on from here takes as many.
+    That number is decided once: a run resumed from here uses the same.
     """
     start = time.perf_counter()
     alone = Alone(recipe.eval_tokens_single or made.eval_tokens_single, EVALUATION_SHARE * training_seconds)
@@ -199,9 +202,9 @@ def _evaluated(
 
 
 def _training_record(made: Plan, training: Training, peak_bytes: int | None, evaluation_seconds: float) -> dict[str, Any]:
-    """For evaluation.json: what was trained, and what the plan said beside what was measured (None: it was not).
+    """For evaluation.json: what was trained, and planned beside measured values (None: not planned, or not measured).
 
-    How long the export took is added by `export`.
+    `export` adds how long the export took.
     """
 
     def rounded(seconds: float | None) -> float | None:

@@ -27,7 +27,7 @@ from mxdsurgery.training.accelerator import alone, make_accelerator, start_proce
 from mxdsurgery.training.cost import LayerPlan, layer_parameters, matched_n_experts, transcoder_parameters
 from mxdsurgery.training.distill import layer_key
 
-# What rows of one folder may differ in; every other recipe key is the same for all of them.
+# Recipe keys in which the rows of one folder may differ; they share every other key.
 _FREE_KEYS = {"layers", "k", "kind", "out", "overwrite", "device", "memory", "threads", "tracker", *ONE_LAYER}
 
 
@@ -44,17 +44,18 @@ def frontier(
 ) -> Frontier:
     """Trains kinds of layers at several K in place of one block, all on the same activations, and measures each.
 
-    What is in the folder already is not done again, so that other layers, kinds and K join the table.
+    Rows that the folder already holds are not trained again, so further layers, kinds and K can be added to the table.
 
     Args:
         model: hub id, local folder, ``demo-glu`` or ``demo-mlp``.
         layer: the block's layer; negative ones count from the end.
         k: values of K.
-        kinds: of layers; ``dense`` has no K and is trained once. All but ``dense`` get as many parameters as a transcoder with
-            ``expansion`` times D features, or, where ``n_experts`` is given, as an MxD layer with that many experts.
+        kinds: kinds of layers; ``dense`` has no K and is trained once. All but ``dense`` get as many parameters as a
+            transcoder with ``expansion`` times D features, or, where ``n_experts`` is given, as an MxD layer with that many
+            experts.
         recipe: a recipe file or the name of one that comes with mxdsurgery; default: the one made for the model.
         resume: go on with the group of layers whose training is unfinished, in ``<out>.run``, if there is one.
-        reporter: what to tell while working; default: nothing.
+        reporter: where progress is reported; default: nowhere.
         **overrides: recipe keys; ``out`` is the folder.
 
     Returns:
@@ -63,7 +64,7 @@ def frontier(
     Raises:
         RecipeError: an unknown kind, a wrong K, or what `mxdsurgery.planning.plan` raises.
         OutputError: the folder holds rows of other settings or something else, or cannot be written; or there is an unfinished
-            group that is not to be resumed.
+            group, and neither ``resume`` nor ``overwrite`` is given.
         CheckpointError: the unfinished group cannot be resumed.
         Interrupted: Ctrl-C; the rows so far are kept, and while training a checkpoint is written.
     """
@@ -118,7 +119,7 @@ def _checked(kinds: Sequence[str], k: Sequence[int]) -> tuple[list[str], list[in
 
 
 def _todo(block: Block, recipe: Recipe, kinds: list[str], k: list[int], rows: list[dict[str, Any]]) -> list[LayerPlan]:
-    """The layers that the table lacks, each with as many parameters as the others."""
+    """The layers that the table lacks; all but ``dense`` have as many parameters, as near as whole experts allow."""
     if recipe.n_experts is not None:
         budget = float(layer_parameters(block, recipe.n_experts))
     else:
@@ -143,7 +144,7 @@ def _run_group(
     reporter: Reporter,
     run: RunFolder,
 ) -> Frontier:
-    """Trains one group of layers, keeps their weights and measures them: the table with their rows."""
+    """Trains one group of layers, saves their weights, measures them, and returns the table with their rows."""
     training = Training(1)
     train_groups(base, made, train, recipe, accelerator, training, reporter, run=run)
     for planned, layer in training.layers.items():
@@ -162,7 +163,7 @@ def _run_group(
 
 
 def _open_folder(out: Path, settings: dict[str, Any], overwrite: bool) -> Frontier:
-    """What the folder holds, or will be begun with.
+    """The table that the folder holds, or an empty one to begin with.
 
     Raises:
         OutputError: it holds rows of other settings, or is no folder of ours.
@@ -184,7 +185,7 @@ def _open_folder(out: Path, settings: dict[str, Any], overwrite: bool) -> Fronti
 
 @contextmanager
 def _kept(out: Path, overwrite: bool) -> Iterator[None]:
-    """The folder to work in, from now on; begun anew with ``overwrite``.
+    """Makes the folder to work in; with ``overwrite``, removes an earlier frontier from it first.
 
     Raises:
         Interrupted: Ctrl-C.

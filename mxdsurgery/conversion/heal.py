@@ -39,7 +39,8 @@ from mxdsurgery.training.end_to_end import VALIDATION_TOKENS, EndToEnd, Settings
 from mxdsurgery.training.inputs import Read
 from mxdsurgery.training.teacher import Example, KeptPredictions, original_examples
 
-# Share of the steps until the peak rate; from there it falls. Adam's first steps move every weight alike, good or not.
+# Share of the steps until the learning rate peaks; from there it falls. Adam's first steps move all weights equally far, good
+# or not.
 WARMUP = 0.2
 # Contexts on which the reloaded checkpoint is compared with the model in memory.
 _CHECK_CONTEXTS = 2
@@ -58,16 +59,17 @@ class Healing:
         accumulate: forward and backward passes that a step is split into.
         checkpointing: compute the inside of each decoder layer twice, and keep less in memory.
         specialise: weight of the penalty on what frozen experts could do; default: ``SPECIALISE_FACTOR`` times the recipe's.
-        local: weight of each layer's own distance from its block's output; default: ``LOCAL``, with a cached teacher 0.
-        patience: stop when so many looks in a row at the validation text, of 10, found nothing better in the second half.
+        local: weight of each layer's own distance from its block's output; default: ``LOCAL``, or 0 with a cached teacher.
+        patience: stop after so many validations in a row without a new best, in the second half of the steps; there are 10
+            in all.
         lora_rank: of the adapters.
         lora: ``merged`` into the weights, or kept as an ``adapter`` for PEFT in the folder ``lora``.
         teacher: ``model``: the original runs beside the one in training. ``cached``: it runs once, its ``top_n`` likeliest
-            tokens at each position are kept on disk, and it goes.
+            tokens at each position are kept on disk, and it is unloaded.
         top_n: see ``teacher``.
         seed: of the text's order and the adapters; default: one more than the recipe's.
         format: ``checkpoint``, or ``adapter``: only what differs from the base model.
-        checkpoint_every: as in a recipe, as the two that follow; default: the recipe's.
+        checkpoint_every: as in a recipe, like the next two; default: the recipe's.
         checkpoint_minutes: see there.
         keep_checkpoints: see there.
     """
@@ -138,33 +140,34 @@ def heal(
     reporter: Reporter | None = None,
     **options: Any,
 ) -> dict[str, Any] | None:
-    """Trains a converted model end to end toward its original's predictions, and writes and measures what comes of it.
+    """Trains a converted model end to end toward its original's predictions, writes the result and measures it.
 
-    What is lowered is KL(original ‖ converted) of the next token. The layers keep their form and K. What is best on some text
-    that is not trained on is what is written, and the start is a candidate, too. ``out`` appears whole or not at all.
+    Training lowers KL(original ‖ converted) of the next token. The layers keep their form and K. The weights that are best on
+    validation text, which is not trained on, are written; those at the start are a candidate, too. ``out`` appears whole or
+    not at all.
 
     Args:
         folder: what ``convert`` or ``heal`` wrote; it is left as it is.
-        out: where to.
-        base: the original model, where it is not found any more as the recipe names it.
+        out: the folder to write.
+        base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
-        overwrite: take the place of an earlier folder of ours.
+        overwrite: replace an earlier folder that mxdsurgery wrote.
         resume: go on with the unfinished run in ``<out>.run``, if there is one, as if it had not been interrupted.
-        reporter: what to tell while working; default: nothing.
+        reporter: where progress is reported; default: nowhere.
         **options: the fields of `Healing`, for example ``mode="both"``, ``tokens=1_000_000``, ``lr=3e-4``.
 
     Returns:
-        The step as config.json has it (``kl_before`` and ``kl_after`` on the validation text in nats per token, ``tokens``,
-        ``seconds``, the settings), ``evaluation``, the figures on held-out text as `evaluate` gives them, and ``out``. None
-        in all processes but the first, where several were launched.
+        The record of this healing as config.json has it (``kl_before`` and ``kl_after`` on the validation text in nats per
+        token, ``tokens``, ``seconds``, the settings), ``evaluation``, the figures on held-out text as `evaluate` gives them,
+        and ``out``. None in all processes but the first, where several were launched.
 
     Raises:
         NotConvertedError: the folder is not one of ours.
-        HealError: its experts were edited, it has an adapter that is not merged, or an option is none of its choices.
+        HealError: the folder's experts were edited, it has an adapter that is not merged, or an option's value is not allowed.
         LoRAError: peft is not installed.
-        BaseModelError: the original model is missing, or is not the one that this was made from.
-        DataError: the text cannot be read, is too short, or is the held-out one.
+        BaseModelError: the original model is missing, or is not the one that the folder was made from.
+        DataError: the text cannot be read, is too short, or is the held-out text.
         DivergedError: the learning rate was too high.
         OutputError: ``out`` cannot be written, or an unfinished run is neither to be resumed nor overwritten.
         CheckpointError: the unfinished run cannot be resumed.
@@ -204,7 +207,7 @@ def heal(
 
 
 def _settled(converted: Converted, recipe: Recipe, compute: str | None, run: RunFolder, reporter: Reporter) -> Recipe:
-    """The recipe with what is computed in, as the run began or is fastest here; the converted model computes so."""
+    """The recipe with its compute dtype settled; a resumed run keeps its own. The converted model then computes in it."""
     asked = dataclasses.replace(recipe, compute=compute or recipe.compute)
     settled = settled_recipe(asked, converted.plan.layers, chosen_dtype(converted, asked))
     settled = run.as_begun(settled, reporter.say)
@@ -213,7 +216,7 @@ def _settled(converted: Converted, recipe: Recipe, compute: str | None, run: Run
 
 
 def _where_it_stands(state: EndToEnd, patient: "_Patient", run: RunFolder, reporter: Reporter) -> EndToEnd:
-    """The training's state, of a run that goes on as it was kept."""
+    """The training's state; that of a resumed run is restored."""
     if run.resumed is not None:
         state.restore(run.resumed.state, patient.layers)
         reporter.say(f"resume     from step {state.step}, in {run.path}")
@@ -222,7 +225,7 @@ def _where_it_stands(state: EndToEnd, patient: "_Patient", run: RunFolder, repor
 
 @dataclass
 class _Patient:
-    """The model that is healed, and what of it learns."""
+    """The model that is healed, and which parts of it learn."""
 
     converted: Converted
     layers: dict[LayerPlan, nn.Module]  # fp32 copies
@@ -263,7 +266,7 @@ def _contexts_per_pass(recipe: Recipe, how: Healing) -> int:
 
 
 def _texts(converted: Converted, saved: Recipe, recipe: Recipe, data: str | None) -> tuple[TextStream, Tensor]:
-    """The training text, and the contexts (S, T) at its beginning that are not trained on; nothing of it is held out."""
+    """The training text, and S contexts (S, T) at its beginning, not trained on, for validation; neither is held-out text."""
     tokenizer = converted.tokenizer()
     heldout = saved.eval_data
     if data is None or data == saved.data or (os.path.isfile(data) and os.path.abspath(data) == saved.data):
@@ -277,7 +280,7 @@ def _texts(converted: Converted, saved: Recipe, recipe: Recipe, data: str | None
         packing = Packing(tokenizer, recipe.context, recipe.prepend_bos)
         train = TextStream(data, packing, recipe.text_column, shuffle=recipe.shuffle)
     validation, train = dataclasses.replace(train, seed=recipe.seed).split(VALIDATION_TOKENS)
-    next(train.contexts())  # fails now, not after the models are loaded
+    next(train.contexts())  # fails now, not after the original is loaded
     return train, validation
 
 
@@ -288,7 +291,7 @@ def _patient(converted: Converted, original: PreTrainedModel, recipe: Recipe, ho
     layers = {}
     for plan in converted.plan.layers if how.mode != "lora" else ():
         layer = layers[plan] = copy.deepcopy(converted.layers[plan.block.layer]).float().requires_grad_(True)
-        if hasattr(layer, "block"):  # an autoencoder's: it stays the original's
+        if hasattr(layer, "block"):  # an autoencoder keeps the original block
             layer.block.requires_grad_(False)
     learn = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
     learn += adapters.parameters() if adapters is not None else []
@@ -298,7 +301,7 @@ def _patient(converted: Converted, original: PreTrainedModel, recipe: Recipe, ho
 
 
 class _Texts(NamedTuple):
-    """What is trained on, endless, and what is looked at, each with what the original says about it."""
+    """Training examples, without end, and validation examples, each with the original's predictions."""
 
     examples: Iterator[Example]
     validation: list[Example]
@@ -316,7 +319,7 @@ def _texts_with_answers(
     recipe: Recipe,
     state: EndToEnd,
 ) -> _Texts:
-    """The texts from where the training stands."""
+    """The texts with the original's predictions, from where the training stands."""
     taken = state.step * how.accumulate
     if how.teacher == "model":
         blocks = patient.converted.plan.blocks if how.local > 0 else ()
@@ -379,7 +382,7 @@ def _train(
 
 
 def _record(patient: _Patient, recipe: Recipe, how: Healing, state: EndToEnd, validation: Tensor) -> dict[str, Any]:
-    """The step as config.json keeps it: plain data that names no local path."""
+    """The record of this healing as config.json keeps it: plain data that names no local path."""
     return {
         "mode": how.mode,
         "data": text_name(how.data or recipe.data),
@@ -405,7 +408,7 @@ def _record(patient: _Patient, recipe: Recipe, how: Healing, state: EndToEnd, va
 
 
 def _write(patient: _Patient, folder: Path, step: dict[str, Any], how: Healing, check: Tensor) -> None:
-    """The healed model's folder, but for its evaluation and card; reloaded in a fresh process and compared."""
+    """Writes the healed model's folder, all but evaluation and card; reloads it in a fresh process and compares."""
     converted, adapters = patient.converted, patient.adapters
     for path in converted.folder.iterdir():
         if path.is_file() and path.name not in ABOUT and ".safetensors" not in path.name:
@@ -417,7 +420,7 @@ def _write(patient: _Patient, folder: Path, step: dict[str, Any], how: Healing, 
         adapters.remove()
     model = converted.model.eval().requires_grad_(False)
     dtype = computed_in(model)
-    as_stored(model)  # and so rounded, before it is compared
+    as_stored(model)  # rounds the weights before the comparison
     compute_in(model, dtype)
     reference = reference_outputs(model, check)
     as_stored(model)
@@ -428,7 +431,7 @@ def _write(patient: _Patient, folder: Path, step: dict[str, Any], how: Healing, 
 
 
 def heal_table(result: dict[str, Any]) -> Table:
-    """For a terminal: KL on the validation text on the way."""
+    """For a terminal: KL on the validation text in the course of training."""
     table = Table(title=f"On {result['validation_tokens']:,} tokens that were not trained on")
     table.add_column("tokens", justify="right")
     table.add_column("KL(original ‖ converted)", justify="right")

@@ -16,18 +16,18 @@ from mxdsurgery.training.accelerator import start_processes
 def shared_run(
     target: Path, recipe: Recipe, more: Mapping[str, Any], resume: bool, overwrite: bool, reporter: Reporter
 ) -> Iterator[tuple[RunFolder, Reporter]]:
-    """A run that makes ``target``: begun, or gone on with; when all went well, its folder is gone.
+    """A run that makes ``target``, started or resumed; on success, its run folder is removed.
 
     Args:
-        target: the result's place.
-        recipe: what it depends on; parallel, device and when checkpoints are written.
-        more: what it depends on besides; see `RunFolder.confirm`.
+        target: where the result goes.
+        recipe: what the run depends on; also parallel, device and when to write checkpoints.
+        more: what else the run depends on; see `RunFolder.confirm`.
         resume: go on with an unfinished run.
         overwrite: begin anew, whatever is there.
         reporter: is told by the first process only.
 
     Yields:
-        The run, and whom to tell what happens in it.
+        The run, and the reporter to use within it, which also records.
 
     Raises:
         DeviceError: the device is not there.

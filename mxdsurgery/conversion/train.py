@@ -44,9 +44,9 @@ class Training:
     Attributes:
         groups: how many there are.
         passes: the progress of each group begun so far; one pass over the text each.
-        layers: those that are finished, rounded to what they will be stored in, and those in training, in fp32.
-        times_read: how many times a pass began the text, because it is shorter than the training.
-        seconds_feeding: spent on statistics and on hidden states, before the layers' own steps.
+        layers: finished layers, rounded to the dtype that they will be stored in, and layers in training, in fp32.
+        times_read: how many times a pass began the text; more than once where the text is shorter than the training.
+        seconds_feeding: time spent on statistics and hidden states, before the layers' own steps.
     """
 
     groups: int
@@ -66,18 +66,18 @@ class Training:
         return sum(progress.step for progress in self.passes)
 
     def state(self) -> dict[str, Any]:
-        """Where it stands, as plain data; `_resume` reads it."""
+        """Where it stands, as plain data; `_Work` reads it when a run is resumed."""
         passes = [progress.state() for progress in self.passes]
         return {"passes": passes, "times_read": self.times_read, "seconds_feeding": self.seconds_feeding}
 
     @property
     def nmse(self) -> dict[LayerPlan, float]:
-        """Over the last steps looked at."""
+        """By layer, over the last steps looked at."""
         return {layer: value for progress in self.passes for layer, value in progress.nmse.items()}
 
     @property
     def dead_share(self) -> dict[LayerPlan, float]:
-        """Of the experts."""
+        """By layer, the share of its experts that are dead."""
         return {layer: value for progress in self.passes for layer, value in progress.dead_share.items()}
 
 
@@ -91,24 +91,24 @@ def train_groups(
     reporter: Reporter,
     run: RunFolder | None = None,
 ) -> None:
-    """Distils group after group and leaves all layers frozen, in what the base model computes in, rounded to what they will be
-    stored in; those of a GPU in host memory.
+    """Distils group after group. Afterwards all layers are frozen, in the dtype that the base model computes in, rounded to
+    the dtype that they will be stored in; and in host memory, or on disk where the plan offloads.
 
     Args:
         base: the unmodified model, on the accelerator's device, or with its weights on disk.
         made: which layers, in which groups.
         train: the text; each group reads it from its beginning.
-        recipe: how.
+        recipe: how to train.
         accelerator: device, precision and trackers.
         training: is kept up to date.
-        reporter: what to tell.
-        run: where checkpoints are written, what to go on from, and where the plan's scratch lies, hidden states and finished
-            layers; default: nowhere, nothing, with a plan that keeps nothing on disk.
+        reporter: where progress is reported.
+        run: holds checkpoints, what to resume from, and the scratch folder for hidden states and finished layers; default:
+            none of these, for a plan that keeps nothing on disk.
 
     Raises:
         DivergedError: naming the layer.
         DataError: the text cannot be read to its end.
-        UnsupportedBlockError: with inputs: converted, the decoder layers cannot be run one by one.
+        UnsupportedBlockError: with ``inputs: converted``, the decoder layers cannot be run one by one.
         CheckpointError: the text is not the one that the run began with.
         OutputError: a checkpoint cannot be written.
         Interrupted: the run was asked to stop.
@@ -144,7 +144,7 @@ def train_groups(
 
 
 def start_kernels(accelerator: Accelerator, layers: Sequence[LayerPlan], tokens: int, reporter: Reporter) -> None:
-    """Puts the Triton kernels to use if they are faster for the largest of some layers on so many tokens, and says so."""
+    """Uses the Triton kernels if they are faster for the largest of the layers on ``tokens`` tokens; reports the choice."""
     largest = max(layers, key=lambda layer: layer.n_experts)
     shape = {"d_model": largest.block.d_model, "n_experts": largest.n_experts, "k": largest.k}
     kernels = choose_kernels(accelerator, **shape, tokens=tokens)
@@ -160,7 +160,7 @@ def _source(
     reporter: Reporter,
     folder: Path | None,
 ) -> OriginalInputs | ConvertedInputs:
-    """Where the layers' inputs come from, by the recipe. Trained jointly, they start from statistics of the original's."""
+    """Where the layers' inputs come from, by the recipe. Layers trained jointly start from statistics of the original's."""
     if recipe.inputs == "converted":
         return ConvertedInputs(base, train, recipe, device, folder, reporter)
     return OriginalInputs(base, train, recipe, device)
@@ -168,7 +168,7 @@ def _source(
 
 @dataclass
 class _Work:
-    """The groups of a run: what trains them, and how far they are."""
+    """Trains the groups of a run, and keeps which of them are finished."""
 
     base: PreTrainedModel
     steps: int
@@ -196,7 +196,7 @@ class _Work:
         return tensors
 
     def take_finished(self, number: int, layers: Sequence[LayerPlan]) -> bool:
-        """Takes the layers of a group from the checkpoint that the run goes on from, if it is finished there."""
+        """Takes a group's layers from the checkpoint that the run resumes from, if the group is finished there."""
         saved = self.run.resumed
         if saved is None or number >= saved.state["finished"]:
             return False
@@ -211,14 +211,14 @@ class _Work:
         return True
 
     def _progress(self, number: int) -> Progress:
-        """Of a group that begins."""
+        """Adds the progress of a group that begins, and returns it."""
         tokens = tokens_per_step(self.recipe)
         kind = EndToEnd if self.recipe.inputs == "joint" else Progress
         self.training.passes.append(kind(self.steps, tokens, self.steps * number))
         return self.training.passes[-1]
 
     def train(self, number: int, layers: Sequence[LayerPlan]) -> None:
-        """Some layers on the same text as all others: a layer learns the same in whatever group it is."""
+        """Trains a group of layers, on the same text as all other groups: a layer learns the same in whatever group it is."""
         start, training, saved = time.perf_counter(), self.training, self.run.resumed
         progress, resumed = self._progress(number), None
         if saved is not None and len(saved.state["passes"]) > number == saved.state["finished"]:
@@ -256,7 +256,7 @@ def _train_jointly(
     report: Callable[[Progress], None],
     keeper: Keeper,
 ) -> None:
-    """All layers at once, end to end, each also toward its block's output: at their start they say nothing."""
+    """Trains all layers at once, end to end, each also toward its block's output: fresh layers give nothing useful yet."""
     contexts = recipe.batch // recipe.context
     blocks = [layer.block for layer in layers]
     validation, text = source.text.split(VALIDATION_TOKENS)
@@ -274,7 +274,7 @@ def _train_jointly(
 def _freeze(
     layers: Sequence[LayerPlan], base: PreTrainedModel, stored: str, training: Training, folder: Path | None
 ) -> dict[LayerPlan, nn.Module]:
-    """Freezes trained layers, rounded to what they will be stored in; takes them off the device: to host memory, a folder."""
+    """Freezes trained layers, rounded to the dtype ``stored``, and moves them off the device: to host memory or a folder."""
     device = execution_device(base)
     for planned in layers:
         layer = training.layers[planned].to(device="cpu", dtype=getattr(torch, stored)).eval().requires_grad_(False)
@@ -289,9 +289,9 @@ def collect(training: Training, shares: Sequence[Sequence[LayerPlan]], base: Pre
 
     Args:
         training: of this process; in the first one, all layers are in it afterwards.
-        shares: the layers of each process; a single one where all have the same.
-        base: of the layers' dtype.
-        device: of the process, where tensors are for the journey.
+        shares: the layers of each process; a single list where all train the same layers.
+        base: its dtype is that of the layers.
+        device: of the process; tensors are sent from it and received on it.
     """
     if len(shares) == 1:
         return  # all of them trained all
