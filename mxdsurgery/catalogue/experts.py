@@ -89,7 +89,7 @@ def experts(
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         seed: of what is drawn.
-        reporter: what to tell while working; default: nothing.
+        reporter: where progress is reported; default: nowhere.
 
     Returns:
         ``tokens``, ``contexts``, ``classes``, ``seconds`` of the pass, ``peak_bytes`` (None if unknown), ``out``, and for each

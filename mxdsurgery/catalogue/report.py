@@ -70,7 +70,7 @@ def report(
         out: the page; default: report.html in the folder.
         limit_mib: the page's data are in the page itself if they take no more MiB than that, and otherwise in files in a
             folder beside it, named as the page with ``-data`` added.
-        reporter: what to tell while working; default: nothing.
+        reporter: where progress is reported; default: nowhere.
 
     Returns:
         ``page``, the path; ``data``, the folder beside it or None; ``bytes`` of both; ``layers`` and ``experts``, how many.

@@ -44,9 +44,9 @@ def apply(
         adapter: what ``convert``, ``heal`` or ``edit`` wrote with ``--format adapter``; it is left as it is.
         base: hub id, local folder or demo model; default: the model that it was made from, at that revision.
         out: where to.
-        overwrite: take the place of an earlier folder of ours.
+        overwrite: replace an earlier folder that mxdsurgery wrote.
         compute: dtype in which the result is compared with what it should be; as `evaluate`'s.
-        reporter: what to tell while working; default: nothing.
+        reporter: where progress is reported; default: nowhere.
 
     Returns:
         ``out``, ``base_model``, ``revision``, ``bytes`` of the checkpoint, ``adapter_bytes``, ``tensors_from_base``,
@@ -103,7 +103,7 @@ def make_adapter(folder: str | Path, *, base: str | None = None, out: str | Path
         folder: what ``convert``, ``heal``, ``edit`` or ``apply`` wrote; it is left as it is.
         base: where its base model is now; default: where it was.
         out: where to; it appears whole or not at all.
-        overwrite: take the place of an earlier folder of ours.
+        overwrite: replace an earlier folder that mxdsurgery wrote.
 
     Returns:
         ``out``, ``base_model``, ``revision``, ``adapter_bytes``, ``bytes`` of the checkpoint and ``tensors_from_base``.

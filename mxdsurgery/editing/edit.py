@@ -81,11 +81,11 @@ def edit(
         undo: take the last edit back instead.
         data: the text to compare on; default: the recipe's held-out text.
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
-        overwrite: take the place of an earlier folder of ours.
+        overwrite: replace an earlier folder that mxdsurgery wrote.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         format: ``checkpoint``, or ``adapter``: only what differs from the base model.
-        reporter: what to tell while working; default: nothing.
+        reporter: where progress is reported; default: nowhere.
 
     Returns:
         ``edits`` (in words), ``tokens``, ``ce_before``, ``ce_after``, ``delta_ce`` and ``kl`` (before ‖ after) in nats per

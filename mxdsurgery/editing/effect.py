@@ -76,7 +76,7 @@ def effect(
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in. bfloat16 takes half the memory, but rounds more than most single experts do; ``auto``: as
             stored, or float32 where that is faster on this device.
-        reporter: what to tell while working; default: nothing.
+        reporter: where progress is reported; default: nowhere.
 
     Returns:
         A JSON object. ``all``, ``firing`` and ``silent`` (predictions made at tokens where one of the edited experts fires in

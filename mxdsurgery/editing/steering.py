@@ -89,12 +89,12 @@ def steering(
         temperature: of the sampling, above 0.
         top_p: share of the probability mass that is sampled from.
         controls: how many other experts, drawn at random among the 20 that fire about as often, are steered to compare.
-        base: the original model, where it is not found any more as the recipe names it.
+        base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         seed: of the sampling and of the controls.
         judge: who rates texts besides; what is asked of it may cost money, (1 + factors) * samples times.
-        reporter: what to tell while working; default: nothing.
+        reporter: where progress is reported; default: nowhere.
 
     Returns:
         A JSON object. ``unsteered``: ``similarity``, ``perplexity`` with its 95 % bootstrap interval over texts, ``texts``.
@@ -106,7 +106,7 @@ def steering(
     Raises:
         NotConvertedError, CatalogueError: the folder or its catalogue is missing, or they do not belong together.
         EditError: not one expert is steered, it does not exist, or it never fired.
-        BaseModelError: the original model is missing or another one.
+        BaseModelError: the original model is missing, or is not the one that the folder was made from.
         RecipeError: texts of that length cannot be, or are not drawn at random.
         JudgeError: the judge does not answer.
     """

@@ -67,7 +67,7 @@ def sweep(
         seed: of the drawing.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; see `effect`.
-        reporter: what to tell while working; default: nothing.
+        reporter: where progress is reported; default: nowhere.
 
     Returns:
         A JSON object, kept in the folder as ``effects/sweep-layer<layer>.json``. ``experts``: those that fire on the text, by

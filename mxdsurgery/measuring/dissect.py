@@ -49,11 +49,11 @@ def dissect(
         label_column: column or field that holds the class.
         samples: texts, drawn at random; default: all.
         context: tokens that each text is cut after; default: the recipe's.
-        base: the original model, where it is not found any more as the recipe names it.
+        base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         seed: of the samples and permutations.
-        reporter: what to tell while working; default: nothing.
+        reporter: where progress is reported; default: nowhere.
 
     Returns:
         A JSON object, kept in the folder as ``dissection/layer<layer>.json``: the ``decoder_effective_rank`` of the original
@@ -63,7 +63,7 @@ def dissect(
     Raises:
         NotConvertedError, OutputError: the folder is not one of ours.
         DataError: the texts cannot be read.
-        BaseModelError: the original model is missing or another one.
+        BaseModelError: the original model is missing, or is not the one that the folder was made from.
     """
     reporter = reporter or Reporter()
     opened = open_subjects(folder, layer, base=base, device=device, compute=compute)

@@ -44,17 +44,17 @@ def evaluate(
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
         tokens_single: those that each layer alone is measured on; default: the recipe's ``eval_tokens_single``, or as many as
             the conversion chose, or else as many as keep this within a fifth of the training time.
-        base: the original model, where it is not found any more as the recipe names it.
+        base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
-        reporter: what to tell while working; default: nothing.
+        reporter: where progress is reported; default: nowhere.
 
     Returns:
         The JSON object that evaluation.json holds; ``mxdsurgery.measuring.fidelity.measure`` says what is in it.
 
     Raises:
         NotConvertedError: the folder is not one of ours.
-        BaseModelError: the original model is missing, or is not the one that this was made from.
+        BaseModelError: the original model is missing, or is not the one that the folder was made from.
         DataError: the text cannot be read or is too short.
     """
     reporter = reporter or Reporter()

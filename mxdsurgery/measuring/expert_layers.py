@@ -64,14 +64,14 @@ def open_subjects(
     Args:
         folder: of either.
         layer: default: the first that has experts.
-        base: the original model, where it is not found any more as the recipe names it.
+        base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
 
     Raises:
         NotConvertedError, OutputError: the folder is neither.
         LayerSelectionError: it has no such layer, or none with experts.
-        BaseModelError, ModelNotFoundError: the original model is missing or another one.
+        BaseModelError, ModelNotFoundError: the original model is missing, or is not the one that the folder was made from.
     """
     folder = Path(folder)
     opener = _of_frontier if (folder / FRONTIER_FILE).is_file() else _of_converted

@@ -61,10 +61,10 @@ def growth(
         folder: what ``convert`` wrote.
         data: the text; default: the recipe's held-out text.
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
-        base: the original model, where it is not found any more as the recipe names it.
+        base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
-        reporter: what to tell while working; default: nothing.
+        reporter: where progress is reported; default: nowhere.
 
     Returns:
         A JSON object. ``data``, ``tokens``, ``sequences`` and ``context`` that it rests on, ``original`` (``ce``).

@@ -67,11 +67,11 @@ def probe(
         label_column: column or field that holds the class.
         samples: texts, drawn at random; default: all.
         context: tokens that each text is cut after; default: the recipe's.
-        base: the original model, where it is not found any more as the recipe names it.
+        base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         seed: of the sample, the split and the permutations.
-        reporter: what to tell while working; default: nothing.
+        reporter: where progress is reported; default: nowhere.
 
     Returns:
         A JSON object, kept in the folder as ``probing/<data>-layer<layer>.json``: ``subjects``, each with its ``classes``
@@ -81,7 +81,7 @@ def probe(
     Raises:
         NotConvertedError, OutputError: the folder is not one of ours.
         DataError: the texts cannot be read, or a class has too few.
-        BaseModelError: the original model is missing or another one.
+        BaseModelError: the original model is missing, or is not the one that the folder was made from.
     """
     reporter = reporter or Reporter()
     opened = open_subjects(folder, layer, base=base, device=device, compute=compute)

@@ -48,7 +48,7 @@ def push(
         redact: send copies in which local paths are cut down to their last component. Secrets are refused all the same.
         include_experts: send the catalogue of ``experts`` too; it holds the text that the experts were looked up in.
         token: of the hub; default: the one of ``hf auth login`` or HF_TOKEN.
-        reporter: what to tell while working; default: nothing.
+        reporter: where progress is reported; default: nowhere.
 
     Returns:
         ``repo``, ``url``, ``commit`` (its hash), ``private``, ``files`` (name and ``bytes`` of each), ``bytes`` in all,
