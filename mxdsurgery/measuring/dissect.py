@@ -19,7 +19,7 @@ from mxdsurgery.text.labelled import Labelled, TokenBatch, read_labelled
 
 # Experts whose singular values are computed; all would take minutes.
 _RANKED = 256
-# Elements of the similarities formed at once.
+# Elements of the similarity matrix that are computed at once.
 _SIMILARITY_ELEMENTS = 2**24
 _QUANTILES = (0.1, 0.5, 0.9)
 
@@ -43,12 +43,12 @@ def dissect(
 
     Args:
         folder: what ``convert`` or ``frontier`` wrote.
-        data: labelled texts: a .jsonl, .csv or .parquet file, or a data set on the hub; default: weights alone are looked at.
+        data: labelled texts: a .jsonl, .csv or .parquet file, or a data set on the hub; default: none, weights only.
         layer: default: the first layer in the folder.
         text_column: column or field that holds the text.
         label_column: column or field that holds the class.
-        samples: texts, drawn at random; default: all.
-        context: tokens that each text is cut after; default: the recipe's.
+        samples: how many texts, drawn at random; default: all.
+        context: each text is cut after so many tokens; default: the recipe's.
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
@@ -58,7 +58,7 @@ def dissect(
     Returns:
         A JSON object, kept in the folder as ``dissection/layer<layer>.json``: the ``decoder_effective_rank`` of the original
         block, and for each of ``subjects``: ``rank`` (`expert_ranks`), ``similarity`` (`nearest_similarity`) and, with data,
-        ``usage`` and ``specialisation`` (`class_information`), the latter also for the block's hidden units.
+        ``usage`` and ``specialisation`` (`class_information`); this one also for the block's hidden units.
 
     Raises:
         NotConvertedError, OutputError: the folder is not one of ours.
@@ -89,7 +89,7 @@ def effective_rank(matrix: Tensor) -> float:
 
 
 def _wide(matrix: Tensor) -> Tensor:
-    """In float64; on the CPU where its own device has none."""
+    """The matrix in float64; on the CPU if its own device has no float64."""
     return (matrix if widest(matrix.device) == torch.float64 else matrix.cpu()).double()
 
 
@@ -120,7 +120,7 @@ def expert_ranks(layer: nn.Module, seed: int = 0) -> dict[str, Any]:
 
 @torch.no_grad()
 def nearest_similarity(layer: nn.Module, seed: int = 0) -> dict[str, dict[str, float]]:
-    """How alike each expert's matrix is to that of the expert most like it, as the cosine of the two; with chance beside it.
+    """The |cosine| of each expert's matrix with that of the expert most like it; and the same of random rows, as chance.
 
     ``<W_n, W_m> = Σ_d c_nd c_md ‖D_d‖²`` with D_d the decoder's row d; of a transcoder, the cosine of the rows of C.
 
@@ -183,7 +183,7 @@ def _used_on(
             "l0": frequency.sum().item(),
             "dead_share": (frequency == 0).double().mean().item(),
             "firing_frequency": frequency_decades(frequency),
-            # As many experts, used evenly, would be as hard to foresee.
+            # So many experts, used evenly, would have the same entropy.
             "effective_experts": _entropy_rank(frequency.double()),
         }
         subject["specialisation"] = class_information(mass[subject["name"]], tokens)
@@ -191,10 +191,10 @@ def _used_on(
 
 
 def class_information(mass: Tensor, tokens: Tensor) -> dict[str, float]:
-    """What knowing the unit says about the class of the text, all classes being as likely.
+    """How much the unit tells about the class of the text, where all classes are equally likely.
 
     Args:
-        mass: (2, units, classes), coefficients summed over tokens; the second with labels shuffled among texts.
+        mass: (2, units, classes), coefficients summed over tokens; at index 1 with labels shuffled among texts.
         tokens: (2, classes), tokens of each class.
 
     Returns:

@@ -42,8 +42,8 @@ def evaluate(
         folder: what ``convert`` wrote.
         data: the text; default: the recipe's held-out text.
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
-        tokens_single: those that each layer alone is measured on; default: the recipe's ``eval_tokens_single``, or as many as
-            the conversion chose, or else as many as keep this within a fifth of the training time.
+        tokens_single: on how many each layer alone is measured; default: the recipe's ``eval_tokens_single``, or as many as
+            the conversion chose, or else as many as keep the evaluation within a fifth of the training time.
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
@@ -90,14 +90,14 @@ def evaluate(
 
 
 def _alone(converted: Converted, recipe: Recipe, tokens: int | None, training: dict[str, Any]) -> Alone:
-    """On how much of the text single layers are measured: on so many tokens, or as the recipe or the conversion had it."""
+    """On how much of the text single layers are measured: ``tokens``, or else as the recipe or the conversion has it."""
     seconds = training.get("training", {}).get("seconds")
     tokens = tokens or recipe.eval_tokens_single or converted.plan.eval_tokens_single
     return Alone(tokens, None if seconds is None else EVALUATION_SHARE * seconds)
 
 
 def _changed_maps(converted: Converted) -> dict[str, nn.Module]:
-    """What healing changed beside the layers, by path from the base model; an adapter in the folder is put in force."""
+    """The modules that healing changed besides the layers, by path from the base model; loads an adapter in the folder."""
     mxd = converted.model.config.mxd
     merged, beside = (healed_maps(mxd, kept) for kept in ("merged", "adapter"))
     if beside:
@@ -106,7 +106,7 @@ def _changed_maps(converted: Converted) -> dict[str, nn.Module]:
 
 
 def held_out(converted: Converted, saved: Recipe, data: str | None = None, tokens: int | None = None) -> Tensor:
-    """Contexts to measure a converted model on, (S, T): of a text, or else of what its recipe holds out.
+    """Contexts to measure a converted model on, (S, T): from the text ``data``, or else from the recipe's held-out text.
 
     Raises:
         DataError: the text cannot be read, or more tokens are asked for than were held out.
@@ -131,7 +131,7 @@ def _check_held_out(saved: Recipe, tokens: int | None) -> None:
 
 
 def _training_record(folder: Path) -> dict[str, Any]:
-    """The entry of the conversion's own evaluation.json that says what training took; nothing where that file is gone."""
+    """The entry ``training`` of the conversion's own evaluation.json, as a dict; an empty one if it cannot be read."""
     try:
         record = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
         return {"training": record["training"]}
@@ -140,10 +140,10 @@ def _training_record(folder: Path) -> dict[str, Any]:
 
 
 def load_original(converted: Converted, name: str, recipe: Recipe) -> PreTrainedModel:
-    """The model that a converted one was made from, computing in what that does, after making sure that it is it.
+    """Loads the model that a converted one was made from, with the same compute dtype, and checks that it is the right one.
 
     Raises:
-        BaseModelError: it is not there, or its weights outside the converted blocks, and what was healed, differ.
+        BaseModelError: it is not there, or its weights differ elsewhere than in converted blocks and merged adapters' maps.
     """
     revision = None if Path(name).is_dir() or name in DEMO_MODELS else converted.plan.revision or recipe.revision
     try:
@@ -168,7 +168,7 @@ def load_original(converted: Converted, name: str, recipe: Recipe) -> PreTrained
 
 
 def _difference(converted: Converted, original: PreTrainedModel) -> str | None:
-    """The first thing that tells an original from the model that was converted, in words; None if nothing does."""
+    """The first difference between an original and the model that was converted, in words; None if there is none."""
     if original.config.model_type != converted.plan.model_type:
         return f"it is a {original.config.model_type} model, not {converted.plan.model_type}"
     merged = healed_maps(converted.model.config.mxd, "merged")

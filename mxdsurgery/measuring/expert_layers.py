@@ -1,4 +1,4 @@
-"""What experts are looked at in: a converted folder's layer, or all layers that a frontier kept, with the original model."""
+"""The layers whose experts are examined, one of a converted folder or all that a frontier kept, with the original model."""
 
 import dataclasses
 import re
@@ -23,7 +23,7 @@ from mxdsurgery.text.labelled import Labelled, TokenBatch, token_batches
 from mxdsurgery.text.sources import Packing
 from mxdsurgery.training.accelerator import make_accelerator
 
-# What experts are compared with: the original block's own.
+# The original block's own units, which experts are compared with.
 HIDDEN_UNITS = "hidden units"
 
 
@@ -33,10 +33,10 @@ class Subjects:
 
     Attributes:
         model: the original model, on the device.
-        tokenizer: its own.
-        block: whose place the layers take.
+        tokenizer: the model's.
+        block: the block that the layers replace.
         layers: by name, in the model's dtype and on its device.
-        recipe: that they were made by.
+        recipe: the one that they were made with.
     """
 
     model: PreTrainedModel
@@ -62,7 +62,7 @@ def open_subjects(
     """Opens what ``convert`` or ``frontier`` wrote.
 
     Args:
-        folder: of either.
+        folder: what one of them wrote.
         layer: default: the first that has experts.
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
@@ -84,7 +84,7 @@ def block_inputs(
     batches: Sequence[TokenBatch],
     report: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What a block of the model sees of texts, batch by batch.
+    """The inputs of a block of the model on texts, batch by batch.
 
     Args:
         model: the model.
@@ -93,7 +93,7 @@ def block_inputs(
         report: called with the texts done and to do.
 
     Yields:
-        x (n, D) of the n tokens that count, on the model's device; and which text each is of, (n,) int64.
+        x (n, D) of the n tokens that count, on the model's device; and the index of each token's text, (n,) int64.
     """
     done, total = 0, sum(len(batch.rows) for batch in batches)
     for batch in batches:

@@ -2,11 +2,11 @@
 
 For each converted layer alone and for all together, the model runs with the new layers and with four things to compare them
 with: the original blocks, nothing (zero-ablation), their mean output (mean-ablation), and the new layers with the experts'
-say frozen at its best constant. All of them share one model, whose blocks are put in and taken out.
+term ``Cᵀ a`` frozen at its best constant. All of them use one model, in which blocks are replaced and restored.
 
-What variants have in common is computed once: hidden states below the first replaced layer, and the original's predictions.
-Predictions over a large vocabulary are never held for a whole batch. All layers together are measured on all contexts; each
-alone, which grows with the square of their number, on as many as the time allows, evenly spread over the text.
+All variants share the hidden states below the first replaced layer, and the original's predictions. Predictions over a
+large vocabulary are never held for a whole batch. All layers together are measured on all contexts. The work of measuring
+each alone grows with the square of their number: it is done on as many contexts as the time allows, evenly spread.
 
 Shapes: S contexts, B of them at a time, T tokens, D model width, N experts.
 """
@@ -40,7 +40,7 @@ from mxdsurgery.training.teacher import hidden_states
 class _Usage:
     """How one layer uses its experts on original inputs, position 0 left out."""
 
-    best_constant: Tensor  # (D,), for what they say
+    best_constant: Tensor  # (D,), in place of their term Cᵀ a
     fired: Tensor  # (N,), tokens on which each expert fired
     tokens: int
 
@@ -59,13 +59,13 @@ def measure(
 
     Args:
         model: the original model; it is left as it was.
-        blocks: the blocks that the layers stand for.
+        blocks: the blocks that the layers replace.
         layers: by layer index, in the model's dtype and on its device.
         input_ids: held-out contexts, (S, T) int64.
         batch: tokens per forward pass.
         report: called with the forward passes done and to do.
-        maps: other modules that were changed, by path from the base model. They stand in with all layers together, not with
-            single ones, and not where the blocks are ablated.
+        maps: other modules that were changed, by path from the base model. They are in place where all layers are measured
+            together, not with single layers, and not where the blocks are ablated.
         alone: on how much of the text single layers are measured.
 
     Raises:
@@ -76,9 +76,9 @@ def measure(
 
 
 class Measurement:
-    """As `measure`, for several sets of layers that stand for the same blocks; what they are compared with runs once.
+    """As `measure`, for several sets of layers that replace the same blocks; the runs that they are compared with are shared.
 
-    It is known before it begins how long it will take: the first batch is timed when this is made.
+    The constructor times the first batch, so that it is known before `run` how long that will take.
 
     Attributes:
         contexts_alone: on how many of the S contexts each layer alone is measured.
@@ -111,11 +111,11 @@ class Measurement:
 
     @property
     def tokens_alone(self) -> int:
-        """In these contexts, as `Alone` counts them."""
+        """Tokens in ``contexts_alone``, as `Alone` counts them."""
         return self.contexts_alone * self.input_ids.shape[1]
 
     def announcement(self) -> str:
-        """For people: on what, and how long it will take."""
+        """For people: what is measured on how many tokens, and how long it will take."""
         scored, contexts = scored_predictions(self.input_ids), len(self.input_ids)
         several, fewer = len(self.blocks) > 1, self.contexts_alone < contexts
         what = "one layer" if not several else "all layers together" if fewer else "all layers together and each alone"
@@ -168,8 +168,8 @@ def _statistics(
 ) -> tuple[dict[int, Tensor], list[dict[int, "_Usage"]]]:
     """One pass over the text with the original model: each block's mean output (D,), and each candidate's use of experts.
 
-    The best constant for what the experts say is the per-dimension least-squares one, ``c = Σ m (y - r) / Σ m²`` for a layer
-    ``s * m + r``; of a Mixture of Decoders, ``m = D z`` and ``r = b``.
+    The best constant for the experts' term s of a layer ``s * m + r`` is the least-squares one of each dimension,
+    ``c = Σ m (y - r) / Σ m²``; in a Mixture of Decoders, ``s = Cᵀ a``, ``m = D z`` and ``r = b``.
     """
     sums: dict[tuple, Tensor | int] = defaultdict(int)
     tokens, wide = 0, widest(batches[0].device)
@@ -199,7 +199,7 @@ def _statistics(
 
 
 def firings(layer: nn.Module, x: Tensor) -> Tensor:
-    """On how many of the tokens x (n, D) each expert fires: (N,); empty without experts."""
+    """On how many of the tokens x (n, D) each expert fires: (N,) int64; empty without experts."""
     if not hasattr(layer, "gate"):
         return torch.zeros(0, dtype=torch.int64, device=x.device)
     a = layer.coefficients(x)
@@ -227,7 +227,7 @@ def _variants(
 
 @torch.no_grad()
 def _rates(model: PreTrainedModel, blocks: Sequence[Block], layers: dict[int, nn.Module], ids: Tensor) -> Rates:
-    """How fast this machine runs the model, by one batch (B, T)."""
+    """How fast this machine runs the model, measured on one batch (B, T)."""
 
     def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
         start = time.perf_counter()
@@ -235,7 +235,7 @@ def _rates(model: PreTrainedModel, blocks: Sequence[Block], layers: dict[int, nn
         synchronise(ids.device.type)
         return (time.perf_counter() - start) / len(ids), result
 
-    hidden_states(model, ids[:1])  # the first run of all takes longer
+    hidden_states(model, ids[:1])  # warms up: the first run takes longer
     body, hidden = timed(lambda: hidden_states(model, ids))
     heads, _ = timed(lambda: dict(prediction_sums(model, ids, hidden, [("itself", hidden)])))
     with replaced(model, blocks, layers):
@@ -252,14 +252,14 @@ class _Passes:
         self.done, self.total = 0.0, of.seconds / self.whole
 
     def add(self, contexts: int, runs: Runs) -> None:
-        """So many contexts took part in these."""
+        """Counts so many contexts as having taken part in ``runs``."""
         self.done += contexts * self.rates.seconds(runs) / self.whole
         self.report(min(self.done, self.total), self.total)
 
 
 @dataclass
 class _Work:
-    """The variants of every subset of layers, and what runs them."""
+    """Runs the variants of every subset of layers."""
 
     of: Measurement
     subsets: dict[int | str, list[Block]]
@@ -312,7 +312,7 @@ class _Work:
 
 
 def _spread(input_ids: Tensor, contexts: int) -> Tensor:
-    """So many of the contexts (S, T), evenly over all of them."""
+    """``contexts`` of the contexts (S, T), evenly spread over all of them."""
     chosen = (torch.arange(contexts) + 0.5).mul(len(input_ids) / contexts).long()
     return input_ids[chosen.to(input_ids.device)]
 
@@ -346,7 +346,7 @@ def _figures(columns: Sums, number: int) -> dict[str, Any]:
 def _usage_figures(usage: Sequence[_Usage]) -> dict[str, Any]:
     """How the experts are used on these tokens: L0, the share that never fired, firing frequencies by decade.
 
-    Nothing is known of experts where there are none.
+    All are None where there are no experts.
     """
     frequency = torch.cat([layer.fired.cpu().double() / layer.tokens for layer in usage])
     if len(frequency) == 0:

@@ -1,4 +1,4 @@
-"""The table that ``frontier`` makes: its rows, its files and what it says in a sentence."""
+"""The table that ``frontier`` makes: its rows, its files and its verdict in a sentence."""
 
 import csv
 import json
@@ -83,7 +83,7 @@ class Frontier:
             writer.writeheader()
             for row in self.rows:
                 writer.writerow(row | {column: row[f"{name}_ci"][at] for column, (name, at) in ends.items()})
-        from mxdsurgery.terminal.chart import frontier_chart  # matplotlib, which reading a frontier does without
+        from mxdsurgery.terminal.chart import frontier_chart  # imports matplotlib, which reading a frontier does not need
 
         figure = frontier_chart(self.rows, Path(self.settings["model"]).name, self.original["ce"], self.tokens)
         for suffix in ("png", "svg"):
@@ -131,7 +131,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 
 
 def _ranking(ranked: list[dict[str, Any]]) -> str:
-    """The kinds at one K from the best on, each with its loss and how many times the best one's that is."""
+    """The kinds at one K, the best first, each with its loss and the ratio of that to the best one's."""
     best, *others = ranked
     words = [f"{best['kind']} {best['delta_ce']:+.4f} nats per token"]
     for row in others:
@@ -152,7 +152,7 @@ def layer_file(out: Path, layer: int, kind: str, k: int | None) -> Path:
 
 
 def save_layer(layer: nn.Module, planned: LayerPlan, out: Path, dtype: str) -> None:
-    """Keeps the weights, stored in a dtype, and in the file's header the kind and shape that they are of."""
+    """Saves the weights in ``dtype``, with the layer's kind and shape in the file's header."""
     path = layer_file(out, *row_key(planned))
     path.parent.mkdir(exist_ok=True)
     state = {name: tensor.to("cpu", getattr(torch, dtype)).contiguous() for name, tensor in layer.state_dict().items()}
@@ -160,7 +160,7 @@ def save_layer(layer: nn.Module, planned: LayerPlan, out: Path, dtype: str) -> N
 
 
 def load_layer(path: Path) -> nn.Module:
-    """A layer that `save_layer` kept, in evaluation mode, its parameters frozen.
+    """Loads a layer that `save_layer` saved, in evaluation mode, its parameters frozen.
 
     Raises:
         OutputError: it is not there or cannot be read.

@@ -1,8 +1,9 @@
 """``growth``: how the error grows with the number of converted layers: do single errors add up, cancel or explode, and where?
 
 The original model runs with the first 1, 2, 4, ... of its converted layers in place, with the last 1, 2, 4, ..., with each
-alone and with all. Beside what that does to predictions stands the sum of what the single layers do, and, layer by layer, how
-far the residual stream is from the original's. Shapes: S contexts, B of them at a time, T tokens, D width.
+alone and with all. What that does to predictions is compared with the sum of what the single layers do; and for every decoder
+layer it is measured how far the residual stream is from the original's. Shapes: S contexts, B of them at a time, T tokens,
+D width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -107,7 +108,7 @@ def growth(
 
 
 def _check_layers_only(converted: Converted) -> None:
-    """Raises BaseModelError where more was changed than blocks: with some layers in place it would be no model of anyone's."""
+    """Raises BaseModelError where more than blocks was changed: some layers alone would then make no meaningful model."""
     mxd = converted.model.config.mxd
     if healed_maps(mxd, "merged") or healed_maps(mxd, "adapter"):
         raise BaseModelError(
@@ -177,7 +178,7 @@ def _runs(
 def _run_set(
     model: PreTrainedModel, blocks: Sequence[Block], modules: dict[int, nn.Module], ids: Tensor, original: Original
 ) -> Original:
-    """One batch (B, T) with some layers in place; what lies below them is not computed again."""
+    """One batch (B, T) with some layers in place; decoder layers below them are not computed again."""
     with replaced(model, blocks, modules), resumed_at(decoder_layers(model)[1], min(modules), original.layer_outputs):
         return run_original(model, [block for block in blocks if block.layer in modules], ids)
 
@@ -188,7 +189,7 @@ def _stream(run: Original) -> list[Tensor]:
 
 
 def _stream_means(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> list[Tensor]:
-    """Of the original model, by decoder layer, (D,) in the `widest` dtype; position 0 left out."""
+    """Means of the original's residual stream after each decoder layer, (D,) in the `widest` dtype; position 0 left out."""
     sums: list[Tensor] = []
     wide = widest(batches[0].device)
     for ids in batches:

@@ -11,7 +11,7 @@ from mxdsurgery.hardware.device import widest
 
 _RESAMPLES = 2000
 _LEVEL = 0.95
-# Firing frequencies are binned by decade; the first bin holds what fired less often than 1e-5 of the tokens.
+# Firing frequencies are binned by decade; the first bin holds experts that fire on at most 1e-5 of the tokens.
 _FREQUENCY_DECADES = (-5, -4, -3, -2, -1, 0)
 
 # Sums over the scored positions of each sequence, by name: each (S,) float64, S sequences.
@@ -76,7 +76,7 @@ def with_interval(
     Args:
         name: of the figure.
         columns: per-sequence sums, (S,) each.
-        figure: the figure from sums over sequences; it is given tensors of any shape, elementwise.
+        figure: computes the figure from sums over sequences, elementwise, from tensors of any shape.
         seed: of the resampling.
 
     Returns:

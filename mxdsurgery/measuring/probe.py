@@ -2,8 +2,8 @@
 
 A unit (an expert, a feature or a hidden unit of the original block) is pooled over a text: its mean coefficient over the
 text's tokens. For each class, the units whose mean differs most between the class and the rest are each given a logistic
-regression of that one feature, on 80 % of the texts; the best of them there is scored on the other 20 %. The same with labels
-permuted at random is the floor: what choosing the best of many units gives by chance.
+regression on that one feature, fitted on 80 % of the texts; the one that is best there is scored on the other 20 %. The same
+with randomly permuted labels is the floor: what choosing the best of many units gives by chance.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from mxdsurgery.text.labelled import TokenBatch, read_labelled
 
 # Units per class that get a regression, share of texts that are scored, and shuffles of the labels for the floor.
 _CANDIDATES, _TEST_SHARE, _PERMUTATIONS = 100, 0.2, 3
-# Texts of a class below which nothing can be said of it.
+# The least number of texts of a class; with fewer, nothing can be said of it.
 _LEAST_TEXTS = 10
 
 
@@ -65,8 +65,8 @@ def probe(
         layer: default: the first layer in the folder.
         text_column: column or field that holds the text.
         label_column: column or field that holds the class.
-        samples: texts, drawn at random; default: all.
-        context: tokens that each text is cut after; default: the recipe's.
+        samples: how many texts, drawn at random; default: all.
+        context: each text is cut after so many tokens; default: the recipe's.
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
@@ -134,7 +134,7 @@ def pool(
 
     Args:
         model: the original model.
-        block: whose place the layers take.
+        block: the block that the layers replace.
         layers: by name.
         batches: all texts.
         texts: how many there are; rows of texts that are in no batch stay zero.
@@ -160,7 +160,7 @@ def pool(
 
 
 def probe_units(features: sparse.csc_matrix, labels: np.ndarray, seed: int) -> dict[str, Any]:
-    """Each class's best unit.
+    """Each class's best unit with its scores and floors, and their means over classes.
 
     Args:
         features: (texts, units).
@@ -204,13 +204,13 @@ def _best_unit(features: sparse.csc_matrix, positive: np.ndarray, train: np.ndar
 
 
 def _predictions(column: np.ndarray, positive: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Of one unit's regression, fitted on the training texts, for all texts: (texts, 1), (texts,) -> (texts,) bool."""
+    """What one unit's regression, fitted on the training texts, predicts of all: (texts, 1), (texts,) -> (texts,) bool."""
     model = LogisticRegression(class_weight="balanced", solver="newton-cholesky").fit(column[train], positive[train])
     return model.predict(column)
 
 
 def _f1(said: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """Of each unit's predictions: (texts, units), (texts,) bool -> (units,)."""
+    """F1 of each unit's predictions: (texts, units), (texts,) bool -> (units,)."""
     hits = (said & positive[:, None]).sum(0)
     return 2 * hits / np.maximum(said.sum(0) + positive.sum(), 1)
 

@@ -1,7 +1,7 @@
-"""Passes of the original model, and what the hidden states of other passes predict beside it.
+"""Passes of the original model, and how the predictions from other passes' hidden states differ from its own.
 
-The original's predictions are made once for as many others as there are, and predictions over a large vocabulary are never
-held for a whole batch. Shapes: B contexts, T tokens, D model width.
+The original's predictions are made once for as many others as are held together, and predictions over a large vocabulary are
+never held for a whole batch. Shapes: B contexts, T tokens, D model width.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -32,7 +32,7 @@ class Original:
 
 @torch.no_grad()
 def run_original(model: PreTrainedModel, blocks: Sequence[Block], ids: Tensor) -> Original:
-    """One pass of the model as it is on ids (B, T): what others are compared with, and may go on from."""
+    """One pass of the unchanged model on ids (B, T): other passes are compared with it, and may start from it."""
     _, decoder = decoder_layers(model)
     outputs: list[object] = []
     hooks = [layer.register_forward_hook(lambda _m, _a, output: outputs.append(output)) for layer in decoder]
@@ -45,7 +45,7 @@ def run_original(model: PreTrainedModel, blocks: Sequence[Block], ids: Tensor) -
 def prediction_sums(
     model: PreTrainedModel, ids: Tensor, original: Tensor, others: Iterable[tuple[Hashable, Tensor]]
 ) -> Iterator[tuple[Hashable, Sums]]:
-    """What hidden states predict, beside the original's: ``original`` with its cross-entropy, then each other by its name.
+    """Compares what hidden states predict with the original's: ``original`` with its cross-entropy, then the others by name.
 
     Args:
         model: its head makes predictions, of some positions at a time.
@@ -79,7 +79,7 @@ def _scored(hidden: Tensor) -> Tensor:
 
 
 def _held(states: Iterable[tuple[Hashable, Tensor]]) -> Iterator[dict[Hashable, Tensor]]:
-    """As many at a time as are held together."""
+    """Groups of ``states``, at their scored positions, as many at a time as `HELD_BYTES` lets be held together."""
     group: dict[Hashable, Tensor] = {}
     for name, hidden in states:
         group[name] = _scored(hidden)
