@@ -48,7 +48,7 @@ from mxdsurgery.text.packing import in_batches
 from mxdsurgery.text.sources import text_name
 
 EDITS_FOLDER, EDITS_FILE = "edits", "edits.yaml"
-# What a step keeps of the folder as it was, so that it can be taken back bit for bit.
+# Files of the folder that a step keeps as they were, so that it can be undone bit for bit.
 _KEPT_FILES = ("config.json", "README.md", EVALUATION_FILE)
 _ROWS_FILE, _DIGESTS_FILE = "before.safetensors", "digests.json"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -71,14 +71,14 @@ def edit(
 ) -> dict[str, Any]:
     """Writes a converted model with edited experts; or, with ``undo``, as it was before the last edit, bit for bit.
 
-    What can be in force while a model runs and what stands in the weights gives the same logits, to rounding. ``out`` appears
-    whole or not at all, after it was reloaded without mxdsurgery.
+    An edit in the weights gives the same logits as the same edit live, to rounding. ``out`` appears whole or not at all, after
+    it was reloaded without mxdsurgery.
 
     Args:
         folder: what ``convert`` or ``edit`` wrote; it is left as it is.
-        out: where to.
+        out: the folder to write.
         edits: what to do; all kinds but ``clamp``, which weights cannot express.
-        undo: take the last edit back instead.
+        undo: undo the last edit instead.
         data: the text to compare on; default: the recipe's held-out text.
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
         overwrite: replace an earlier folder that mxdsurgery wrote.
@@ -89,8 +89,8 @@ def edit(
 
     Returns:
         ``edits`` (in words), ``tokens``, ``ce_before``, ``ce_after``, ``delta_ce`` and ``kl`` (before ‖ after) in nats per
-        token, each with its interval, ``samples`` (prompt, before, after), ``fingerprint`` and ``out``; of an undo ``undone``
-        and ``out``.
+        token, each with its interval, ``samples`` (prompt, before, after), ``fingerprint`` and ``out``; with ``undo``,
+        ``undone`` and ``out``.
 
     Raises:
         NotConvertedError: the folder is not one of ours.
@@ -134,7 +134,7 @@ def edit(
 
 
 def _copy(folder: Path, staging: Path) -> None:
-    """All that belongs to the model; not what other commands found out about it as it is."""
+    """Copies all that belongs to the model; not what other commands found out about it, which the edits make outdated."""
     for path in folder.iterdir():
         if path.name not in ABOUT:
             copy = shutil.copytree if path.is_dir() else shutil.copy2
@@ -142,7 +142,7 @@ def _copy(folder: Path, staging: Path) -> None:
 
 
 def _bake(before: Converted, edits: Edits, staging: Path, step: int) -> None:
-    """Puts the edits in the weights, as they are stored, and the config; what was there before beside them."""
+    """Puts the edits in the weights, in the dtype that they are stored in, and in the config; keeps what was there before."""
     stored = getattr(torch, before.plan.dtype)
     kept = staging / EDITS_FOLDER / str(step)
     kept.mkdir(parents=True)
@@ -176,7 +176,7 @@ def _bake(before: Converted, edits: Edits, staging: Path, step: int) -> None:
 
 
 def _small_files(folder: Path) -> list[Path]:
-    """What an edit may rewrite beside the weights."""
+    """The files besides the weights that an edit may rewrite."""
     return [folder / name for name in _KEPT_FILES if (folder / name).is_file()] + sorted(folder.glob("*.py"))
 
 
@@ -186,7 +186,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _write_tensors(folder: Path, tensors: dict[str, Tensor | None]) -> None:
-    """Exchanges, adds or (None) takes out tensors in the weights' files; a new one goes where its layer's C is."""
+    """Replaces, adds or (None) removes tensors in the weights' files; a new one goes into the file with its layer's C."""
     index_path = folder / _INDEX_FILE
     index = json.loads(index_path.read_text(encoding="utf-8")) if index_path.is_file() else None
     by_file: dict[str, dict[str, Tensor | None]] = {}
@@ -211,7 +211,7 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor | None]) -> None:
 
 
 def _count(index: dict[str, Any], name: str, file: str | None, tensor: Tensor) -> None:
-    """Enters a tensor in the index of sharded weights, or (file None) takes it out."""
+    """Enters a tensor in the index of sharded weights, or (file None) removes it."""
     sign = -1 if file is None else 1
     for key, count in (("total_size", tensor.nbytes), ("total_parameters", tensor.numel())):
         if key in index["metadata"]:
@@ -283,7 +283,7 @@ def _compare(
 
 @torch.no_grad()
 def _samples(before: Converted, after: Converted, ids: Tensor) -> list[dict[str, str]]:
-    """How some held-out contexts go on, the likeliest token each time."""
+    """Greedy continuations of some held-out contexts, before and after."""
     tokenizer = before.tokenizer()
     prompts = ids[: _PROMPTS * 7 : 7, :_PROMPT_TOKENS].to(before.model.device)
     texts = []

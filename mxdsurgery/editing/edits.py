@@ -5,12 +5,12 @@ An edit file is YAML:
     model: 3f1c09a2b7d4e856            # optional: the fingerprint of the model it is for; another one is refused
     layers:
       12:
-        ablate: [4031, 77]             # c_n = 0: it fires as before, and nothing comes of it
+        ablate: [4031, 77]             # c_n = 0: it fires as before, without effect
         drop: [5]                      # never chosen: the next expert takes its place
         scale: {9: 0.5}                # its coefficient, times this
         steer: {14: 8.0}               # its coefficient, plus this, on every token
         replace: {20: [0.1, ...]}      # other numbers (D of them) in place of c_n
-        copy: {30: 31}                 # 30 does what 31 does: c_30 = c_31; when it fires stays
+        copy: {30: 31}                 # 30 does what 31 does: c_30 = c_31; it still fires when it did
         merge: [[40, 41]]              # each does the mean of what they do
         clamp: {50: 3.0}               # its coefficient is this on every token; only while running, not in weights
 
@@ -35,11 +35,11 @@ if TYPE_CHECKING:  # flags and files are checked without torch
     from mxdsurgery.checkpoint.converted import Converted
     from mxdsurgery.layers.interventions import Interventions
 
-# In this order they work.
+# They are applied in this order.
 KINDS = ("replace", "drop", "ablate", "scale", "copy", "merge", "clamp", "steer")
 LISTED, NUMBERED = ("ablate", "drop"), ("scale", "steer", "clamp")
 _FILE = "an edit file: see the README's section on editing"
-# About 500 experts' rows of 4,096 numbers: more of them are better given in Python.
+# Of an edit file: about 500 experts' rows of 4,096 numbers. More of them are better given in Python.
 _MOST_BYTES = 16 * 2**20
 
 
@@ -48,7 +48,7 @@ _MOST_INDEX, _MOST_VALUE = 2**31, 3.4e38
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes out what stands in several places, as `read_edits` wants it."""
+    """Writes repeated values out in full instead of as YAML aliases, as `read_edits` expects."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: D102
         return True
@@ -59,7 +59,7 @@ class Edits:
     """What is to be done to which experts: by kind and layer, as `Interventions`' methods of the same names take it.
 
     Attributes:
-        model: fingerprint of the model that they are for; None: not said.
+        model: fingerprint of the model that they are for; None: any model.
     """
 
     ablate: dict[int, list[int]] = field(default_factory=dict)
@@ -77,11 +77,11 @@ class Edits:
 
     @property
     def layers(self) -> list[int]:
-        """Those that something is done to, in order."""
+        """The edited layers, in order."""
         return sorted({layer for kind in KINDS for layer in getattr(self, kind)})
 
     def experts(self, layer: int) -> list[int]:
-        """Those of a layer that something is done to; sources of copies are not."""
+        """The edited experts of a layer; sources of copies do not count."""
         found: list[int] = []
         for kind in KINDS:
             given = getattr(self, kind).get(layer, [])
@@ -92,7 +92,7 @@ class Edits:
         """A context manager, in which the model computes with these edits.
 
         Raises:
-            EditError: the model lacks a layer or an expert that is named, or a number cannot be.
+            EditError: the model lacks a layer or an expert that is named, or a number is not allowed.
         """
         from mxdsurgery.layers.interventions import InterventionError
 
@@ -107,7 +107,7 @@ class Edits:
         return made
 
     def with_experts(self, exchange: Callable[[int, int], int]) -> "Edits":
-        """The same done to other experts: ``exchange(layer, expert)`` names them."""
+        """The same edits of other experts: ``exchange(layer, expert)`` gives their numbers."""
 
         def exchanged(layer: int, given: Any) -> Any:
             if isinstance(given, dict):
@@ -237,10 +237,10 @@ def baked(edits: Edits, layer: int, c: "Tensor", gate_bias: "Tensor", expert_bia
         layer: its index.
         c: C (N, D).
         gate_bias: b_g (N,).
-        expert_bias: the constant beside what the experts say, (D,), where there is one.
+        expert_bias: the constant that is added to ``Cᵀ a``, (D,), where there is one.
 
     Returns:
-        New tensors by their names in the layer, those that changed only: ``experts.weight``, ``gate.bias``, ``experts.bias``.
+        Only the tensors that changed, new, by their names in the layer: ``experts.weight``, ``gate.bias``, ``experts.bias``.
     """
     import torch
 

@@ -1,8 +1,8 @@
 """``effect``: what edits of experts do to a model's predictions on a text, and whether other experts' edits do as much.
 
-The model runs unedited, edited, and with the same edits on experts drawn at random that fire about as often: a figure of
-their size says nothing about the experts that were meant. Shapes: B batch, T tokens, V vocabulary, N experts, K active; n
-predictions.
+The model runs unedited, edited, and with the same edits on experts drawn at random that fire about as often. If these controls
+change as much, the figure says nothing about the experts that were meant. Shapes: B batch, T tokens, V vocabulary, N experts,
+K active; n predictions.
 """
 
 import itertools
@@ -29,11 +29,11 @@ from mxdsurgery.measuring.intervals import Table, with_interval
 from mxdsurgery.terminal.console import ProgressLine, Reporter
 from mxdsurgery.text.sources import token_strings
 
-# Tokens that are shown before a prediction.
+# How many tokens are shown before a prediction.
 _SHOWN = 12
-# A control is drawn among so many experts whose firing frequency is nearest.
+# A control is drawn among so many experts, those with the nearest firing frequencies.
 _NEAREST = 20
-# Edited experts that a line names.
+# How many edited experts a line names.
 _LISTED = 8
 
 # Which predictions: all of them, those made at tokens where an edited expert fires, and those where none does.
@@ -70,7 +70,7 @@ def effect(
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
         text_column: column or field with the text; default: the recipe's.
         controls: how many times the same edits are made to other experts, drawn at random among the 20 of the same layer
-            whose firing frequency is nearest; for an expert that never fired, among others that never did.
+            whose firing frequency is nearest; for an expert that never fired, among others that never did, if there are any.
         top: how many predictions, and how many next tokens, are listed.
         seed: of the controls.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
@@ -87,8 +87,8 @@ def effect(
 
     Raises:
         NotConvertedError: the folder is not one of ours.
-        EditError: there are no edits, they do not fit this model, its predictions are no numbers any more, or no other experts
-            are left to compare with.
+        EditError: there are no edits, they do not fit this model, they make its predictions NaN, or no other experts are left
+            to compare with.
         DataError: the text cannot be read or is too short.
     """
     reporter = reporter or Reporter()
@@ -136,12 +136,12 @@ def _firings(opened: Opened, layers: list[int], step: Callable[[], None]) -> dic
 
 
 def draw_control(edits: Edits, fired: dict[int, Tensor], draw: torch.Generator) -> Edits:
-    """The same edits of other experts, each drawn among those whose firing frequency is nearest in its logarithm.
+    """The same edits of other experts, each drawn among those whose log firing frequency is nearest.
 
     Args:
-        edits: of these; sources of copies stay, and are not drawn.
+        edits: the edits; sources of copies stay, and are not drawn.
         fired: by layer, on how many tokens each expert fires, (N,).
-        draw: what draws.
+        draw: the random number generator.
 
     Raises:
         EditError: a layer has fewer other experts than edited ones.
@@ -161,7 +161,7 @@ def draw_control(edits: Edits, fired: dict[int, Tensor], draw: torch.Generator) 
                     expected="at least as many others",
                     fix="edit fewer, or ask for no comparison with --controls 0",
                 )
-            pool = pool[torch.randperm(len(pool), generator=draw)]  # which of equally near ones comes first is chance
+            pool = pool[torch.randperm(len(pool), generator=draw)]  # so that ties are broken at random
             nearest = pool[(log[pool] - log[expert]).abs().argsort(stable=True)[:_NEAREST]]
             other = nearest[torch.randint(len(nearest), (), generator=draw)].item()
             chosen[layer, expert] = other
@@ -173,7 +173,7 @@ def draw_control(edits: Edits, fired: dict[int, Tensor], draw: torch.Generator) 
 def _measure(
     opened: Opened, edits: Edits, others: list[Edits], top: int, step: Callable[[], None]
 ) -> tuple["_Record", list[dict[str, float]]]:
-    """One unedited pass over the text, one with the edits and one with each control; these start at the first edited layer."""
+    """A pass over the text unedited, one edited, one with each control; all but the first begin at the first edited layer."""
     model, decoder, first = opened.model, opened.decoder, edits.layers[0]
     edited = {layer: torch.tensor(edits.experts(layer), device=model.device) for layer in edits.layers}
     record = _Record(edited, top, model.get_output_embeddings().weight.shape[0])
@@ -205,7 +205,7 @@ def _unedited(opened: Opened, layers: list[int], ids: Tensor) -> tuple[Tensor, l
 
 
 def _rows(ids: Tensor, original: Tensor, changed: Tensor) -> Iterator[tuple[Any, Tensor, Tensor]]:
-    """Of each context, one at a time for V may be large, the scored predictions: ``before, after, p, next_ids``; ΔCE; KL."""
+    """The scored predictions of one context at a time, as V may be large: ``before, after, p, next_ids``; ΔCE; KL."""
     for row_ids, before, after in zip(ids, original, changed, strict=True):
         before, after, next_ids = widened(before[1:-1]), widened(after[1:-1]), row_ids[2:]
         p = before.softmax(-1)
@@ -267,7 +267,7 @@ class _Record:
         self.contexts += len(ids)
 
     def figures(self, tokenizer: PreTrainedTokenizerBase, top: int) -> dict[str, Any]:
-        """All of it, with intervals, and tokens as text."""
+        """All figures, with intervals, and tokens as text."""
         columns = self.table.columns()
         result: dict[str, Any] = {"original": with_interval("ce", columns, lambda s: s["all.ce"] / s["all.tokens"])}
         for part in PARTS:
@@ -286,7 +286,7 @@ class _Record:
 
 
 def _prediction(ids: Tensor, position: int, before: Tensor, after: Tensor) -> dict[str, Any]:
-    """One prediction, tokens as ids: of a context (T,), made at a position, with logits (V,)."""
+    """One prediction, tokens as ids: made at a position of a context (T,), with logits (V,) before and after."""
     log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
     entry: dict[str, Any] = {"position": position, "text": ids[max(0, position + 1 - _SHOWN) : position + 1].tolist()}
     entry |= {"next": ids[position + 1].item()}
@@ -309,7 +309,7 @@ def _moved(mean: Tensor, top: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def _put_strings(result: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Token ids become text, in place."""
+    """Replaces token ids by text, in place."""
     entries = [entry for part in ("all", "firing") for name in ("rose", "fell") for entry in result[part][name]]
     entries += [one[f"likeliest_{when}"] for one in result["predictions"] for when in ("before", "after")]
     places = [(entry, "token") for entry in entries] + [(one, "next") for one in result["predictions"]]

@@ -1,4 +1,4 @@
-"""``generate``: text from a converted model, to see that it still speaks, and what edits of its experts do to what it says."""
+"""``generate``: text from a converted model, to see that it still writes, and what edits of its experts do to its text."""
 
 import dataclasses
 import math
@@ -41,7 +41,7 @@ def generate(
         prompt: how the text begins.
         edits: what to do to which experts, on the prompt and on every token that is sampled; default: nothing.
         unit: of the numbers of ``steer`` and ``clamp``; see `in_coefficients`.
-        max_new_tokens: at most so many tokens more.
+        max_new_tokens: the most tokens to add.
         temperature: of the sampling; 0 takes the likeliest token each time.
         top_p: share of the probability mass that is sampled from.
         samples: how many continuations.
@@ -55,9 +55,9 @@ def generate(
 
     Raises:
         NotConvertedError: the folder is not one of ours.
-        EditError: the edits do not fit this model, or with them it predicts no numbers any more.
+        EditError: the edits do not fit this model, or make its predictions NaN or infinite.
         CatalogueError: the unit is ``maximum``, and no maxima are known.
-        RecipeError: a text of that length cannot be, or several samples at temperature 0.
+        RecipeError: the text would be longer than the model can read, or there are several samples at temperature 0.
     """
     converted, _ = load_with_recipe(folder, device, compute, rows=samples)
     tokenizer = converted.tokenizer()
@@ -77,7 +77,7 @@ def generate(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
-    """The prompt as the model reads it, (1, P); of an empty one with a tokenizer that adds nothing, the end-of-text token."""
+    """The prompt as token ids, (1, P); the end-of-text token for an empty one with a tokenizer that adds nothing."""
     inputs = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
     return inputs if inputs.shape[1] else torch.tensor([[tokenizer.eos_token_id or 0]])
 
@@ -112,17 +112,17 @@ def sample(
 
     Args:
         model: any language model, as it is.
-        tokenizer: its own.
+        tokenizer: the model's.
         inputs: B prompts, (B, P).
         sampling: how; M new tokens at most, S samples.
-        to_the_end: whether every text has M new tokens: the end-of-text token is then never drawn.
+        to_the_end: whether every text gets M new tokens: the end-of-text token is then never drawn.
 
     Returns:
-        (B S, P + M) or shorter, int64, prompt included, padded where a text ended.
+        (B S, P + M) or fewer columns, int64, prompt included, padded where a text ended.
 
     Raises:
         RecipeError: the text would be longer than the model can read, or there are several samples at temperature 0.
-        EditError: the model's predictions are no numbers any more.
+        EditError: the model's predictions are NaN or infinite.
     """
     room = getattr(model.config, "max_position_embeddings", None)
     new, samples = sampling.max_new_tokens, sampling.samples
@@ -153,18 +153,18 @@ def sample(
 
 
 def _finite(_ids: Tensor, logits: Tensor) -> Tensor:
-    """The logits; where one is NaN or infinite there is nothing to draw from, and on a GPU the process would end."""
+    """The logits, checked: where one is NaN or +∞ there is nothing to draw from, and on a GPU the process would end."""
     if not (logits < math.inf).all():
         raise EditError("the model's predictions are no numbers any more", fix="edit with smaller numbers")
     return logits
 
 
 def in_coefficients(edits: Edits, converted: Converted, unit: str) -> Edits:
-    """The same edits with numbers of ``steer`` and ``clamp`` in coefficients, after making sure that they fit the model.
+    """Checks that edits fit the model; returns them with the numbers of ``steer`` and ``clamp`` in coefficients.
 
     Args:
         edits: what to do.
-        converted: to which model.
+        converted: the model.
         unit: of those numbers: ``coefficient``, or ``maximum``, the expert's largest coefficient that `mxdsurgery experts`
             observed.
 
@@ -191,7 +191,7 @@ def maximum_of(converted: Converted, layer: int, expert: int) -> float:
     """An expert's largest coefficient, as `mxdsurgery experts` observed it.
 
     Raises:
-        CatalogueError: it did not look at this model, or not at this layer.
+        CatalogueError: it was not run on this model, or not on this layer.
         EditError: the expert never fired.
     """
     try:
@@ -211,7 +211,7 @@ def maximum_of(converted: Converted, layer: int, expert: int) -> float:
 
 
 def side_by_side(result: dict[str, Any]) -> Table:
-    """What `generate` returns with edits, for a terminal: a row for each sample; what both have in common at first is dim."""
+    """What `generate` returns with edits, for a terminal: a row for each sample; the beginning that both share is dim."""
     table = Table(title="\n".join(result["edits"]), show_lines=True)
     for heading in ("unedited", "edited"):
         table.add_column(heading, ratio=1, overflow="fold")

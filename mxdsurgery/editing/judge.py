@@ -1,7 +1,7 @@
 """A language model behind an OpenAI-compatible address that rates texts, as the paper has steered texts rated.
 
-The key, where the server wants one, is read from the environment variable ``OPENAI_API_KEY`` for each request; it is not kept,
-not written anywhere, and taken out of whatever an error quotes.
+The key, if the server wants one, is read from the environment variable ``OPENAI_API_KEY`` for each request. It is neither kept
+nor written anywhere, and is removed from whatever an error quotes.
 """
 
 import json
@@ -39,14 +39,14 @@ Answer with one JSON object and nothing else: {"concept": NUMBER, "fluency": NUM
 
 @dataclass(frozen=True)
 class Judge:
-    """Who rates.
+    """The model that rates.
 
     Attributes:
-        url: of the server, up to what stands before ``/chat/completions``.
+        url: of the server, without ``/chat/completions``.
         model: name of the model there.
         timeout: seconds to wait for an answer.
         tries: how often to ask while the server is busy (429) or broken (5xx) or does not answer in time.
-        pause: seconds before the second try; before each further one, twice as many.
+        pause: seconds before the second try, doubled before each further one.
     """
 
     url: str
@@ -71,8 +71,8 @@ class Judge:
         """How much of a concept a text shows, and how fluent it is.
 
         Args:
-            passages: what shows the concept.
-            text: what is rated.
+            passages: texts that show the concept.
+            text: the text to rate.
 
         Returns:
             ``concept`` and ``fluency``, each in [0, 1].
@@ -137,7 +137,7 @@ def judge_from_flags(url: str | None, model: str | None) -> Judge | None:
     """The judge that ``--judge URL`` and ``--judge-model NAME`` name; None without either.
 
     Raises:
-        JudgeError: one of them is missing, or the address is none.
+        JudgeError: one of them is missing, or the address is not valid.
     """
     if url is None and model is None:
         return None

@@ -70,7 +70,7 @@ def open_on_text(
     device: str | None,
     compute: str,
 ) -> Opened:
-    """Loads a converted model and the text that it is to be looked at on, as `evaluate` does.
+    """Loads a converted model and the text to run it on, as `evaluate` does.
 
     Raises:
         NotConvertedError: the folder is not one of ours.
@@ -89,16 +89,16 @@ def widened(logits: Tensor) -> Tensor:
 
 
 def prediction_shifts(original: Tensor, changed: Tensor, next_ids: Tensor, p: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """ΔCE and KL(original ‖ changed) of n predictions, in nats, exact also where they are tiny.
+    """ΔCE and KL(original ‖ changed) of n predictions, in nats, accurate also where they are tiny.
 
     With d the change of the logits, less its mean under the original prediction p, ``KL = log Σ p exp(d)`` and
-    ``ΔCE = KL - d[next]``. The difference of two cross-entropies would lose what is smaller than their rounding.
+    ``ΔCE = KL - d[next]``. The difference of two cross-entropies would lose all that is smaller than their rounding error.
 
     Args:
         original: logits, (n, V).
         changed: logits, (n, V).
         next_ids: the true next tokens, (n,).
-        p: ``original.softmax(-1)``, where it is there already.
+        p: ``original.softmax(-1)``, if it is known already.
 
     Returns:
         ΔCE (n,), KL (n,).

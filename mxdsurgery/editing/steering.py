@@ -1,15 +1,15 @@
-"""``steering``: whether making an expert stronger moves a model's text towards what the expert stands for, and what it costs.
+"""``steering``: whether making an expert stronger moves a model's text towards the expert's concept, and what that costs.
 
 As in the paper (arXiv 2505.21364), a constant is added to one expert's coefficient on every token while the model continues
 "Let's talk about ". The paper asks judges how much of the expert's concept the texts show and how fluent they are; here both
-are measured, and a judge may be asked besides:
+are measured, and a judge may be asked as well:
 
-- The concept is what the expert's top contexts in the catalogue say: the tokens around the places where it fired most
+- The concept is defined by the expert's top contexts in the catalogue: the tokens around the places where it fired most
   strongly. A text's similarity to it is the cosine of the two in TF-IDF space over token ids, with document frequencies from
   the catalogue's contexts, and the *strength* of steering is how much the mean similarity of the texts grows, sample by sample
   with the same random numbers.
-- Any change of a model moves its text somewhere, so other experts of the layer that fire about as often are steered as
-  strongely, in units of their own maximum, and their texts are compared with the same concept.
+- Any change of a model changes its text. So other experts of the layer that fire about as often are steered as strongly, in
+  units of their own maximum, and their texts are compared with the same concept.
 - Fluency is the perplexity of the texts, without the prompt, under the original model.
 """
 
@@ -39,13 +39,13 @@ from mxdsurgery.measuring.evaluate import load_original
 from mxdsurgery.measuring.intervals import with_interval
 from mxdsurgery.terminal.console import Reporter
 
-# Tokens on each side of a place that belong to the concept. With so few, held-out contexts of an expert are told from those of
-# others much better (standardised difference 8.9 and 4.2 in two small models) than with the catalogue's whole windows of 24
-# (5.4, 3.1), or by the original model's last hidden states, centred (3.3, 2.8).
+# Tokens on each side of a place that belong to the concept. With so few, held-out contexts of an expert are distinguished from
+# those of others much better (standardised difference 8.9 and 4.2 in two small models) than with the catalogue's whole windows
+# of 24 (5.4, 3.1), or by the original model's last hidden states, centred (3.3, 2.8).
 _BESIDE = 3
-# Contexts that document frequencies are counted in, spread over the catalogue's.
+# At most so many contexts, spread over the catalogue's, are used to count document frequencies.
 _MOST_CONTEXTS = 10_000
-# Texts that the original model reads at once.
+# How many texts the original model reads at once.
 _AT_ONCE = 8
 # Characters of a text in the table.
 _SHOWN = 70
@@ -76,7 +76,7 @@ def steering(
     judge: Judge | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Steers one expert and measures what becomes of the text; the module says how.
+    """Steers one expert and measures how the text changes; the module's docstring says how.
 
     Args:
         folder: what ``convert`` or ``edit`` wrote, with the catalogue that `experts` made of it.
@@ -93,7 +93,7 @@ def steering(
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         seed: of the sampling and of the controls.
-        judge: who rates texts besides; what is asked of it may cost money, (1 + factors) * samples times.
+        judge: a model that also rates the texts; its (1 + factors) * samples answers may cost money.
         reporter: where progress is reported; default: nowhere.
 
     Returns:
@@ -107,7 +107,7 @@ def steering(
         NotConvertedError, CatalogueError: the folder or its catalogue is missing, or they do not belong together.
         EditError: not one expert is steered, it does not exist, or it never fired.
         BaseModelError: the original model is missing, or is not the one that the folder was made from.
-        RecipeError: texts of that length cannot be, or are not drawn at random.
+        RecipeError: the texts would be longer than the model can read, or would not be drawn at random.
         JudgeError: the judge does not answer.
     """
     reporter = reporter or Reporter()
@@ -138,7 +138,7 @@ def steering(
 
 
 def _one_expert(edits: Edits) -> tuple[str, int, int]:
-    """``steer`` or ``clamp``, and the layer and expert that it is done to."""
+    """``steer`` or ``clamp``, and the layer and the expert it applies to."""
     named = [(kind, layer, expert) for kind in KINDS for layer, given in getattr(edits, kind).items() for expert in given]
     if len(named) != 1 or named[0][0] not in ("steer", "clamp"):
         raise EditError(
@@ -177,11 +177,11 @@ class _Concept:
         self.vector = self._of(self.windows)
 
     def similarity(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """Of texts, as token ids, each: (S,) float64 in [0, 1]."""
+        """The similarity of each text, given as token ids, to the concept: (S,) float64 in [0, 1]."""
         return self._cosines(texts, self.vector)
 
     def own_contexts(self) -> float | None:
-        """The mean similarity of a top context's window with the concept that the others make; None of a single one."""
+        """The mean similarity of a top context's window to the concept from the others; None if there is only one."""
         rest = [self.windows[:at] + self.windows[at + 1 :] for at in range(len(self.windows))]
         if len(rest) < 2:
             return None
@@ -200,7 +200,7 @@ class _Concept:
         return torch.from_numpy((self.weighting.transform(self._counts(texts)) @ vector.T).toarray()[:, 0])
 
     def _counts(self, texts: Sequence[Sequence[int]]) -> csr_matrix:
-        """How often each token stands in each text, (texts, V)."""
+        """How often each token occurs in each text, (texts, V)."""
         rows = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
         tokens = np.concatenate([np.asarray(text, dtype=np.int64) for text in texts])
         return csr_matrix((np.ones(len(tokens)), (rows, tokens)), shape=(len(texts), self.vocabulary))
@@ -255,7 +255,7 @@ class _Writer:
 
 
 def _steered(unsteered: _Texts, runs: list[tuple[int, float, _Texts]]) -> dict[str, Any]:
-    """Figures of a steered expert's texts, the first run, beside those of the controls, the others."""
+    """Figures of the steered expert's texts (the first run) beside those of the controls (the other runs)."""
 
     def strength(run: _Texts) -> dict[str, Any]:
         columns = {"added": run.similarity - unsteered.similarity, "samples": torch.ones_like(run.similarity)}
@@ -270,7 +270,7 @@ def _steered(unsteered: _Texts, runs: list[tuple[int, float, _Texts]]) -> dict[s
 
 
 def _judged(judge: Judge, result: dict[str, Any], passages: list[str], reporter: Reporter) -> dict[str, Any]:
-    """The result's rows with a judge's ratings, and who it was."""
+    """The result's rows with the judge's ratings, and the judge's name."""
     rows = [result["unsteered"], *result["steered"]]
     judged = []
     with reporter.progress("judge", "texts") as line:
@@ -321,6 +321,6 @@ def _with_range(row: dict[str, Any], name: str, form: str) -> str:
 
 
 def _of_controls(row: dict[str, Any], name: str, form: str) -> str:
-    """Mean, least and most of the controls; nothing where there are none."""
+    """Mean, minimum and maximum of the controls; nothing if there are none."""
     values = [control[name] for control in row["controls"]]
     return f"{sum(values) / len(values):{form}}\n({min(values):{form}}, {max(values):{form}})" if values else "-"

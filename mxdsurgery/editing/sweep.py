@@ -1,9 +1,9 @@
 """``sweep``: the exact effect of ablating each expert of a layer alone, for all of them.
 
 An expert changes nothing before it first fires in a context, nothing below its layer, and in its layer only the block's
-output, by ``a_n c_n * m``. So each context runs once unedited; what later passes can start from is kept, and many copies of
-it, each without one expert, run from there on. Each expert gets a few of its contexts, drawn at random, and its sums are
-scaled up to all of them: unbiased estimates, exact where all its contexts were measured.
+output, by ``a_n c_n * m``. So each context runs once unedited; the states from which later passes can start are kept, and
+many copies of the context, each without one expert, run from there on. Each expert is measured on a few of its contexts, drawn
+at random, and its sums are scaled up to all of them: unbiased estimates, exact where all its contexts were measured.
 
 Shapes: B contexts at a time, G of them kept together, R pairs of an expert and a context, T tokens, D width, N experts, K
 active, V vocabulary.
@@ -30,7 +30,7 @@ from mxdsurgery.layers.layer import Coefficients
 from mxdsurgery.terminal.console import ProgressLine, Reporter
 from mxdsurgery.text.sources import token_strings
 
-# Counts of (expert, token) are added up when so many more have come in.
+# Counts of (expert, token) are merged whenever so many more have come in.
 _COUNTS = 2**20
 
 _LEGEND = (
@@ -58,13 +58,13 @@ def sweep(
 
     Args:
         folder: what ``convert`` or ``edit`` wrote.
-        layer: whose experts; negative: from the model's end.
+        layer: the layer of the experts; negative: counted from the model's end.
         data: the text; default: the recipe's held-out text.
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
         text_column: column or field with the text; default: the recipe's.
         contexts_per_expert: an expert that fires in more contexts is measured on so many of them, drawn at random.
         batch: tokens per forward pass; default: the recipe's.
-        seed: of the drawing.
+        seed: of the draw.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; see `effect`.
         reporter: where progress is reported; default: nowhere.
@@ -82,7 +82,7 @@ def sweep(
         LayerSelectionError: it has no experts in that layer.
         DataError: the text cannot be read or is too short.
         OutputError: the result cannot be kept in the folder.
-        UnsupportedBlockError: the model's passes cannot be taken up at a layer.
+        UnsupportedBlockError: a pass of the model cannot start at a layer in the middle.
     """
     reporter = reporter or Reporter()
     opened = open_on_text(folder, data=data, tokens=tokens, text_column=text_column, device=device, compute=compute)
@@ -110,9 +110,9 @@ class Survey:
 
     Attributes:
         fired: on how many tokens each expert fires, position 0 left out, (N,) int64.
-        contexts: in how many contexts, position 0 counted, (N,) int64.
+        contexts: in how many contexts, position 0 included, (N,) int64.
         token: the token on which it fires most often, (N,) int64; -1 for none.
-        token_fired: how often on that, (N,) int64.
+        token_fired: how often it fires on that token, (N,) int64.
         expert, context, first: the pairs to measure, (P,) int64 each, by context; ``first`` is where the expert fires first.
     """
 
@@ -133,7 +133,7 @@ def survey_layer(opened: Opened, layer: int, most: int, draw: torch.Generator, l
     n, context = module.gate.n_experts, opened.input_ids.shape[1]
     vocabulary = opened.model.config.get_text_config(decoder=True).vocab_size
     fired, contexts = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
-    # Per expert the contexts with the smallest random keys so far: a sample in which all contexts had the same chance.
+    # Per expert the contexts with the smallest random keys so far: a sample in which every context has the same chance to be.
     key, chosen, first = torch.full((n, most), torch.inf), torch.zeros(n, most).long(), torch.zeros(n, most).long()
     counts, done = _Counts(), 0
     for ids in opened.batches():
@@ -161,7 +161,7 @@ def survey_layer(opened: Opened, layer: int, most: int, draw: torch.Generator, l
 
 
 class _Counts:
-    """How often each of many codes came; memory for the different ones only."""
+    """Counts how often each of many integer codes occurs; memory grows with the distinct ones only."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[Tensor, Tensor]] = []
@@ -173,7 +173,7 @@ class _Counts:
         self.held += len(self.parts[-1][0])
         if self.held > self.limit:
             self._add_up()
-            self.limit = 2 * self.held + _COUNTS  # so that adding up stays cheap beside counting
+            self.limit = 2 * self.held + _COUNTS  # so that merging stays cheap compared with counting
 
     def _add_up(self) -> None:
         codes, counts = (torch.cat(part) for part in zip(*self.parts, strict=True))
@@ -182,23 +182,23 @@ class _Counts:
         self.held = len(codes)
 
     def largest(self, groups: int, size: int) -> tuple[Tensor, Tensor]:
-        """Of codes ``group * size + item``: each group's most frequent item, -1 for none, and how often it came: (groups,)."""
+        """Of codes ``group * size + item``: each group's most frequent item, -1 for none, and its count: (groups,) each."""
         self._add_up()
         (codes, counts) = self.parts[0]
-        rank = counts * size + (size - 1 - codes % size)  # the smaller item where two came as often
+        rank = counts * size + (size - 1 - codes % size)  # of two equally frequent items, the smaller
         best = torch.full((groups,), -1).scatter_reduce(0, codes // size, rank, "amax")
         return torch.where(best < 0, -1, size - 1 - best % size), torch.where(best < 0, 0, best // size)
 
 
 @dataclass
 class Sums:
-    """Of the pairs that were measured, by expert: (N,) float64 each, in nats over the scored predictions.
+    """Sums over the measured pairs of each expert: (N,) float64 each, in nats over the scored predictions.
 
     Attributes:
-        measured: how many contexts.
-        delta_ce: ΔCE, summed.
-        kl: KL, summed.
-        kl_squares: its squares, one a context, summed.
+        measured: the number of contexts.
+        delta_ce: the sum of ΔCE.
+        kl: the sum of KL.
+        kl_squares: the sum of the squares of each context's KL.
     """
 
     measured: Tensor
@@ -207,7 +207,7 @@ class Sums:
     kl_squares: Tensor
 
     def add(self, expert: Tensor, delta_ce: Tensor, kl: Tensor) -> None:
-        """Takes in pairs: (R,) each."""
+        """Adds pairs: (R,) each."""
         for held, values in (
             (self.measured, torch.ones_like(kl)),
             (self.delta_ce, delta_ce),
@@ -219,7 +219,7 @@ class Sums:
 
 @torch.no_grad()
 def ablate_each(opened: Opened, layer: int, survey: Survey, line: ProgressLine) -> Sums:
-    """Measures all pairs of a survey: what ablating the expert alone does in the context."""
+    """Measures, for all pairs of a survey, what ablating only that expert does in that context."""
     sums = Sums(*(torch.zeros(len(survey.fired), dtype=torch.float64) for _ in range(4)))
     done, midway, last = 0, None, opened.input_ids.shape[1] - 2
     contexts = survey.context.unique_consecutive()
@@ -243,11 +243,11 @@ def ablate_each(opened: Opened, layer: int, survey: Survey, line: ProgressLine) 
 
 
 class _Unedited:
-    """Some contexts run through the unedited model, and all that passes without one expert of a layer start from.
+    """Some contexts run through the unedited model; keeps all that passes without one expert of a layer start from.
 
     Args:
         opened: the model.
-        layer: whose experts.
+        layer: the layer of the experts.
         ids: the contexts, (G, T).
     """
 
@@ -271,8 +271,8 @@ class _Unedited:
         self.y, self.m = y.reshape(shaped), None if m is None else m.reshape(shaped)
         self.a = Coefficients(a.values.reshape(shaped), a.indices.reshape(shaped))
         below = [calls.pop(module)[0][1] for module in decoder[max(0, layer - 1) : layer]] * layer
-        # What the layer computes before its block, such as attention, is the same without an expert. A module that is called
-        # again after it (a dropout, say) must compute.
+        # What the layer computes before its block, such as attention, is the same without an expert: it is not computed again.
+        # A module that is called again after the block (a dropout, say) must be.
         before = {}
         for module, ((after, output), *again) in calls.items():
             if not after and not again and self._by_token(output):
@@ -287,16 +287,16 @@ class _Unedited:
         return isinstance(first, Tensor) and first.shape[:2] == self.ids.shape
 
     def resumes_midway(self) -> bool:
-        """Whether passes can begin in the middle of a context, on kept keys and values: proven by one that changes nothing.
+        """Whether passes can begin in the middle of a context, on cached keys and values: tested with one that edits nothing.
 
         Raises:
-            UnsupportedBlockError: not even whole contexts can be taken up at the layer.
+            UnsupportedBlockError: not even passes over whole contexts can begin at the layer.
         """
         rows = torch.arange(len(self.ids), device=self.ids.device)
         for start in (self.ids.shape[1] // 2, 0):
             again = widened(self._resumed(self.y[:, start:], rows, start))
             wanted = self.logits[:, max(start, 1) - 1 :]
-            # A median, for rounding may turn a choice of experts here and there.
+            # A median, because rounding may change the choice of experts here and there.
             if (again - wanted).abs().median() <= torch.finfo(self.y.dtype).eps ** 0.5 * wanted.std():
                 return start > 0
         raise UnsupportedBlockError(
@@ -309,7 +309,7 @@ class _Unedited:
 
         Args:
             expert: (R,).
-            row: which context of these, (R,).
+            row: the pair's context, as its row of ``ids``, (R,).
             first: where the expert first fires in it, (R,).
             start: no pass begins before this position, and no expert fires before it.
 
@@ -338,7 +338,7 @@ class _Unedited:
         if start:
             past = DynamicCache()
             for index, layer in enumerate(self.cache.layers):
-                if index == 0 or index >= self.layer:  # the first tells how long it is; the rest below is not computed
+                if index == 0 or index >= self.layer:  # the first tells the length; other layers below do not run
                     past.update(layer.keys[rows, :, :start], layer.values[rows, :, :start], index)
         outputs = [_of_rows(output, rows, start) for output in self.outputs]
         outputs.append(y.flatten(0, 1) if self.flat else y)
@@ -349,7 +349,7 @@ class _Unedited:
 
 
 def _of_rows(output: Any, rows: Tensor, start: int) -> Any:
-    if isinstance(output, tuple):  # what else attention returns is for looking at
+    if isinstance(output, tuple):  # the rest of what attention returns is not used
         return (output[0][rows, start:], *(None for _ in output[1:]))
     return output[rows, start:]
 
