@@ -53,11 +53,11 @@ def coefficients(
 
     Args:
         folder: what ``convert`` or ``edit`` wrote.
-        out: where to; a new folder.
+        out: the folder to write; it must not exist.
         form: ``parquet`` or ``safetensors``; see the module.
         data: the text; default: the recipe's held-out text.
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
-        layers: which; as ``convert``'s.
+        layers: which layers, written as for ``convert``.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         reporter: where progress is reported; default: nowhere.
@@ -66,7 +66,7 @@ def coefficients(
         What coefficients.json holds.
 
     Raises:
-        NotConvertedError, DataError, LayerSelectionError: as `experts`.
+        NotConvertedError, DataError, LayerSelectionError: as in `experts`.
         OutputError: ``out`` exists or cannot be written.
     """
     reporter = reporter or Reporter()

@@ -1,4 +1,4 @@
-"""The contexts on which experts are looked at: drawn evenly from a text and kept as a file, with each token's class."""
+"""The contexts on which experts are observed: drawn evenly from a text and kept as a file, with each token's class."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from mxdsurgery.terminal.console import ProgressLine, Reporter
 from mxdsurgery.text.sources import Packing, documents_with_fields
 
 CLASSES_FILE = "classes.json"
-# Without a name, the first of these fields that a text has is its class.
+# If no label column is named, the first of these fields that a document has is its class.
 _LABEL_FIELDS = ("label", "kind")
 _MOST_CLASSES = 1000
 
@@ -34,8 +34,8 @@ class Source:
         tokens: how many of them to draw.
         text_column: column or field with the text.
         label_column: column or field with each document's class; None: ``label`` or ``kind``, where there is one.
-        spread: they are drawn from so many times as much text.
-        seed: of the drawing.
+        spread: contexts are drawn from so many times as much text.
+        seed: of the draw.
     """
 
     data: str
@@ -53,7 +53,7 @@ class Corpus:
     Attributes:
         ids: token ids, (S, T) int32.
         classes: each token's class, (S, T) int16; -1 for none.
-        names: of the classes.
+        names: the classes' names.
     """
 
     ids: Tensor
@@ -62,12 +62,12 @@ class Corpus:
 
     @property
     def tokens(self) -> int:
-        """Those that figures rest on: all but position 0 of each context."""
+        """The number of tokens that figures rest on: all but position 0 of each context."""
         return self.ids[:, 1:].numel()
 
 
 def read_corpus(folder: Path, source: Source, packing: Packing, reporter: Reporter) -> Corpus:
-    """Draws contexts and keeps them in ``folder``; where they lie there already, reads them.
+    """Draws contexts and keeps them in ``folder``; reads them if they are there already.
 
     Raises:
         DataError: the text cannot be read, does not fill one context, or lacks the class that was asked for.
@@ -88,7 +88,7 @@ def read_corpus(folder: Path, source: Source, packing: Packing, reporter: Report
 
 
 def draw_corpus(source: Source, packing: Packing, line: ProgressLine) -> Corpus:
-    """A reservoir of contexts: each of the first ``spread`` times as many has the same chance to be in it."""
+    """Draws contexts by reservoir sampling: each of the first ``spread`` times as many has the same chance to be drawn."""
     names: dict[str, int] = {}
     wanted = max(1, source.tokens // packing.context)
     held: list[tuple[Tensor, Tensor]] = []
@@ -113,7 +113,7 @@ def draw_corpus(source: Source, packing: Packing, line: ProgressLine) -> Corpus:
 
 
 def _classed(source: Source, names: dict[str, int]) -> Iterator[tuple[str, int]]:
-    """Documents with the number of their class, -1 for none; new classes enter ``names``."""
+    """Documents with the number of their class, -1 for none; adds new classes to ``names``."""
     fields = _LABEL_FIELDS if source.label_column is None else (source.label_column,)
     for text, row in documents_with_fields(source.data, source.text_column, fields):
         label = next((str(row[name]) for name in fields if row.get(name) is not None), None)

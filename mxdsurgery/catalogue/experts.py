@@ -1,4 +1,4 @@
-"""``experts``: runs text through a converted model once and writes down, of every expert, when it fires and what it does."""
+"""``experts``: runs text through a converted model once and records, for every expert, when it fires and what it does."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ from mxdsurgery.runs.run_folder import RunFolder
 from mxdsurgery.terminal.console import ProgressLine, Reporter, size
 from mxdsurgery.text.sources import Packing, text_name
 
-# Tokens per forward pass: enough that what is kept of a batch costs little beside it.
+# Tokens per forward pass: enough that the bookkeeping for a batch costs little compared with the pass.
 _BATCH = 8192
 _TALLIES_FILE = "tallies.safetensors"
 
@@ -75,20 +75,20 @@ def experts(
     Args:
         folder: what ``convert`` or ``edit`` wrote.
         data: the text; default: the recipe's held-out text, or its training text.
-        tokens: how many of them.
-        out: where to; default: ``experts`` in the folder, where `search`, `report` and ``unit="maximum"`` look.
-        layers: which; as ``convert``'s.
+        tokens: how many of its tokens.
+        out: the folder to write; default: ``experts`` in ``folder``, where `search`, `report` and ``unit="maximum"`` look.
+        layers: which layers, written as for ``convert``.
         text_column: column or field with the text; default: the recipe's.
         label_column: column or field with each document's class; default: ``label`` or ``kind``, where there is one.
-        top: places kept of each expert where it fired most strongly.
-        sample: places kept of each, drawn at random from all where it fired.
+        top: how many places to keep of each expert where it fired most strongly.
+        sample: how many places to keep of each expert, drawn at random from all where it fired.
         spread: contexts are drawn evenly at random from so many times as much text.
-        overwrite: take the place of an earlier catalogue.
+        overwrite: replace an earlier catalogue.
         resume: go on with the unfinished run in ``<out>.run``, if there is one.
         checkpoint_every: passes between two checkpoints; default: the recipe's, or by its checkpoint_minutes alone.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
-        seed: of what is drawn.
+        seed: of all random draws.
         reporter: where progress is reported; default: nowhere.
 
     Returns:
@@ -98,11 +98,11 @@ def experts(
 
     Raises:
         NotConvertedError: the folder is not one of ours.
-        OutputError: there is a catalogue already, or an unfinished one that is neither to be resumed nor overwritten, or it
-            cannot be written.
+        OutputError: there is a catalogue already, or an unfinished one that is neither to be resumed nor overwritten, or the
+            catalogue cannot be written.
         CheckpointError: the unfinished run has other settings, or is damaged.
         DataError: the text cannot be read, or lacks the label.
-        MemoryBudgetError: what is kept does not fit.
+        MemoryBudgetError: what is kept of the experts does not fit.
         Interrupted: Ctrl-C; a checkpoint is written first.
     """
     reporter = reporter or Reporter()
@@ -181,7 +181,7 @@ def _catalogue(converted: Converted, settings: _Settings, corpus: Corpus) -> dic
 
 
 def _finish(partial: Path, out: Path) -> None:
-    """The work in progress, without what only served to go on with it, takes its place."""
+    """Moves the finished catalogue to its place, without the file that only a resumed run needs."""
     old = out.with_name(f"{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
@@ -204,10 +204,10 @@ def experts_table(result: dict[str, Any]) -> Table:
 
 
 def layers_with_experts(converted: Converted, layers: str) -> list[int]:
-    """Those of a selection that have experts; all must, unless the selection is ``all``.
+    """The layers of a selection that have experts; all must, unless the selection is ``all``.
 
     Raises:
-        LayerSelectionError: one has none, or there is none.
+        LayerSelectionError: a selected layer has no experts, or no layer has.
     """
     there = [entry.block.layer for entry in converted.plan.layers if entry.n_experts]
     wanted = select_layers(layers, converted.model.config.get_text_config(decoder=True).num_hidden_layers)
@@ -273,7 +273,7 @@ def _run(
 
 
 def _restored(run: RunFolder, tallies: dict[int, Tally]) -> tuple[int, int]:
-    """Takes back what was kept; returns how many contexts and passes it covers."""
+    """Restores the tallies of a resumed run; returns how many contexts and passes they cover."""
     if run.resumed is None:
         return 0, 0
     tensors = run.resumed.tensors(_TALLIES_FILE)
@@ -285,7 +285,7 @@ def _restored(run: RunFolder, tallies: dict[int, Tally]) -> tuple[int, int]:
 @contextlib.contextmanager
 def recorded_coefficients(converted: Converted, layers: list[int]) -> Iterator[dict[int, tuple[Coefficients, Tensor | None]]]:
     """While open, every forward pass leaves in the mapping that is yielded, by layer, the experts' coefficients (..., K) and
-    what their say is multiplied with, ``D z`` (..., D) of a Mixture of Decoders, None of other kinds."""
+    the factor of ``Cᵀ a``: ``D z`` (..., D) in a Mixture of Decoders, None in other kinds."""
     seen: dict[int, tuple[Coefficients, Tensor | None]] = {}
     chosen: dict[int, Coefficients] = {}
     handles = []

@@ -8,7 +8,7 @@ The folder holds
     layer<L>.parquet       a row for each expert of layer L, in order: `SCHEMA`
     maximum.safetensors    ``layer<L>``: each expert's largest coefficient, (N,) float32; ``unit="maximum"`` reads it
 
-so any program that reads Parquet can use it. Large lists are only read where they are asked for.
+so any program that reads Parquet can use it. Large lists are read only on demand.
 """
 
 import json
@@ -30,8 +30,8 @@ from mxdsurgery.errors import CatalogueError
 CATALOGUE_FILE, CONTEXTS_FILE = "experts.json", "contexts.parquet"
 CATALOGUE_VERSION = 1
 
-# Places where an expert fired: in which context and at which position, how strongly, and how strongly at the positions around
-# it, from ``before`` positions earlier to ``after`` later (0 at position 0 and beyond the context).
+# Places where an expert fired: in which context, at which position and how strongly; and its coefficients around the place,
+# from ``before`` positions earlier to ``after`` later (0 at position 0 and beyond the context).
 _PLACES = pa.list_(
     pa.struct(
         [
@@ -70,7 +70,7 @@ class Catalogue:
     """What `experts` wrote.
 
     Attributes:
-        folder: where.
+        folder: where it is.
         model: name of the converted model's folder.
         fingerprint: of the converted model.
         data: the text.
@@ -79,10 +79,10 @@ class Catalogue:
         context: T, tokens in each.
         classes: names of the classes of labelled text; empty without labels.
         class_tokens: tokens of each class.
-        before: positions in a place's window before its own.
-        after: and after it.
-        bins: lower edges of the histograms' bins; the first holds everything below the second.
-        layers: by index, as a string: N.
+        before: number of positions in a place's window before the place itself.
+        after: number of positions after it.
+        bins: lower edges of the histograms' bins; the first bin holds everything below the second edge.
+        layers: N of each layer, by its index (a string in experts.json).
     """
 
     folder: Path
@@ -100,7 +100,7 @@ class Catalogue:
     layers: dict[int, int]
 
     def table(self, layer: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """A layer's experts, a row each in order; all columns, or those named.
+        """A layer's experts, one row each, in order; with all columns, or the named ones.
 
         Raises:
             CatalogueError: the layer is not there, or cannot be read.
@@ -124,7 +124,7 @@ class Catalogue:
                 yield batch.to_pylist()
 
     def row(self, layer: int, expert: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
-        """One expert, by column; all columns, or those named. Reads only the rows that are stored together with it."""
+        """One expert, by column; all columns, or the named ones. Reads only the row group that the expert is in."""
         self.check_layer(layer)
         if not 0 <= expert < self.layers[layer]:
             raise CatalogueError(f"layer {layer} has no expert {expert}", expected=f"0 to {self.layers[layer] - 1}")
@@ -142,7 +142,7 @@ class Catalogue:
         return _read(self.folder / CONTEXTS_FILE, ["input_ids"])["input_ids"]
 
     def window(self, place: dict[str, Any]) -> tuple[list[int], list[float], int]:
-        """The tokens around a place (of ``top`` or ``sample``), the expert's coefficients there, and which is its own."""
+        """The tokens around a place (of ``top`` or ``sample``), the expert's coefficients there, and the place's index."""
         ids = self.input_ids[place["context"]].as_py()
         start = max(0, place["position"] - self.before)
         first = start - (place["position"] - self.before)
@@ -151,7 +151,7 @@ class Catalogue:
 
 
 def layer_path(folder: Path, layer: int) -> Path:
-    """Where a layer's experts are."""
+    """The file of a layer's experts."""
     return folder / f"layer{layer}.parquet"
 
 

@@ -3,7 +3,7 @@
 The page is `report.html`, filled. Its data are chunks: JSON, gzipped, in base64, which the page unpacks when it needs them.
 
     model            what the page says of the model, and where the rest is; always in the page
-    vocabulary       the tokens that occur anywhere, ``ids`` and ``strings``, so that the others name tokens by id
+    vocabulary       the tokens that occur anywhere, ``ids`` and ``strings``; other chunks name tokens by id
     text-<I>         contexts I * `_CONTEXTS` and on: token ids, empty where no expert's place is in the context
     <L>-index        what the list of layer L shows: a list of N values for each column
     <L>-<I>          everything else about experts I * `_EXPERTS` and on
@@ -42,14 +42,14 @@ from mxdsurgery.text.sources import token_strings
 
 REPORT_FILE = "report.html"
 _TEMPLATE = Path(__file__).with_name(REPORT_FILE)
-# In the head of every page, and nowhere else: what has it may be overwritten.
+# In the head of every page, and nowhere else: a file with this mark may be overwritten.
 _MARK = b'<meta name="generator" content="mxdsurgery report">'
 _MARK_WITHIN = 4096
 
-# Experts, and contexts, in a chunk.
+# How many experts, and how many contexts, are in a chunk.
 _EXPERTS, _CONTEXTS = 128, 512
 
-# How an expert is changed, to copy: LAYER, EXPERT, FOLDER and AMOUNT, its largest coefficient, are filled in by the page.
+# Code to copy that changes an expert: the page fills in LAYER, EXPERT, FOLDER and AMOUNT, the expert's largest coefficient.
 _CODE = (
     ("ablate it, in Python", "with model.mxd.ablate({LAYER: [EXPERT]}): ..."),
     ("steer with it, in Python", "with model.mxd.steer({LAYER: {EXPERT: AMOUNT}}): ..."),
@@ -66,10 +66,10 @@ def report(
     The page needs no server and no network. The weights are not read.
 
     Args:
-        folder: what ``convert`` wrote and ``experts`` looked at.
+        folder: what ``convert`` wrote, with the catalogue of ``experts``.
         out: the page; default: report.html in the folder.
-        limit_mib: the page's data are in the page itself if they take no more MiB than that, and otherwise in files in a
-            folder beside it, named as the page with ``-data`` added.
+        limit_mib: the page's data are in the page itself if they take no more MiB than this; otherwise in files in a folder
+            beside it, named like the page with ``-data`` added.
         reporter: where progress is reported; default: nowhere.
 
     Returns:
@@ -78,7 +78,7 @@ def report(
     Raises:
         NotConvertedError: the folder is not one of ours, or its tokenizer or figures cannot be read.
         CatalogueError: ``experts`` was not run on it, or what it wrote cannot be read or is of another model.
-        OutputError: the page cannot be written, or would overwrite what is no such page. Nothing is left of it then.
+        OutputError: the page cannot be written, or would overwrite a file that is no such page. Nothing of it is left then.
     """
     reporter = reporter or Reporter()
     folder = Path(folder)
@@ -108,7 +108,7 @@ def report(
 
 
 class _Chunks:
-    """Chunks on their way into a page, in a file that is gone in the end.
+    """Chunks on their way into a page, in a temporary file.
 
     Attributes:
         size: bytes so far.
@@ -116,7 +116,7 @@ class _Chunks:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.size = file, 0
-        self.places: dict[str, tuple[int, int]] = {}  # where each is, and its length
+        self.places: dict[str, tuple[int, int]] = {}  # each chunk's offset and length
 
     def add(self, name: str, value: Any) -> None:
         packed = _packed(value)
@@ -130,7 +130,7 @@ class _Chunks:
 
 
 class _Text:
-    """The contexts, and which of them and which tokens the experts' places have to do with."""
+    """The contexts, and which contexts and tokens the experts' places refer to."""
 
     def __init__(self, catalogue: Catalogue) -> None:
         contexts = catalogue.input_ids.combine_chunks()
@@ -140,12 +140,12 @@ class _Text:
         self.tokens: set[int] = set()
 
     def token(self, place: dict[str, Any]) -> int:
-        """The token at a place; the page will have its context."""
+        """The token at a place; marks its context as wanted in the page."""
         self.wanted[place["context"]] = True
         return int(self.ids[self.starts[place["context"]] + place["position"]])
 
     def write(self, chunks: _Chunks, tokenizer: PreTrainedTokenizerBase) -> None:
-        """The contexts that are wanted, and the strings of all tokens that occur."""
+        """Writes the contexts that are wanted, and the strings of all tokens that occur."""
         for first in range(0, len(self.wanted), _CONTEXTS):
             contexts = []
             for number in range(first, min(first + _CONTEXTS, len(self.wanted))):
@@ -158,7 +158,7 @@ class _Text:
 
 
 def _write_layer(chunks: _Chunks, text: _Text, catalogue: Catalogue, layer: int) -> Iterator[int]:
-    """A layer's chunks; yields how many experts are done, as it goes."""
+    """Writes a layer's chunks; yields how many experts each one holds."""
     index: dict[str, list] = {name: [] for name in ("fired", "mean", "maximum", "token", "class", "lift")}
     for number, rows in enumerate(catalogue.slices(layer, _EXPERTS)):
         for row in rows:
@@ -194,7 +194,7 @@ def _detail(row: dict[str, Any]) -> dict[str, Any]:
 def _short(value: float | None) -> float | None:
     if value is None or not math.isfinite(value):
         return None
-    return float(f"{value:.4g}") or 0  # of zeros there are most
+    return float(f"{value:.4g}") or 0  # most values are zeros: 0 is shorter than 0.0
 
 
 def _typical_token(row: dict[str, Any], text: _Text) -> int | None:
@@ -207,15 +207,15 @@ def _typical_token(row: dict[str, Any], text: _Text) -> int | None:
 
 
 def _preferred_class(fired: list[int], tokens: list[int]) -> tuple[int, float]:
-    """The class that does most to tell an expert's firings from the text, and how much more of them it has than of the text.
+    """The class that most distinguishes an expert's firings from the text, and its lift.
 
     Args:
         fired: firings by class.
         tokens: the text's tokens by class.
 
     Returns:
-        Its place in the classes, -1 for none, and its lift: its share of the firings over its share of the tokens. The class
-        is the largest term of the divergence of the first from the second, so that a rare class does not win by one firing.
+        The class's index, -1 for none, and its lift: its share of the firings over its share of the tokens. It is the class
+        with the largest term in the divergence of firings from tokens, so that a rare class does not win by a single firing.
     """
     if not sum(fired):
         return -1, 0.0
@@ -245,7 +245,7 @@ def _header(folder: Path, config: dict[str, Any], catalogue: Catalogue) -> dict[
 
 
 def _figures(folder: Path, edits: list[dict[str, Any]]) -> dict[str, Any]:
-    """evaluation.json as a table of strings; ``edits`` are the steps that the model has seen."""
+    """evaluation.json as a table of strings; ``edits`` are the edit steps that were made to the model."""
     path = folder / EVALUATION_FILE
     try:
         evaluation = json.loads(path.read_text(encoding="utf-8"))
@@ -301,12 +301,12 @@ def _tokenizer(folder: Path, config: dict[str, Any]) -> PreTrainedTokenizerBase:
 
 
 def _beside(page: Path) -> Path:
-    """The folder for what is too much for the page itself."""
+    """The folder for data that are too large for the page itself."""
     return page.with_name(page.stem + "-data")
 
 
 def _check_page(page: Path) -> Path:
-    """The page to write, after making sure that nothing but an older one is there. Creates its folder.
+    """The path of the page to write, checked: nothing but an older page is there. Creates its folder.
 
     Raises:
         OutputError: there is something else, or the folder cannot be made.
@@ -360,7 +360,7 @@ def _element(name: str, packed: bytes) -> bytes:
 
 @contextmanager
 def _written_aside(path: Path) -> Iterator[IO[bytes]]:
-    """A file that becomes ``path`` on leaving well, and is gone otherwise."""
+    """A file that becomes ``path`` on success, and is removed on an error."""
     with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
             yield file

@@ -18,9 +18,9 @@ from mxdsurgery.checkpoint.converted import load_with_recipe
 from mxdsurgery.errors import DataError
 from mxdsurgery.layers.layer import Coefficients
 
-# Experts that fired on fewer tokens say nothing yet.
+# By token, experts that fired on fewer tokens are left out: their firings say nothing yet.
 _LEAST_FIRED = 5
-# Tokens on each side of the place that is shown.
+# How many tokens are shown on each side of a place.
 _AROUND = 8
 
 
@@ -36,18 +36,18 @@ def search(
 ) -> dict[str, Any]:
     """Ranks experts by how specifically they fire on something.
 
-    By text: the model reads the query, and an expert's score is how much its firings there tell, in nats per token of it:
-    ``p ln(p/q) + (1-p) ln((1-p)/(1-q))`` where it fires on the share p of the query's tokens and on the share q of the
-    catalogue's, p above q; for p half a firing is taken off, so that a single one, which may be chance, counts for less.
+    By text: the model reads the query. An expert's score is how much its firings there tell, in nats per token of the query:
+    ``p ln(p/q) + (1-p) ln((1-p)/(1-q))``, where it fires on the share p of the query's tokens and on the share q of the
+    catalogue's, with p above q. Half a firing is subtracted for p, so that a single firing, which may be chance, counts less.
 
-    By token: the places drawn at random from an expert's firings say on which share p of them the token stands; with q its
-    share of the text, the score is ``p ln(p/q)``.
+    By token: p is the token's share among the places that were drawn at random from an expert's firings, and q its share of
+    the text; the score is ``p ln(p/q)``.
 
     Args:
         folder: what ``convert`` or ``edit`` wrote, with the catalogue that `experts` made of it.
         query: an example text, or a token.
         by: ``text``, ``token``, or ``auto``: by token if the query, alone or after a space, is one token of the vocabulary.
-        layer: look in one layer only.
+        layer: search this layer only; default: all.
         top: how many experts to return.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
@@ -58,7 +58,7 @@ def search(
 
     Raises:
         NotConvertedError, CatalogueError: the folder or its catalogue is missing, or they do not belong together.
-        DataError: the query has no token, or by token more than one.
+        DataError: the query has no token, or, by token, more than one.
     """
     converted, _ = load_with_recipe(folder, device, compute)
     catalogue = catalogue_of(converted)
@@ -92,7 +92,7 @@ def search(
 
 
 def _single_tokens(query: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of the query as one token: as it is, and with a space before it."""
+    """The ids of the query where it is a single token: as it is, and with a space before it."""
     spellings = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (query, f" {query}"))
     return list(dict.fromkeys(ids[0] for ids in spellings if len(ids) == 1))
 

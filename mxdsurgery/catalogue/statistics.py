@@ -1,7 +1,7 @@
 """What is kept of every expert while text runs through a model: counts and sums, and a few of the places where it fired.
 
-All of it is tensors of a fixed size, so memory does not grow with the text: per expert some counts, one vector (D,), and the
-places that won so far, of which those that fall short of its weakest one are dismissed at once.
+All of it is tensors of a fixed size, so memory does not grow with the text: per expert some counts, one vector (D,), and its
+best places so far. A new place that falls short of the weakest of these is dismissed at once.
 
 Shapes: B batch, T tokens, D model width, N experts, K active, C classes, W positions in a window.
 """
@@ -16,7 +16,7 @@ from mxdsurgery.layers.sparse import scatter
 
 # Positions before and after a place that are kept with it.
 BEFORE, AFTER = 15, 8
-# Lower edges of the coefficients' bins: half octaves; the first holds everything below the second.
+# Lower edges of the coefficients' bins, half an octave apart; the first bin holds everything below the second edge.
 BINS = [0.0, *(2.0 ** (half / 2) for half in range(-11, 12))]
 # Windows looked up at a time.
 _WINDOWS = 4096
@@ -24,7 +24,7 @@ _WINDOWS = 4096
 
 @dataclass
 class Places:
-    """For each expert the M places with the largest keys so far, in falling order; keys of empty ones are 0.
+    """For each expert the M places with the largest keys so far, in descending order; keys of empty places are 0.
 
     Attributes:
         key: (N, M) float32.
@@ -42,7 +42,7 @@ class Places:
 
     @classmethod
     def none(cls, n_experts: int, places: int) -> "Places":
-        """Of N experts, room for M places each."""
+        """Empty, with room for M places of each of N experts."""
         return cls(
             key=torch.zeros(n_experts, places),
             context=torch.zeros(n_experts, places, dtype=torch.int32),
@@ -52,12 +52,12 @@ class Places:
         )
 
     def offer(self, fired: "Firings", key: Tensor, one_a_context: bool) -> None:
-        """Takes those of some firings whose keys are among the largest.
+        """Takes in the firings whose keys are among the largest.
 
         Args:
-            fired: n of them.
+            fired: n firings.
             key: (n,) positive.
-            one_a_context: keep at most one place of an expert in each context, that with the largest key.
+            one_a_context: keep at most one place of an expert in each context, the one with the largest key.
         """
         better = (key > self.key[fired.expert, -1]).nonzero()[:, 0]
         if len(better) == 0:
@@ -92,7 +92,7 @@ class Places:
 
 
 def _first_of_each(group: Tensor) -> Tensor:
-    """Places of the first element of each group of equal numbers, in rising order: (n,) -> (groups,)."""
+    """Indices of the first element of each group of equal numbers, in ascending order: (n,) -> (groups,)."""
     order = group.argsort(stable=True)
     ordered = group[order]
     first = torch.ones_like(ordered, dtype=torch.bool)
@@ -122,7 +122,7 @@ class Firings:
         self.value = a.values[self.row, self.position, slot].float()
 
     def windows(self, chosen: Tensor) -> Tensor:
-        """The chosen firings' experts' coefficients around them: (q,) -> (q, W); 0 at position 0 and beyond the context."""
+        """Coefficients of each chosen firing's expert around it: (q,) -> (q, W); 0 at position 0 and beyond the context."""
         around = torch.arange(-BEFORE, AFTER + 1)
         parts = [torch.zeros(0, len(around))]
         for some in chosen.split(_WINDOWS):
@@ -141,7 +141,7 @@ class Tally:
     Attributes:
         fired: (N,) int64, tokens on which each fired.
         total: (N,) float64, its coefficients' sum.
-        maximum: (N,) float32, the largest.
+        maximum: (N,) float32, its largest coefficient.
         histogram: (N, bins) int32.
         class_fired: (N, C) int64.
         contribution: (N, D) float32, the sum of ``a_n m`` over the tokens, where ``a_n c_n * m`` is what the expert adds to
@@ -175,7 +175,7 @@ class Tally:
 
     @classmethod
     def bytes(cls, n_experts: int, d_model: int, classes: int, top: int, sample: int) -> int:
-        """What `none` takes, without taking it."""
+        """The bytes that `none` would allocate."""
         with torch.device("meta"):
             return sum(part.nbytes for part in cls.none(n_experts, d_model, classes, top, sample).state().values())
 
@@ -184,7 +184,7 @@ class Tally:
 
         Args:
             a: the coefficients (B, T, K), on the CPU.
-            m: what experts' say is multiplied with, (B, T, D); None: nothing.
+            m: the factor of ``Cᵀ a``, (B, T, D); None: there is none.
             classes: (B, T), each token's class, -1 for none.
             first_context: number of the batch's first context.
             random: draws the sample.
@@ -227,6 +227,6 @@ class Tally:
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Takes saved tensors back."""
+        """Restores saved tensors."""
         for name, mine in self.state().items():
             mine.copy_(tensors[name])

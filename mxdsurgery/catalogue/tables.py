@@ -1,4 +1,4 @@
-"""Writes a catalogue's tables from what was kept of every expert, some hundred experts at a time."""
+"""Writes a catalogue's tables from every expert's `Tally`, some hundred experts at a time."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ from mxdsurgery.checkpoint.converted import Converted
 from mxdsurgery.layers.interventions import MAXIMUM_FILE
 from mxdsurgery.terminal.console import ProgressLine
 
-# Entries of c_n, tokens and neighbours that are written of each expert.
+# How many entries of c_n, tokens and neighbours are written of each expert.
 _ENTRIES = 8
 # Elements of the largest matrix in memory, (experts, V) or (experts, N).
 _ELEMENTS = 2**25
@@ -26,7 +26,7 @@ _ELEMENTS = 2**25
 
 @torch.no_grad()
 def write_tables(folder: Path, converted: Converted, tallies: dict[int, Tally], tokens: int, line: ProgressLine) -> None:
-    """Writes ``layer<L>.parquet`` for each layer, and the experts' maxima; ``tokens`` is how many they were seen on."""
+    """Writes ``layer<L>.parquet`` for each layer, and the experts' maxima; ``tokens`` is how many they were observed on."""
     unembedding = Unembedding.of(converted.model)
     total, done = sum(len(tally.fired) for tally in tallies.values()), 0
     for layer, tally in tallies.items():
@@ -92,7 +92,7 @@ def _places(places: Places, rows: Tensor) -> pa.ListArray:
 
 
 def _entries(name: str, values: Tensor, wanted: Tensor, largest: bool) -> pa.ListArray:
-    """The largest or smallest entries of each row of values (n, ...), of the wanted rows."""
+    """The largest or smallest entries of values (n, ...) in each of the wanted rows."""
     found = values.topk(min(_ENTRIES, values.shape[1]), dim=1, largest=largest)
     kept = wanted[:, None].expand_as(found.indices.cpu())
     indices, values = found.indices.cpu()[kept].int(), found.values.cpu()[kept].float()
@@ -100,7 +100,7 @@ def _entries(name: str, values: Tensor, wanted: Tensor, largest: bool) -> pa.Lis
 
 
 def _similar(rows: Tensor, c: Tensor, used: Tensor) -> pa.ListArray:
-    """The experts whose c_n point most nearly the same way, among those that fired."""
+    """The experts whose c_n have the largest cosine with each row's, among those that fired."""
     unit = F.normalize(c, dim=1)
     here = rows.to(c.device)
     cosine = unit[here] @ unit.T

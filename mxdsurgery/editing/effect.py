@@ -87,8 +87,8 @@ def effect(
 
     Raises:
         NotConvertedError: the folder is not one of ours.
-        EditError: there are no edits, they do not fit this model, they make its predictions NaN, or no other experts are left
-            to compare with.
+        EditError: there are no edits, they do not fit this model, they make its predictions NaN or infinite, or no other
+            experts are left to compare with.
         DataError: the text cannot be read or is too short.
     """
     reporter = reporter or Reporter()
