@@ -1,4 +1,4 @@
-"""The converted model's folder: written, checked, read back, and as an adapter of its base model.
+"""The converted model's folder: written, checked, read back, and turned into an adapter of its base model.
 
-`export` writes it; `converted` reads it without running code from it.
+`export` writes the folder; `converted` reads it without running code from it.
 """

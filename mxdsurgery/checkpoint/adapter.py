@@ -1,8 +1,8 @@
 """An adapter: of a converted model's folder only what differs from the base model; and the whole folder again, from both.
 
-Tensor by tensor: what is bit for bit the base model's is left out and its SHA-256 noted, so that no other model can pass for
-that one. Files beside the weights are kept as they are, but for the Python code: that is written anew with the checkpoint, so
-that no code of an adapter's author runs.
+A tensor that is bit for bit the base model's is left out, and its SHA-256 is noted, so that no other model can pass for the
+base model. Other files are kept as they are, except the Python code: it is written anew with the rebuilt checkpoint, so that
+no code of an adapter's author runs.
 """
 
 import json
@@ -34,7 +34,7 @@ from mxdsurgery.terminal.console import size
 ADAPTER_FILE = "mxd_adapter.json"
 ADAPTER_VERSION = 1
 CARD = "README.md"
-# What other commands found out about a model and left in its folder: no part of it.
+# What other commands found out about a model and left in its folder: not part of the model.
 ABOUT = (METRICS_FILE, "experts", "experts.run", "experts.old", "probing", "dissection", "effects", "report.html")
 ABOUT += ("report-data", "metrics.png", "metrics.svg")
 
@@ -49,14 +49,14 @@ class Adapter:
     """What mxd_adapter.json says.
 
     Attributes:
-        base_model: hub id or demo name of the base model; of one in a local folder that folder's name.
-        revision: the commit on the hub, where it came from there.
+        base_model: hub id or demo name of the base model; or the name of its folder, if it was a local one.
+        revision: the commit on the hub, if it came from there.
         model_type: transformers' name of its architecture.
         dtype: of the checkpoint; the base model's tensors are cast to it.
-        from_base: the base model's tensors that were left out, and the SHA-256 of each one's bytes in that dtype.
-        kept: all other tensors, and theirs.
-        files: every file of the whole checkpoint, and its SHA-256.
-        checkpoint_bytes: size of all of them.
+        from_base: SHA-256 of each of the base model's tensors that were left out, in that dtype, by name.
+        kept: SHA-256 of each other tensor, by name.
+        files: SHA-256 of every file of the whole checkpoint, by name.
+        checkpoint_bytes: size of all these files.
     """
 
     base_model: str
@@ -77,31 +77,31 @@ class Adapter:
         return f"{self.base_model!r}" + (f" at revision {self.revision}" if self.revision else "")
 
     def base_flag(self) -> str:
-        """What to give as the base model: its name, or in words where that names no place."""
+        """What to give for ``--base``: the model's name, or a description where the name is no place to load it from."""
         on_hub = self.revision is not None or "/" in self.base_model
         return self.base_model if on_hub or self.base_model in DEMO_MODELS else f"folder of {self.base_model}"
 
 
 class BaseWeights:
-    """A base model's tensors by name, each read from its files when it is asked for."""
+    """A base model's tensors by name, each read from its files on demand."""
 
     def __init__(self, name: str, model: PreTrainedModel) -> None:
         self.name, self.model_type = name, model.config.model_type
         self._model, self._state = model, model.state_dict()
 
     def shape(self, name: str) -> list[int] | None:
-        """Of the tensor of this name; None where there is none."""
+        """Shape of the tensor of this name; None where there is none."""
         return list(self._state[name].shape) if name in self._state else None
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of this name, which is there."""
+        """The tensor of this name; it must exist."""
         held = self._state[name]
         return load_offloaded_parameter(self._model, name) if held.is_meta else held
 
 
 @contextmanager
 def base_weights(name: str, revision: str | None, dtype: str, expected: str) -> Iterator[BaseWeights]:
-    """The base model's tensors in a dtype, while open; its files stay where they are.
+    """The base model's tensors in a dtype, while open; the model is not loaded into memory as a whole.
 
     Args:
         name: hub id, local folder or demo model.
@@ -110,7 +110,7 @@ def base_weights(name: str, revision: str | None, dtype: str, expected: str) -> 
         expected: which model it should be, in words.
 
     Raises:
-        BaseModelError: it is not there, cannot be reached, is no causal language model or has no safetensors.
+        BaseModelError: the base model is not there, cannot be reached, is no causal language model or has no safetensors.
     """
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -127,7 +127,7 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """What an adapter's folder says of itself, checked.
+    """Reads an adapter's mxd_adapter.json, and checks it.
 
     Raises:
         NotConvertedError: the folder is not there, holds no adapter, or one of a newer version.
@@ -159,14 +159,14 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def write_adapter(checkpoint: Path, out: Path, model: str, revision: str | None, base: str | None = None) -> Adapter:
-    """Writes what differs from the base model of a converted model's folder.
+    """Writes what in a converted model's folder differs from the base model.
 
     Args:
         checkpoint: the converted model's folder, whole; it is left as it is. One file of its weights is in memory at a time.
-        out: a folder that is there.
+        out: an existing folder.
         model: the base model, as it was named when it was converted.
         revision: its commit on the hub.
-        base: where that model is now, if not there.
+        base: where the base model is now, if not under that name.
 
     Raises:
         BaseModelError: the base model is not there, has no safetensors, or no tensor of it is in the checkpoint.
@@ -209,7 +209,7 @@ def write_adapter(checkpoint: Path, out: Path, model: str, revision: str | None,
 
 
 def _belongs(path: Path) -> bool:
-    """Whether a file is part of the converted model, not something hidden or found out about it."""
+    """Whether a file is part of the converted model: neither hidden nor what a command found out about the model."""
     return path.parts[0] not in ABOUT and not any(part.startswith((".", "__")) for part in path.parts)
 
 
@@ -228,7 +228,7 @@ def part_of(name: str) -> str:
 
 
 def _write_part(path: Path, part: Path, weights: BaseWeights, from_base: dict[str, str], kept: dict[str, str]) -> None:
-    """Writes the tensors of one file that are not the base model's, and notes the digests of those and of the others."""
+    """Writes the tensors of one file that differ from the base model's; adds all digests to ``from_base`` and ``kept``."""
     held = {}
     with safe_open(path, "pt") as opened:
         for name in opened.keys():
@@ -248,7 +248,7 @@ def _header(path: Path) -> str:
 
 
 def folder_bytes(folder: Path, *without: Path) -> int:
-    """Size of all files in a folder, those of some folders in it left out."""
+    """Size of all files in a folder, without the folders ``without`` in it."""
     files = (path for path in folder.rglob("*") if path.is_file() and not any(one in path.parents for one in without))
     return sum(path.stat().st_size for path in files)
 
@@ -276,15 +276,15 @@ The rest of this card is about that checkpoint: there, "this folder" is the new 
 
 @contextmanager
 def right_base(folder: Path, adapter: Adapter, base: str) -> Iterator[BaseWeights]:
-    """The base model of an adapter, as far as names and shapes say so; `merged` and `rebuild` compare every weight.
+    """The base model of an adapter, checked by names and shapes; `merged` and `rebuild` compare every weight.
 
     Args:
         folder: the adapter's.
-        adapter: what it says.
+        adapter: what its mxd_adapter.json says.
         base: hub id, local folder or demo model.
 
     Raises:
-        BaseModelError: it is not there, of another family, lacks a tensor or has one of another shape.
+        BaseModelError: the base model is not there, is of another family, or lacks a tensor or has one of another shape.
         WeightsError: the adapter is damaged.
     """
     revision = adapter.revision if base == adapter.base_model else None
@@ -309,7 +309,7 @@ def _wrong_base(folder: Path, adapter: Adapter, base: str, other: str) -> BaseMo
 
 
 def _open_part(folder: Path, file: str) -> tuple[Any, str, dict[str, dict[str, Any]]]:
-    """The adapter's part of one of the checkpoint's files of weights, that file's header and its entries, in its order."""
+    """The adapter's part of one of the checkpoint's weight files; that file's header, and its entries in the file's order."""
     try:
         part = safe_open(folder / part_of(file), "pt")
         header = part.metadata()[_HEADER]
@@ -322,14 +322,14 @@ def _open_part(folder: Path, file: str) -> tuple[Any, str, dict[str, dict[str, A
 
 
 def damaged(folder: Path, what: str) -> WeightsError:
-    """The error for an adapter that is not as it was written."""
+    """The error for an adapter that was changed after it was written."""
     return WeightsError(
         f"the adapter {str(folder)!r} is not as it was written: {what}", expected="all its files", fix="fetch it again"
     )
 
 
 def _tensors(folder: Path, adapter: Adapter, base: BaseWeights, file: str) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of one of the checkpoint's files of weights, as they lie in it, each one proven."""
+    """Names and tensors of one of the checkpoint's weight files, in the file's order, each checked by its digest."""
     part, _, entries = _open_part(folder, file)
     held = set(part.keys())
     for name in entries:
@@ -358,14 +358,14 @@ def merged(folder: Path, adapter: Adapter, base: BaseWeights) -> dict[str, Tenso
 def rebuild(
     folder: Path, adapter: Adapter, base: BaseWeights, out: Path, report: Callable[[int, int], None] = lambda *_: None
 ) -> None:
-    """Writes the whole checkpoint but for its Python code. One tensor is in memory at a time.
+    """Writes the whole checkpoint except its Python code. One tensor is in memory at a time.
 
     Args:
         folder: the adapter's.
-        adapter: what it says.
+        adapter: what its mxd_adapter.json says.
         base: the base model.
-        out: a folder that is there.
-        report: is told the bytes of weights written so far, and about how many there will be.
+        out: an existing folder.
+        report: called with the bytes of weights written so far, and about how many there will be.
 
     Raises:
         BaseModelError: a weight of the base model differs.
@@ -393,7 +393,7 @@ def rebuild(
 
 
 def differing(adapter: Adapter, out: Path) -> list[str]:
-    """Files of a rebuilt folder that are not bit for bit the checkpoint's, with what is missing and what is too many."""
+    """Files of a rebuilt folder that are not bit for bit the checkpoint's, and those that are missing or too many."""
     there = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     wrong = {name for name in there & adapter.files.keys() if file_digest(out / name) != adapter.files[name]}
     return sorted(wrong | (there ^ adapter.files.keys()))

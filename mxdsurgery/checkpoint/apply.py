@@ -1,4 +1,4 @@
-"""``apply``: makes the whole checkpoint again from an adapter and its base model; and an adapter from a whole checkpoint."""
+"""``apply``: rebuilds the whole checkpoint from an adapter and its base model; also makes an adapter from a checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from mxdsurgery.errors import OutputError
 from mxdsurgery.planning.plan import read_plan
 from mxdsurgery.terminal.console import Reporter
 
-# Token ids that the rebuilt checkpoint is run on: contexts, tokens. Which ones does not matter.
+# Shape of the token ids that the rebuilt checkpoint is run on: contexts, tokens. The ids themselves do not matter.
 _CHECKED = (2, 16)
 
 
@@ -37,21 +37,21 @@ def apply(
 ) -> dict[str, Any]:
     """Writes the whole checkpoint that an adapter was made from, bit for bit. ``out`` appears whole or not at all.
 
-    The Python code in it is this version's: the adapter's author is not trusted with any. It is the same, bit for bit, where
-    the adapter was written by the same version.
+    Its Python code is written by this version of mxdsurgery, because code from the adapter's author is not trusted. The code
+    is the same, bit for bit, if the same version wrote the adapter.
 
     Args:
         adapter: what ``convert``, ``heal`` or ``edit`` wrote with ``--format adapter``; it is left as it is.
-        base: hub id, local folder or demo model; default: the model that it was made from, at that revision.
-        out: where to.
+        base: hub id, local folder or demo model; default: the model that the adapter was made from, at that revision.
+        out: the folder to write.
         overwrite: replace an earlier folder that mxdsurgery wrote.
-        compute: dtype in which the result is compared with what it should be; as `evaluate`'s.
+        compute: dtype in which the result is compared with what it should be; as in `evaluate`.
         reporter: where progress is reported; default: nowhere.
 
     Returns:
         ``out``, ``base_model``, ``revision``, ``bytes`` of the checkpoint, ``adapter_bytes``, ``tensors_from_base``,
         ``differs`` (files that are not bit for bit as they were: code of another version, an edited card; usually none) and
-        ``logits`` and ``hidden``, the largest difference of the reloaded model's from the one in memory.
+        ``logits`` and ``hidden``, the largest difference of the reloaded model's from those of the one in memory.
 
     Raises:
         NotConvertedError: the folder holds no adapter.
@@ -102,7 +102,7 @@ def make_adapter(folder: str | Path, *, base: str | None = None, out: str | Path
     Args:
         folder: what ``convert``, ``heal``, ``edit`` or ``apply`` wrote; it is left as it is.
         base: where its base model is now; default: where it was.
-        out: where to; it appears whole or not at all.
+        out: the folder to write; it appears whole or not at all.
         overwrite: replace an earlier folder that mxdsurgery wrote.
 
     Returns:

@@ -26,7 +26,7 @@ FIGURES = (
     ("expert_share", "expert share", "{:.2f}"),
     ("dead_share", "unused experts", "{:.1%}"),
 )
-# Those that a terminal shows: enough to see whether a layer is faithful and its experts matter.
+# The figures that a terminal shows: enough to see whether a layer is faithful and its experts matter.
 _SHORT = ("delta_ce", "kl", "top1_agreement", "nmse", "zero_delta_ce", "expert_share", "dead_share")
 
 # In a heading, and in a sentence.
@@ -56,7 +56,7 @@ def _print(value: float | None, form: str) -> str:
 
 
 def computed_in(figures: dict[str, Any]) -> str:
-    """The dtype that figures were computed in, for a sentence; nothing where an older version wrote them."""
+    """The dtype that figures were computed in, for a sentence; empty if an older version wrote them."""
     return f", computed in {figures['compute']}" if "compute" in figures else ""
 
 
@@ -78,7 +78,7 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
 
 
 def _alone(evaluation: dict[str, Any]) -> str:
-    """On how much of the text the single layers were measured, where that is less."""
+    """On how much of the text single layers were measured, if on less than all layers together."""
     tokens = {entry.get("tokens", evaluation["tokens"]) for entry in evaluation["layers"]} - {evaluation["tokens"]}
     return f", each layer alone on {tokens.pop():,} of them" if tokens else ""
 
@@ -144,7 +144,7 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
 
 
 def _training_lines(record: dict[str, Any]) -> list[str]:
-    """What training took, beside what the plan said; nothing where an older version wrote the evaluation."""
+    """What training took, beside what the plan said; empty if an older version wrote the evaluation."""
     if "measured" not in record:
         return []
     took, planned = record["measured"], record["planned"]
@@ -164,7 +164,7 @@ def _training_lines(record: dict[str, Any]) -> list[str]:
 
 
 def before_last_edit(evaluation: dict[str, Any], edits: Sequence[dict[str, Any]]) -> bool:
-    """Whether the figures are of the model as it was before the last of its edits."""
+    """Whether the figures were measured before the last of the model's edits."""
     return evaluation.get("edits", 0) < len(edits)
 
 
@@ -187,7 +187,7 @@ def _edit_lines(edits: Sequence[dict[str, Any]]) -> list[str]:
             f"[{step['delta_ce_ci'][0]:+.3g}, {step['delta_ce_ci'][1]:+.3g}]); KL(before ‖ after) {step['kl']:.3g}.",
             "",
         ]
-        for sample in step["samples"]:  # as Python writes them: one line each, whatever they hold
+        for sample in step["samples"]:  # by repr: one line each, whatever they hold
             lines += ["    " + f"{name:<7}{sample[name]!r}" for name in ("prompt", "before", "after")] + [""]
     return lines
 
@@ -218,7 +218,7 @@ def _healed_lines(steps: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _sparsity(layer: LayerPlan) -> str:
-    """N and K, where the layer has experts."""
+    """N and K of a layer that has experts."""
     if not layer.n_experts:
         return ""
     active = "per token" if layer.sparsity == "topk" else "per token on average"
@@ -226,7 +226,7 @@ def _sparsity(layer: LayerPlan) -> str:
 
 
 def _gate_lines(plan: Plan) -> list[str]:
-    """Where the coefficients are found, where there are any."""
+    """How to read the experts' coefficients, where there are any."""
     first = plan.layers[0]
     if not first.n_experts:
         return []

@@ -30,7 +30,7 @@ from mxdsurgery.recipe import Recipe, load_recipe
 from mxdsurgery.training.cost import DTYPE_BYTES
 from mxdsurgery.training.initialize import layer_shape
 
-# Of the `mxd` entry in an exported config.json and of the weights' names. Raised when either changes.
+# Version of the `mxd` entry in an exported config.json and of the weights' names; raised when either changes.
 FORMAT_VERSION = 3
 # Version 1 knew one kind of layer, and did not name it; version 2 knew no edits.
 _READ_VERSIONS = (1, 2, 3)
@@ -39,10 +39,11 @@ PLAN_FILE, RECIPE_FILE, EVALUATION_FILE = "plan.json", "recipe.yaml", "evaluatio
 
 _CONVERTED = "a folder that mxdsurgery convert wrote"
 _MODULE_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
-# The code that travels with a checkpoint; what else a config may name is others' code.
+# The code that travels with a checkpoint; whatever else a config names is not our code.
 _CODE = {"AutoConfig": "configuration_mxd", "AutoModel": "modeling_mxd", "AutoModelForCausalLM": "modeling_mxd"}
 _BASE_CODE = ("AutoConfig", "AutoModelForCausalLM")
-# Of the classes made here: transformers is not to write this file beside a model whose base came with code of its own.
+# Attributes of the classes made here: they keep transformers from copying this file beside a model whose base came with code
+# of its own.
 _OURS = {"__module__": __name__, "_auto_class": None}
 
 
@@ -58,7 +59,7 @@ def converted_model_class(base: type[PreTrainedModel], config: type[PreTrainedCo
 
 
 def converted_config(base: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
-    """The config of a converted model: the base model's, and what stands where."""
+    """The config of a converted model: the base model's, with the entry ``mxd`` that describes the new layers."""
     mxd = {
         "format_version": FORMAT_VERSION,
         "family": base.model_type,
@@ -75,7 +76,7 @@ def converted_config(base: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
             for layer in plan.layers
         ],
     }
-    if own_code(base):  # of the base model: it travels with the checkpoint
+    if own_code(base):  # the base model's code travels with the checkpoint
         mxd["code"] = {auto: base.auto_map[auto].split("--")[-1] for auto in _BASE_CODE}
     values = base.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "auto_map"):
@@ -90,7 +91,7 @@ class Converted:
     Attributes:
         folder: where it was read from.
         model: the whole model.
-        plan: what was converted.
+        plan: which layers were converted, and into what.
         layers: the new layers in the model, by layer index.
     """
 
@@ -119,7 +120,7 @@ def read_config(folder: str | Path, *, of_adapter: bool = False) -> dict[str, An
 
     Args:
         folder: the model's.
-        of_adapter: whether an adapter's is good, too.
+        of_adapter: whether the config of an adapter is accepted, too.
 
     Raises:
         NotConvertedError: the folder is not there, is not one of ours, is an adapter, or was written by a newer version.
@@ -168,7 +169,7 @@ def read_config(folder: str | Path, *, of_adapter: bool = False) -> dict[str, An
 
 
 def _check_config(folder: Path, values: dict[str, Any]) -> None:
-    """Raises ValueError for entries of a config.json that are not ours, or would have others' code or weights loaded."""
+    """Raises ValueError for entries of a config.json that are not ours, or would make foreign code or weights be loaded."""
     mxd, code = values["mxd"], values.get("auto_map", {})
     if values.get("model_type") != f"mxd-{mxd['family']}":
         raise ValueError(f"model_type is {shown(values.get('model_type'))}, of a {mxd['family']} model")
@@ -212,7 +213,7 @@ def _check_entry(entry: dict[str, Any]) -> None:
 def load_with_recipe(
     folder: str | Path, device: str | None = None, compute: str | None = None, *, rows: int | None = None
 ) -> tuple[Converted, Recipe]:
-    """A converted model on the device that it is asked for on, and the recipe it was made by, settled: see `settle`.
+    """A converted model on the chosen device, and the recipe that it was made with, settled: see `settle`.
 
     Args:
         folder: what ``convert`` or ``edit`` wrote.
@@ -231,18 +232,18 @@ def load_with_recipe(
 
 
 def saved_recipe(folder: str | Path, device: str | None = None) -> Recipe:
-    """The recipe that a converted model was made by, for another use of it: without its tracker, on a device if asked."""
+    """The recipe that a converted model was made with, to use it again: without its tracker; on ``device`` if given."""
     saved = Recipe(**load_recipe(Path(folder) / RECIPE_FILE))
     return dataclasses.replace(saved, device=device or saved.device, tracker="none")
 
 
 def chosen_dtype(converted: Converted, recipe: Recipe, rows: int | None = None) -> str:
-    """What a converted model is to compute in on a recipe's device: what the recipe asks for, or what is fastest.
+    """The dtype for a converted model to compute in on a recipe's device: the recipe's, or the fastest one.
 
     Args:
         converted: the model.
-        recipe: says where, and how many tokens at a time.
-        rows: texts that are written at a time, token by token, where that is what the model is for.
+        recipe: says on which device, and how many tokens at a time.
+        rows: how many texts are generated at a time, token by token, if the model is to generate.
 
     Raises:
         DeviceError: the device is not there.
@@ -253,7 +254,7 @@ def chosen_dtype(converted: Converted, recipe: Recipe, rows: int | None = None) 
 
 
 def settle(converted: Converted, recipe: Recipe, compute: str | None = None, *, rows: int | None = None) -> Recipe:
-    """Lets a converted model compute in what was asked for, or is fastest; the recipe with that.
+    """Sets the dtype that a converted model computes in, as asked for or the fastest; returns the recipe with it.
 
     Args:
         converted: the model.
@@ -262,7 +263,7 @@ def settle(converted: Converted, recipe: Recipe, compute: str | None = None, *, 
         rows: see `chosen_dtype`.
 
     Raises:
-        RecipeError: another word for it.
+        RecipeError: ``compute`` is none of these.
         DeviceError: the device is not there.
     """
     dtype = chosen_dtype(converted, dataclasses.replace(recipe, compute=compute or recipe.compute), rows)
@@ -271,7 +272,7 @@ def settle(converted: Converted, recipe: Recipe, compute: str | None = None, *, 
 
 
 def fingerprint(converted: Converted) -> str:
-    """16 hexadecimal digits that tell converted models apart: of the gates' weights, which no edit changes."""
+    """16 hexadecimal digits that identify a converted model: a digest of the gates' weights, which no edit changes."""
     digest = hashlib.sha256()
     for layer in sorted(converted.layers):
         if hasattr(converted.layers[layer], "gate"):
@@ -294,11 +295,11 @@ def load(
         base: the base model of an adapter: hub id, local folder or demo model. Nothing is written.
         device: where the weights go.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
-        trust_remote_code: run the files in the folder after all, where transformers does not know the base model's family.
+        trust_remote_code: run the files in the folder after all, if transformers does not know the base model's family.
 
     Raises:
-        NotConvertedError: the folder is not there or not one of ours, or it is an adapter and there is no ``base``, or it is
-            none and there is one, or it needs code that is not trusted.
+        NotConvertedError: the folder is not there or not one of ours; or it is an adapter and no ``base`` is given, or the
+            reverse; or it needs code that is not trusted.
         BaseModelError: ``base`` is not there, or not the model that the adapter was made from.
         WeightsError: weights are missing or cannot be read.
     """
@@ -329,10 +330,10 @@ def load(
 
 
 def _classes(folder: Path, mxd: dict[str, Any], trusted: bool) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
-    """The classes of a converted model's config and of itself.
+    """The classes of a converted model's config and of the model itself.
 
     Raises:
-        NotConvertedError: the base model's are code that came with it, and it is not trusted, or does not run.
+        NotConvertedError: the base model's classes are code that came with it, and that code is not trusted or does not run.
     """
     if "code" not in mxd:
         config = CONFIG_MAPPING[mxd["family"]]
@@ -346,17 +347,17 @@ def _classes(folder: Path, mxd: dict[str, Any], trusted: bool) -> tuple[type[Pre
     else:
         try:
             config, model = (get_class_from_dynamic_module(mxd["code"][auto], str(folder)) for auto in _BASE_CODE)
-        except Exception as error:  # whatever code does
+        except Exception as error:  # the code may raise anything
             raise NotConvertedError(f"the code in {str(folder)!r} does not run: {first_line(error)}") from None
     config_class = converted_config_class(config)
     return config_class, converted_model_class(model, config_class)
 
 
 def _plan_of(folder: Path, mxd: dict[str, Any]) -> Plan:
-    """The plan beside a converted model, which says the same as its config.
+    """The plan in a converted model's folder, which must agree with its config.
 
     Raises:
-        ValueError: it does not, or is none.
+        ValueError: it does not agree, or is not a plan.
     """
     try:
         plan = Plan.from_dict(read_json(folder / PLAN_FILE))
@@ -371,7 +372,7 @@ def _plan_of(folder: Path, mxd: dict[str, Any]) -> Plan:
 
 
 def _check_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig, held: Mapping[str, Sequence[int]]) -> None:
-    """Raises ValueError if a model is not of the shapes of its weights, before memory is taken for what the config says."""
+    """Raises ValueError if the config's shapes are not those of the weights, before memory is allocated for the model."""
     layers = config.get_text_config(decoder=True).num_hidden_layers
     if not isinstance(layers, int) or layers > len(held):
         raise ValueError(f"num_hidden_layers is {shown(layers)}, and there are {len(held)} weights")
@@ -385,12 +386,12 @@ def _check_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig, 
 
 
 def _adapter_weights(folder: Path, adapter: Adapter, base: str) -> dict[str, Any]:
-    """What ``from_pretrained`` is given in place of a folder: an adapter's weights, with its base model's."""
+    """Arguments for ``from_pretrained`` in place of a folder: an adapter's weights together with its base model's."""
     with right_base(folder, adapter, base) as weights_of_base:
         weights: dict[str, Any] = {"state_dict": merged(folder, adapter, weights_of_base)}
     if (folder / "generation_config.json").is_file():
         try:
             weights["generation_config"] = GenerationConfig.from_pretrained(folder)
-        except Exception as error:  # whatever a malformed one makes of transformers' checks
+        except Exception as error:  # transformers' checks may raise anything on a malformed file
             raise WeightsError(f"{str(folder)!r}: generation_config.json cannot be read: {first_line(error)}") from None
     return weights

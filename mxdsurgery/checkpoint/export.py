@@ -45,7 +45,7 @@ from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.resume import sync
 
-# The files of ours that a checkpoint brings along: all of that room.
+# The code of ours that travels with a checkpoint is in this room.
 _LAYERS = Path(mxdsurgery.layers.__file__).parent
 TRAVELLING = tuple(sorted(path.name for path in _LAYERS.glob("*.py") if path.name != "__init__.py"))
 
@@ -87,7 +87,7 @@ class MxD{causal}(MxDSurgeryMixin, {causal}):
     config_class = MxD{config}
 '''
 
-# Runs in a fresh interpreter that cannot import mxdsurgery, as on a machine that never heard of it.
+# Runs in a fresh interpreter that cannot import mxdsurgery, as on a machine without it.
 _RELOAD = """
 import json, sys
 sys.modules["mxdsurgery"] = None
@@ -114,10 +114,10 @@ save_file({"logits": logits.cpu().contiguous(), "hidden": hidden.cpu().contiguou
 
 
 def check_output(out: str | Path, overwrite: bool) -> Path:
-    """The folder to write, links resolved, after making sure that it can be. Leaves nothing behind.
+    """The folder to write, links resolved, after a check that it can be written. Leaves nothing behind.
 
     Raises:
-        OutputError: it exists and is not to be overwritten, is no folder of ours, or its parent cannot be written.
+        OutputError: it exists and ``overwrite`` is not given, or it is no folder of ours; or its parent cannot be written.
     """
     try:
         path = Path(out).resolve()
@@ -140,14 +140,14 @@ def check_output(out: str | Path, overwrite: bool) -> Path:
 
 @contextmanager
 def written_whole(out: Path, within: Path | None = None) -> Iterator[Path]:
-    """A folder to write into; on leaving well it becomes ``out``, on an error it is gone. Creates parents.
+    """A folder to write into; on success it becomes ``out``, on an error it is removed. Creates parents.
 
     Whatever ends the process, ``out`` is the earlier folder or the new one; on systems that cannot swap two names at once, an
     earlier one may be left under another name beside it.
 
     Args:
-        out: where to.
-        within: the folder that it is written in, on the same file system; default: the parent of ``out``.
+        out: the final place.
+        within: where the folder is written until then, on the same file system; default: the parent of ``out``.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.
@@ -176,7 +176,7 @@ def written_whole(out: Path, within: Path | None = None) -> Iterator[Path]:
 
 
 def _swapped(first: Path, second: Path) -> bool:
-    """Swaps the names of two folders at once, by Linux's renameat2; False where that cannot be done."""
+    """Swaps the names of two folders atomically, by Linux's renameat2; False where that is not possible."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
     return rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
@@ -198,20 +198,20 @@ def export(
     Args:
         model: the original model. Its weights are left as they are stored: see `mxdsurgery.base.dtypes.as_stored`.
         layers: by layer index, in the model's dtype and on its device.
-        plan: what was converted.
+        plan: which layers were converted, and into what.
         recipe: how.
-        evaluation: `measure`'s figures; where it has a record of the training, the seconds that this takes are added to it.
+        evaluation: `measure`'s figures; if they have a record of the training, the seconds of the export are added to it.
         tokenizer: the model's.
         check_ids: (B, T) int64 token ids to compare the reloaded model's logits on.
-        out: where to; see `check_output`.
+        out: the folder to write; see `check_output`.
         within: see `written_whole`.
 
     Returns:
         The largest absolute difference of the reloaded model's ``logits`` and ``hidden`` states from the ones in memory.
 
     Raises:
-        OutputError: it cannot be written.
-        ExportError: it was written, but does not load or computes something else. ``out`` is not there then.
+        OutputError: the folder cannot be written.
+        ExportError: it was written, but does not load or computes something else. ``out`` is then not written.
     """
     start = time.perf_counter()
     with written_as(out, recipe.format, plan.model, plan.revision, within) as staging:
@@ -221,7 +221,7 @@ def export(
             _save_weights(model, plan, staging)
         tokenizer.save_pretrained(staging)
         write_code(model, staging)
-        whole = dataclasses.replace(recipe, format="checkpoint")  # which an adapter gives back
+        whole = dataclasses.replace(recipe, format="checkpoint")  # an adapter rebuilds to one
         (staging / RECIPE_FILE).write_text(whole.to_yaml(), encoding="utf-8")
         write_json(staging / PLAN_FILE, plan.to_dict())
         differences = check_reload(staging, reference, is_offloaded(model))
@@ -232,7 +232,7 @@ def export(
 
 
 def write_evaluation(folder: Path, evaluation: dict[str, Any], plan: Plan, recipe: Recipe) -> None:
-    """Writes evaluation.json, and the model card that shows it: both or, whatever comes in between, neither."""
+    """Writes evaluation.json, and the model card that shows it; both are written aside and only then renamed."""
     edits = read_config(folder)["mxd"].get("edits", [])
     card = model_card(plan, recipe, evaluation, edits)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".evaluation.") as aside:
@@ -243,7 +243,7 @@ def write_evaluation(folder: Path, evaluation: dict[str, Any], plan: Plan, recip
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON as people like to read it, written aside and renamed; the folder is made if it is not there.
+    """Writes indented JSON, aside and then renamed; makes the folder if it is not there.
 
     Raises:
         OutputError: it cannot be written.
@@ -258,7 +258,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _save_weights(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
-    """Weights, config and generation config, by the converted class itself."""
+    """Writes weights, config and generation config, by the converted class itself."""
     config = converted_config(model.config, plan)
     with torch.device("meta"):
         converted = converted_model_class(type(model), type(config))(config)
@@ -273,13 +273,14 @@ def _save_weights(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
         "AutoModel": f"modeling_mxd.MxD{type(model.base_model).__name__}",
         "AutoModelForCausalLM": f"modeling_mxd.MxD{type(model).__name__}",
     }
-    # Named as the modules are, not as the family once named them: that is undone for some classes of a family only.
+    # Tensors are named as the modules are now, not as the family once named them: transformers maps old names back for some
+    # classes of a family only.
     shard = SHARD_BYTES if is_offloaded(model) else "5GB"
     converted.save_pretrained(folder, max_shard_size=shard, save_original_format=False)
 
 
 def write_code(model: PreTrainedModel, folder: Path) -> None:
-    """The Python files that travel with the checkpoint of a model, original or converted; its own code among them."""
+    """Writes the Python files that travel with a model's checkpoint, original or converted; also the model's own code."""
     families = {"config": type(model.config), "base": type(model.base_model), "causal": type(model)}
     names = {"model_type": model.config.model_type.removeprefix("mxd-")}
     for role, made in families.items():
@@ -298,7 +299,7 @@ def write_code(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _module_in(folder: Path, made: type) -> str:
-    """Where a checkpoint's code imports a family's class from; code that came with the base model is copied for that."""
+    """The module that a checkpoint's code imports a family's class from; copies it if it came with the base model."""
     if made.__module__.startswith("transformers."):
         return "transformers" if hasattr(transformers, made.__name__) else made.__module__
     file = Path(sys.modules[made.__module__].__file__)
@@ -310,7 +311,7 @@ def _module_in(folder: Path, made: type) -> str:
 
 
 class Reference(NamedTuple):
-    """What a model in memory computes for ids (B, T): ``logits`` and ``hidden`` states by name; where, and in what dtype."""
+    """What a model in memory computes for ids (B, T): ``logits`` and ``hidden`` states by name; the device and the dtype."""
 
     ids: Tensor
     outputs: dict[str, Tensor]
@@ -320,7 +321,7 @@ class Reference(NamedTuple):
 
 @torch.no_grad()
 def reference_outputs(model: PreTrainedModel, ids: Tensor) -> Reference:
-    """What `check_reload` compares with."""
+    """Runs the model in memory, for `check_reload` to compare with."""
     device = execution_device(model)
     here = ids.to(device)
     outputs = {
@@ -331,18 +332,18 @@ def reference_outputs(model: PreTrainedModel, ids: Tensor) -> Reference:
 
 
 def _run_reload(words: Sequence[str], environment: Mapping[str, str], folder: str) -> subprocess.CompletedProcess[str]:
-    """Runs `_RELOAD` with its words in a fresh interpreter, in a folder."""
+    """Runs `_RELOAD` with the arguments ``words`` in a fresh interpreter, in ``folder``."""
     command = (sys.executable, "-I", "-c", _RELOAD, *words)
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, check=False)
 
 
 def check_reload(folder: Path, reference: Reference, offloaded: bool = False) -> dict[str, float]:
-    """Loads the folder in a fresh process without mxdsurgery and compares what it computes, where and as the reference did.
+    """Loads the folder in a fresh process without mxdsurgery and compares outputs, on the reference's device and in its dtype.
 
-    Where the model is too large for the memory (``offloaded``), it reads its weights as it needs them there, too.
+    With ``offloaded``, for models too large for the memory, that process also reads weights only as it needs them.
 
     Raises:
-        ExportError: it does not load, or differs by more than the dtype's rounding.
+        ExportError: the folder does not load, or outputs differ by more than the dtype's rounding.
     """
     with tempfile.TemporaryDirectory() as scratch:
         given, result = Path(scratch) / "given.safetensors", Path(scratch) / "result.safetensors"
@@ -373,11 +374,11 @@ def check_reload(folder: Path, reference: Reference, offloaded: bool = False) ->
 
 @contextmanager
 def written_as(out: Path, form: str, model: str, revision: str | None, within: Path | None = None) -> Iterator[Path]:
-    """`written_whole` for a recipe's ``format``: a folder to write a checkpoint into; an adapter may be all that stays.
+    """`written_whole` for a recipe's ``format``: a folder to write a checkpoint into, of which only an adapter may be kept.
 
     Args:
-        out: where to.
-        form: ``checkpoint``, or ``adapter``: on leaving well, only what differs from the base model becomes ``out``.
+        out: the final place.
+        form: ``checkpoint``, or ``adapter``: on success, only what differs from the base model becomes ``out``.
         model: the base model, as the plan names it.
         revision: its commit on the hub.
         within: see `written_whole`.
