@@ -1,4 +1,4 @@
-"""Whether a conversion fits the memory budget; where it does not, what is too much and which changes would make it fit."""
+"""Whether a conversion fits the memory budget; if not, which part is too large and which changes would make it fit."""
 
 import dataclasses
 import itertools
@@ -24,16 +24,16 @@ from mxdsurgery.training.cost import (
     states_bytes,
 )
 
-# Of what a device has free; the rest is for fragmentation, kernels' workspaces and other processes.
+# Share of a device's free memory; the rest is for fragmentation, kernels' workspaces and other processes.
 BUDGET_SHARE = 0.9
 
 
 def stored(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, machine: Machine) -> BaseShape:
-    """Where the base model's weights and the hidden states lie: in memory if they fit the budget there, else on disk."""
+    """The base shape with where weights and hidden states are kept: in memory if they fit the budget there, else on disk."""
     if recipe.inputs != "converted":
         return base
     offloaded = {"auto": (False, True), "none": (False,), "disk": (True,)}[recipe.offload]
-    # The host of a device with a memory of its own keeps the states; there its memory is the bound.
+    # If the device has its own memory, the host keeps the states, and the host's memory bounds them.
     host = None if shares_host_memory(machine.device) else free_memory("cpu") * BUDGET_SHARE
     on_disk = (False, True) if host is None or states_bytes(base, recipe) < host else (True,)
     choices = [
@@ -45,7 +45,7 @@ def stored(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, machine
 
 
 def needed_bytes(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, machine: Machine) -> int:
-    """The smallest budget that does: each layer trained in a group of its own if it may be, and evaluation."""
+    """The smallest sufficient budget, for evaluation and for training with each layer in a group of its own if it may be."""
     if recipe.inputs == "joint":
         alone = [group.peak_bytes for group in make_groups(layers, base, recipe, machine)]
     else:
@@ -56,7 +56,7 @@ def needed_bytes(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, m
 def refusal(
     layers: Sequence[LayerPlan], groups: Sequence[Group], base: BaseShape, recipe: Recipe, machine: Machine
 ) -> MemoryBudgetError | None:
-    """The error where not even one layer at a time fits the budget, or evaluation does not; None where all is well."""
+    """The error if not even one layer at a time fits the budget, or evaluation does not fit; None if all fits."""
     if machine.memory is None:
         return None
     worst = max(groups, key=lambda group: group.peak_bytes)
@@ -84,7 +84,7 @@ def refusal(
 
 
 def _remedies(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, machine: Machine) -> list[str]:
-    """The changes that each make it fit, as flags with values that do."""
+    """Changes that each make the conversion fit, as flags with values that suffice."""
     found = []
     n_experts = largest_n_experts(layers, base, recipe, machine)
     if n_experts is not None:
@@ -118,7 +118,7 @@ def _remedies(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, mach
 
 
 def _halves(number: int, least: int) -> list[int]:
-    """Half of it, a quarter and so on."""
+    """Half of ``number``, a quarter and so on, down to ``least``."""
     halves = []
     while number // 2 >= least:
         number //= 2
@@ -150,6 +150,6 @@ def largest_n_experts(layers: Sequence[LayerPlan], base: BaseShape, recipe: Reci
 
 
 def _rounded_down(number: int, least: int) -> int:
-    """To two digits, so that it still fits when a little less memory is free the next time."""
+    """Rounds down to two digits, so that the value still fits when a little less memory is free the next time."""
     unit = 10 ** max(0, len(str(number)) - 2)
     return max(least, number // unit * unit)

@@ -1,7 +1,7 @@
-"""How fast this machine trains, evaluates and exports: what these are made of, each measured for a moment.
+"""How fast this machine trains, evaluates and exports: each of their parts is measured for a moment.
 
-Weights, inputs and targets are random: what is computed, and so its time, does not depend on their values. Of several times
-the shortest counts: whatever else the machine does only adds to it.
+Weights, inputs and targets are random, because the operations, and so their time, do not depend on the values. Of several
+times the shortest counts: whatever else the machine does only adds to it.
 """
 
 import dataclasses
@@ -47,20 +47,20 @@ from mxdsurgery.training.initialize import layer_shape
 
 # A measurement is repeated for so many seconds.
 _SECONDS = 2.0
-# The training is looked at in so many parts, in each of which K stays as it is.
+# The training is divided into so many parts, in each of which K is taken as constant.
 _PARTS = 100
-# A single step or pass takes at most about so many; where the whole batch would take longer, fewer tokens are measured.
+# A single measured step or pass takes at most about so many seconds; if a whole batch would take longer, fewer tokens are run.
 _LONGEST = 4.0
-# Tokens of the step that shows what a step costs whatever the batch: Adam, dense gradients, copies of the weights.
+# Tokens of the step that shows the cost that does not depend on the batch: Adam, dense gradients, copies of the weights.
 _FEW_TOKENS = 16
-# Tokens of the step that tells how many more can be afforded.
+# Tokens of the step that shows how many tokens can be afforded.
 _PROBE_TOKENS = 256
-# What is written to see how fast the disk is.
+# How much is written to measure the disk's speed.
 _WRITTEN_BYTES = 2**26
-# What a process imports that reloads a checkpoint, and the seconds that takes where they are not worth measuring.
+# What a process imports to reload a checkpoint, and the seconds assumed for that where measuring is not worth it.
 _RELOADS = "import torch; from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM"
 _USUAL_START = 6.0
-# A matrix product that takes so long is no matter of launching it.
+# In a matrix product that takes so many seconds, launching it does not matter.
 _BUSY = 2e-3
 # Base models whose weights take more than this are not built: their pass is computed from the rate of a matrix product.
 _LARGEST_BUILT = 2 * 2**30
@@ -72,18 +72,18 @@ class Calibration:
 
     Attributes:
         step_seconds: one training step of the largest new layer, on average over the training, as K falls.
-        step_flops: of that layer, per token.
-        step_tokens: that were measured; where fewer than the batch, ``step_seconds`` is extrapolated.
+        step_flops: FLOPs of that layer's step, per token.
+        step_tokens: tokens that were measured; if fewer than the batch, ``step_seconds`` is extrapolated.
         base_seconds: the base model's pass up to the last layer in training.
-        base_flops: of that pass, per token.
+        base_flops: FLOPs of that pass, per token.
         base_from: ``forward pass``, of the base model's shape with random weights, or ``matrix product``: FLOPs at the rate
             of one product in the base model's dtype, so that the true time is longer.
         k_seconds: pairs of a K and the seconds of that step with it, from the K at the end to the K at the start. Empty in
-            what an older version wrote, and the entries below are 0.
+            what an older version wrote; the entries below are then 0.
         head_seconds: of the language-model head, and of comparing its predictions with others.
         forward_seconds: of that layer's forward pass, in the base model's dtype.
-        start_seconds: a new process's, until it can load a model.
-        bytes_per_second: written to the disk of the result; None where that was not seen.
+        start_seconds: of a new process, until it can load a model.
+        bytes_per_second: writing speed of the result's disk; None where it was not measured.
     """
 
     step_seconds: float
@@ -99,7 +99,9 @@ class Calibration:
     bytes_per_second: float | None = None
 
     def cost(self, groups: Sequence[Group], steps: int, batch: int) -> Callable[[float], float]:
-        """How long the first so many tokens of the training take, of all groups one after the other; K falls in each.
+        """A function from a number of tokens to the seconds they take, from the training's start, all groups in turn.
+
+        K falls in each group.
 
         Args:
             groups: in order.
@@ -116,10 +118,10 @@ class Calibration:
         return lambda done: float(np.interp(done, tokens, ends))
 
     def rates(self, layer: LayerPlan, base: BaseShape, last: int, contexts: int) -> Rates:
-        """What a context takes in evaluation.
+        """The seconds that a context takes in each part of evaluation.
 
         Args:
-            layer: the largest new one.
+            layer: the largest new layer.
             base: the base model.
             last: the last decoder layer of the pass that was measured.
             contexts: in a batch.
@@ -131,7 +133,7 @@ class Calibration:
     def evaluation_seconds(
         self, layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, training_seconds: float
     ) -> float:
-        """Of measuring what layers cost, several of which may stand for the same block, after so many seconds of training."""
+        """Seconds to evaluate the layers, several of which may replace the same block, after so many seconds of training."""
         indices, contexts = sorted({layer.block.layer for layer in layers}), max(1, recipe.eval_tokens // recipe.context)
         rates = self.rates(largest_layer(layers), base, indices[-1], recipe.batch // recipe.context)
         runs = evaluation_runs(indices, len(base.layer_parameters), len(layers) // len(indices))
@@ -140,14 +142,14 @@ class Calibration:
         return contexts * together + alone.contexts(together, single, contexts, recipe.context) * single
 
     def export_seconds(self, checkpoint_bytes: int) -> float:
-        """Of writing a checkpoint, and of loading it twice in a new process: as model, and as language model."""
+        """Seconds to write a checkpoint and to load it twice in a new process: as a model, and as a language model."""
         return self.start_seconds + (3 * checkpoint_bytes / self.bytes_per_second if self.bytes_per_second else 0.0)
 
     def _base_seconds(self, group: Group) -> float:
         return self.base_seconds * group.flops["base_forward"] / self.base_flops
 
     def seconds(self, group: Group, steps: int) -> float:
-        """Of training a group; other layers and shorter passes scaled by their FLOPs."""
+        """Seconds to train a group; other layers and shorter passes are scaled by their FLOPs."""
         layers = self.step_seconds * group.step_flops / self.step_flops
         return steps * (layers + self._base_seconds(group))
 
@@ -160,15 +162,15 @@ def calibrate(
     machine: Machine,
     share: float = 1.0,
 ) -> Calibration:
-    """Measures, in about ten seconds.
+    """Measures this machine, in about ten seconds.
 
     Args:
-        layers: that are planned.
+        layers: the planned layers.
         base: the base model's shape.
         config: its config.
         recipe: batch, context, precision, device.
         machine: as the plan sees it.
-        share: of that time; a short run is not worth all of it.
+        share: share of that time to spend; a short run is not worth all of it.
     """
     largest, seconds = largest_layer(layers), share * _SECONDS
     k_seconds, step_tokens = _measure_step(largest, recipe, machine.device, seconds)
@@ -198,13 +200,13 @@ def calibrate(
 
 
 def _schedule(k_seconds: Sequence[Sequence[float]]) -> list[float]:
-    """A step's seconds in every part of the training, by its K: between two that were measured, on the line between them."""
+    """A step's seconds in every part of the training, by its K; interpolated linearly between those that were measured."""
     ks, seconds = zip(*k_seconds, strict=True)
     parts = (active_experts(part, _PARTS, int(ks[0]), int(ks[-1])) for part in range(_PARTS))
     return [float(np.interp(k, ks, seconds)) for k in parts]
 
 
-@functools.cache  # it is the machine's, whatever is planned
+@functools.cache  # a property of the machine, not of the plan
 def matmul_rate(device: str, dtype: str) -> float:
     """FLOPs per second of one matrix product, as large as it takes to keep the device busy."""
     for side in (1024, 8192):
@@ -216,9 +218,9 @@ def matmul_rate(device: str, dtype: str) -> float:
 
 
 def _measure_step(layer: LayerPlan, recipe: Recipe, device: str, seconds: float) -> tuple[list[list[float]], int]:
-    """Pairs of a K and the seconds of one training step with it on a whole batch, and the tokens that were measured for it.
+    """Pairs of a K and the seconds of one training step with it on a whole batch; and the number of tokens measured.
 
-    K is that of the first step, that of the last, and one between them, for what a step takes is not linear in it.
+    K is that of the first step, that of the last, and one between them, because a step's time is not linear in K.
     """
     batch = tokens_per_step(recipe)
     step = _training_step(layer, recipe, batch, device)
@@ -241,7 +243,7 @@ def _measure_step(layer: LayerPlan, recipe: Recipe, device: str, seconds: float)
 
 
 def _training_step(layer: LayerPlan, recipe: Recipe, batch: int, device: str) -> Callable[[int, int], None]:
-    """Takes a step of a new layer of this shape, with the given K on the given number of tokens."""
+    """A function that takes a training step of a new layer of this shape, with a given K on a given number of tokens."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
         accelerator = make_accelerator(dataclasses.replace(recipe, tracker="none"))
         made = LAYER_KINDS[layer.kind](**layer_shape(layer))
@@ -259,7 +261,7 @@ def _training_step(layer: LayerPlan, recipe: Recipe, batch: int, device: str) ->
 def _measure_pass(
     layers: list[LayerPlan], base: BaseShape, config: PreTrainedConfig, recipe: Recipe, device: str, seconds: float
 ) -> float:
-    """Seconds of the base model's pass over a whole batch; over fewer contexts, and scaled, where that takes too long."""
+    """Seconds of the base model's pass over a whole batch; measured on fewer contexts and scaled where that takes too long."""
     blocks = [layer.block for layer in layers]
     contexts = recipe.batch // recipe.context
     with torch.random.fork_rng(devices=[]), torch.device(device):
@@ -276,7 +278,7 @@ def _measure_pass(
 
 @torch.no_grad()
 def _measure_head(base: BaseShape, recipe: Recipe, device: str, seconds: float) -> float:
-    """Seconds of the head, and of comparing what it predicts, on a whole batch; measured on as many tokens as go together."""
+    """Seconds of the head, and of comparing its predictions, on a whole batch; measured on as many tokens as run together."""
     batch = tokens_per_step(recipe)
     rows = min(batch, max(1, chunk_bytes(device) // (4 * base.vocabulary)))
     with torch.random.fork_rng(devices=[]), torch.device(device):
@@ -288,7 +290,7 @@ def _measure_head(base: BaseShape, recipe: Recipe, device: str, seconds: float) 
 
 @torch.no_grad()
 def _measure_forward(layer: LayerPlan, base: BaseShape, recipe: Recipe, device: str, seconds: float) -> float:
-    """Seconds of a new layer's forward pass on a whole batch; over fewer tokens, and scaled, where that takes too long."""
+    """Seconds of a new layer's forward pass on a whole batch; measured on fewer tokens and scaled if that takes too long."""
     batch, dtype = tokens_per_step(recipe), getattr(torch, base.dtype)
     with torch.random.fork_rng(devices=[]), torch.device(device):
         made = LAYER_KINDS[layer.kind](**layer_shape(layer)).to(dtype).eval()
@@ -306,7 +308,7 @@ def _measure_start() -> float:
 
 
 def _measure_disk(out: Path) -> float | None:
-    """Bytes per second that are written where a folder is to be; None where nothing can be written there."""
+    """Bytes per second that can be written where ``out`` is to be; None where nothing can be written."""
     nearest = next((parent for parent in out.absolute().parents if parent.exists()), Path.cwd())
     block = os.urandom(2**20)
     try:

@@ -1,12 +1,12 @@
-"""What evaluating takes: how often it runs what, and on how much of the text it measures each layer alone.
+"""What evaluation costs: how many passes of each kind it runs, and on how much of the text it measures each layer alone.
 
-All layers together are measured on all contexts. Each alone, that grows with the square of their number.
+All layers together are measured on all contexts. Measuring each alone grows with the square of their number.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# By default, evaluating takes this share of the training time at most: single layers are measured on fewer contexts.
+# By default, evaluation takes at most this share of the training time: single layers are measured on fewer contexts.
 EVALUATION_SHARE = 0.2
 # But not on fewer tokens than these, nor on fewer contexts, over which the intervals are taken.
 _FEWEST_TOKENS_ALONE, _FEWEST_CONTEXTS_ALONE = 8192, 16
@@ -14,37 +14,37 @@ _FEWEST_TOKENS_ALONE, _FEWEST_CONTEXTS_ALONE = 8192, 16
 
 @dataclass(frozen=True)
 class Runs:
-    """What one context takes part in when it is evaluated on; see `evaluation_runs`."""
+    """How often each part of the model runs on one context in evaluation; see `evaluation_runs`."""
 
     decoder_layers: int
     new_layers: int
-    heads: int  # the language-model head, and what its predictions are compared with
+    heads: int  # the language-model head, and the comparison of its predictions
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds that one context takes in one run of each of these."""
+    """Seconds that one run of each of these takes for one context."""
 
     decoder_layer: float
     new_layer: float
     head: float
 
     def seconds(self, runs: Runs) -> float:
-        """Of all runs of a context."""
+        """Seconds of all runs of a context."""
         return runs.decoder_layers * self.decoder_layer + runs.new_layers * self.new_layer + runs.heads * self.head
 
 
 def evaluation_runs(layers: Sequence[int], n_layers: int, candidates: int = 1, more: bool = False) -> tuple[Runs, Runs]:
-    """Of a context on which all layers are measured together, and of one on which each is measured alone.
+    """The runs for a context on which all layers are measured together, and for one on which each is measured alone.
 
-    A variant runs from the first replaced layer on. Per candidate there are two, converted and with its experts frozen; for
-    all of them two, the blocks' outputs zero and at their mean. Before all comes a pass for statistics of the original.
+    A variant runs from the first replaced layer on. Each candidate has two variants: converted, and with its experts frozen.
+    All candidates share two: the blocks' outputs zero, and at their mean. A pass for statistics of the original comes first.
 
     Args:
-        layers: the converted ones, by index.
+        layers: the converted layers, by index.
         n_layers: decoder layers of the model.
-        candidates: sets of layers that stand for the same blocks.
-        more: whether other modules changed, too: then a single layer alone is something else than all together.
+        candidates: how many sets of layers replace the same blocks.
+        more: whether other modules changed, too: then even a single layer alone differs from all changes together.
     """
     variants, first = 2 * candidates + 2, 0 if more else min(layers)
     together = Runs(
@@ -67,8 +67,8 @@ class Alone:
     """On how much of the text each layer alone is measured.
 
     Attributes:
-        tokens: so many, in whole contexts; None: by time.
-        seconds: as many as keep the whole evaluation within so many seconds, if it can be; None: all.
+        tokens: on so many tokens, in whole contexts; None: by time.
+        seconds: on as many as keep the whole evaluation within so many seconds, if possible; None: on all.
     """
 
     tokens: int | None = None
@@ -77,12 +77,12 @@ class Alone:
     def contexts(self, together: float, alone: float, contexts: int, length: int) -> int:
         """On how many of the contexts.
 
-        By time, it is a power of two where it is neither the least nor all: clocks that differ a little change no figures.
+        By time, the number is a power of two, unless it is the minimum or all: small differences in time change no figures.
 
         Args:
             together: seconds per context of measuring all layers together, on all contexts.
             alone: seconds per context of measuring every layer alone.
-            contexts: S, those held out.
+            contexts: S, the number of held-out contexts.
             length: T, tokens in each.
         """
         if self.tokens is not None:
@@ -97,5 +97,5 @@ ON_ALL = Alone()
 
 
 def fewest_contexts_alone(contexts: int, length: int) -> int:
-    """Of so many contexts of a length T, those that each layer alone is measured on at least."""
+    """On how many of ``contexts`` contexts of length T each layer alone is measured at least."""
     return min(contexts, max(-(-_FEWEST_TOKENS_ALONE // length), _FEWEST_CONTEXTS_ALONE))

@@ -1,4 +1,4 @@
-"""What a conversion runs on: the device, how much memory it may take there, and what is computed in."""
+"""What a conversion runs on: the device, how much memory it may take there, and the dtypes to compute in."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from mxdsurgery.training.cost import GIB, LayerPlan, Machine, largest_layer
 
 
 def this_machine(recipe: Recipe, layers: Sequence[LayerPlan], config: PreTrainedConfig, dtype: str) -> Machine:
-    """The recipe's device, also where it is not here, what is computed in there, and the memory budget."""
+    """The recipe's device, even if this machine lacks it; the dtypes to compute in there, and the memory budget."""
     device = meant(recipe.device)
     here = device in devices()
     free = free_memory(device) if here else None
@@ -46,19 +46,19 @@ def this_machine(recipe: Recipe, layers: Sequence[LayerPlan], config: PreTrained
 
 
 def model_shape(config: PreTrainedConfig, layers: Sequence[LayerPlan], tokens: int, context: int) -> Shape:
-    """What a model computes at a time, in forward passes of so many tokens, where new layers stand for its blocks."""
+    """The shape of a converted model's forward passes of so many tokens, with contexts of so many."""
     block = largest_layer(layers).block
     heads = getattr(config.get_text_config(decoder=True), "num_attention_heads", None)
     return Shape(tokens, context, block.d_model, block.d_hidden, heads if isinstance(heads, int) else 1)
 
 
 def settled_recipe(recipe: Recipe, layers: Sequence[LayerPlan], compute: str) -> Recipe:
-    """The recipe with what is computed in on its device, in place of each ``auto``.
+    """The recipe with the dtypes to compute in on its device, in place of each ``auto``.
 
     Args:
-        recipe: with what was asked for.
-        layers: new ones.
-        compute: of models.
+        recipe: the recipe as it was asked for.
+        layers: the new layers.
+        compute: the dtype that models compute in.
     """
     largest = largest_layer(layers)
     precision = "bf16" if computes_in_bf16(recipe, largest.block.d_model, largest.block.d_hidden) else "fp32"

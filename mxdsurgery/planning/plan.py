@@ -39,21 +39,21 @@ from mxdsurgery.training.cost import (
 
 # A run that takes fewer seconds, at the rate of a matrix product, starts at once: its time is not predicted.
 WORTH_PREDICTING = 2.0
-# One that takes fewer than these is measured for a shorter time.
+# For a run that takes fewer seconds than this, the machine is measured for a shorter time.
 _WORTH_ALL_OF_IT = 60.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion, resolved: which blocks become what. Plain data: `to_dict` and `from_dict` go through JSON.
+    """A conversion, resolved: which blocks become what. Plain data: `to_dict` and `from_dict` convert it for JSON.
 
     Attributes:
-        model: as it was named.
-        revision: the commit on the hub, where it came from there.
+        model: the base model, as it was named.
+        revision: the commit on the hub, if it came from there.
         model_type: transformers' name of the architecture.
         architecture: the causal language model's class.
-        dtype: that the base model and the result are stored in.
-        original_parameters: of the base model.
+        dtype: the one that the base model and the result are stored in.
+        original_parameters: number of parameters of the base model.
         recipe_file: the recipe that the settings came from.
         steps: optimiser steps of each layer.
         layers: in order.
@@ -61,15 +61,15 @@ class Plan:
         groups: the layers that are trained together, in order; each group is one pass over the text. Empty in what an older
             version wrote, as are the entries below.
         evaluation_bytes: peak of evaluation and export.
-        disk_bytes: while the result is written; with ``overwrite``, an old one of the same size stands beside it.
-        calibration: what the times rest on.
+        disk_bytes: needed on disk while the result is written; with ``overwrite``, that includes an old result of this size.
+        calibration: the measurements that the times rest on.
         unmeasured: why there is no time.
-        refusal: what was found, expected and to be mended, where it does not fit the memory budget.
-        offloaded: whether the base model's weights stay on disk but for the decoder layer at work.
-        states_bytes: hidden states of the text that are kept from layer to layer.
-        states_on_disk: whether they lie on disk, for as long as the conversion lasts.
-        left: why ``layers: all`` leaves some as they are: by reason, the layers as a selection.
-        evaluation_seconds: None where it was not measured, as the next one.
+        refusal: what was found, what was expected and what to do, if the conversion does not fit the memory budget.
+        offloaded: whether the base model's weights stay on disk, except those of the decoder layer at work.
+        states_bytes: size of the text's hidden states that are kept from layer to layer.
+        states_on_disk: whether they are kept on disk, for as long as the conversion lasts.
+        left: the layers that ``layers: all`` leaves unconverted: by reason, the layers as a selection.
+        evaluation_seconds: None where it was not measured; so is the next one.
         export_seconds: of writing the result and reloading it.
         eval_tokens_single: held-out tokens that each layer alone is measured on; None until training has shown how many.
     """
@@ -105,45 +105,45 @@ class Plan:
 
     @property
     def trained_parameters(self) -> int:
-        """Of all new layers."""
+        """Number of parameters of all new layers."""
         return sum(layer.parameters for layer in self.layers)
 
     @property
     def parameters(self) -> int:
-        """Of the converted model."""
+        """Number of parameters of the converted model."""
         return self.original_parameters + sum(layer.all_parameters - layer.block.parameters for layer in self.layers)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """The converted model's weights on disk."""
+        """Size of the converted model's weights on disk."""
         return DTYPE_BYTES[self.dtype] * self.parameters
 
     @property
     def peak_bytes(self) -> int:
-        """Of training, on the device that trains."""
+        """Peak memory of training, on the device that trains."""
         return max((group.peak_bytes for group in self.groups), default=0)
 
     @property
     def flops(self) -> dict[str, int]:
-        """Per token of the text, of all passes over it together."""
+        """FLOPs per token of the text, by part, of all passes over the text together."""
         names = self.groups[0].flops if self.groups else ()
         return {name: sum(group.flops[name] for group in self.groups) for name in names}
 
     @property
     def seconds(self) -> float | None:
-        """Of training all groups; None where it was not measured."""
+        """Seconds to train all groups; None where it was not measured."""
         if not self.groups or any(group.seconds is None for group in self.groups):
             return None
         return sum(group.seconds for group in self.groups)
 
     @property
     def total_seconds(self) -> float | None:
-        """Of training, evaluation and export; None where one of them was not measured."""
+        """Seconds of training, evaluation and export; None where one of them was not measured."""
         stages = (self.seconds, self.evaluation_seconds, self.export_seconds)
         return None if None in stages else sum(stages)
 
     def training_cost(self, recipe: Recipe) -> Cost | None:
-        """What the first so many tokens of the training take, for the time that is left; None where it was not measured."""
+        """What `Calibration.cost` gives, to predict the time that is left; None where nothing was measured."""
         if self.calibration is None:
             return None
         return self.calibration.cost(self.groups, self.steps, tokens_per_step(recipe))
@@ -156,7 +156,7 @@ class Plan:
         )
 
     def computing_as(self, settled: Recipe) -> "Plan":
-        """The plan with what a settled recipe computes in."""
+        """The plan with the dtypes that a settled recipe computes in."""
         if self.machine is None:  # of an older version
             return self
         chosen = {"compute": settled.compute, "bf16": settled.precision == "bf16", "selection": settled.selection == "bf16"}
@@ -186,7 +186,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Plan":
-        """Back from `to_dict`, also of an older version, which had no groups."""
+        """The plan from what `to_dict` gave, also in an older version, which had no groups."""
         read = {name: value for name, value in values.items() if name != "totals"}
         read["layers"] = [_layer_plan(row) for row in values["layers"]]
         names = [f.name for f in dataclasses.fields(Group)]
@@ -243,7 +243,7 @@ class Plan:
         return [f"left       layers {layers} as they are: {reason}" for reason, layers in self.left.items()]
 
     def summary(self, recipe: Recipe) -> list[str]:
-        """For a terminal: what it takes, in a few lines."""
+        """For a terminal: what the conversion takes, in a few lines."""
         passes = "1 pass" if len(self.groups) == 1 else f"{len(self.groups)} passes"
         over = f"{passes} over the text" if recipe.inputs != "converted" else "layer after layer"
         flops, total = self.flops, sum(self.flops.values())
@@ -268,7 +268,7 @@ class Plan:
         return f"{self.machine.compute}: {self.machine.compute_why}; new layers train in {training}{ranked}"
 
     def _kept_lines(self) -> list[str]:
-        """Where the base model and the hidden states are, where that is not just memory."""
+        """Where the base model and the hidden states are kept, if not just in memory."""
         lines = []
         if self.states_bytes:
             where = "on disk" if self.states_on_disk else "in memory"
@@ -307,8 +307,8 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
     Args:
         model: hub id, local folder, ``demo-glu`` or ``demo-mlp``.
         recipe: a recipe file or the name of one that comes with mxdsurgery; default: the one made for the model.
-        measure: whether to measure this machine for some seconds, for the time it will take.
-        **overrides: recipe keys; those that are None count as not given. ``threads`` counts from here on for all that the
+        measure: whether to measure this machine for some seconds, to predict the time of the conversion.
+        **overrides: recipe keys; those that are None count as not given. ``threads`` applies from here on to all that this
             process computes.
 
     Returns:
@@ -327,7 +327,7 @@ def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False,
 def open_and_plan(
     model: str, recipe: str | Path | None, overrides: dict[str, Any], measure: bool = False
 ) -> tuple[Plan, Recipe, BaseModel]:
-    """As `plan`, and the base model, open, for what comes next."""
+    """As `plan`; also returns the opened base model, for the next steps."""
     base = open_base(model, recipe, overrides)
     resolved, recipe_file = resolve_recipe(base, recipe, overrides)
     use_threads(resolved.threads)
@@ -360,7 +360,7 @@ def open_and_plan(
 
 
 def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base_model: BaseModel) -> Plan:
-    """The plan with other layers, several of which may stand for the same block, and what they take."""
+    """The plan with other layers, several of which may replace the same block, and what they take."""
     base = stored(layers, base_shape(base_model, made.dtype, made.machine.compute), recipe, made.machine)
     groups = make_groups(layers, base, recipe, made.machine)
     refused = refusal(layers, groups, base, recipe, made.machine)
@@ -383,12 +383,12 @@ def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base_model:
 
 
 def with_time(made: Plan, recipe: Recipe, base_model: BaseModel, worth_it: float = 0.0) -> Plan:
-    """The plan with the time it takes, measured on this machine in some seconds; or with the reason why not.
+    """The plan with a predicted time, from some seconds of measurement on this machine; or with the reason why there is none.
 
     Args:
-        made: without a time.
+        made: a plan without a time.
         recipe: resolved.
-        base_model: that it is of.
+        base_model: the model that the plan is for.
         worth_it: measure only if the run takes more seconds than this at the rate of a matrix product.
     """
     machine = made.machine
@@ -420,7 +420,7 @@ def with_time(made: Plan, recipe: Recipe, base_model: BaseModel, worth_it: float
 
 
 def plan_layer(block: Block, recipe: Recipe) -> LayerPlan:
-    """What the recipe makes of a block.
+    """The new layer that the recipe gives for a block.
 
     Raises:
         RecipeError: more active experts than experts.
@@ -439,5 +439,5 @@ def plan_layer(block: Block, recipe: Recipe) -> LayerPlan:
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan saved beside a converted model."""
+    """Reads a saved plan."""
     return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""What a conversion goes by: the base model and its shape, and the recipe, from defaults, files and what was given besides."""
+"""What a conversion is based on: the base model and its shape, and the recipe, from defaults, a file and overrides."""
 
 import dataclasses
 import os
@@ -15,13 +15,13 @@ from mxdsurgery.training.cost import BaseShape
 
 
 def open_base(model: str, recipe: str | Path | None, overrides: dict[str, Any]) -> BaseModel:
-    """The base model, at the revision that the overrides or the recipe's file name; no file decides that its code is run."""
+    """The base model, at the revision that the overrides or the recipe's file name; no file can allow its code to run."""
     revision = overrides.get("revision") or (None if recipe is None else load_recipe(recipe).get("revision"))
     return open_model(model, revision, overrides.get("trust_remote_code") or False)
 
 
 def resolve_recipe(base: BaseModel, recipe: str | Path | None, overrides: dict[str, Any]) -> tuple[Recipe, Path]:
-    """Defaults, then the recipe's file, then the overrides; and which file that was."""
+    """The recipe, from defaults, then its file, then the overrides; and the path of that file."""
     given = {name: value for name, value in overrides.items() if value is not None}
     check_names(given, "among the options")
     model, text_config = base.name, base.config.get_text_config(decoder=True)
@@ -43,7 +43,7 @@ def resolve_recipe(base: BaseModel, recipe: str | Path | None, overrides: dict[s
 
 
 def base_shape(base: BaseModel, stored: str, compute: str | None) -> BaseShape:
-    """What the arithmetic needs to know of a base model whose weights are stored in one dtype and computed with in another."""
+    """What the cost arithmetic needs to know of a base model that is stored in one dtype and computes in another."""
     _, layers = decoder_layers(base.skeleton)
     text_config = base.config.get_text_config(decoder=True)
     return BaseShape(
