@@ -1,4 +1,4 @@
 """What leaves this machine: which files, whole, and without secrets or local paths.
 
-`push` is the command, `contents` what it looks through.
+`push` is the command; `contents` chooses the files and searches them.
 """

@@ -1,6 +1,6 @@
-"""What of a model's folder is published: the files that belong to it, complete, and without secrets or local paths.
+"""What of a model's folder is published: the files that belong to the model, complete, and without secrets or local paths.
 
-A small file is held as the bytes that were looked through, so that nothing else goes out; weights and tables stay on the disk.
+A small file is held as the bytes that were searched, so that exactly these are sent; weights and tables stay on the disk.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _CODE = (*TRAVELLING, "configuration_mxd.py", _MODELING)
 _NEEDED = (CARD, "config.json", PLAN_FILE, RECIPE_FILE, EVALUATION_FILE, "tokenizer_config.json")
 _LICENSES = ("LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*", "USE_POLICY.md")
 _KEPT_BY_EDIT = (CARD, "config.json", EVALUATION_FILE, "before.safetensors", "digests.json", "edits.yaml", "*.py")
-# What belongs to a model, as `fnmatch` reads it. All else in the folder stays here.
+# Files that belong to a model, as patterns for `fnmatch`. All else in the folder stays here.
 _KNOWN = (
     *_NEEDED,
     *_LICENSES,
@@ -54,7 +54,7 @@ _KNOWN = (
 )
 _EXPERTS = "experts/*"
 _CONTEXTS = "experts/contexts.parquet"
-# These list pieces of words: paths and "token: ..." among them are no one's.
+# These list pieces of words: what looks like a path or "token: ..." in them is nobody's.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model*", "vocab.*", "merges.txt", "spiece.model")
 _ON_DISK = (".safetensors", ".parquet")
 
@@ -64,12 +64,12 @@ _MOST_SHOWN = 12
 
 @dataclass
 class Parcel:
-    """What is sent of a folder.
+    """The part of a folder that is sent.
 
     Attributes:
         folder: where it is.
-        contents: by its name in the folder, each file's bytes, or the path of one that is sent from the disk.
-        redacted: names of those in which local paths were cut down.
+        contents: by name in the folder, each file's bytes, or its path if it is sent from the disk.
+        redacted: names of the files in which local paths were shortened.
         left_out: what stays here: files, and folders (with a slash) of which nothing is sent.
     """
 
@@ -80,7 +80,7 @@ class Parcel:
 
 
 def pack(folder: str | Path, *, redact: bool = False, include_experts: bool = False) -> Parcel:
-    """What is to be sent of a folder.
+    """Chooses what to send of a folder.
 
     Args:
         folder: what ``convert``, ``edit`` or ``heal`` wrote, a checkpoint or an adapter; it is left as it is.
@@ -111,7 +111,7 @@ def pack(folder: str | Path, *, redact: bool = False, include_experts: bool = Fa
 
 
 def belongs(name: str) -> bool:
-    """Whether a file in a repository is of the kind that a push writes there, and not one that people write themselves."""
+    """Whether a push writes a file of this name into a repository, and people do not write such a file themselves."""
     return _among(name, (*_KNOWN, *_CODE, _EXPERTS)) and not written_by_people(name)
 
 
@@ -121,7 +121,7 @@ def written_by_people(name: str) -> bool:
 
 
 def _among(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether one of the patterns is a file's; a star stands for no slash."""
+    """Whether a file's name matches one of the patterns; a star matches no slash."""
     return any(fnmatchcase(name, pattern) and pattern.count("/") == name.count("/") for pattern in patterns)
 
 
@@ -132,7 +132,7 @@ def _others(files: list[Path], chosen: set[str]) -> list[str]:
 
 
 def _check_complete(folder: Path, adapter: Adapter | None) -> None:
-    """Raises unless the folder is one of ours, with all that it takes to load it."""
+    """Raises `pack`'s errors unless the folder is one of ours, with every file that loading it needs."""
     if adapter is None:
         read_config(folder)
         missing = [name for name in (*_NEEDED, *_CODE[-2:]) if not (folder / name).is_file()] or _missing_code(folder)
@@ -151,7 +151,7 @@ def _check_complete(folder: Path, adapter: Adapter | None) -> None:
 
 
 def _missing_code(folder: Path) -> list[str]:
-    """Files of the checkpoint's code that its other files import."""
+    """Missing files of the checkpoint's code, which its other files import."""
     try:
         get_relative_import_files(folder / _MODELING)
     except FileNotFoundError as error:
@@ -160,7 +160,7 @@ def _missing_code(folder: Path) -> list[str]:
 
 
 def _missing_weights(folder: Path, held: dict[str, list[str]]) -> list[str]:
-    """The checkpoint's file, or tensors that its index names."""
+    """What is missing of a checkpoint: its weight file, or tensors that its index names."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return [] if "model.safetensors" in held else ["model.safetensors"]
@@ -172,14 +172,14 @@ def _missing_weights(folder: Path, held: dict[str, list[str]]) -> list[str]:
 
 
 def _missing_parts(adapter: Adapter, held: dict[str, list[str]]) -> list[str]:
-    """The adapter's files for the checkpoint's files of weights, or tensors that differ from the base model's."""
+    """What is missing of an adapter: its parts of the checkpoint's weight files, or tensors that it keeps."""
     parts = [part_of(name) for name in adapter.weights()]
     tensors = {name for part in parts for name in held.get(part, ())}
     return [part for part in parts if part not in held] or sorted(adapter.kept.keys() - tensors)
 
 
 def _names(path: Path) -> list[str]:
-    """Of the tensors in a file, after making sure that it can be read."""
+    """Names of the tensors in a safetensors file, after a check that it can be read."""
     try:
         with safe_open(path, "pt") as opened:
             return list(opened.keys())
@@ -198,7 +198,7 @@ def _redact(parcel: Parcel, name: str) -> None:
     assert isinstance(given, bytes)
     text = given.decode("utf-8", "surrogateescape")
     if name.endswith(CARD):
-        # The hub takes `base_model` for a name on it: a folder's would be another model's.
+        # The hub reads `base_model` as the name of a model there: a local folder's name would point to another model.
         text = re.sub(r"\A(---\n(?:.*\n)*?)base_model: *[\"']?(?:/|[A-Za-z]:\\).*\n", r"\1", text)
     sent = redacted(text).encode("utf-8", "surrogateescape")
     if sent != given:
@@ -207,7 +207,7 @@ def _redact(parcel: Parcel, name: str) -> None:
 
 
 def _note_changes(parcel: Parcel, adapter: Adapter) -> None:
-    """Makes what an adapter says of its files true of those that are sent: `apply` compares them."""
+    """Updates the adapter's list of files to those that are sent, because `apply` compares them."""
     given = parcel.contents[ADAPTER_FILE]
     assert isinstance(given, bytes)
     values = json.loads(given)
@@ -222,15 +222,15 @@ def _note_changes(parcel: Parcel, adapter: Adapter) -> None:
 
 
 def check_disclosures(parcel: Parcel, known: set[str], redact: bool) -> None:
-    """Looks through all that would be sent.
+    """Searches all that would be sent for secrets and local paths.
 
     Args:
-        parcel: what that is.
-        known: secrets to look for as they are.
-        redact: whether paths were cut already; for the advice only.
+        parcel: what would be sent.
+        known: secrets to search for literally.
+        redact: whether paths were shortened already; for the advice only.
 
     Raises:
-        PushError: naming file and line of each secret and local path; of a secret, only how it begins.
+        PushError: something was found; it names file and line, and shows only the beginning of a secret.
     """
     found: list[tuple[str, Finding]] = []
     for name, text, vocabulary in _texts(parcel):
@@ -252,7 +252,7 @@ def check_disclosures(parcel: Parcel, known: set[str], redact: bool) -> None:
 
 
 def _texts(parcel: Parcel) -> Iterator[tuple[str, str, bool]]:
-    """All that can be read in what is sent: where it stands, a text, and whether that lists or quotes the words of others."""
+    """All readable text in what is sent: its place, the text, and whether it lists or quotes the words of others."""
     for name, content in parcel.contents.items():
         if isinstance(content, bytes):
             yield name, content.decode("utf-8", "replace"), _among(name, _VOCABULARIES)
@@ -276,7 +276,7 @@ def _table(path: Path) -> "parquet.ParquetFile":
 
 
 def _contexts(folder: Path) -> Iterator[str]:
-    """The text that a catalogue keeps, a context at a time."""
+    """The text that a catalogue keeps, one context at a time."""
     tokenizer = load_tokenizer(str(folder))
     for batch in _table(folder / _CONTEXTS).iter_batches(256, columns=["input_ids"]):
         yield from tokenizer.batch_decode(batch.column(0).to_pylist())

@@ -1,6 +1,6 @@
-"""``push``: puts a converted model or an adapter on the hub, after looking through it for what should not be published.
+"""``push``: puts a converted model or an adapter on the hub, after searching it for what should not be published.
 
-Only files that are known to belong to it are sent, in one commit: the repository holds all of it or none.
+Only files that are known to belong to the model are sent, in one commit: the repository gets all of them or none.
 """
 
 import warnings
@@ -34,20 +34,20 @@ def push(
     token: str | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Uploads a converted model or an adapter with its card; nothing is made on the hub before all of it was looked through.
+    """Uploads a converted model or an adapter with its card; nothing is made on the hub before all of it was searched.
 
-    The repository then holds what the folder holds: files of an earlier push that are no longer part of it are taken out in
-    the same commit. The base model's licence, where the hub knows one and the card has none, goes into the card that is sent.
+    The repository then holds the model as it is in the folder: the same commit removes files of an earlier push that are no
+    longer part of it. If the card has no licence and the hub knows the base model's, that goes into the card that is sent.
 
     Args:
         folder: what ``convert``, ``edit`` or ``heal`` wrote, a checkpoint or an adapter; it is left as it is.
-        repo: ``user/name``; made if it is not there.
-        private: only you may see it. An existing repository that others see is refused then.
+        repo: ``user/name``; made if it does not exist.
+        private: only you may see it; an existing repository that others can see is then refused.
         revision: branch to write to, made if it is not there; default: ``main``.
         message: of the commit.
         redact: send copies in which local paths are cut down to their last component. Secrets are refused all the same.
-        include_experts: send the catalogue of ``experts`` too; it holds the text that the experts were looked up in.
-        token: of the hub; default: the one of ``hf auth login`` or HF_TOKEN.
+        include_experts: send the catalogue of ``experts`` too; it holds the text that the experts were observed on.
+        token: for the hub; default: the one of ``hf auth login`` or HF_TOKEN.
         reporter: where progress is reported; default: nowhere.
 
     Returns:
@@ -79,7 +79,7 @@ def push(
         files = [{"name": addition.path_in_repo, "bytes": addition.upload_info.size} for addition in additions]
         total = sum(file["bytes"] for file in files)
         reporter.say(f"sending    {size(total)} to {repo}, {'private' if is_private else 'public'}")
-        with warnings.catch_warnings():  # that tables of Parquet belong in data sets
+        with warnings.catch_warnings():  # the hub's client warns that Parquet belongs in data sets
             warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
             commit = api.create_commit(
                 repo,
@@ -124,7 +124,7 @@ def _check_name(repo: str) -> None:
 
 
 def _pass_license_on(api: HfApi, parcel: Parcel) -> str | None:
-    """Puts the base model's licence into the card that is sent, where the card names none and the hub knows it."""
+    """Puts the base model's licence into the card that is sent, if the card names none and the hub knows it."""
     given = parcel.contents[CARD]
     assert isinstance(given, bytes)
     try:
@@ -136,7 +136,7 @@ def _pass_license_on(api: HfApi, parcel: Parcel) -> str | None:
         return None
     try:
         terms = api.model_info(base).card_data
-    except (RepositoryNotFoundError, HFValidationError):  # no longer there, or no name of the hub's
+    except (RepositoryNotFoundError, HFValidationError):  # no longer there, or not a name on the hub
         return None
     if terms is None or not isinstance(terms.license, str):
         return None
@@ -148,7 +148,7 @@ def _pass_license_on(api: HfApi, parcel: Parcel) -> str | None:
 
 
 def _prepare(api: HfApi, repo: str, private: bool, revision: str | None, parcel: Parcel) -> tuple[bool, list[str]]:
-    """Makes the repository and the branch, if need be.
+    """Makes the repository and the branch, if necessary.
 
     Returns:
         Whether it is private, and the files of an earlier push that are no longer part of the model.
