@@ -314,9 +314,9 @@ def continuations_section(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Text of both models, side by side."""
     yield "## Does it still say the same?\n"
     yield (
-        f"Fixed prompts, {NEW_TOKENS} new tokens, the likeliest one each time. Same: those before the texts part; what\n"
-        "follows a token that differs differs, too, so this is severe. Same choice: how many tokens of the original's text\n"
-        "are the converted model's likeliest where it reads that text. `mxdsurgery generate DIR --prompt PROMPT\n"
+        f"Fixed prompts, {NEW_TOKENS} new tokens, the likeliest one each time. Same: the tokens before the texts part. Once\n"
+        "a token differs, those after it differ, too, so this is severe. Same choice: how many tokens of the original's text\n"
+        "are the converted model's likeliest when it reads that text. `mxdsurgery generate DIR --prompt PROMPT\n"
         f"--temperature 0 --max-new-tokens {NEW_TOKENS}` prints the converted model's text.\n"
     )
     for result in found.values():
@@ -353,8 +353,9 @@ def memory_section(lines: list[dict[str, Any]]) -> Iterator[str]:
     yield (
         f"Converting {shape['layers']} blocks of a model with {compact(shape['parameters'])} parameters and random weights "
         f"({shape['dtype']}: {size(weights)}; D {shape['D']:,}, H {shape['H']:,}, N {shape['N']:,}), each line in a process\n"
-        "of its own, above what that had before. Reload: the fresh process that loads the result and runs it, libraries and\n"
-        "all. By `python scripts/measure/bench_memory.py --layers 0,12,23 --batch 256 --tokens 1024 --eval-tokens 256`.\n"
+        "of its own, above what that process had before. Reload: the fresh process that loads the result and runs it, with\n"
+        "its libraries.\n"
+        "By `python scripts/measure/bench_memory.py --layers 0,12,23 --batch 256 --tokens 1024 --eval-tokens 256`.\n"
     )
     largest = max(line["peak_bytes"] for line in lines)
     yield table(

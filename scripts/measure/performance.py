@@ -240,21 +240,22 @@ run, absolute times vary by a fifth from day to day. Hardware of the CPU rows: {
 
 ## Any processor
 
-What a model's weights are stored in, and what is computed in, are two things: the second is chosen by timing this machine
+A model's weights are stored in one dtype and may be computed with in another. The second is chosen by timing this machine
 once, in some tens of milliseconds: a decoder layer of the model's shape, and the products of a new layer. A model stored in
-bfloat16 computes so, or in float32 where that is more than a tenth faster. Each command below ran on demo-glu in turn in the
-chosen dtype and in either; the fastest of `--rounds` runs counts, of which the first may pay for imports. All of it on one
-thread, with another such job on the other core. Where a kind is emulated, torch, oneDNN and MKL were told to use AVX2 only
-(`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2`): bf16 products are then 8 times as
-slow as fp32 ones; on a real processor without bf16 instructions they are 40 times as slow.
+bfloat16 computes in bfloat16, or in float32 where that is more than a tenth faster. Each command below ran on demo-glu in
+turn in the chosen dtype and in either; the fastest of `--rounds` runs counts, of which the first may include imports.
+Everything ran on one thread, with another such job on the other core. Where a kind of processor is emulated, torch, oneDNN
+and MKL were told to use AVX2 only (`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2`): bf16
+products are then 8 times as slow as fp32 ones; on a real processor without bf16 instructions they are 40 times as slow.
 
 {any_kind}
 
 ## One training step
 
-Against the training step as it was published, every expert computed densely, in fp32 unless said; same start, same batch,
-same number of Adam steps. *MiB above state*: peak memory beyond parameters and Adam's moments. *Floor*: the gate's product
-and those of encoder and decoder, forward and backward, at the best matrix-product rate measured in the same run and precision.
+Our step is compared with the training step as it was published, which computes every expert densely: in fp32 unless stated,
+from the same start, with the same batch and the same number of Adam steps. *MiB above state*: peak memory beyond parameters
+and Adam's moments. *Floor*: the gate's product and those of encoder and decoder, forward and backward, at the best
+matrix-product rate measured in the same run and precision.
 
 {steps}
 
