@@ -35,7 +35,7 @@ EXACT = {"dtype": "float32", "precision": "fp32", "selection": "fp32"}
 SHAPE = {"n_experts": 64, "batch": 1024, "shuffle": 0, "eval_tokens": 1_000}
 CHANGED = Edits(ablate={1: [3]}, drop={2: [1]}, scale={2: {5: 2.0}}, steer={1: {7: 3.0}})
 TEXTS = ("def f(x): return x + {}", "class A{}: import os")
-# The largest relative difference: of what a pass gives, and of what many steps of training come to.
+# The largest relative difference: after a pass, and after many steps of training.
 PASS, TRAINED = 1e-3, 5e-2
 
 
@@ -70,7 +70,7 @@ def heal(device: str, folder: Path, out: Path, tokens: int, **options: Any) -> d
 
 
 def passes(device: str, folder: Path, out: Path, _tokens: int) -> dict[str, float]:
-    """All that measures a model or a machine."""
+    """All commands that measure a model or a machine."""
     text = {"tokens": 1_000, "device": device}
     figures = mxdsurgery.evaluate(folder, device=device)["all"]
     found = {name: figures[name] for name in ("kl", "nmse", "expert_share", "l0")}
@@ -83,7 +83,7 @@ def passes(device: str, folder: Path, out: Path, _tokens: int) -> dict[str, floa
 
 
 def experts(device: str, folder: Path, out: Path, _tokens: int) -> dict[str, float]:
-    """All that looks at single experts, and text from the model."""
+    """All commands that examine single experts, and text from the model."""
     labelled = folder.parent / "labelled.csv"
     labelled.write_text("label,text\n" + "".join(f"{n % 2},{TEXTS[n % 2].format(n)}\n" for n in range(60)))
     mxdsurgery.experts(folder, data="stdlib:heldout", tokens=3_000, device=device, overwrite=True)
@@ -115,7 +115,7 @@ CHECKS: dict[str, tuple[Callable[[str, Path, Path, int], dict[str, float]], floa
 
 
 def compared(folder: Path, device: str, tokens: int) -> Iterator[dict[str, Any]]:
-    """Every check's largest difference, and which figure it is of; or what it failed with."""
+    """Every check's largest difference, and its figure; or the error that it failed with."""
     source = folder / "converted"
     convert("cpu", folder, source, tokens)
     for number, (name, (check, most)) in enumerate(CHECKS.items()):

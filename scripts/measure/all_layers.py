@@ -33,7 +33,7 @@ KEPT = DOCS / "all-layers"
 
 @dataclass(frozen=True)
 class Subject(material.Subject):
-    """And how the texts begin that it continues."""
+    """Also the prompts that the model continues."""
 
     prompts: tuple[str, ...]
 
@@ -51,11 +51,11 @@ class Way:
 
     Attributes:
         name: the end of its runs' names.
-        words: for the page.
+        words: what the page says of it.
         kind: of the layers.
         k: K at which it is measured.
         recipe: keys for `convert`; the rest is as the recipe for small models has it.
-        heals: it is `heal` after the conversion of this name.
+        heals: name of the conversion that this way heals.
         heal: keywords for `heal`.
     """
 
@@ -114,12 +114,12 @@ CURVE_WAYS = tuple(
 
 
 def run_name(subject: Subject, way: Way, k: int, other: str | None = None) -> str:
-    """A run's folder; with ``other`` that of another way at the same place."""
+    """A run's folder; with ``other``, that of the same model, kind and K made in another way."""
     return f"{subject.model}-{way.kind}-k{k}-{other or way.name}"
 
 
 def all_runs() -> Iterator[tuple[Subject, Way, int, str]]:
-    """Every run, a conversion before what heals it."""
+    """Every run, a conversion before its healings."""
     for way in (*WAYS, *CURVE_WAYS):
         for subject in SUBJECTS:
             for k in way.k:
@@ -127,7 +127,7 @@ def all_runs() -> Iterator[tuple[Subject, Way, int, str]]:
 
 
 def make(subject: Subject, way: Way, k: int, tokens: int, shared: Path, runs: Path) -> None:
-    """Converts, or heals what is converted, into the run's folder."""
+    """Converts, or heals a conversion, into the run's folder."""
     out, say = str(runs / run_name(subject, way, k)), ConsoleReporter()
     if way.heals is not None:
         before = runs / run_name(subject, way, k, way.heals)
@@ -140,7 +140,7 @@ def make(subject: Subject, way: Way, k: int, tokens: int, shared: Path, runs: Pa
 
 
 def pieces(tokens: int, shared: Path, runs: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """All there is to measure: what will be there then, and what makes it."""
+    """All that is to be measured: each file or folder that will be made, and the function that makes it."""
     for subject, way, k, name in all_runs():
         yield runs / name, lambda s=subject, w=way, n=k: make(s, w, n, tokens, shared, runs)
     for subject in SUBJECTS:
@@ -156,7 +156,7 @@ def pieces(tokens: int, shared: Path, runs: Path) -> Iterator[tuple[Path, Callab
 
 
 def row_of(subject: Subject, way: Way, k: int, runs: Path) -> dict[str, Any]:
-    """A run's figures, and what it took: the conversion, and the healing where it was healed."""
+    """A run's figures and its cost: that of the conversion, and of the healing if it was healed."""
     evaluation = read_json(runs / run_name(subject, way, k) / "evaluation.json")
     training, healed = evaluation["training"], evaluation.get("healed", [])
     tokens, seconds = (sum(took[name] for took in (training, *healed)) for name in ("tokens", "seconds"))
@@ -180,7 +180,7 @@ def collected(runs: Path) -> None:
 
 
 def figure(row: dict[str, Any], name: str, form: str = "+.4f") -> str:
-    """With its interval."""
+    """A figure with its interval."""
     return f"{row[name]:{form}} ({interval(row, name, form)})"
 
 
@@ -216,7 +216,7 @@ def _label(kind: str, way: str) -> str:
 
 
 def aims(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each healed model beside what was aimed at; ``ratios`` and ``tenth`` are to healed transcoders, then to unhealed."""
+    """Each healed model beside its aims; ``ratios`` and ``tenth`` are to healed transcoders, then to unhealed ones."""
     found = {(row["model"], row["kind"], row["k"], row["way"]): row for row in rows}
     for subject in SUBJECTS:
         for k in (16, 64):
@@ -241,7 +241,7 @@ def _answer(reached: bool | None) -> str:
 
 
 def aims_section(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Was what was aimed at reached?"""
+    """Were the aims reached?"""
     yield "## Were the aims reached?\n"
     yield (
         "Aims for all layers converted and healed: ΔCE at most 0.02 nats; at most 1/10 of the same with transcoders of as\n"

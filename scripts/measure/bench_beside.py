@@ -57,7 +57,7 @@ class _Stopwatch(Reporter):
 
 
 def train(tokens: int, precision: str, threads: int) -> dict[str, Any]:
-    """In this process."""
+    """Trains in this process and measures the time."""
     import mxdsurgery
 
     watch = _Stopwatch(tokens)
@@ -68,8 +68,8 @@ def train(tokens: int, precision: str, threads: int) -> dict[str, Any]:
 
 
 def measured(tokens: int, precision: str, threads: int, waiting: str, beside: bool) -> dict[str, Any]:
-    """In a process of its own, maybe beside a busy one."""
-    # Without the policy: torch is there before mxdsurgery could say anything.
+    """`train` in a process of its own, beside a busy one if asked."""
+    # Spinning: torch is loaded before mxdsurgery can set the policy.
     load = "import torch; " if waiting == "spinning" else ""
     code = f"{load}import json, bench_beside; print(json.dumps(bench_beside.train({tokens}, {precision!r}, {threads})))"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
@@ -84,7 +84,7 @@ def measured(tokens: int, precision: str, threads: int, waiting: str, beside: bo
 
 
 def rows(tokens: int, precisions: list[str], threads: list[int], rounds: int) -> Iterator[dict[str, Any]]:
-    """One for each precision, number of threads and way of waiting: seconds alone and beside, and tokens."""
+    """A row for each precision, number of threads and way of waiting: seconds alone and beside, and tokens."""
     for precision in precisions:
         for count in threads:
             for waiting in WAITING[count]:

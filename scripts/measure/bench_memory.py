@@ -36,7 +36,7 @@ WAYS = {
 
 
 def build(model: str, folder: Path) -> None:
-    """Random weights in bf16, a shard at a time no larger than 1 GB, with a tokenizer."""
+    """Writes random weights in bf16, in shards of at most 1 GB, with a tokenizer."""
     tokenizer, config = load_tokenizer("demo-glu"), config_named(model)
     config.vocab_size = max(config.vocab_size, len(tokenizer))
     torch.manual_seed(0)

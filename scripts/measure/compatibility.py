@@ -48,12 +48,12 @@ _VERSIONS = "import json, torch, transformers as t; print(json.dumps([t.__versio
 
 
 def logits_file(folder: Path) -> Path:
-    """Where the input ids and the logits of a folder are kept, beside it."""
+    """The file beside a folder that keeps its input ids and logits."""
     return folder.with_name(folder.name + ".logits.safetensors")
 
 
 def computed(python: Path | str, folder: Path, given: Path, result: Path) -> str | None:
-    """Has another interpreter write a folder's logits on given ids; why it could not, or None."""
+    """Has another interpreter write a folder's logits on given ids; returns why it could not, or None."""
     with tempfile.TemporaryDirectory() as modules:
         kept = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "TQDM_DISABLE": "1"}
         command = [str(python), "-I", "-c", _LOGITS, str(folder), str(given), str(result)]
@@ -67,7 +67,7 @@ def last_line(text: str) -> str:
 
 
 def stored_logits(folder: Path, scratch: Path) -> Path:
-    """The logits that a folder was written with; computed here, in a process of their own, where none are kept beside it."""
+    """The logits that a folder was written with; if none are kept beside it, they are computed in a process of their own."""
     if logits_file(folder).is_file():
         return logits_file(folder)
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
@@ -82,7 +82,7 @@ def stored_logits(folder: Path, scratch: Path) -> Path:
 
 
 def environments(venvs: Path, wanted: list[tuple[str, str]], index: str | None, with_cuda: bool) -> Iterator[tuple]:
-    """This one and those wanted, made where they are not there: versions asked for, interpreter, and why there is none."""
+    """This environment and those wanted, made if missing: versions asked for, interpreter, and why there is none."""
     yield None, None, Path(sys.executable), None
     for transformers, pytorch in wanted:
         folder = venvs / f"transformers-{transformers}-torch-{pytorch}"
@@ -96,7 +96,7 @@ def environments(venvs: Path, wanted: list[tuple[str, str]], index: str | None, 
 
 
 def built(folder: Path, transformers: str, pytorch: str, index: str | None, with_cuda: bool) -> str | None:
-    """Makes a virtual environment with two packages in their versions; why it could not, or None."""
+    """Makes a virtual environment with the given versions of two packages; returns why it could not, or None."""
     click.echo(f"-- {folder.name}", err=True)
     venv.create(folder, with_pip=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--only-binary=:all:", "--quiet"]

@@ -1,4 +1,4 @@
-"""How texts begin, and how a model and its converted one go on: for scripts/measure/all_layers.py."""
+"""Prompts, and how a model and its converted one continue them: for scripts/measure/all_layers.py."""
 
 from itertools import takewhile
 from pathlib import Path
@@ -38,7 +38,7 @@ NEW_TOKENS = 40
 
 
 def continuations(prompts: tuple[str, ...], folder: Path, original: Path) -> dict[str, Any]:
-    """How fixed prompts go on in the original and in the converted model, the likeliest token each time."""
+    """Greedy continuations of fixed prompts by the original and by the converted model."""
     converted, rows = mxdsurgery.load(folder), []
     tokenizer = converted.tokenizer()
     models = (open_model(str(original)).load(dtype=converted.plan.dtype), converted.model)
@@ -55,6 +55,6 @@ def continuations(prompts: tuple[str, ...], folder: Path, original: Path) -> dic
 
 @torch.no_grad()
 def agreeing_choices(model: torch.nn.Module, ids: torch.Tensor, continuation: torch.Tensor) -> int:
-    """How many tokens of a continuation (M,) of ids (1, P) are the model's likeliest, given all that stands before them."""
+    """How many tokens of a continuation (M,) of ids (1, P) are the model's likeliest, given all tokens before them."""
     logits = model(input_ids=torch.cat([ids, continuation[None]], 1), use_cache=False).logits[0, ids.shape[1] - 1 : -1]
     return int((logits.argmax(-1) == continuation).sum())

@@ -27,10 +27,10 @@ _STORIES = "--layers all --k 16 --data tinystories-train.txt --eval-data tinysto
 
 @dataclass(frozen=True)
 class Step:
-    """A command, what is said before it, and where what it prints is kept.
+    """A command, the text before it, and where its output is kept.
 
     Attributes:
-        name: of the file.
+        name: of the output's file.
         text: Markdown before the command.
         command: as a user types it.
         last: only so many of the last lines are kept; 0: all.
@@ -44,7 +44,7 @@ class Step:
     first: int = 0
 
 
-# What is looked at was found with `search`, `effect --sweep` and in the report.
+# The experts here were found with `search`, `effect --sweep` and in the report.
 STEPS = (
     Step(
         "convert-books",

@@ -86,7 +86,7 @@ def check(family: str, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     try:
         row |= _refused_or_converted(family, folder)
-    except Exception as error:  # whatever goes wrong is what this is looking for
+    except Exception as error:  # any failure is a finding here
         print(traceback.format_exc(), file=sys.stderr)
         row |= {"verdict": "wrong", "reason": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"}
     return row | {"seconds": round(time.perf_counter() - started, 1)}
@@ -102,7 +102,7 @@ def _refused_or_converted(family: str, folder: Path) -> dict[str, Any]:
         model.save_pretrained(source)
         row["class"] = type(model).__name__
         del model
-    except Exception:  # transformers itself cannot build it; what do we say of it?
+    except Exception:  # transformers itself cannot build it: see how we refuse it
         tiny_config(family).save_pretrained(source)
     byte_tokenizer().save_pretrained(source)
     try:
@@ -133,7 +133,7 @@ def text(folder: Path, name: str) -> str:
 
 
 def _check_generation(out: Path, base: PreTrainedModel) -> None:
-    """Raises Wrong unless greedy text is the same with the cache and without, as far as the original's own is."""
+    """Raises Wrong unless greedy text is the same with the cache and without, as far as the original's is the same."""
     ids = torch.arange(10, 22).view(1, -1)
 
     def texts(model: PreTrainedModel) -> list[torch.Tensor]:
@@ -166,7 +166,7 @@ def _check_edit(out: Path, edited: Path, layer: int) -> None:
 
 
 def check_all(families: list[str]) -> Iterator[dict[str, Any]]:
-    """`check` of one after the other, each in a folder of its own and within `SECONDS`."""
+    """`check` of families one after the other, each in a folder of its own and within `SECONDS`."""
 
     def late(*_: Any) -> None:
         raise TimeoutError(f"not done after {SECONDS} s")
@@ -182,7 +182,7 @@ def check_all(families: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def measure(families: list[str], jobs: int = 1) -> None:
-    """Checks families, a handful in each process, and puts what came of them into docs/families/figures.json."""
+    """Checks families, a handful in each process, and puts the results into docs/families/figures.json."""
     figures = read_json(FIGURES, {"rows": {}})
     figures |= {"transformers": transformers.__version__, "torch": torch.__version__}
     handfuls = [families[start : start + HANDFUL] for start in range(0, len(families), HANDFUL)]
@@ -195,7 +195,7 @@ def measure(families: list[str], jobs: int = 1) -> None:
 
 
 def _in_a_process(families: list[str]) -> dict[str, dict[str, Any]]:
-    """The rows of some families, by family, from a process of their own; one that dies says nothing of the rest."""
+    """The rows of some families, by family, from a process of their own; if it dies, those without a row are ``wrong``."""
     process = subprocess.run([sys.executable, __file__, "check", *families], capture_output=True, text=True, check=False)
     rows = {row["family"]: row for row in map(json.loads, process.stdout.splitlines())}
     died = {"verdict": "wrong", "reason": f"the process ended with {process.returncode}"}

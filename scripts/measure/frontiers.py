@@ -26,16 +26,16 @@ from mxdsurgery.terminal.console import ConsoleReporter, compact
 
 KEPT = DOCS / "frontier"
 KINDS = ("mxd", "transcoder", "skip-transcoder", "dense")
-# An autoencoder does less than the others, so it is measured at fewer K.
+# An autoencoder has an easier task than the others, so it is measured at fewer K.
 AUTOENCODER_K = (16, 32)  # of the first model
 PROBING = ("ag_news", "languages", "sentiment")
-# Probing and dissection look at the kinds at this K.
+# Probing and dissection examine the kinds at this K.
 LOOKED_AT = 32
 
 
 @dataclass(frozen=True)
 class Subject(material.Subject):
-    """And its middle layer, and at which K it is measured."""
+    """Also its middle layer, and the K at which it is measured."""
 
     layer: int
     k: tuple[int, ...]
@@ -50,7 +50,7 @@ TOKENS = 2_000_896  # 977 steps of 2,048
 
 
 def measure_frontier(subject: Subject, shared: Path, runs: Path, kinds: tuple[str, ...], k: tuple[int, ...]) -> Frontier:
-    """Of one model; what is needed for the page is copied to docs/frontier."""
+    """Measures the frontier of one model; copies what the page needs to docs/frontier."""
     made = mxdsurgery.frontier(
         **subject.paths(shared),
         layer=subject.layer,
@@ -97,7 +97,7 @@ def kept(pattern: str) -> dict[str, dict[str, Any]]:
 
 
 def rows_of(measured: Frontier) -> Iterator[str]:
-    """Of a table of a frontier."""
+    """Rows of a frontier's table."""
     for row in measured.rows:
         yield (
             f"{row['kind']} | {row['k'] or '-'} | {row['n_experts'] or '-'} | {compact(row['params'])} "
@@ -107,7 +107,7 @@ def rows_of(measured: Frontier) -> Iterator[str]:
 
 
 def ratios(measured: Frontier, every: list[int]) -> Iterator[str]:
-    """How many times MxD's ΔCE and KL the transcoders' are, at each K."""
+    """The ratio of the transcoders' ΔCE and KL to MxD's, at each K."""
     for figure, name in (("delta_ce", "ΔCE"), ("kl", "KL")):
         value = {(row["kind"], row["k"]): row[figure] for row in measured.rows}
         for other in ("transcoder", "skip-transcoder"):

@@ -1,9 +1,9 @@
-"""Feeds mxdsurgery what others might: recipes, edits, texts, configs and weights that are anything but as they should be.
+"""Feeds mxdsurgery what others might send: arbitrary and damaged recipes, edits, texts, configs and weights.
 
     python scripts/measure/fuzz.py --minutes 5
 
-Any input has to end in success or in a named error, soon and in little memory: never in another exception. What is fed is made
-by hypothesis; tests/test_fuzz.py runs the same with few examples. Prints how many inputs of each kind were tried, what came of
+Any input has to end in success or in a named error, soon and in little memory: never in another exception. Hypothesis makes
+the inputs; tests/test_fuzz.py runs the same with few examples. Prints how many inputs of each kind were tried, what came of
 them, the slowest one and the minutes.
 """
 
@@ -46,9 +46,9 @@ from mxdsurgery.outside import INDEX_FILE, stored_shapes
 from mxdsurgery.recipe import Recipe, load_recipe
 from mxdsurgery.text.sources import Packing, documents
 
-# No input may take longer than this, on a slow machine with others at work on it.
+# No input may take longer than so many seconds, on a slow machine with other work.
 SLOWEST = 20.0
-# Address space that the script may take: what asks for more fails, and is seen.
+# Address space that the script may take: an input that needs more fails, and is noticed.
 _MOST_BYTES = 16 * 2**30
 
 OPTIONS = {
@@ -60,7 +60,7 @@ OPTIONS = {
 
 
 class Place:
-    """Folders to read and to spoil: a tiny base model, the same converted, and as an adapter.
+    """Folders to read and to spoil: a tiny base model, its conversion, and that as an adapter.
 
     Args:
         folder: empty.
@@ -86,7 +86,7 @@ class Place:
         self.packing = Packing(self.converted.tokenizer(), 16)
 
     def spoilt(self, folder: Path, name: str, content: bytes) -> Path:
-        """A folder like another, but for one file. It is gone with the next one."""
+        """A copy of a folder with another content of one file. The next call removes it."""
         other = self.folder / "spoilt"
         shutil.rmtree(other, ignore_errors=True)
         shutil.copytree(folder, other, copy_function=os.link)  # they are only read
@@ -188,13 +188,13 @@ def _base_config(place: Place, changes: list) -> None:
 
 @dataclass
 class Kind:
-    """A kind of input: what is fed, to what, and what came of it so far.
+    """A kind of input: how it is made, what it is fed to, and the results so far.
 
     Attributes:
-        strategy: hypothesis'.
-        run: is given the place and the input.
-        outcomes: how often each; ``read`` where nothing was wrong.
-        slowest: seconds of the slowest.
+        strategy: hypothesis' strategy for the inputs.
+        run: called with the place and the input.
+        outcomes: counts by outcome; ``read`` where nothing was wrong.
+        slowest: seconds of the slowest input.
     """
 
     strategy: st.SearchStrategy
@@ -209,7 +209,7 @@ class Kind:
             self.run(place, value)
             self.outcomes["read"] += 1
         except MxDError as error:
-            str(error).encode()  # it has to be shown
+            str(error).encode()  # the message must be printable
             self.outcomes[type(error).__name__] += 1
         took = time.perf_counter() - start
         self.slowest = max(self.slowest, took)
@@ -243,7 +243,7 @@ def fuzz(place: Place, kind: Kind, examples: int, number: int | None = None) -> 
     """Feeds so many inputs of a kind; without a ``number``, always the same ones.
 
     Raises:
-        Exception: the first that is no named error, with the smallest input that leads to it.
+        Exception: the first one that is not a named error, with the smallest input that leads to it.
     """
 
     @given(kind.strategy)

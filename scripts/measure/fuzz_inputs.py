@@ -40,7 +40,7 @@ TEXTS = st.one_of(
 
 
 def as_yaml(values: Any) -> bytes:
-    """As YAML; what YAML cannot write is left as Python writes it."""
+    """The values as YAML; what YAML cannot write, as Python writes it."""
     try:
         return yaml.safe_dump(values, sort_keys=False).encode("utf-8", "surrogatepass")
     except (yaml.YAMLError, ValueError):

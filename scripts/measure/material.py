@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-# Texts to train on and held-out ones.
+# Text to train on, and held-out text.
 BOOKS = ("train.jsonl.gz", "heldout.jsonl.gz")
 STORIES = ("tinystories-train.txt", "tinystories-heldout.txt")
 
@@ -19,7 +19,7 @@ shared_option = click.option(
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, its texts, and how many held-out tokens its figures rest on."""
+    """A model, its texts, and how many held-out tokens it is measured on."""
 
     model: str
     data: str

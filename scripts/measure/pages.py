@@ -1,4 +1,4 @@
-"""What the scripts that measure share: where the docs are, what was kept there, on what it was measured, Markdown tables."""
+"""What the measuring scripts share: where the docs are, the figures kept there, the machine's description, Markdown tables."""
 
 import json
 import platform
@@ -12,23 +12,23 @@ DOCS = ROOT / "docs"
 
 
 def read_json(path: Path, otherwise: Any = None) -> Any:
-    """What was measured; ``otherwise`` before it is."""
+    """What was measured; ``otherwise`` if nothing was yet."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else otherwise
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What was measured, a line of JSON each; nothing before it is."""
+    """What was measured, from lines of JSON; empty if nothing was yet."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """The other way round."""
+    """Writes rows as lines of JSON."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def machine() -> str:
-    """On what is measured here."""
-    import torch  # printing a page does without
+    """The machine that figures are measured on."""
+    import torch  # printing a page does not need it
 
     return f"torch {torch.__version__.split('+')[0]}, {platform.machine()}, CPU threads: {torch.get_num_threads()}"
 
@@ -45,7 +45,7 @@ def cells(*values: object) -> str:
 
 
 def interval(row: dict[str, Any], name: str, form: str = "+.4f") -> str:
-    """Of a figure."""
+    """The interval of a figure."""
     low, high = row[f"{name}_ci"]
     return f"{low:{form}} to {high:{form}}"
 

@@ -38,7 +38,7 @@ TINY = {
 
 @dataclass(frozen=True)
 class Bench:
-    """A command of this folder: its name in the results, and its words; {yardstick} and {shared} are paths."""
+    """A command of this folder: its name in the results, and its arguments; {yardstick} and {shared} are paths."""
 
     name: str
     command: str
@@ -227,7 +227,7 @@ def any_section(records: dict[str, dict[str, Any]]) -> str:
 
 
 def blocks(records: dict[str, dict[str, Any]], prefix: str) -> str:
-    """Results as they are, for what fits no table."""
+    """Results as JSON, where they fit no table."""
     found = [r for name, r in records.items() if name.startswith(prefix)]
     return "\n\n".join(f"`{r['command']}`\n\n```json\n{json.dumps(r['result'], indent=2)}\n```" for r in found)
 

@@ -20,7 +20,7 @@ REAL_CONFIGS: dict[str, PreTrainedConfig] = {
         tie_word_embeddings=True,
     ),
 }
-# A Llama of the same structure that a CPU runs in no time, to prove a script.
+# A small Llama of the same structure that a CPU runs quickly, to try a script.
 TINY = LlamaConfig(
     hidden_size=64,
     intermediate_size=160,

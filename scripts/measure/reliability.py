@@ -51,12 +51,12 @@ CONVERT = {
     "device": "cpu",
 }
 HEAL = {"tokens": 12_288, "batch": 512, "checkpoint_every": 2}
-# A run is killed so often at most; then it may end.
+# A run is killed at most so often; then it may finish.
 MOST_KILLS = 5
 
 
 def digest(folder: Path) -> str | None:
-    """Of a result's weights and figures; None where there is none."""
+    """Digest of a result's weights and figures; None where there is no result."""
     if not folder.exists():
         return None
     found = hashlib.sha256((folder / "model.safetensors").read_bytes())
@@ -65,17 +65,17 @@ def digest(folder: Path) -> str | None:
 
 
 def checkpoints_of(out: Path) -> list[Path]:
-    """Those of an unfinished run, from the oldest to the newest."""
+    """The checkpoints of an unfinished run, from the oldest to the newest."""
     return sorted((out.with_name(out.name + ".run") / "checkpoints").glob("step-*"))
 
 
 def run_convert(out: Path, _source: Path) -> None:
-    """Converts, or goes on."""
+    """Converts, or resumes."""
     mxdsurgery.convert("demo-glu", out=str(out), resume=True, overwrite=True, **CONVERT)
 
 
 def run_heal(out: Path, source: Path) -> None:
-    """Heals what was converted, or goes on."""
+    """Heals a conversion, or resumes."""
     mxdsurgery.heal(source, out=out, resume=True, overwrite=True, **HEAL)
 
 
@@ -83,7 +83,7 @@ RUNS: dict[str, Callable[[Path, Path], None]] = {"convert": run_convert, "heal":
 
 
 def forked(work: Callable[[], None], log: Path) -> int:
-    """The process that does some work, the leader of its own group. It exits with 0, with 2 after a named error, or with 1."""
+    """Forks a process that does some work, as leader of its group. It exits with 0, with 2 after a named error, or with 1."""
     process = os.fork()
     if process:
         return process
@@ -125,7 +125,7 @@ def kill(process: int) -> None:
 
 
 def finished(work: Callable[[], None], log: Path) -> None:
-    """Does it to its end."""
+    """Does some work in a forked process, to its end."""
     code = ended(forked(work, log))
     if code != 0:
         raise RuntimeError(f"a run ended with {code}: {log.read_text()[-2000:]}")
@@ -177,7 +177,7 @@ def measure_kills(count: int, runs: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """The second checkpoint finds no space: half of a file is written, then the system says so."""
+    """The second checkpoint finds no space: half of a file is written, then the system reports an error."""
     module, calls = sys.modules["mxdsurgery.runs.resume"], []
     real = module.save_file
 
@@ -197,7 +197,7 @@ def full_disk() -> Iterator[None]:
 
 @contextlib.contextmanager
 def short_files() -> Iterator[None]:
-    """The system writes no file beyond half a MiB: a real short write, in whatever file it comes."""
+    """The system writes no file beyond half a MiB: a real short write, in whichever file is that long."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     yield
@@ -220,7 +220,7 @@ def last_lines(log: Path) -> str:
 
 
 def spoil(path: Path, how: str) -> None:
-    """Cuts a file, alters one byte of it, or takes it away."""
+    """Cuts a file, alters one byte of it, or removes it."""
     content = path.read_bytes()
     if how == "missing":
         path.unlink()
@@ -346,7 +346,7 @@ def faults_section(found: dict[str, Any]) -> Iterator[str]:
 
 
 def processes_section(found: dict[str, Any]) -> Iterator[str]:
-    """How far from one process several are."""
+    """How far results of several processes are from those of one."""
     yield "## Several processes\n"
     yield "`python scripts/measure/reliability.py processes --runs DIR`, in fp32, against one process:\n"
     rows = (
@@ -397,7 +397,7 @@ def page() -> None:
 
 
 def sections() -> Iterator[str]:
-    """Of the page, as far as they are measured."""
+    """The page's sections, as far as they are measured."""
     found = {"kills.json": kills_section, "faults.json": faults_section, "processes.json": processes_section}
     for name, section in found.items():
         if (measured := read_json(KEPT / name)) is not None:

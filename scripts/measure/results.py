@@ -51,7 +51,7 @@ def by_layer(evaluation: dict) -> str:
 
 
 def spent(evaluation: dict) -> str:
-    """What a conversion rests on, in one line."""
+    """What a conversion was trained and measured on, in one line."""
     training, layers = evaluation["training"], evaluation["plan"]["layers"]
     low, high = evaluation["all"]["delta_ce_ci"]
     return (

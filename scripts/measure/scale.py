@@ -38,7 +38,7 @@ SHAPES = (
     Shape("Llama-3.1-8B", 4096, 14336, 32, 32),
     Shape("Llama-3.1-70B", 8192, 28672, 80, 64),
 )
-# GiB that a conversion may take, one decoder layer at a time: hidden states that do not fit beside it lie on disk.
+# GiB that a conversion may take, one decoder layer at a time: hidden states that do not fit as well are kept on disk.
 _SMALL = 32
 NAMES = "model | parameters | N | become | all layers together: peak | checkpoint | one at a time: peak | checkpoint"
 

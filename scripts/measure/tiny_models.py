@@ -1,7 +1,7 @@
 """A tiny random model of any family that transformers maps to a causal language model, built offline.
 
 A config is the family's default one with every size replaced by a small one, by the name that sizes have in transformers'
-configs. What a family needs besides is in ``NEEDS``.
+configs. What a family needs in addition is in ``NEEDS``.
 """
 
 from typing import Any

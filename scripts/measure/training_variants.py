@@ -51,13 +51,13 @@ class Variant:
     """One way of training.
 
     Attributes:
-        why: what it tries.
+        why: what the variant tries.
         recipe: recipe keys; the rest is as in the recipe for small models, with K = 16.
         rates: factors of the learning rate, by the first part of a parameter's name; 0 freezes.
         gate_rows: ``data``: gate rows are sampled inputs instead of random.
         resample: every so many steps, dead experts start anew at tokens with a large error.
         hidden: share of the hidden units that are kept, the strongest ones.
-        centre: keep the mean of what the experts say at zero, by shifting all rows of C after each step.
+        centre: keep the mean of ``Cᵀ a`` at zero, by shifting all rows of C after each step.
         penalty_until: share of the steps with the penalty.
         falls_until: share of the steps in which K falls.
         beta2: Adam's.
@@ -165,7 +165,7 @@ def start(
 
 @torch.no_grad()
 def pruned(layer: MxDLayer, made: LayerPlan, model: PreTrainedModel, x: Tensor, share: float) -> MxDLayer:
-    """The same layer with the hidden units that write the most."""
+    """The same layer with only the hidden units that write the most."""
     block, root = made.block, model.base_model
     strength = block.hidden(root, x).square().mean(0) * block.decoder.weight(root).square().sum(0)
     units = strength.topk(int(share * block.d_hidden)).indices
@@ -221,14 +221,14 @@ def scale_rates(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def centre(layer: MxDLayer, x: Tensor) -> None:
-    """Shifts all rows of C alike, so that what the experts say on x (n, D) has mean zero."""
+    """Shifts all rows of C by the same vector, so that ``Cᵀ a`` on x (n, D) has mean zero."""
     a = layer.gate(x)
     layer.experts.weight.sub_(layer.experts(a).sum(0) / a.values.sum())
 
 
 @torch.no_grad()
 def resample(job: LayerInTraining, x: Tensor, y: Tensor, seen: int) -> None:
-    """Points dead experts at tokens with a large error: they fire there, and say little at first."""
+    """Points dead experts at tokens with a large error: they fire there, with little effect at first."""
     layer, dead = job.layer, job.dead(seen)
     count = int(dead.sum())
     if count == 0:
