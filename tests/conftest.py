@@ -1,4 +1,4 @@
-"""What tests are given: the material beside the project, processes, and a converted model."""
+"""Fixtures: the material beside the project, processes, and a converted model."""
 
 import os
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Fresh processes in a tenth of a second: forks of an interpreter that has imported transformers, and nothing of ours.
 
-To import it takes seconds, and hundreds of tests want a process to themselves.
+Importing it takes seconds, and hundreds of tests need a process of their own.
 """
 
 import functools

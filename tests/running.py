@@ -1,4 +1,4 @@
-"""For tests that run commands, scripts and examples: where files are, what a command said, and Ctrl-C when it is wanted."""
+"""For tests that run commands, scripts and examples: where files are, what a command printed, Ctrl-C at a chosen moment."""
 
 import os
 from pathlib import Path

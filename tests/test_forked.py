@@ -1,4 +1,4 @@
-"""A fork that a test is given is what a new interpreter is, but for the time that it takes to begin."""
+"""A fork that a test is given behaves like a new interpreter, except that it starts faster."""
 
 import json
 import os

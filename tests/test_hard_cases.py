@@ -1,4 +1,4 @@
-"""What a model or a text can have that is rarely thought of: converted and measured all the same, or refused by name."""
+"""Rare properties of models and texts: converted and measured all the same, or refused by name."""
 
 import json
 import math

@@ -466,7 +466,7 @@ def exported_code(place):
     return sorted(place.whole.glob("*.py"))
 
 
-# What a value may be made of, and calls that make a type or a mark and do nothing else.
+# What a value may consist of, and calls that only make a type or a mark.
 _LITERAL = (ast.Constant, ast.Tuple, ast.List, ast.Dict, ast.Set, ast.Name, ast.Load, ast.UnaryOp, ast.USub, ast.BinOp)
 _LITERAL += (ast.operator, ast.Attribute, ast.Subscript, ast.Slice)
 _MARKS = {"dataclass", "field", "no_grad", "TypeVar"}

@@ -1,4 +1,4 @@
-"""Recipes are strict, say what is wrong, come back from their file unchanged; every shipped one plans a real model."""
+"""Recipes are strict, report what is wrong and survive a round trip through a file; each shipped one plans a real model."""
 
 import dataclasses
 import json

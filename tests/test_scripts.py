@@ -1,4 +1,4 @@
-"""The benchmarks run, measure what they say, and docs/performance.md is what they printed."""
+"""The benchmarks run and measure what they say, and the pages of figures in docs/ are what the scripts print."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What is loaded for what: help and mistakes need no torch, and a command no library that it does not use."""
+"""What each command loads: help and mistakes need no torch, and a command loads no library that it does not use."""
 
 import ast
 import json
@@ -139,7 +139,7 @@ def test_all_public_names_are_there_and_the_stub_says_the_same():
     for name in mxdsurgery.__all__:
         found = getattr(mxdsurgery, name)
         assert callable(found) and found.__name__ == name
-    assert mxdsurgery.planning.calibrate.__name__ == "mxdsurgery.planning.calibrate"  # other modules of ours, as ever
+    assert mxdsurgery.planning.calibrate.__name__ == "mxdsurgery.planning.calibrate"  # submodules are still importable
     with pytest.raises(AttributeError, match="'mxdsurgery' has no attribute 'zork'"):
         mxdsurgery.zork  # noqa: B018
     with pytest.raises(ImportError):

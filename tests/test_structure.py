@@ -1,4 +1,4 @@
-"""The house: imports flow one way from room to room, functions stay short, names say something."""
+"""The structure: imports go one way from room to room, functions stay short, names are meaningful."""
 
 import ast
 import graphlib

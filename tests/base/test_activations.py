@@ -1,4 +1,4 @@
-"""Recording: what the blocks saw, from a pass that stops after the last of them, and no hook left behind."""
+"""Recording what the blocks see, from a pass that stops after the last of them and leaves no hook behind."""
 
 import itertools
 

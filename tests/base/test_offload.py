@@ -1,4 +1,4 @@
-"""Weights on disk: the model computes the same, what is needed comes and goes, and a conversion gives the same bits."""
+"""Weights on disk: the model computes the same, weights are loaded and freed as needed, a conversion gives the same bits."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_a_resident_part_has_its_weights_until_it_is_left(pair):
         assert all(torch.equal(weight, wanted.get_parameter(name)) for name, weight in layer.named_parameters())
         with torch.no_grad():
             assert torch.equal(offloaded(IDS).logits, model(IDS).logits)
-        assert not any(weight.is_meta for weight in layer.parameters())  # a pass does not take them away
+        assert not any(weight.is_meta for weight in layer.parameters())  # a pass does not free them
         raise RuntimeError("on leaving, whatever happens")
     assert all(weight.is_meta for weight in layer.parameters()) and state.isfinite().all()
     with torch.no_grad():

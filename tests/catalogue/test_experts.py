@@ -1,4 +1,4 @@
-"""The catalogue of experts: what it says is what the model does, at any batch size, also after an interruption."""
+"""The catalogue of experts agrees with what the model does, at any batch size, also after an interruption."""
 
 import json
 import re
@@ -134,7 +134,7 @@ def test_classes_are_counted_by_token(folder, dense, labelled):
     fired = np.asarray(catalogue.table(1)["class_fired"].to_pylist())
     for number in (0, 1):
         np.testing.assert_array_equal(fired[:, number], (a.numpy() > 0)[classes == number].sum(0))
-    assert (fired[:, 0] > 20 * (fired[:, 1] + 1)).any()  # some expert is of code
+    assert (fired[:, 0] > 20 * (fired[:, 1] + 1)).any()  # some expert prefers code
 
 
 def test_promoted_tokens_are_those_of_the_mean_contribution(folder, dense):
@@ -166,7 +166,7 @@ def test_the_unembedding_is_the_models_own_last_step(family):
     model(torch.zeros(1, 2, dtype=torch.int64))
     norms = [m for n, m in model.base_model.named_modules() if "norm" in n.lower() and "layers." not in n or n == "ln_f"]
     norm = [m for m in norms if getattr(m, "weight", None) is not None][-1]
-    # Far along a direction, the norm sees nothing else: logits grow with it up to scale.
+    # Far along a direction, the norm's output depends on that direction only: logits follow it, up to scale.
     far = head(norm(1e6 * direction) - norm(0 * x)).float()
     far = far - far.mean()
     mine = unembedding.logits(direction)
@@ -195,7 +195,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(converted, la
         experts(converted.recipe.out, out=tmp_path / "parts", resume=True, **options | {"tokens": 3_000})
     before = len(calls)
     experts(converted.recipe.out, out=tmp_path / "parts", resume=True, **options)
-    assert len(calls) - before < 2 * 8  # not all over again
+    assert len(calls) - before < 2 * 8  # not all of it is computed again
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes(), path.name

@@ -1,4 +1,4 @@
-"""The report: what is in its chunks, and what a real browser makes of them."""
+"""The report: what is in its chunks, and how a real browser shows them."""
 
 import base64
 import gzip
@@ -236,7 +236,7 @@ class Page:
 
     def __init__(self, browser, path, where=""):
         self.browser = browser
-        browser.get("about:blank")  # or another hash alone would not load it anew
+        browser.get("about:blank")  # otherwise a change of the hash alone would not load the page anew
         browser.get(path.as_uri() + where)
         self.until("return document.querySelector('#detail h2, [role=alert]')")
 

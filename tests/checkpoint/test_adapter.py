@@ -1,4 +1,4 @@
-"""Adapters: only what differs from the base model; the whole checkpoint again, bit for bit, and with no other base."""
+"""Adapters hold only what differs from the base model, and rebuild the whole checkpoint, bit for bit, with no other base."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,4 @@
-"""A folder of every format version up to this one's loads and computes what it did; one of a newer version is refused."""
+"""A folder of each format version up to the present one loads and computes what it did; one of a newer version is refused."""
 
 import json
 import shutil

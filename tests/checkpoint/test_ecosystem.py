@@ -1,4 +1,4 @@
-"""A converted model in others' hands: the examples with transformers' pipeline, PEFT, lm-evaluation-harness and Accelerate."""
+"""A converted model in other libraries: examples with transformers' pipeline, PEFT, lm-evaluation-harness and Accelerate."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mxdsurgery.base.config import model_source
 
 EXAMPLES = ROOT / "examples"
-# As on a machine that has never heard of mxdsurgery.
+# As on a machine without mxdsurgery.
 WITHOUT = "import runpy, sys; sys.modules['mxdsurgery'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
 
 
@@ -103,7 +103,7 @@ def test_the_harness_scores_both_models_on_every_example(converted, run):
     count = len((EXAMPLES / "lm_eval_tasks" / "python_pairs.jsonl").read_text().splitlines())
     examples, *accuracies = numbers(r"python_pairs\s+acc\s+(\d+)\s+([\d.]+)\s+([\d.]+)", printed)
     assert examples == count == 40
-    assert all(0.65 <= accuracy <= 1 and (accuracy * count).is_integer() for accuracy in accuracies)  # a coin: 0.5
+    assert all(0.65 <= accuracy <= 1 and (accuracy * count).is_integer() for accuracy in accuracies)  # chance: 0.5
     examples, original, made = numbers(r"python_bits\s+bits_per_byte\s+(\d+)\s+([\d.]+)\s+([\d.]+)", printed)
     assert examples == count and 0.5 < original < made < 3  # a converted model is a little worse, and far from 8 bits
 

@@ -1,4 +1,4 @@
-"""scripts/measure/all_layers.py: what it measures, what it makes of that, and docs/all-layers.md is what it prints."""
+"""scripts/measure/all_layers.py: what it measures, what it concludes from that, and that it prints docs/all-layers.md."""
 
 import json
 import shutil

@@ -209,7 +209,7 @@ def test_an_output_that_cannot_be_written_after_training_loses_no_layers(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and not steps
 
 
-# Layers large beside the base model, so that training takes more memory than evaluation.
+# Layers that are large compared with the base model, so that training takes more memory than evaluation.
 IN_GROUPS = {"layers": "0-2", "tokens": 6_000, "eval_tokens": 1_000, "n_experts": 4096, "k": 4, "batch": 512, "shuffle": 2_000}
 
 

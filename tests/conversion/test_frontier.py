@@ -1,4 +1,4 @@
-"""The comparison of kinds and K: one pass, the table, its files, its sentence, and going on where it stood."""
+"""The comparison of kinds and K: one pass, the table, its files, its verdict, and resuming."""
 
 import csv
 import importlib

@@ -1,4 +1,4 @@
-"""``heal``: the folder it writes, what it changes and what not, LoRA merged and kept, and the errors of a user's mistakes."""
+"""``heal``: the folder it writes, what it changes and what it does not, LoRA merged and kept, errors for a user's mistakes."""
 
 import itertools
 import json
@@ -127,7 +127,7 @@ def test_the_validation_text_is_neither_trained_on_nor_held_out(source):
     looked_at = {tuple(row) for row in validation.tolist()}
     assert not looked_at & {tuple(row) for row in held_out(made, recipe).tolist()}
     trained = {tuple(row.tolist()) for row, _ in zip(train.contexts(), range(300), strict=False)}
-    assert len(looked_at & trained) < 0.02 * len(looked_at)  # some contexts of source code stand twice in it
+    assert len(looked_at & trained) < 0.02 * len(looked_at)  # some contexts of the source code occur twice
 
 
 def test_a_merged_adapter_is_in_the_weights_and_the_folder_is_measured_as_any(source, merged):

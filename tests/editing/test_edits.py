@@ -1,4 +1,4 @@
-"""Edits for good: they are what the same changes do while a model runs, they travel, and they can be taken back."""
+"""Edits in the weights: they do what the same edits do live, they travel with the folder, and they can be undone."""
 
 import dataclasses
 import filecmp
@@ -95,7 +95,7 @@ def test_every_kind_of_edit_in_a_folder_is_what_it_is_live(folder, tmp_path, who
     with edits.live(model):
         live = logits(model, ids)
     for changed in (load(out, dtype="float32").model, plain(out, dtype=torch.float32)):
-        # What is scaled and merged stands in bf16 in the folder.
+        # Scaled and merged experts are stored in bf16 in the folder.
         torch.testing.assert_close(logits(changed, ids), live, rtol=0.02, atol=0.05)
         assert (logits(changed, ids) - logits(model, ids)).abs().max() > 1
     assert read_edits(out / "edits" / "1" / "edits.yaml") == dataclasses.replace(edits, model=fingerprint(load(folder)))

@@ -1,4 +1,4 @@
-"""What edits do: figures by their definitions, parts that add up, and controls that differ from the edits in nothing else."""
+"""What edits do: figures by their definitions, parts that add up, and controls that differ in the experts only."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def test_tiny_shifts_are_exact_and_none_is_zero():
     torch.testing.assert_close(delta_ce.double(), wanted[0], rtol=1e-2, atol=1e-9)
     log_p, log_q = original.float().log_softmax(-1), changed.float().log_softmax(-1)
     plain = (log_p.exp() * (log_p - log_q)).sum(-1)
-    assert (plain - wanted[1]).abs().max() > 1e-8  # what the plain formula makes of it
+    assert (plain - wanted[1]).abs().max() > 1e-8  # the plain formula is less exact
     for none in prediction_shifts(original, original.clone(), next_ids):
         assert not none.any()
     assert all(part.shape == (0,) for part in prediction_shifts(original[:0], original[:0], next_ids[:0]))

@@ -1,4 +1,4 @@
-"""Text from an edited model: beside the unedited one, with the same random numbers, and nothing else between them."""
+"""Text from an edited model beside the unedited one, with the same random numbers; they differ in the edits only."""
 
 import math
 import shutil
@@ -97,7 +97,7 @@ class _NoText:
 def test_a_text_ends_where_the_model_ends_it_unless_it_must_not():
     model = tiny_model("gpt2", seed=1)
     final = model.transformer.ln_f
-    final.bias.copy_(50 * model.lm_head.weight[0] / model.lm_head.weight[0].norm())  # the end-of-text token is all but sure
+    final.bias.copy_(50 * model.lm_head.weight[0] / model.lm_head.weight[0].norm())  # the end-of-text token is almost certain
     sampling = Sampling(max_new_tokens=6, temperature=1.0, samples=2)
     ids = torch.tensor([[5, 6, 7]])
     assert sample(model, _NoText(), ids, sampling)[:, 3].tolist() == [0, 0]

@@ -1,4 +1,4 @@
-"""The sweep: each expert's figures are those of the whole model without it, whatever is not computed again on the way."""
+"""The sweep: each expert's figures are those of the whole model without it, although much is not computed again."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def without(model, ids, layer, expert):
 
 
 def check_all_experts(opened, layer, sums, experts=range(N)):
-    # to fp64's rounding, and to fp32's of a small part where a family attends in it (GPT-Neo)
+    # to fp64's rounding, or to fp32's of a small part where a family's attention computes in fp32 (GPT-Neo)
     for expert in experts:
         delta_ce, kl = without(opened.model, opened.input_ids, layer, expert)
         assert sums.delta_ce[expert].item() == pytest.approx(delta_ce.sum().item(), abs=1e-9, rel=1e-8)
@@ -48,7 +48,7 @@ def test_figures_are_those_of_the_whole_model_without_the_expert_in_every_family
         assert sums.kl.max() > 1e-3  # there is something to compare
         check_all_experts(opened, layer, sums, survey.contexts.topk(3).indices.tolist() + [int(survey.expert[0])])
         run = _Unedited(opened, layer, opened.input_ids)
-        assert run.resumes_midway() and len(run.modules) > layer + 1  # what makes it fast is in force
+        assert run.resumes_midway() and len(run.modules) > layer + 1  # the shortcuts are in use
 
 
 @pytest.mark.parametrize("kind", ["mxd", "transcoder", "skip-transcoder", "topk-sae"])
@@ -80,7 +80,7 @@ def test_an_expert_that_fires_at_position_0_only_is_measured_and_has_no_firings(
     survey = survey_layer(opened, 0, S, torch.Generator().manual_seed(0), ProgressLine())
     sums = ablate_each(opened, 0, survey, ProgressLine())
     (row,) = [row for row in _ranked(survey, sums, 1, 1) if row["expert"] == 5]
-    assert a[:, 1:, 5].any()  # the gate would have it elsewhere
+    assert a[:, 1:, 5].any()  # without the hook, the gate would choose it elsewhere
     assert row["fired"] == 0 and row["contexts"] == S and row["token"] is None and row["kl_per_firing"] is None
     handle.remove()
     log_p = opened.model(input_ids=opened.input_ids).logits[:, 1:-1].log_softmax(-1)

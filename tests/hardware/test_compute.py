@@ -1,4 +1,4 @@
-"""What is computed in: chosen by measuring, apart from what weights are stored in, on every kind of machine."""
+"""The dtype to compute in: chosen by measuring, apart from the one that weights are stored in, on every kind of machine."""
 
 import dataclasses
 import json

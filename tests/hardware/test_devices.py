@@ -1,4 +1,4 @@
-"""Any device that torch knows: everything runs on one that is not there, and what is asked of a real one is asked rightly."""
+"""Any device that torch knows: everything runs on a pretended one, and real ones are queried correctly."""
 
 import json
 import os
@@ -162,7 +162,7 @@ def test_whether_torch_sums_rows_is_tried(monkeypatch, dtype):
     tried = sparse._tried_to_sum_rows.__wrapped__
     assert tried("cpu", dtype)
     monkeypatch.setattr("torch.nn.functional.embedding_bag", lambda _i, rows, per_sample_weights, mode: rows[:2] * 2)
-    assert not tried("cpu", dtype)  # it runs, and is wrong
+    assert not tried("cpu", dtype)  # it runs, with a wrong result
     monkeypatch.setattr("torch.nn.functional.embedding_bag", lambda *_, **__: (_ for _ in ()).throw(NotImplementedError()))
     assert not tried("cpu", dtype)
 

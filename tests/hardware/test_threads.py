@@ -62,7 +62,7 @@ def test_as_a_recipe_key_and_in_the_plan(tmp_path):
     made, resolved = mxdsurgery.plan("demo-glu", recipe=recipe)
     assert resolved.threads == made.machine.threads == torch.get_num_threads() == 2
     without, _ = mxdsurgery.plan("demo-glu")
-    assert without.machine.threads == 2  # it stays so for the process
+    assert without.machine.threads == 2  # the number stays for the rest of the process
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "many", "2000"])

@@ -1,4 +1,4 @@
-"""Changes while a model runs: what they do to the layer's output, and that nothing of them stays."""
+"""Changes while a model runs: what they do to the layer's output, and that they leave no trace."""
 
 import math
 import shutil

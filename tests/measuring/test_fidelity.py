@@ -1,4 +1,4 @@
-"""The figures: exact where they can be, by their definitions, and not flattered."""
+"""The figures: exact where they can be, by their definitions, and without flattery."""
 
 import copy
 import itertools
@@ -88,7 +88,7 @@ def test_every_figure_has_an_interval_around_it_and_says_its_tokens(measured):
     for entry in [result["all"], *result["layers"]]:
         figures = [name for name in entry if f"{name}_ci" in entry]
         assert {"delta_ce", "kl", "top1_agreement", "nmse", "constant_gate_delta_ce", "expert_share"} <= set(figures)
-        for name in set(figures) - {"expert_share", "loss_recovered"}:  # ratios: on a random model, of noise
+        for name in set(figures) - {"expert_share", "loss_recovered"}:  # these are ratios: on a random model, ratios of noise
             low, high = entry[f"{name}_ci"]
             assert low <= entry[name] <= high
         assert 0 < entry["l0"] <= 4
@@ -106,7 +106,7 @@ def naive_figures(model, blocks, modules, ids):
     return ce, kl, (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item()
 
 
-@pytest.mark.parametrize("held", [2**28, 1])  # what is held of variants: all of them at once, and one at a time
+@pytest.mark.parametrize("held", [2**28, 1])  # variants held in memory: all at once, and one at a time
 def test_figures_in_parts_are_those_of_whole_logits(measured, monkeypatch, held):
     model, blocks, layers, _ = measured
     monkeypatch.setattr("mxdsurgery.measuring.scoring.HELD_BYTES", held)
@@ -135,7 +135,7 @@ def test_single_layers_on_fewer_contexts_are_measured_on_a_sample_spread_over_al
         assert entry["tokens"] == same["tokens"] == 4 * (length - 2)
         for name in ("delta_ce", "kl", "top1_agreement", "zero_delta_ce"):
             assert entry[name] == pytest.approx(same[name], rel=1e-6)
-    # How experts are used comes from the pass over all contexts that there is anyway.
+    # Usage of experts comes from the pass for statistics, which covers all contexts anyway.
     assert [entry["dead_share"] for entry in result["layers"]] == [entry["dead_share"] for entry in every["layers"]]
 
 

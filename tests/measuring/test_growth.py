@@ -1,4 +1,4 @@
-"""`growth`: its rows are the figures of `evaluate` where both look, and the stream is untouched below the first new layer."""
+"""`growth`: its rows are figures of `evaluate` where both measure it; the stream is untouched below the first new layer."""
 
 import io
 import json

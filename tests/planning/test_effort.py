@@ -1,4 +1,4 @@
-"""What evaluating takes and on how much of the text, with times given; and what is left of a run, with a clock of its own."""
+"""What evaluation takes and how much of the text it uses, with given times; and a run's remaining time, with a fake clock."""
 
 import json
 
@@ -17,7 +17,7 @@ def test_runs_are_those_of_the_variants_counted_one_by_one():
     assert together == Runs(4 + 4 + 4 * 3, 2 * 2, 1 + 4)
     # The original; four variants from layer 1 on, and four from layer 3 on.
     assert alone == Runs(4 + 4 * 3 + 4 * 1, 2, 1 + 4 + 4)
-    assert evaluation_runs([3], n_layers=4)[1] == Runs(0, 0, 0)  # it alone is all of them
+    assert evaluation_runs([3], n_layers=4)[1] == Runs(0, 0, 0)  # a single layer is all of them
     with_maps = evaluation_runs([3], n_layers=4, more=True)
     assert with_maps[0].decoder_layers == 4 + 4 + 4 * 4 and with_maps[1].heads == 1 + 4
     several = evaluation_runs([2], n_layers=4, candidates=5)[0]
@@ -31,7 +31,7 @@ def test_runs_are_those_of_the_variants_counted_one_by_one():
         (0.0, 64),  # no time at all: the least that is worth measuring
         (100.0, 64),  # all layers together take as much
         (100.0 + 64, 64),
-        (100.0 + 255, 128),  # a power of two: clocks that differ a little choose alike
+        (100.0 + 255, 128),  # a power of two, so that small differences in time change nothing
         (100.0 + 257, 256),
         (100.0 + 999, 512),
         (100.0 + 1000.1, 1000),  # and all, where there is time for all

@@ -1,4 +1,4 @@
-"""A run writes down what was said and measured, whatever ends it; -q and -v say less and more of it."""
+"""A run records what was reported and measured, whatever ends it; -q and -v print less and more of it."""
 
 import json
 import logging

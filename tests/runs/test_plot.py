@@ -1,4 +1,4 @@
-"""``plot`` draws what a run wrote down of its training, and says which layer went wrong first."""
+"""``plot`` draws what a run recorded of its training, and says which layer went wrong first."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def test_the_first_layer_whose_nmse_grew_is_named(tmp_path):
     result = plot(written(tmp_path, rows))
     assert result["went_wrong"] == "layer 3: NMSE 0.9 at step 400, lowest 0.04 at step 240"
     assert plot_table(result)[-1] == "Went wrong first: layer 3: NMSE 0.9 at step 400, lowest 0.04 at step 240"
-    assert "layer 3: NMSE 0.9 at step 400" in (tmp_path / "metrics.svg").read_text()  # it notes what its glyphs spell
+    assert "layer 3: NMSE 0.9 at step 400" in (tmp_path / "metrics.svg").read_text()  # the SVG keeps its text in comments
 
 
 def test_the_first_layer_whose_nmse_is_not_finite_is_named_with_its_group(tmp_path):

@@ -1,4 +1,4 @@
-"""Runs that end too soon go on bit for bit where they stood, and a checkpoint is there whole or not at all."""
+"""Interrupted runs resume bit for bit where they stopped, and a checkpoint is there whole or not at all."""
 
 import itertools
 import json
@@ -196,7 +196,7 @@ def test_a_run_of_other_settings_model_or_text_is_not_resumed(unfinished, tmp_pa
         resumed()
     assert sorted(path.name for path in (tmp_path / "out.run").rglob("*")) == before  # nothing is lost
     (tmp_path / "text.txt").write_text(text)
-    resumed(keep_checkpoints=1, checkpoint_every=5)  # what changes nothing of the result may change
+    resumed(keep_checkpoints=1, checkpoint_every=5)  # keys that do not affect the result may change
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "out"}
 
 

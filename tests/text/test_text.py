@@ -1,4 +1,4 @@
-"""Where text comes from, what is said when it cannot be read, and how it becomes contexts."""
+"""Where text comes from, the errors if it cannot be read, and how it becomes contexts."""
 
 import gzip
 import itertools

@@ -167,7 +167,7 @@ def test_it_stops_early_and_keeps_the_start_where_nothing_is_better():
     model = tiny_model("llama")
     layers = started(model)
     recipe = dataclasses.replace(RECIPE, lr=1e-3, warmup=0.0)
-    train(model, layers, steps=40, recipe=recipe)  # so that the start is good
+    train(model, layers, steps=40, recipe=recipe)  # so that training starts from a good state
     before = [tensor.clone() for tensor in parameters(layers)]
     wild = dataclasses.replace(RECIPE, lr=0.3, warmup=0.0)
     state = train(model, layers, steps=40, recipe=wild, settings=Settings(validations=20, patience=3))

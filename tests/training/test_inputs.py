@@ -1,4 +1,4 @@
-"""What layers are fed: bit for bit what the original, or the model converted so far, gives them."""
+"""The inputs that layers train on: bit for bit what the original, or the model converted so far, gives them."""
 
 import dataclasses
 import itertools
