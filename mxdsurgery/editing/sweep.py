@@ -133,7 +133,7 @@ def survey_layer(opened: Opened, layer: int, most: int, draw: torch.Generator, l
     n, context = module.gate.n_experts, opened.input_ids.shape[1]
     vocabulary = opened.model.config.get_text_config(decoder=True).vocab_size
     fired, contexts = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
-    # Per expert the contexts with the smallest random keys so far: a sample in which every context has the same chance to be.
+    # Per expert the contexts with the smallest random keys so far: a sample in which all contexts are equally likely.
     key, chosen, first = torch.full((n, most), torch.inf), torch.zeros(n, most).long(), torch.zeros(n, most).long()
     counts, done = _Counts(), 0
     for ids in opened.batches():
