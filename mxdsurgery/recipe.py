@@ -39,7 +39,7 @@ class Recipe:
     trust_remote_code: bool = _key(
         False,
         "flag",
-        "run the Python code that comes with the base model, where transformers has none of its own; never set by a file",
+        "run the Python code that comes with the base model and its tokenizer, where they need it; never set by a file",
     )
     layers: str = _key("all", "text", "layers to convert: all, 3, 2-5, 0,4,7-9, -1")
     # Into what

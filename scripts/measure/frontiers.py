@@ -4,7 +4,7 @@
     python scripts/measure/frontiers.py page > docs/frontier.md
 
 What is measured is kept in docs/frontier/. What is in --runs already is not measured again: delete it to begin anew.
-The shared folder holds models/, text/ and probing/ (CONTRIBUTING.md says what they are for).
+The shared folder holds models/, text/ and probing/ (CONTRIBUTING.md says where it is).
 """
 
 import shutil

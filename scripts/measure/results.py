@@ -3,7 +3,7 @@
     python scripts/measure/results.py --shared ../shared --runs runs/results > docs/results.md
 
 Each conversion is kept under --runs and not repeated: delete its folder to measure it again. The shared folder holds
-models/ and text/ (CONTRIBUTING.md says what they are for); two CPU cores take about an hour for everything.
+models/ and text/ (CONTRIBUTING.md says where it is); two CPU cores take about an hour for everything.
 """
 
 from pathlib import Path
