@@ -186,21 +186,21 @@ def heal(
         train, validation = _texts(converted, saved, recipe, how.data)
         original = load_original(converted, base or recipe.model, recipe).to(accelerator.device)
         run.confirm(original=weights_digest(original))
-        patient = _patient(converted, original, recipe, how, reporter)
+        healed = _open_for_healing(converted, original, recipe, how, reporter)
         tokens = size * how.accumulate * recipe.context
-        state = _where_it_stands(EndToEnd(max(1, recipe.tokens // tokens), tokens), patient, run, reporter)
-        texts = _texts_with_answers(original, patient, train, validation, size, run.scratch, how, recipe, state)
+        state = _where_it_stands(EndToEnd(max(1, recipe.tokens // tokens), tokens), healed, run, reporter)
+        texts = _texts_with_answers(original, healed, train, validation, size, run.scratch, how, recipe, state)
         if how.teacher == "cached":
             original = None
-        _train(patient, texts, recipe, how, accelerator, state, run, reporter)
+        _train(healed, texts, recipe, how, accelerator, state, run, reporter)
         if rank():
             accelerator.end_training()
             return None
         del texts, original  # `evaluate` loads it anew
-        step = _record(patient, recipe, how, state, validation)
+        step = _record(healed, recipe, how, state, validation)
         origin = (converted.plan.model, converted.plan.revision) if base is None else (base, None)
         with written_as(target, how.format, *origin, within=run.scratch) as checkpoint:
-            _write(patient, checkpoint, step, how, validation[:_CHECK_CONTEXTS])
+            _write(healed, checkpoint, step, how, validation[:_CHECK_CONTEXTS])
             evaluation = evaluate(checkpoint, base=base, device=device, compute=recipe.compute, reporter=reporter)
     accelerator.end_training()
     return step | {"evaluation": evaluation, "out": str(target)}
@@ -215,16 +215,16 @@ def _settled(converted: Converted, recipe: Recipe, compute: str | None, run: Run
     return settled
 
 
-def _where_it_stands(state: EndToEnd, patient: "_Patient", run: RunFolder, reporter: Reporter) -> EndToEnd:
+def _where_it_stands(state: EndToEnd, healed: "_Healed", run: RunFolder, reporter: Reporter) -> EndToEnd:
     """The training's state; that of a resumed run is restored."""
     if run.resumed is not None:
-        state.restore(run.resumed.state, patient.layers)
+        state.restore(run.resumed.state, healed.layers)
         reporter.say(f"resume     from step {state.step}, in {run.path}")
     return state
 
 
 @dataclass
-class _Patient:
+class _Healed:
     """The model that is healed, and which parts of it learn."""
 
     converted: Converted
@@ -284,7 +284,9 @@ def _texts(converted: Converted, saved: Recipe, recipe: Recipe, data: str | None
     return train, validation
 
 
-def _patient(converted: Converted, original: PreTrainedModel, recipe: Recipe, how: Healing, reporter: Reporter) -> _Patient:
+def _open_for_healing(
+    converted: Converted, original: PreTrainedModel, recipe: Recipe, how: Healing, reporter: Reporter
+) -> _Healed:
     model = converted.model.to(original.device)
     maps = projections(original) if how.adapts else []
     adapters = Adapters(model, maps, how.lora_rank, recipe.seed) if how.adapts else None
@@ -297,7 +299,7 @@ def _patient(converted: Converted, original: PreTrainedModel, recipe: Recipe, ho
     learn += adapters.parameters() if adapters is not None else []
     what = {"mxd": "the new layers", "lora": "LoRA", "both": "the new layers and LoRA"}[how.mode]
     reporter.say(f"heal       {what}: {compact(sum(p.numel() for p in learn))} parameters; {compact(recipe.tokens)} tokens")
-    return _Patient(converted, layers, adapters, maps)
+    return _Healed(converted, layers, adapters, maps)
 
 
 class _Texts(NamedTuple):
@@ -310,7 +312,7 @@ class _Texts(NamedTuple):
 
 def _texts_with_answers(
     original: PreTrainedModel,
-    patient: _Patient,
+    healed: _Healed,
     train: TextStream,
     validation: Tensor,
     size: int,
@@ -322,7 +324,7 @@ def _texts_with_answers(
     """The texts with the original's predictions, from where the training stands."""
     taken = state.step * how.accumulate
     if how.teacher == "model":
-        blocks = patient.converted.plan.blocks if how.local > 0 else ()
+        blocks = healed.converted.plan.blocks if how.local > 0 else ()
         read = Read(train.batches(size))
         read.skip(taken)
         looked_at = list(original_examples(original, (), validation.split(size)))
@@ -344,7 +346,7 @@ def _texts_with_answers(
 
 
 def _train(
-    patient: _Patient,
+    healed: _Healed,
     texts: _Texts,
     recipe: Recipe,
     how: Healing,
@@ -354,7 +356,7 @@ def _train(
     reporter: Reporter,
 ) -> None:
     tokens = state.tokens_per_step // how.accumulate
-    start_kernels(accelerator, patient.converted.plan.layers, tokens, reporter)
+    start_kernels(accelerator, healed.converted.plan.layers, tokens, reporter)
     settings = Settings(how.local, how.accumulate, how.checkpointing, patience=how.patience)
     resumed = None
     if run.resumed is not None:
@@ -367,10 +369,10 @@ def _train(
             line.update(now.tokens, now.steps * now.tokens_per_step, f"KL {now.validation[-1][1]:.4f}")
             run.journal.metrics("heal", **now.row())
 
-        model, layers, given = patient.converted.model, patient.layers, (texts.examples, texts.validation)
-        train_end_to_end(model, layers, *given, recipe, settings, accelerator, state, report, patient.adapters, keeper)
+        model, layers, given = healed.converted.model, healed.layers, (texts.examples, texts.validation)
+        train_end_to_end(model, layers, *given, recipe, settings, accelerator, state, report, healed.adapters, keeper)
     for plan, layer in layers.items():
-        patient.converted.layers[plan.block.layer].load_state_dict(layer.state_dict())
+        healed.converted.layers[plan.block.layer].load_state_dict(layer.state_dict())
     before = state.validation[0][1]
     early = f", stopped after {compact(state.tokens)}" if state.stopped else ""
     reporter.say(
@@ -381,7 +383,7 @@ def _train(
         reporter.say("           nothing better than the start was found: the weights are as they were")
 
 
-def _record(patient: _Patient, recipe: Recipe, how: Healing, state: EndToEnd, validation: Tensor) -> dict[str, Any]:
+def _record(healed: _Healed, recipe: Recipe, how: Healing, state: EndToEnd, validation: Tensor) -> dict[str, Any]:
     """The record of this healing as config.json keeps it: plain data that names no local path."""
     return {
         "mode": how.mode,
@@ -398,7 +400,7 @@ def _record(patient: _Patient, recipe: Recipe, how: Healing, state: EndToEnd, va
         "top_n": how.top_n if how.teacher == "cached" else None,
         "lora": how.lora if how.adapts else None,
         "lora_rank": how.lora_rank if how.adapts else None,
-        "maps": patient.maps,
+        "maps": healed.maps,
         "stopped_early": state.stopped,
         "validation_tokens": validation[:, 1:].numel(),
         "kl_before": state.validation[0][1],
@@ -407,9 +409,9 @@ def _record(patient: _Patient, recipe: Recipe, how: Healing, state: EndToEnd, va
     }
 
 
-def _write(patient: _Patient, folder: Path, step: dict[str, Any], how: Healing, check: Tensor) -> None:
+def _write(healed: _Healed, folder: Path, step: dict[str, Any], how: Healing, check: Tensor) -> None:
     """Writes the healed model's folder, all but evaluation and card; reloads it in a fresh process and compares."""
-    converted, adapters = patient.converted, patient.adapters
+    converted, adapters = healed.converted, healed.adapters
     for path in converted.folder.iterdir():
         if path.is_file() and path.name not in ABOUT and ".safetensors" not in path.name:
             shutil.copy2(path, folder / path.name)

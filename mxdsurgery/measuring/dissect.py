@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mxdsurgery.hardware.device import widest
 from mxdsurgery.layers.layer import MxDLayer
-from mxdsurgery.measuring.expert_layers import HIDDEN_UNITS, Subjects, block_inputs, keep_beside, open_subjects
+from mxdsurgery.measuring.expert_layers import HIDDEN_UNITS, ExpertLayers, block_inputs, keep_beside, open_expert_layers
 from mxdsurgery.measuring.intervals import frequency_decades
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.labelled import Labelled, TokenBatch, read_labelled
@@ -66,7 +66,7 @@ def dissect(
         BaseModelError: the original model is missing, or is not the one that the folder was made from.
     """
     reporter = reporter or Reporter()
-    opened = open_subjects(folder, layer, base=base, device=device, compute=compute)
+    opened = open_expert_layers(folder, layer, base=base, device=device, compute=compute)
     decoder = opened.block.decoder.weight(opened.model.base_model)
     result: dict[str, Any] = {"layer": opened.block.layer, "decoder_effective_rank": effective_rank(decoder)}
     result["subjects"] = [
@@ -149,7 +149,7 @@ def _nearest(rows: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def _used_on(
-    opened: Subjects,
+    opened: ExpertLayers,
     labelled: Labelled,
     batches: list[TokenBatch],
     seed: int,

@@ -28,7 +28,7 @@ HIDDEN_UNITS = "hidden units"
 
 
 @dataclass(frozen=True)
-class Subjects:
+class ExpertLayers:
     """Layers with experts in place of one block.
 
     Attributes:
@@ -51,14 +51,14 @@ class Subjects:
         return token_batches(labelled.texts, packing, self.recipe.batch)
 
 
-def open_subjects(
+def open_expert_layers(
     folder: str | Path,
     layer: int | None = None,
     *,
     base: str | None = None,
     device: str | None = None,
     compute: str | None = None,
-) -> Subjects:
+) -> ExpertLayers:
     """Opens what ``convert`` or ``frontier`` wrote.
 
     Args:
@@ -112,7 +112,7 @@ def keep_beside(folder: str | Path, what: str, data: str | None, layer: int, res
     write_json(Path(folder) / what / name, result)
 
 
-def _of_converted(folder: Path, layer: int | None, base: str | None, device: str | None, compute: str | None) -> Subjects:
+def _of_converted(folder: Path, layer: int | None, base: str | None, device: str | None, compute: str | None) -> ExpertLayers:
     converted = load(folder)
     recipe = settle(converted, saved_recipe(folder, device), compute)
     planned = {entry.block.layer: entry for entry in converted.plan.layers if entry.n_experts}
@@ -120,10 +120,10 @@ def _of_converted(folder: Path, layer: int | None, base: str | None, device: str
     accelerator = make_accelerator(recipe)
     model = load_original(converted, base or recipe.model, recipe).to(accelerator.device)
     layers = {planned[index].what: converted.layers[index].to(accelerator.device)}
-    return Subjects(model, converted.tokenizer(), planned[index].block, layers, recipe)
+    return ExpertLayers(model, converted.tokenizer(), planned[index].block, layers, recipe)
 
 
-def _of_frontier(folder: Path, layer: int | None, base: str | None, device: str | None, compute: str | None) -> Subjects:
+def _of_frontier(folder: Path, layer: int | None, base: str | None, device: str | None, compute: str | None) -> ExpertLayers:
     found = read_frontier(folder)
     rows = [row for row in found.rows if row["k"] is not None]
     index = _chosen(layer, sorted({row["layer"] for row in rows}), folder)
@@ -138,7 +138,7 @@ def _of_frontier(folder: Path, layer: int | None, base: str | None, device: str 
     paths = {f"{row['kind']}, K = {row['k']}": (row["kind"], row["k"]) for row in rows if row["layer"] == index}
     kept = {name: load_layer(layer_file(folder, index, *which)) for name, which in paths.items()}
     layers = {name: layer.to(accelerator.device, model.dtype) for name, layer in kept.items()}
-    return Subjects(model, base_model.tokenizer(), made.blocks[0], layers, recipe)
+    return ExpertLayers(model, base_model.tokenizer(), made.blocks[0], layers, recipe)
 
 
 def _chosen(layer: int | None, there: list[int], folder: Path) -> int:

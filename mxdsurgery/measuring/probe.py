@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.base.blocks import Block
 from mxdsurgery.errors import DataError
-from mxdsurgery.measuring.expert_layers import HIDDEN_UNITS, block_inputs, keep_beside, open_subjects
+from mxdsurgery.measuring.expert_layers import HIDDEN_UNITS, block_inputs, keep_beside, open_expert_layers
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.labelled import TokenBatch, read_labelled
 
@@ -84,7 +84,7 @@ def probe(
         BaseModelError: the original model is missing, or is not the one that the folder was made from.
     """
     reporter = reporter or Reporter()
-    opened = open_subjects(folder, layer, base=base, device=device, compute=compute)
+    opened = open_expert_layers(folder, layer, base=base, device=device, compute=compute)
     labelled = read_labelled(data, text_column, label_column, samples).sample(samples, seed)
     batches = opened.batches(labelled, context)
     read = torch.cat([batch.rows for batch in batches]) if batches else torch.empty(0, dtype=torch.int64)

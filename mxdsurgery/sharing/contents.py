@@ -63,7 +63,7 @@ _MOST_SHOWN = 12
 
 
 @dataclass
-class Parcel:
+class Upload:
     """The part of a folder that is sent.
 
     Attributes:
@@ -79,7 +79,7 @@ class Parcel:
     left_out: list[str]
 
 
-def pack(folder: str | Path, *, redact: bool = False, include_experts: bool = False) -> Parcel:
+def pack(folder: str | Path, *, redact: bool = False, include_experts: bool = False) -> Upload:
     """Chooses what to send of a folder.
 
     Args:
@@ -100,14 +100,14 @@ def pack(folder: str | Path, *, redact: bool = False, include_experts: bool = Fa
     chosen = {file.as_posix() for file in files if _among(file.as_posix(), known)}
     if include_experts and _CONTEXTS not in chosen:
         raise PushError(f"{str(folder)!r} holds no catalogue of experts", fix="mxdsurgery experts writes it")
-    parcel = Parcel(folder, {}, [], _others(files, chosen))
+    upload = Upload(folder, {}, [], _others(files, chosen))
     for name in sorted(chosen):
-        parcel.contents[name] = folder / name if name.endswith(_ON_DISK) else (folder / name).read_bytes()
+        upload.contents[name] = folder / name if name.endswith(_ON_DISK) else (folder / name).read_bytes()
         if redact and not name.endswith((*_ON_DISK, ".py")) and not _among(name, _VOCABULARIES):
-            _redact(parcel, name)
+            _redact(upload, name)
     if adapter is not None:
-        _note_changes(parcel, adapter)
-    return parcel
+        _note_changes(upload, adapter)
+    return upload
 
 
 def belongs(name: str) -> bool:
@@ -193,8 +193,8 @@ def _beside(adapter: Adapter) -> list[str]:
     return [name for name in adapter.files if name not in weights and not is_code(name)]
 
 
-def _redact(parcel: Parcel, name: str) -> None:
-    given = parcel.contents[name]
+def _redact(upload: Upload, name: str) -> None:
+    given = upload.contents[name]
     assert isinstance(given, bytes)
     text = given.decode("utf-8", "surrogateescape")
     if name.endswith(CARD):
@@ -202,30 +202,30 @@ def _redact(parcel: Parcel, name: str) -> None:
         text = re.sub(r"\A(---\n(?:.*\n)*?)base_model: *[\"']?(?:/|[A-Za-z]:\\).*\n", r"\1", text)
     sent = redacted(text).encode("utf-8", "surrogateescape")
     if sent != given:
-        parcel.contents[name] = sent
-        parcel.redacted.append(name)
+        upload.contents[name] = sent
+        upload.redacted.append(name)
 
 
-def _note_changes(parcel: Parcel, adapter: Adapter) -> None:
+def _note_changes(upload: Upload, adapter: Adapter) -> None:
     """Updates the adapter's list of files to those that are sent, because `apply` compares them."""
-    given = parcel.contents[ADAPTER_FILE]
+    given = upload.contents[ADAPTER_FILE]
     assert isinstance(given, bytes)
     values = json.loads(given)
     for name in _beside(adapter):
-        content = parcel.contents.get(name)
+        content = upload.contents.get(name)
         if content is None:
             del values["files"][name]
-        elif name in parcel.redacted and name != CARD:  # a card may be edited: `apply` says so, and goes on
+        elif name in upload.redacted and name != CARD:  # a card may be edited: `apply` says so, and goes on
             values["files"][name] = hashlib.sha256(content).hexdigest()
     if values != json.loads(given):
-        parcel.contents[ADAPTER_FILE] = (json.dumps(values, indent=1) + "\n").encode()
+        upload.contents[ADAPTER_FILE] = (json.dumps(values, indent=1) + "\n").encode()
 
 
-def check_disclosures(parcel: Parcel, known: set[str], redact: bool) -> None:
+def check_disclosures(upload: Upload, known: set[str], redact: bool) -> None:
     """Searches all that would be sent for secrets and local paths.
 
     Args:
-        parcel: what would be sent.
+        upload: what would be sent.
         known: secrets to search for literally.
         redact: whether paths were shortened already; for the advice only.
 
@@ -233,7 +233,7 @@ def check_disclosures(parcel: Parcel, known: set[str], redact: bool) -> None:
         PushError: something was found; it names file and line, and shows only the beginning of a secret.
     """
     found: list[tuple[str, Finding]] = []
-    for name, text, vocabulary in _texts(parcel):
+    for name, text, vocabulary in _texts(upload):
         found += [(name, finding) for finding in disclosures(text, known, vocabulary)]
     if not found:
         return
@@ -245,15 +245,15 @@ def check_disclosures(parcel: Parcel, known: set[str], redact: bool) -> None:
     if any(not finding.secret for _, finding in found):
         fixes.append("take the paths out by hand" if redact else "--redact sends copies with only the last part of each path")
     raise PushError(
-        f"nothing of {str(parcel.folder)!r} was sent: it would publish\n  " + "\n  ".join(lines),
+        f"nothing of {str(upload.folder)!r} was sent: it would publish\n  " + "\n  ".join(lines),
         expected="no secret and no path of this machine in any file that is sent",
         fix="; ".join(fixes),
     )
 
 
-def _texts(parcel: Parcel) -> Iterator[tuple[str, str, bool]]:
+def _texts(upload: Upload) -> Iterator[tuple[str, str, bool]]:
     """All readable text in what is sent: its place, the text, and whether it lists or quotes the words of others."""
-    for name, content in parcel.contents.items():
+    for name, content in upload.contents.items():
         if isinstance(content, bytes):
             yield name, content.decode("utf-8", "replace"), _among(name, _VOCABULARIES)
         elif name.endswith(".safetensors"):
@@ -262,7 +262,7 @@ def _texts(parcel: Parcel) -> Iterator[tuple[str, str, bool]]:
         else:
             yield f"{name} (schema)", str(_table(content).schema_arrow), False
         if name == _CONTEXTS:
-            for number, text in enumerate(_contexts(parcel.folder)):
+            for number, text in enumerate(_contexts(upload.folder)):
                 yield f"{name} (context {number})", text, True
 
 

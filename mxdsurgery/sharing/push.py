@@ -18,7 +18,7 @@ from mxdsurgery.checkpoint.adapter import CARD
 from mxdsurgery.checkpoint.converted import PLAN_FILE
 from mxdsurgery.disclosure import secrets_here
 from mxdsurgery.errors import HubError, PushError, first_line
-from mxdsurgery.sharing.contents import Parcel, belongs, check_disclosures, pack, written_by_people
+from mxdsurgery.sharing.contents import Upload, belongs, check_disclosures, pack, written_by_people
 from mxdsurgery.terminal.console import Reporter, size
 
 
@@ -62,20 +62,20 @@ def push(
     """
     reporter = reporter or Reporter()
     _check_name(repo)
-    parcel = pack(folder, redact=redact, include_experts=include_experts)
+    upload = pack(folder, redact=redact, include_experts=include_experts)
     with sending_to(repo):
         token = token or get_token()
-    check_disclosures(parcel, secrets_here(token), redact)
-    reporter.say(f"checked    {len(parcel.contents)} files: no secret, no local path")
-    if parcel.left_out:
-        reporter.say(f"left out   {', '.join(parcel.left_out)}")
+    check_disclosures(upload, secrets_here(token), redact)
+    reporter.say(f"checked    {len(upload.contents)} files: no secret, no local path")
+    if upload.left_out:
+        reporter.say(f"left out   {', '.join(upload.left_out)}")
     if token is None:
         raise HubError("there is no token to push with", fix=LOG_IN)
     api = HfApi(token=token)
     with sending_to(repo):
-        passed_on = _pass_license_on(api, parcel)
-        is_private, removed = _prepare(api, repo, private, revision, parcel)
-        additions = [CommitOperationAdd(name, content) for name, content in parcel.contents.items()]
+        passed_on = _pass_license_on(api, upload)
+        is_private, removed = _prepare(api, repo, private, revision, upload)
+        additions = [CommitOperationAdd(name, content) for name, content in upload.contents.items()]
         files = [{"name": addition.path_in_repo, "bytes": addition.upload_info.size} for addition in additions]
         total = sum(file["bytes"] for file in files)
         reporter.say(f"sending    {size(total)} to {repo}, {'private' if is_private else 'public'}")
@@ -94,8 +94,8 @@ def push(
         "private": is_private,
         "files": files,
         "bytes": total,
-        "redacted": parcel.redacted,
-        "left_out": parcel.left_out,
+        "redacted": upload.redacted,
+        "left_out": upload.left_out,
         "removed": removed,
         "license": passed_on,
     }
@@ -123,9 +123,9 @@ def _check_name(repo: str) -> None:
         raise PushError(f"{repo!r} does not say whose repository it is", expected="user/name")
 
 
-def _pass_license_on(api: HfApi, parcel: Parcel) -> str | None:
+def _pass_license_on(api: HfApi, upload: Upload) -> str | None:
     """Puts the base model's licence into the card that is sent, if the card names none and the hub knows it."""
-    given = parcel.contents[CARD]
+    given = upload.contents[CARD]
     assert isinstance(given, bytes)
     try:
         card = ModelCard(given.decode("utf-8"), ignore_metadata_errors=False)
@@ -143,11 +143,11 @@ def _pass_license_on(api: HfApi, parcel: Parcel) -> str | None:
     link = terms.license_link
     card.data.license, card.data.license_name = terms.license, terms.license_name
     card.data.license_link = f"{api.endpoint}/{base}/blob/main/{link}" if link and "://" not in link else link
-    parcel.contents[CARD] = str(card).encode("utf-8")
+    upload.contents[CARD] = str(card).encode("utf-8")
     return terms.license
 
 
-def _prepare(api: HfApi, repo: str, private: bool, revision: str | None, parcel: Parcel) -> tuple[bool, list[str]]:
+def _prepare(api: HfApi, repo: str, private: bool, revision: str | None, upload: Upload) -> tuple[bool, list[str]]:
     """Makes the repository and the branch, if necessary.
 
     Returns:
@@ -170,4 +170,4 @@ def _prepare(api: HfApi, repo: str, private: bool, revision: str | None, parcel:
             expected="a new repository, or one that was pushed before",
             fix="push under another name",
         )
-    return is_private, [name for name in there if name not in parcel.contents and belongs(name)]
+    return is_private, [name for name in there if name not in upload.contents and belongs(name)]

@@ -111,11 +111,11 @@ def initial_layer(model: PreTrainedModel, plan: LayerPlan, recipe: Recipe, stati
     if plan.kind != "dense":
         layer.gate.bias.sub_(layer.gate.weight @ (statistics.mean_y if plan.kind == "topk-sae" else statistics.mean_x))
     if plan.kind == "mxd" and recipe.init == "pretrained":
-        _freeze_say_near_one(layer, statistics)
+        _start_near_one(layer, statistics)
     return layer
 
 
-def _freeze_say_near_one(layer: MxDLayer, statistics: Statistics) -> None:
+def _start_near_one(layer: MxDLayer, statistics: Statistics) -> None:
     """All pre-activations near 1, C constant: Cᵀa = 1 up to the spread, whichever experts are chosen."""
     warnings.warn(
         "init: pretrained is faithful from the start because the dense path does all the work: expert_share will be "

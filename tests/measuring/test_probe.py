@@ -14,7 +14,7 @@ import mxdsurgery
 from mxdsurgery.base.activations import record_activations
 from mxdsurgery.cli import main
 from mxdsurgery.errors import DataError, LayerSelectionError, OutputError
-from mxdsurgery.measuring.expert_layers import open_subjects
+from mxdsurgery.measuring.expert_layers import open_expert_layers
 from mxdsurgery.measuring.probe import HIDDEN_UNITS, _best_unit, pool, probe_units
 from mxdsurgery.text.labelled import read_labelled, token_batches
 from mxdsurgery.text.sources import Packing
@@ -48,7 +48,7 @@ def test_each_class_has_its_expert_well_above_the_floor(converted, labelled):
 
 
 def test_pooling_is_the_mean_over_a_texts_tokens_but_position_0(converted, labelled):
-    opened = open_subjects(converted.out, 2)
+    opened = open_expert_layers(converted.out, 2)
     texts = read_labelled(str(labelled)).texts[:9] + ["x"]
     batches = token_batches(texts, Packing(opened.tokenizer, 32), 64)
     assert len(batches) > 1
