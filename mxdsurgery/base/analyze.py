@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from mxdsurgery.base.blocks import Block
+from mxdsurgery.base.decoder import width
 from mxdsurgery.base.finding import Finding, find_blocks
 from mxdsurgery.base.model import BaseModel, open_model
 from mxdsurgery.base.selection import select_layers, write_layers
@@ -135,7 +136,7 @@ def analysis_of(base: BaseModel) -> Analysis:
         revision=base.commit,
         model_type=base.config.model_type,
         architecture=type(base.skeleton).__name__,
-        d_model=base.config.get_text_config(decoder=True).hidden_size,
+        d_model=width(base.skeleton),
         parameters=base.skeleton.num_parameters(),
         layers=find_blocks(base.skeleton),
     )

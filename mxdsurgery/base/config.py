@@ -9,6 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mxdsurgery.base.families import family_of
+from mxdsurgery.base.foreign import came_with_the_model, code_error
 from mxdsurgery.base.hub import MODEL_KINDS, reading_error
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import ModelNotFoundError, MxDError, NotCausalLMError, UnknownFamilyError, WeightsError, first_line
@@ -65,6 +66,8 @@ def load_config(model: str, revision: str | None = None, trust_remote_code: bool
     except MxDError:
         raise
     except Exception as error:  # a malformed config can make transformers' checks and ours raise anything
+        if needs_code:
+            raise code_error(f"the code of {model!r}", error) from None
         raise UnknownFamilyError(f"the config of {model!r} is not valid: {first_line(error)}") from None
     return config
 
@@ -137,7 +140,7 @@ def _local_config_dict(model: str, folder: Path) -> Any:
 
 def own_code(config: PreTrainedConfig) -> bool:
     """Whether a config's class is code that came with its model, and was trusted."""
-    return type(config).__module__.startswith("transformers_modules.")
+    return came_with_the_model(type(config))
 
 
 def _looks_like_path(model: str) -> bool:
@@ -174,6 +177,8 @@ def _check_buildable(model: str, config: PreTrainedConfig) -> None:
             fix="convert the model that it was quantised from, and quantise the result if you like",
         )
     count = getattr(text_config, "num_hidden_layers", None)
+    if count is None and own_code(config):  # the modules tell how many there are
+        return
     if not isinstance(count, int) or not 0 <= count <= _MOST_LAYERS:
         raise UnknownFamilyError(
             f"the config of {model!r} is not valid: num_hidden_layers is {count!r}",

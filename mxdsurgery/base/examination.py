@@ -22,6 +22,7 @@ from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.base.digest import tensor_bytes
 from mxdsurgery.base.offload import execution_device, resident
 from mxdsurgery.base.proof import prove_block
+from mxdsurgery.base.running import logits_of
 from mxdsurgery.errors import NotCausalLMError, WeightsError, first_line
 from mxdsurgery.outside import stored_shapes
 
@@ -114,7 +115,7 @@ def check_causal(name: str, model: PreTrainedModel) -> None:
     ids = torch.arange(2 * _CAUSAL_TOKENS).view(2, -1).remainder(vocabulary)
     ids[1] = ids[0]
     ids[1, -1] = (ids[0, -1] + 1) % vocabulary
-    logits = model(input_ids=ids.to(execution_device(model)), use_cache=False).logits[:, :-1].float()
+    logits = logits_of(model, ids.to(execution_device(model)))[:, :-1].float()
     difference, largest = (logits[0] - logits[1]).abs().max().item(), logits.abs().max().item()
     if difference > torch.finfo(model.dtype).eps ** 0.5 * largest:  # far from rounding
         raise NotCausalLMError(

@@ -27,7 +27,10 @@ from mxdsurgery.base.examination import (
     examine,
     pickled,
 )
+from mxdsurgery.base.foreign import code_error
 from mxdsurgery.base.offload import compute_on, move
+from mxdsurgery.base.running import check_runs
+from mxdsurgery.base.tying import as_tied
 from mxdsurgery.errors import DataError, ModelNotFoundError, RecipeError, UnknownFamilyError, WeightsError, first_line
 
 # Otherwise transformers asks a server to convert pickled weights, and loads what the server returns.
@@ -136,6 +139,7 @@ class BaseModel:
                 raise pickled(self.name, "no safetensors") from None
             raise WeightsError(f"the weights of {self.name!r} cannot be loaded: {first_line(error)}") from None
         check_complete(self.name, info)
+        as_tied(loaded)
         if offload is not None:
             compute_on(loaded, torch.device(device))
         return loaded.eval().requires_grad_(False)
@@ -146,6 +150,7 @@ class BaseModel:
         if compute is not None:
             compute_in(loaded, getattr(torch, compute))
         if check:
+            check_runs(self.name, loaded)
             check_causal(self.name, loaded)
         return loaded
 
@@ -177,6 +182,8 @@ def model_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=own_code(config))
     except Exception as error:  # an inconsistent config can make a model's __init__ raise anything
+        if own_code(config):
+            raise code_error(f"the code that came with this {config.model_type} model", error) from None
         raise UnknownFamilyError(
             f"transformers cannot build a {config.model_type} model from this config: {first_line(error)}",
             expected="a config.json as transformers wrote it",

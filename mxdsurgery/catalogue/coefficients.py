@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mxdsurgery.base.running import run_base
 from mxdsurgery.catalogue.experts import layers_with_experts, recorded_coefficients
 from mxdsurgery.catalogue.files import list_array
 from mxdsurgery.checkpoint.converted import Converted, fingerprint, load_with_recipe
@@ -112,7 +113,7 @@ def _read(converted: Converted, layers: list[int], contexts: Tensor, batch: int)
     parts: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
     for ids in in_batches(contexts, batch):
         with recorded_coefficients(converted, layers) as seen:
-            converted.model.base_model(input_ids=ids.to(converted.model.device), use_cache=False)
+            run_base(converted.model, ids.to(converted.model.device))
         for layer in layers:
             values, indices = (part.reshape(ids.numel(), -1).cpu() for part in seen[layer][0])
             parts[layer].append((indices.int(), values.float()))

@@ -16,8 +16,9 @@ from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mxdsurgery.base.activations import hooked
+from mxdsurgery.base.decoder import layer_count
 from mxdsurgery.base.dtypes import compute_in
+from mxdsurgery.base.running import hooked, run_base
 from mxdsurgery.base.selection import select_layers
 from mxdsurgery.catalogue.contexts import CLASSES_FILE, Corpus, Source, read_corpus
 from mxdsurgery.catalogue.files import CATALOGUE_FILE, CATALOGUE_VERSION
@@ -210,7 +211,7 @@ def layers_with_experts(converted: Converted, layers: str) -> list[int]:
         LayerSelectionError: a selected layer has no experts, or no layer has.
     """
     there = [entry.block.layer for entry in converted.plan.layers if entry.n_experts]
-    wanted = select_layers(layers, converted.model.config.get_text_config(decoder=True).num_hidden_layers)
+    wanted = select_layers(layers, layer_count(converted.model))
     found = [layer for layer in there if layer in wanted]
     if not found or (layers != "all" and len(found) < len(wanted)):
         raise LayerSelectionError(
@@ -258,7 +259,7 @@ def _run(
     with recorded_coefficients(converted, settings.layers) as seen:
         while done < len(corpus.ids):
             batch = corpus.ids[done : done + rows].long()
-            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+            run_base(model, batch.to(model.device))
             draw = torch.Generator().manual_seed(settings.source.seed * 2**32 + done)
             for layer, tally in tallies.items():
                 a, m = seen.pop(layer)

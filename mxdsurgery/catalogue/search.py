@@ -12,6 +12,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mxdsurgery.base.running import run_base
 from mxdsurgery.catalogue.experts import recorded_coefficients
 from mxdsurgery.catalogue.files import Catalogue, catalogue_of
 from mxdsurgery.checkpoint.converted import load_with_recipe
@@ -78,7 +79,7 @@ def search(
         if ids.shape[1] == first:
             raise DataError("the query is empty", expected="a text or a token")
         with torch.no_grad(), recorded_coefficients(converted, layers) as seen:
-            converted.model.base_model(input_ids=ids.to(converted.model.device), use_cache=False)
+            run_base(converted.model, ids.to(converted.model.device))
         found, tokens = [], ids[0, first:].tolist()
         for index in layers:
             a = Coefficients(*(part.cpu() for part in seen[index][0]))

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from mxdsurgery.base.config import model_name, own_code
 from mxdsurgery.base.dtypes import compute_in
 from mxdsurgery.base.examination import check_complete
+from mxdsurgery.base.running import check_runs
 from mxdsurgery.checkpoint.adapter import Adapter, is_adapter, merged, read_adapter, right_base
 from mxdsurgery.errors import ModelNotFoundError, NotConvertedError, WeightsError, first_line
 from mxdsurgery.hardware.compute import model_dtype
@@ -324,6 +325,7 @@ def load(
     except Exception as error:  # transformers, safetensors and json raise a dozen kinds here
         raise WeightsError(f"{str(folder)!r} cannot be loaded: {error}", expected="the folder as it was written") from None
     check_complete(str(folder), info)
+    check_runs(str(folder), model)
     model.to(device).eval().requires_grad_(False)
     layers = {block.layer: model.base_model.get_submodule(block.path) for block in plan.blocks}
     return Converted(folder, model, plan, layers)
@@ -373,8 +375,9 @@ def _plan_of(folder: Path, mxd: dict[str, Any]) -> Plan:
 
 def _check_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig, held: Mapping[str, Sequence[int]]) -> None:
     """Raises ValueError if the config's shapes are not those of the weights, before memory is allocated for the model."""
-    layers = config.get_text_config(decoder=True).num_hidden_layers
-    if not isinstance(layers, int) or layers > len(held):
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    told = layers is not None or "code" not in config.mxd  # code that is trusted may name it otherwise
+    if told and not (isinstance(layers, int) and layers <= len(held)):
         raise ValueError(f"num_hidden_layers is {shown(layers)}, and there are {len(held)} weights")
     with torch.device("meta"):
         skeleton = model_class(config)

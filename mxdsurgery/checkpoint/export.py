@@ -29,6 +29,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 import mxdsurgery.layers
 from mxdsurgery.base.dtypes import as_stored, computed_in
 from mxdsurgery.base.offload import SHARD_BYTES, adopt_hooks, execution_device, is_offloaded
+from mxdsurgery.base.running import RUN, logits_of, run_base
 from mxdsurgery.base.surgery import replaced
 from mxdsurgery.checkpoint.adapter import write_adapter
 from mxdsurgery.checkpoint.card import model_card
@@ -88,8 +89,10 @@ class MxD{causal}(MxDSurgeryMixin, {causal}):
 '''
 
 # Runs in a fresh interpreter that cannot import mxdsurgery, as on a machine without it.
-_RELOAD = """
-import json, sys
+_RELOAD = (
+    RUN
+    + """
+import sys
 sys.modules["mxdsurgery"] = None
 import torch
 from safetensors import SafetensorError
@@ -106,11 +109,12 @@ def output(kind):
         if wide and held.dtype == model.config.dtype:
             held.data = held.data.to(dtype)
     with torch.autocast(device.type, dtype, enabled=not wide):
-        return model(input_ids=ids, use_cache=False)[0]  # never two models at a time
+        return first_tensor(run(model, ids))  # never two models at a time
 with torch.no_grad():
     logits, hidden = output(AutoModelForCausalLM), output(AutoModel)
 save_file({"logits": logits.cpu().contiguous(), "hidden": hidden.cpu().contiguous()}, result)
 """
+)
 
 
 def check_output(out: str | Path, overwrite: bool) -> Path:
@@ -325,8 +329,8 @@ def reference_outputs(model: PreTrainedModel, ids: Tensor) -> Reference:
     device = execution_device(model)
     here = ids.to(device)
     outputs = {
-        "logits": model(input_ids=here, use_cache=False).logits.cpu(),
-        "hidden": model.base_model(input_ids=here, use_cache=False)[0].cpu(),  # logits, where a family has no base model
+        "logits": logits_of(model, here).cpu(),
+        "hidden": run_base(model, here).cpu(),  # logits, where a family has no base model
     }
     return Reference(ids.cpu(), outputs, device, computed_in(model))
 

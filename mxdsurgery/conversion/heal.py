@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mxdsurgery.base.decoder import vocabulary_size
 from mxdsurgery.base.dtypes import as_stored, compute_in, computed_in
 from mxdsurgery.base.examination import weights_digest
 from mxdsurgery.base.lora import ADAPTER_FOLDER, Adapters, check_peft, healed_maps, projections
@@ -331,7 +332,7 @@ def _texts_with_answers(
         mine = (my_contexts(batch, recipe) for batch in read)
         return _Texts(original_examples(original, blocks, mine), looked_at, read)
     wanted = state.steps * size * how.accumulate
-    vocabulary = original.config.get_text_config(decoder=True).vocab_size
+    vocabulary = vocabulary_size(original)
     read = Read(itertools.islice(train.contexts(), wanted))
     made = []
     for name, contexts, count in (("train", read, wanted), ("validation", iter(validation), len(validation))):

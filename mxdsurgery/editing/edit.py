@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.base.digest import file_digest
 from mxdsurgery.base.dtypes import compute_in, computed_in
+from mxdsurgery.base.running import logits_of
 from mxdsurgery.checkpoint.adapter import ABOUT
 from mxdsurgery.checkpoint.converted import (
     EVALUATION_FILE,
@@ -262,7 +263,7 @@ def _compare(
     """What edits do to the predictions of contexts (S, T)."""
     table, done = Table(), 0
     for part in in_batches(ids.to(before.device), batch):
-        old, new = (model(input_ids=part, use_cache=False).logits for model in (before, after))
+        old, new = (logits_of(model, part) for model in (before, after))
         table.add("before", next_token_sums(old, old, part))
         table.add("after", next_token_sums(new, old, part))
         done += len(part)

@@ -17,7 +17,8 @@ from rich.table import Table as RichTable
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mxdsurgery.base.activations import hooked, record_activations
+from mxdsurgery.base.activations import record_activations
+from mxdsurgery.base.running import hooked, logits_of
 from mxdsurgery.base.surgery import resumed_at
 from mxdsurgery.catalogue.experts import recorded_coefficients
 from mxdsurgery.editing.edits import Edits, check_for
@@ -183,7 +184,7 @@ def _measure(
         step()
         for number, variant in enumerate([edits, *others]):
             with variant.live(model), resumed_at(decoder, first, outputs):
-                changed = model(input_ids=ids, use_cache=False).logits
+                changed = logits_of(model, ids)
             if number == 0:
                 record.add(ids, original, changed, a)
             else:
@@ -199,7 +200,7 @@ def _unedited(opened: Opened, layers: list[int], ids: Tensor) -> tuple[Tensor, l
     below, outputs = opened.decoder[: layers[0]], []
     hooks = [layer.register_forward_hook(lambda _m, _a, output: outputs.append(output)) for layer in below]
     with hooked(*hooks), recorded_coefficients(opened.converted, layers) as seen:
-        logits = opened.model(input_ids=ids, use_cache=False).logits
+        logits = logits_of(opened.model, ids)
     a = {layer: Coefficients(*(part.reshape(*ids.shape, -1) for part in seen[layer][0])) for layer in layers}
     return logits, outputs, a
 

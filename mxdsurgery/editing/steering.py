@@ -28,6 +28,7 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mxdsurgery.base.running import logits_of
 from mxdsurgery.catalogue.files import Catalogue, catalogue_of
 from mxdsurgery.checkpoint.converted import Converted, load_with_recipe
 from mxdsurgery.editing.edits import KINDS, Edits
@@ -247,7 +248,7 @@ class _Writer:
             ids = sample(self.model, self.tokenizer, self.inputs, self.sampling, to_the_end=True)
         start, nll = self.inputs.shape[1], []
         for rows in ids.split(_AT_ONCE):
-            logits = self.original(input_ids=rows, use_cache=False).logits[:, start - 1 : -1].float()
+            logits = logits_of(self.original, rows)[:, start - 1 : -1].float()
             nll.append(F.cross_entropy(logits.transpose(1, 2), rows[:, start:], reduction="none").cpu().double().sum(1))
         new = ids[:, start:].tolist()
         tokens = torch.full((len(new),), float(len(new[0])), dtype=torch.float64)

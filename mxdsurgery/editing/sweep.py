@@ -20,7 +20,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mxdsurgery.base.activations import hooked, record_activations
+from mxdsurgery.base.activations import record_activations
+from mxdsurgery.base.decoder import vocabulary_size
+from mxdsurgery.base.running import hooked
 from mxdsurgery.base.surgery import resumed_at
 from mxdsurgery.catalogue.experts import layers_with_experts, recorded_coefficients
 from mxdsurgery.checkpoint.export import write_json
@@ -131,7 +133,7 @@ def survey_layer(opened: Opened, layer: int, most: int, draw: torch.Generator, l
     module = opened.converted.layers[layer]
     block = next(block for block in opened.converted.plan.blocks if block.layer == layer)
     n, context = module.gate.n_experts, opened.input_ids.shape[1]
-    vocabulary = opened.model.config.get_text_config(decoder=True).vocab_size
+    vocabulary = vocabulary_size(opened.model)
     fired, contexts = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
     # Per expert the contexts with the smallest random keys so far: a sample in which all contexts are equally likely.
     key, chosen, first = torch.full((n, most), torch.inf), torch.zeros(n, most).long(), torch.zeros(n, most).long()
