@@ -66,7 +66,7 @@ def _print_table(*parts: Any) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, emoji=False, width=160)
     for part in parts:
-        console.print(part)
+        console.print(part, markup=not isinstance(part, str))  # a folder's name may look like markup
 
 
 @click.group(cls=_NamedErrors, params=level_options(), context_settings={"help_option_names": ["-h", "--help"]})

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from mxdsurgery.base.blocks import Block
@@ -94,7 +95,7 @@ class Analysis:
 
     def table(self) -> Table:
         """For a terminal."""
-        title = f"{self.model}: {self.architecture}, {compact(self.parameters)} parameters, D = {self.d_model}"
+        title = f"{escape(self.model)}: {self.architecture}, {compact(self.parameters)} parameters, D = {self.d_model}"
         table = Table("layer", "block", "kind", "activation", "H", "biases", "parameters", "share", title=title)
         for finding in self.layers:
             block = finding.block

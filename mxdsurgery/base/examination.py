@@ -24,7 +24,7 @@ from mxdsurgery.base.offload import execution_device, resident
 from mxdsurgery.base.proof import prove_block
 from mxdsurgery.base.running import logits_of
 from mxdsurgery.errors import NotCausalLMError, WeightsError, first_line
-from mxdsurgery.outside import stored_shapes
+from mxdsurgery.outside import fix_of, stored_shapes
 
 # A context of so many tokens shows whether predictions depend on later ones.
 _CAUSAL_TOKENS = 6
@@ -151,7 +151,7 @@ def check_files(name: str, source: str, revision: str | None, parameters: int) -
             raise pickled(name, ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)) or "no weights")
         held = sum(torch.Size(shape).numel() for shape in stored_shapes(folder).values())
     except (ValueError, OSError) as error:
-        raise WeightsError(f"the weights of {name!r} cannot be loaded: {first_line(error)}") from None
+        raise WeightsError(f"the weights of {name!r} cannot be loaded: {first_line(error)}", fix=fix_of(error)) from None
     if parameters > 2 * held:  # transformers would initialise what is missing, in memory, before it says so
         raise WeightsError(
             f"the weights of {name!r} are missing for the most part: its config asks for {parameters:,}, its files hold "

@@ -6,6 +6,7 @@ Whatever the hub or a folder answers wrongly becomes a named error, here, in `co
 import copy
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mxdsurgery.base.agreement import make_config_agree
 from mxdsurgery.base.blocks import Block
 from mxdsurgery.base.config import load_config, model_source, own_code
 from mxdsurgery.base.dtypes import compute_in
@@ -30,11 +32,21 @@ from mxdsurgery.base.examination import (
 from mxdsurgery.base.foreign import code_error
 from mxdsurgery.base.offload import compute_on, move
 from mxdsurgery.base.running import check_runs
-from mxdsurgery.base.tying import as_tied
-from mxdsurgery.errors import DataError, ModelNotFoundError, RecipeError, UnknownFamilyError, WeightsError, first_line
+from mxdsurgery.errors import (
+    DataError,
+    ModelNotFoundError,
+    MxDWarning,
+    RecipeError,
+    UnknownFamilyError,
+    WeightsError,
+    first_line,
+)
 
 # Otherwise transformers asks a server to convert pickled weights, and loads what the server returns.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+
+# The implementations of attention that need torch alone.
+_ATTENTION = ("sdpa", "eager")
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +151,7 @@ class BaseModel:
                 raise pickled(self.name, "no safetensors") from None
             raise WeightsError(f"the weights of {self.name!r} cannot be loaded: {first_line(error)}") from None
         check_complete(self.name, info)
-        as_tied(loaded)
+        make_config_agree(self.name, loaded, info["unexpected_keys"])
         if offload is not None:
             compute_on(loaded, torch.device(device))
         return loaded.eval().requires_grad_(False)
@@ -167,7 +179,26 @@ def open_model(name: str, revision: str | None = None, trust_remote_code: bool =
         ModelNotFoundError, GatedModelError, UnknownFamilyError, NotCausalLMError, WeightsError: see `load_config`.
     """
     config = load_config(name, revision, trust_remote_code)
+    _use_attention_that_is_here(name, config)
     return BaseModel(name, getattr(config, "_commit_hash", None) or revision, config, trust_remote_code)
+
+
+def _use_attention_that_is_here(name: str, config: PreTrainedConfig) -> None:
+    """Where a config prefers an implementation of attention that is not installed, chooses one of torch's, and says so."""
+    wanted = config._attn_implementation
+    if wanted in (None, *_ATTENTION):
+        return
+    for chosen in (wanted, *_ATTENTION):
+        config._attn_implementation = chosen
+        try:
+            model_skeleton(copy.deepcopy(config))
+        except UnknownFamilyError:
+            continue
+        if chosen != wanted:
+            message = f"the config of {name!r} prefers the attention {wanted!r}, which does not run here: it is {chosen!r} now"
+            warnings.warn(message, MxDWarning, stacklevel=3)
+        return
+    config._attn_implementation = wanted  # something else is wrong, and is said where the skeleton is needed
 
 
 def model_skeleton(config: PreTrainedConfig) -> PreTrainedModel:

@@ -27,7 +27,7 @@ from mxdsurgery.base.digest import file_digest, tensor_bytes, tensor_digest
 from mxdsurgery.base.model import open_model
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import BaseModelError, MxDError, NotConvertedError, WeightsError, first_line
-from mxdsurgery.outside import check_folder, check_types, inside, read_json, shown
+from mxdsurgery.outside import check_folder, check_types, fix_of, inside, read_json, shown
 from mxdsurgery.runs.journal import METRICS_FILE
 from mxdsurgery.terminal.console import size
 
@@ -152,7 +152,7 @@ def read_adapter(folder: str | Path) -> Adapter:
             raise ValueError(f"dtype is {shown(adapter.dtype)}")
         outside = [name for name in adapter.files if not inside(Path(folder), name)]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise NotConvertedError(f"{path} cannot be read: {first_line(error)}", expected=expected) from None
+        raise NotConvertedError(f"{path} cannot be read: {first_line(error)}", expected=expected, fix=fix_of(error)) from None
     if outside:
         raise NotConvertedError(f"{path} names a file outside the folder: {shown(outside[0])}", expected=expected)
     return adapter

@@ -1,10 +1,12 @@
 """``apply``: rebuilds the whole checkpoint from an adapter and its base model; also makes an adapter from a checkpoint."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mxdsurgery.base.config import is_local
 from mxdsurgery.checkpoint.adapter import (
     CARD,
     damaged,
@@ -18,7 +20,8 @@ from mxdsurgery.checkpoint.adapter import (
 )
 from mxdsurgery.checkpoint.converted import PLAN_FILE, load, read_config, saved_recipe, settle
 from mxdsurgery.checkpoint.export import check_output, check_reload, reference_outputs, write_code, written_whole
-from mxdsurgery.errors import OutputError
+from mxdsurgery.demo import DEMO_MODELS
+from mxdsurgery.errors import BaseModelError, OutputError
 from mxdsurgery.planning.plan import read_plan
 from mxdsurgery.terminal.console import Reporter
 
@@ -70,6 +73,12 @@ def apply(
         named = base or read_plan(folder / PLAN_FILE).model
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise damaged(folder, f"{PLAN_FILE}: {error}") from None
+    if base is None and is_local(named, opened.revision) and named not in DEMO_MODELS and not os.path.isdir(named):
+        raise BaseModelError(
+            f"the base model of {str(folder)!r} is needed: a folder {opened.base_model!r}, and it is not at {named!r}",
+            expected="the folder of that model on this machine",
+            fix="say where it is now with --base (in Python base=)",
+        )
     with right_base(folder, opened, named) as weights, written_whole(target) as staging:
         with reporter.progress("write", "bytes") as line:
             rebuild(folder, opened, weights, staging, line.update)

@@ -24,7 +24,7 @@ from mxdsurgery.errors import ModelNotFoundError, NotConvertedError, WeightsErro
 from mxdsurgery.hardware.compute import model_dtype
 from mxdsurgery.hardware.device import check_device
 from mxdsurgery.layers.replacement import LAYER_KINDS, MxDSurgeryMixin
-from mxdsurgery.outside import check_folder, check_types, foreign_code, read_json, shown, stored_shapes
+from mxdsurgery.outside import check_folder, check_types, fix_of, foreign_code, read_json, shown, stored_shapes
 from mxdsurgery.planning.machine import model_shape
 from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe, load_recipe
@@ -140,7 +140,7 @@ def read_config(folder: str | Path, *, of_adapter: bool = False) -> dict[str, An
     try:
         check_folder(Path(folder), deep=True)
     except (ValueError, OSError) as error:
-        raise NotConvertedError(f"{str(folder)!r} cannot be read: {error}", expected=_CONVERTED) from None
+        raise NotConvertedError(f"{str(folder)!r} cannot be read: {error}", expected=_CONVERTED, fix=fix_of(error)) from None
     try:
         values = read_json(path)
     except (ValueError, OSError) as error:

@@ -196,6 +196,7 @@ def export(
     check_ids: Tensor,
     out: Path,
     within: Path | None = None,
+    terms: Sequence[Path] = (),
 ) -> dict[str, float]:
     """Writes the converted model's folder, whole or not at all.
 
@@ -209,6 +210,7 @@ def export(
         check_ids: (B, T) int64 token ids to compare the reloaded model's logits on.
         out: the folder to write; see `check_output`.
         within: see `written_whole`.
+        terms: the base model's licence and what belongs to it, which go with the result.
 
     Returns:
         The largest absolute difference of the reloaded model's ``logits`` and ``hidden`` states from the ones in memory.
@@ -225,6 +227,8 @@ def export(
             _save_weights(model, plan, staging)
         tokenizer.save_pretrained(staging)
         write_code(model, staging)
+        for path in terms:
+            shutil.copyfile(path, staging / path.name)
         whole = dataclasses.replace(recipe, format="checkpoint")  # an adapter rebuilds to one
         (staging / RECIPE_FILE).write_text(whole.to_yaml(), encoding="utf-8")
         write_json(staging / PLAN_FILE, plan.to_dict())
@@ -270,7 +274,8 @@ def _save_weights(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
     converted.tie_weights()
     if is_offloaded(model):
         adopt_hooks(converted, model)
-    converted.generation_config = model.generation_config
+    if hasattr(model, "generation_config"):  # not where code of its own cannot generate
+        converted.generation_config = model.generation_config
     converted.config.dtype = model.dtype  # some classes keep a copy of the config that they are given
     converted.config.auto_map = {
         "AutoConfig": f"configuration_mxd.{type(config).__name__}",
