@@ -5,7 +5,7 @@ less, and return a tuple or a tensor: `check_runs` says at once what is missing.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -143,45 +143,56 @@ def check_runs(name: str, model: PreTrainedModel) -> None:
         return
     ids = torch.arange(_TRIED[0] * _TRIED[1], device=execution_device(model)).view(_TRIED)
     ids = ids % model.get_input_embeddings().weight.shape[0]
-    lacks = _Lacks(name, model)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Module):
-        raise lacks("get_output_embeddings() returns no language-model head", "the module that gives the logits")
-    logits = lacks.tried("forward(input_ids)", lambda: logits_of(model, ids))
-    if logits is None or logits.shape[:2] != ids.shape or logits.ndim != 3:
+        raise _cannot(model, "get_output_embeddings() returns no module", "its language-model head", name)
+    with own_code_named(model, "forward(input_ids)", name):
+        logits = logits_of(model, ids)
+    if logits is None or logits.ndim != 3 or logits.shape[:2] != ids.shape:
         found = "no tensor" if logits is None else f"a tensor {tuple(logits.shape)}"
-        raise lacks(f"its forward returns {found} for ids {tuple(ids.shape)}", "logits (B, T, V) of every position")
+        expected = "logits (B, T, V) of every position"
+        raise _cannot(model, f"its forward returns {found} for ids {tuple(ids.shape)}", expected, name)
     decoder, returned = _decoder(model), []
-    with hooked(decoder.register_forward_hook(lambda _module, _args, output: returned.append(output))):
-        hidden = lacks.tried("hidden states", lambda: hidden_states(model, ids))
-    if hidden is None or hidden.shape[:2] != ids.shape or hidden.ndim != 3:
-        raise lacks("its base model returns no hidden states (B, T, D)", "those that enter the language-model head")
-    if decoder is not model and returned and not hasattr(returned[0], "to_tuple"):
-        model._answer_form = 0 if isinstance(returned[0], Tensor) else len(returned[0])
-    again = lacks.tried("logits from hidden states", lambda: predict(model, hidden.flatten(0, 1))).view_as(logits)
+    with own_code_named(model, "its base model", name):
+        with hooked(decoder.register_forward_hook(lambda _module, _args, output: returned.append(output))):
+            hidden = hidden_states(model, ids)
+        if hidden is None or hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
+            expected = "those that enter the language-model head"
+            raise _cannot(model, "its base model returns no hidden states (B, T, D)", expected, name)
+        if decoder is not model and returned and not hasattr(returned[0], "to_tuple"):
+            model._answer_form = 0 if isinstance(returned[0], Tensor) else len(returned[0])
+        again = predict(model, hidden.flatten(0, 1)).view_as(logits)
     if not torch.allclose(again.float(), logits.float(), rtol=1e-2, atol=1e-2 * logits.abs().max().item()):
-        raise lacks(
-            "its logits are not what it computes from the hidden states that its decoder returns",
-            "a forward that applies the language-model head to these",
-        )
+        found = "its logits are not what it computes from the hidden states that its decoder returns"
+        raise _cannot(model, found, "a forward that applies the language-model head to these", name)
 
 
-class _Lacks:
-    """Makes the errors of `check_runs`."""
+@contextmanager
+def own_code_named(model: PreTrainedModel, what: str, name: str | None = None) -> Iterator[None]:
+    """Within it, whatever is raised by a model whose code came with it becomes a named error.
 
-    def __init__(self, name: str, model: PreTrainedModel) -> None:
-        self.what = f"{name!r} ({type(model).__name__}, code that came with it)"
+    Args:
+        model: the model.
+        what: is being done, in words.
+        name: of the model, for people; default: its class's alone.
 
-    def __call__(self, found: str, expected: str) -> UnsupportedModelError:
-        fix = "its authors can mend this in its modeling file; in a copy of the folder, so can you"
-        return UnsupportedModelError(f"{self.what} cannot be run: {found}", expected=expected, fix=fix)
-
-    def tried(self, what: str, compute: Callable[[], Tensor | None]) -> Tensor | None:
-        """What ``compute`` gives; the named error for whatever that code raises."""
-        try:
-            return compute()
-        except MxDError:
+    Raises:
+        UnsupportedModelError: it raised something.
+    """
+    try:
+        yield
+    except MxDError:
+        raise
+    except Exception as error:  # the code may raise anything
+        if not came_with_the_model(type(model)):
             raise
-        except Exception as error:  # the code may raise anything
-            expected = "a forward that takes input_ids (B, T) and returns logits (B, T, V)"
-            raise self(f"{what}: {raised(error)}", expected) from None
+        raise _cannot(model, f"{what}: {raised(error)}", "what transformers' own models take and return", name) from None
+
+
+def _cannot(model: PreTrainedModel, found: str, expected: str, name: str | None) -> UnsupportedModelError:
+    own = f"{type(model).__name__}, whose code came with it,"
+    return UnsupportedModelError(
+        f"{own if name is None else f'{name!r} ({own[:-1]})'} cannot be run: {found}",
+        expected=expected,
+        fix="its authors can mend this in its modeling file; in a copy of the folder, so can you",
+    )

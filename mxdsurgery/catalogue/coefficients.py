@@ -48,6 +48,7 @@ def coefficients(
     layers: str = "all",
     device: str | None = None,
     compute: str | None = None,
+    trust_remote_code: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Writes every expert coefficient of a converted model on a text.
@@ -61,6 +62,7 @@ def coefficients(
         layers: which layers, written as for ``convert``.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         reporter: where progress is reported; default: nowhere.
 
     Returns:
@@ -76,7 +78,7 @@ def coefficients(
     out = Path(out)
     if out.exists():
         raise OutputError(f"{str(out)!r} exists already", expected="a new folder", fix="give another --out")
-    converted, recipe = load_with_recipe(folder, device, compute)
+    converted, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     chosen = layers_with_experts(converted, layers)
     ids = held_out(converted, recipe, data, tokens)
     parts = in_batches(ids, PART)

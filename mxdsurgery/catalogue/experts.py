@@ -68,6 +68,7 @@ def experts(
     checkpoint_every: int | None = None,
     device: str | None = None,
     compute: str | None = None,
+    trust_remote_code: bool = False,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -89,6 +90,7 @@ def experts(
         checkpoint_every: passes between two checkpoints; default: the recipe's, or by its checkpoint_minutes alone.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         seed: of all random draws.
         reporter: where progress is reported; default: nowhere.
 
@@ -107,7 +109,7 @@ def experts(
         Interrupted: Ctrl-C; a checkpoint is written first.
     """
     reporter = reporter or Reporter()
-    converted, recipe = load_with_recipe(folder, device, compute)
+    converted, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     text, column = data or recipe.eval_data or recipe.data, text_column or recipe.text_column
     settings = _Settings(
         fingerprint=fingerprint(converted),

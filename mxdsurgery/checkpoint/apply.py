@@ -36,6 +36,7 @@ def apply(
     out: str | Path,
     overwrite: bool = False,
     compute: str | None = None,
+    trust_remote_code: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Writes the whole checkpoint that an adapter was made from, bit for bit. ``out`` appears whole or not at all.
@@ -49,6 +50,7 @@ def apply(
         out: the folder to write.
         overwrite: replace an earlier folder that mxdsurgery wrote.
         compute: dtype in which the result is compared with what it should be; as in `evaluate`.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         reporter: where progress is reported; default: nowhere.
 
     Returns:
@@ -79,10 +81,10 @@ def apply(
             expected="the folder of that model on this machine",
             fix="say where it is now with --base (in Python base=)",
         )
-    with right_base(folder, opened, named) as weights, written_whole(target) as staging:
+    with right_base(folder, opened, named, trust_remote_code) as weights, written_whole(target) as staging:
         with reporter.progress("write", "bytes") as line:
             rebuild(folder, opened, weights, staging, line.update)
-        converted = load(staging)
+        converted = load(staging, trust_remote_code=trust_remote_code)
         settle(converted, saved_recipe(staging, "cpu"), compute)
         write_code(converted.model, staging)
         differs = differing(opened, staging)
@@ -105,7 +107,14 @@ def apply(
     } | differences
 
 
-def make_adapter(folder: str | Path, *, base: str | None = None, out: str | Path, overwrite: bool = False) -> dict[str, Any]:
+def make_adapter(
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    out: str | Path,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Writes an adapter of a converted model's folder: only what differs from its base model.
 
     Args:
@@ -113,6 +122,7 @@ def make_adapter(folder: str | Path, *, base: str | None = None, out: str | Path
         base: where its base model is now; default: where it was.
         out: the folder to write; it appears whole or not at all.
         overwrite: replace an earlier folder that mxdsurgery wrote.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
 
     Returns:
         ``out``, ``base_model``, ``revision``, ``adapter_bytes``, ``bytes`` of the checkpoint and ``tensors_from_base``.
@@ -129,7 +139,7 @@ def make_adapter(folder: str | Path, *, base: str | None = None, out: str | Path
     target = check_output(out, overwrite)
     plan = read_plan(folder / PLAN_FILE)
     with written_whole(target) as staging:
-        made = write_adapter(folder, staging, plan.model, plan.revision, base)
+        made = write_adapter(folder, staging, plan.model, plan.revision, base, trust_remote_code)
     return {
         "out": str(target),
         "base_model": made.base_model,

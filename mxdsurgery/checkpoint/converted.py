@@ -15,9 +15,10 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mxdsurgery.base.config import model_name, own_code
+from mxdsurgery.base.config import model_name, model_source, own_code
 from mxdsurgery.base.dtypes import compute_in
 from mxdsurgery.base.examination import check_complete
+from mxdsurgery.base.foreign import code_error
 from mxdsurgery.base.running import check_runs
 from mxdsurgery.checkpoint.adapter import Adapter, is_adapter, merged, read_adapter, right_base
 from mxdsurgery.errors import ModelNotFoundError, NotConvertedError, WeightsError, first_line
@@ -94,12 +95,14 @@ class Converted:
         model: the whole model.
         plan: which layers were converted, and into what.
         layers: the new layers in the model, by layer index.
+        trust_remote_code: whether code in the folder, and of its base model, may be run.
     """
 
     folder: Path
     model: PreTrainedModel
     plan: Plan
     layers: dict[int, nn.Module]
+    trust_remote_code: bool = False
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer in the folder.
@@ -108,7 +111,9 @@ class Converted:
             ModelNotFoundError: there is none, or it cannot be read without running code of its own.
         """
         try:
-            return AutoTokenizer.from_pretrained(self.folder, config=self.model.config, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(
+                self.folder, config=self.model.config, trust_remote_code=self.trust_remote_code
+            )
         except Exception as error:  # transformers and tokenizers raise a dozen kinds here
             raise ModelNotFoundError(
                 f"the tokenizer of {str(self.folder)!r} cannot be loaded: {first_line(error)}",
@@ -212,7 +217,12 @@ def _check_entry(entry: dict[str, Any]) -> None:
 
 
 def load_with_recipe(
-    folder: str | Path, device: str | None = None, compute: str | None = None, *, rows: int | None = None
+    folder: str | Path,
+    device: str | None = None,
+    compute: str | None = None,
+    *,
+    rows: int | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Converted, Recipe]:
     """A converted model on the chosen device, and the recipe that it was made with, settled: see `settle`.
 
@@ -221,6 +231,7 @@ def load_with_recipe(
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: see `settle`.
         rows: see `settle`.
+        trust_remote_code: see `load`.
 
     Raises:
         NotConvertedError, WeightsError: as `load`.
@@ -228,7 +239,7 @@ def load_with_recipe(
     """
     read_config(folder)
     recipe = saved_recipe(folder, device)
-    converted = load(folder, device=check_device(recipe.device))
+    converted = load(folder, device=check_device(recipe.device), trust_remote_code=trust_remote_code)
     return converted, settle(converted, recipe, compute, rows=rows)
 
 
@@ -296,7 +307,8 @@ def load(
         base: the base model of an adapter: hub id, local folder or demo model. Nothing is written.
         device: where the weights go.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
-        trust_remote_code: run the files in the folder after all, if transformers does not know the base model's family.
+        trust_remote_code: run the code that came with the base model, and is in the folder (with ``base``: beside that
+            model), if transformers does not know its family.
 
     Raises:
         NotConvertedError: the folder is not there or not one of ours; or it is an adapter and no ``base`` is given, or the
@@ -307,8 +319,10 @@ def load(
     folder = Path(folder)
     adapter = None if base is None else read_adapter(folder)
     values = read_config(folder, of_adapter=adapter is not None)
-    config_class, model_class = _classes(folder, values["mxd"], trust_remote_code)
-    source, weights = (folder, {}) if adapter is None else (None, _adapter_weights(folder, adapter, base))
+    config_class, model_class = converted_classes(folder, values["mxd"], trust_remote_code, base)
+    source, weights = (folder, {})
+    if adapter is not None:
+        source, weights = None, _adapter_weights(folder, adapter, base, trust_remote_code)
     try:
         config = config_class.from_pretrained(folder)
         plan = _plan_of(folder, values["mxd"])
@@ -328,11 +342,19 @@ def load(
     check_runs(str(folder), model)
     model.to(device).eval().requires_grad_(False)
     layers = {block.layer: model.base_model.get_submodule(block.path) for block in plan.blocks}
-    return Converted(folder, model, plan, layers)
+    return Converted(folder, model, plan, layers, trust_remote_code)
 
 
-def _classes(folder: Path, mxd: dict[str, Any], trusted: bool) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+def converted_classes(
+    folder: Path, mxd: dict[str, Any], trusted: bool, base: str | None = None
+) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """The classes of a converted model's config and of the model itself.
+
+    Args:
+        folder: the model's.
+        mxd: the entry of that name in its config.
+        trusted: whether code that came with the base model may be run.
+        base: of an adapter, the base model, which that code is then beside.
 
     Raises:
         NotConvertedError: the base model's classes are code that came with it, and that code is not trusted or does not run.
@@ -344,13 +366,15 @@ def _classes(folder: Path, mxd: dict[str, Any], trusted: bool) -> tuple[type[Pre
         raise NotConvertedError(
             f"{str(folder)!r} was made from a {mxd['family']} model, which transformers knows only by code that came with it",
             expected="your word that this code may be run",
-            fix="read the Python files in the folder; in Python, load(..., trust_remote_code=True) has the model in memory",
+            fix="read the Python files in the folder, and give --trust-remote-code if you trust them (in Python "
+            "trust_remote_code=True)",
         )
     else:
         try:
-            config, model = (get_class_from_dynamic_module(mxd["code"][auto], str(folder)) for auto in _BASE_CODE)
+            source = str(folder) if base is None else model_source(base)
+            config, model = (get_class_from_dynamic_module(mxd["code"][auto], source) for auto in _BASE_CODE)
         except Exception as error:  # the code may raise anything
-            raise NotConvertedError(f"the code in {str(folder)!r} does not run: {first_line(error)}") from None
+            raise code_error(f"the code in {source!r}", error) from None
     config_class = converted_config_class(config)
     return config_class, converted_model_class(model, config_class)
 
@@ -388,9 +412,9 @@ def _check_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig, 
         raise ValueError("config.json says that there are far more weights than there are")
 
 
-def _adapter_weights(folder: Path, adapter: Adapter, base: str) -> dict[str, Any]:
+def _adapter_weights(folder: Path, adapter: Adapter, base: str, trusted: bool) -> dict[str, Any]:
     """Arguments for ``from_pretrained`` in place of a folder: an adapter's weights together with its base model's."""
-    with right_base(folder, adapter, base) as weights_of_base:
+    with right_base(folder, adapter, base, trusted) as weights_of_base:
         weights: dict[str, Any] = {"state_dict": merged(folder, adapter, weights_of_base)}
     if (folder / "generation_config.json").is_file():
         try:

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import mxdsurgery.layers
+from mxdsurgery.base.config import own_code
 from mxdsurgery.base.dtypes import as_stored, computed_in
 from mxdsurgery.base.offload import SHARD_BYTES, adopt_hooks, execution_device, is_offloaded
 from mxdsurgery.base.running import RUN, logits_of, run_base
@@ -220,7 +221,7 @@ def export(
         ExportError: it was written, but does not load or computes something else. ``out`` is then not written.
     """
     start = time.perf_counter()
-    with written_as(out, recipe.format, plan.model, plan.revision, within) as staging:
+    with written_as(out, recipe.format, plan.model, plan.revision, within, own_code(model.config)) as staging:
         with replaced(model, plan.blocks, layers):
             reference = reference_outputs(model, check_ids)
             as_stored(model)
@@ -382,7 +383,14 @@ def check_reload(folder: Path, reference: Reference, offloaded: bool = False) ->
 
 
 @contextmanager
-def written_as(out: Path, form: str, model: str, revision: str | None, within: Path | None = None) -> Iterator[Path]:
+def written_as(
+    out: Path,
+    form: str,
+    model: str,
+    revision: str | None,
+    within: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Iterator[Path]:
     """`written_whole` for a recipe's ``format``: a folder to write a checkpoint into, of which only an adapter may be kept.
 
     Args:
@@ -391,6 +399,7 @@ def written_as(out: Path, form: str, model: str, revision: str | None, within: P
         model: the base model, as the plan names it.
         revision: its commit on the hub.
         within: see `written_whole`.
+        trust_remote_code: for an adapter, whether the base model's own code may be run.
 
     Raises:
         OutputError: as `written_whole`.
@@ -403,5 +412,5 @@ def written_as(out: Path, form: str, model: str, revision: str | None, within: P
             checkpoint = staging / "checkpoint"
             checkpoint.mkdir()
             yield checkpoint
-            write_adapter(checkpoint, staging, model, revision)
+            write_adapter(checkpoint, staging, model, revision, trust_remote_code=trust_remote_code)
             shutil.rmtree(checkpoint)

@@ -136,6 +136,7 @@ def heal(
     base: str | None = None,
     device: str | None = None,
     compute: str | None = None,
+    trust_remote_code: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     reporter: Reporter | None = None,
@@ -153,6 +154,7 @@ def heal(
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         overwrite: replace an earlier folder that mxdsurgery wrote.
         resume: go on with the unfinished run in ``<out>.run``, if there is one, as if it had not been interrupted.
         reporter: where progress is reported; default: nowhere.
@@ -175,7 +177,8 @@ def heal(
         Interrupted: Ctrl-C; while training, a checkpoint is written first.
     """
     reporter, how = reporter or Reporter(), Healing(**options)
-    converted, saved = load(folder), saved_recipe(folder, device)
+    where = {"base": base, "device": device, "trust_remote_code": trust_remote_code}
+    converted, saved = load(folder, trust_remote_code=trust_remote_code), saved_recipe(folder, device)
     _check_folder(converted, out, how)
     recipe = how.recipe(saved)
     size = _contexts_per_pass(recipe, how)
@@ -200,9 +203,9 @@ def heal(
         del texts, original  # `evaluate` loads it anew
         step = _record(healed, recipe, how, state, validation)
         origin = (converted.plan.model, converted.plan.revision) if base is None else (base, None)
-        with written_as(target, how.format, *origin, within=run.scratch) as checkpoint:
+        with written_as(target, how.format, *origin, within=run.scratch, trust_remote_code=trust_remote_code) as checkpoint:
             _write(healed, checkpoint, step, how, validation[:_CHECK_CONTEXTS])
-            evaluation = evaluate(checkpoint, base=base, device=device, compute=recipe.compute, reporter=reporter)
+            evaluation = evaluate(checkpoint, compute=recipe.compute, reporter=reporter, **where)
     accelerator.end_training()
     return step | {"evaluation": evaluation, "out": str(target)}
 

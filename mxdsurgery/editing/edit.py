@@ -67,6 +67,7 @@ def edit(
     overwrite: bool = False,
     device: str | None = None,
     compute: str | None = None,
+    trust_remote_code: bool = False,
     format: str = "checkpoint",
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -85,6 +86,7 @@ def edit(
         overwrite: replace an earlier folder that mxdsurgery wrote.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         format: ``checkpoint``, or ``adapter``: only what differs from the base model.
         reporter: where progress is reported; default: nowhere.
 
@@ -104,7 +106,7 @@ def edit(
     if Path(out).resolve() == folder.resolve():
         raise OutputError(f"{str(out)!r} is the folder to edit", expected="another one: it is left as it is")
     if undo:
-        return _undo(folder, out, overwrite)
+        return _undo(folder, out, overwrite, trust_remote_code)
     if not edits:
         raise EditError("no edits were given", expected="an edit file with --edits, or --ablate, --drop, --scale or --steer")
     if edits.clamp:
@@ -113,16 +115,17 @@ def edit(
             expected="ablate, drop, scale, steer, replace, copy or merge",
             fix="clamp while the model runs: with model.mxd.clamp(...)",
         )
-    before, recipe = load_with_recipe(folder, device, compute)
+    before, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     check_for(edits, before)
     target = check_output(out, overwrite)
     ids = held_out(before, recipe, data, tokens)
     steps = before.model.config.mxd.get("edits", [])
     named = dataclasses.replace(edits, model=fingerprint(before))
-    with written_as(target, format, before.plan.model, before.plan.revision) as staging:
+    origin = (before.plan.model, before.plan.revision)
+    with written_as(target, format, *origin, trust_remote_code=trust_remote_code) as staging:
         _copy(folder, staging)
         _bake(before, named, staging, len(steps) + 1)
-        after = load(staging, device=before.model.device)
+        after = load(staging, device=before.model.device, trust_remote_code=trust_remote_code)
         compute_in(after.model, computed_in(before.model))
         with reporter.progress("compare", "contexts") as line:
             result = _compare(before.model, after.model, ids, recipe.batch, line.update)
@@ -222,7 +225,7 @@ def _count(index: dict[str, Any], name: str, file: str | None, tensor: Tensor) -
         index["weight_map"][name] = file
 
 
-def _undo(folder: Path, out: str | Path, overwrite: bool) -> dict[str, Any]:
+def _undo(folder: Path, out: str | Path, overwrite: bool, trusted: bool) -> dict[str, Any]:
     steps = read_config(folder)["mxd"].get("edits", [])
     kept = folder / EDITS_FOLDER / str(len(steps))
     if not steps or not (kept / _ROWS_FILE).is_file():
@@ -231,7 +234,7 @@ def _undo(folder: Path, out: str | Path, overwrite: bool) -> dict[str, Any]:
     with written_whole(target) as staging:
         _copy(folder, staging)
         rows = load_file(kept / _ROWS_FILE)
-        held = load(folder).model.state_dict()
+        held = load(folder, trust_remote_code=trusted).model.state_dict()
         tensors: dict[str, Tensor | None] = {}
         for key in rows:
             name, _, what = key.rpartition(":")

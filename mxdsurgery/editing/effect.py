@@ -60,6 +60,7 @@ def effect(
     seed: int = 0,
     device: str | None = None,
     compute: str = "float32",
+    trust_remote_code: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Measures what edits do to next-token predictions, and what the same edits of other experts do.
@@ -77,6 +78,7 @@ def effect(
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in. bfloat16 takes half the memory, but rounds more than most single experts do; ``auto``: as
             stored, or float32 where that is faster on this device.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         reporter: where progress is reported; default: nowhere.
 
     Returns:
@@ -95,7 +97,15 @@ def effect(
     reporter = reporter or Reporter()
     if not edits:
         raise EditError("no edits were given", expected="an edit file with --edits, or --ablate, --drop, --scale, ...")
-    opened = open_on_text(folder, data=data, tokens=tokens, text_column=text_column, device=device, compute=compute)
+    opened = open_on_text(
+        folder,
+        data=data,
+        tokens=tokens,
+        text_column=text_column,
+        device=device,
+        compute=compute,
+        trust_remote_code=trust_remote_code,
+    )
     check_for(edits, opened.converted)
     with reporter.progress("effect", "passes") as line:
         step = _steps(line, len(opened.batches()) * (3 + controls))

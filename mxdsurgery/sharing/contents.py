@@ -94,7 +94,7 @@ def pack(folder: str | Path, *, redact: bool = False, include_experts: bool = Fa
     folder = Path(folder)
     adapter = read_adapter(folder) if is_adapter(folder) else None
     _check_complete(folder, adapter)
-    known = (*_KNOWN, *(_CODE if adapter is None else ()), *((_EXPERTS,) if include_experts else ()))
+    known = (*_KNOWN, *(_code(folder) if adapter is None else ()), *((_EXPERTS,) if include_experts else ()))
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     chosen = {file.as_posix() for file in files if _among(file.as_posix(), known) or is_terms(file.as_posix())}
     if include_experts and _CONTEXTS not in chosen:
@@ -147,6 +147,12 @@ def _check_complete(folder: Path, adapter: Adapter | None) -> None:
     absent = _missing_weights(folder, held) if adapter is None else _missing_parts(adapter, held)
     if absent:
         raise WeightsError(f"{str(folder)!r} holds no {', '.join(absent[:3])}", expected=_AS_WRITTEN)
+
+
+def _code(folder: Path) -> list[str]:
+    """A checkpoint's files of code: ours, and those of the base model's own that ours imports."""
+    imported = {path for file in _CODE[-2:] for path in get_relative_import_files(folder / file)}
+    return [*_CODE, *sorted(Path(path).name for path in imported)]
 
 
 def _missing_code(folder: Path) -> list[str]:
