@@ -24,6 +24,7 @@ from mxdsurgery.checkpoint.adapter import Adapter, is_adapter, merged, read_adap
 from mxdsurgery.errors import ModelNotFoundError, NotConvertedError, WeightsError, first_line
 from mxdsurgery.hardware.compute import model_dtype
 from mxdsurgery.hardware.device import check_device
+from mxdsurgery.layers.peft_targets import FamilyTargets
 from mxdsurgery.layers.replacement import LAYER_KINDS, MxDSurgeryMixin
 from mxdsurgery.outside import check_folder, check_types, fix_of, foreign_code, read_json, shown, stored_shapes
 from mxdsurgery.planning.machine import model_shape
@@ -52,7 +53,7 @@ _OURS = {"__module__": __name__, "_auto_class": None}
 def converted_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The config class of a family's converted models: the family's own, with one more entry, ``mxd``."""
     fields = {"model_type": f"mxd-{base.model_type}", "mxd": None, "__annotations__": {"mxd": dict | None}}
-    return type(f"MxD{base.__name__}", (base,), fields | _OURS)
+    return type(f"MxD{base.__name__}", (FamilyTargets, base), fields | _OURS)
 
 
 def converted_model_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:

@@ -57,8 +57,10 @@ _CONFIGURATION = '''"""The config of a Mixture-of-Decoders model: {config}, with
 
 from {config_module} import {config}
 
+from .peft_targets import FamilyTargets
 
-class MxD{config}({config}):
+
+class MxD{config}(FamilyTargets, {config}):
     """{config} with one more entry, ``mxd``: which modules are MxD layers, and their shapes."""
 
     model_type = "mxd-{model_type}"
