@@ -17,7 +17,7 @@ from mxdsurgery.errors import ModelNotFoundError, MxDError, NotCausalLMError, Un
 from mxdsurgery.outside import check_folder, check_pointer, fix_of, foreign_code, read_json
 
 # Files of a tokenizer that may be large enough for git-lfs.
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
 # More decoder layers than any model has. A config is checked for it first: the skeleton builds each layer, if without weights.
 _MOST_LAYERS = 4096
 
@@ -152,7 +152,7 @@ def _local_config_dict(model: str, folder: Path) -> Any:
             f"{model!r} cannot be read: {error}", expected="the model's own files in one folder", fix=fix_of(error)
         ) from None
     try:
-        for name in ("config.json", *_TOKENIZERS):
+        for name in ("config.json", *TOKENIZERS):
             check_pointer(folder / name)
         return read_json(folder / "config.json")
     except (ValueError, OSError) as error:

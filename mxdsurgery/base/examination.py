@@ -170,6 +170,18 @@ def pickled(name: str, found: str) -> WeightsError:
     )
 
 
+def other_shape(name: str, folder: Path, skeleton: PreTrainedModel) -> WeightsError:
+    """The error for weights that transformers refused because the config asks for other shapes."""
+    asked = {key: list(tensor.shape) for key, tensor in skeleton.state_dict().items()}
+    wrong = [(key, shape) for key, shape in stored_shapes(folder).items() if asked.get(key, shape) != shape]
+    listed = "; ".join(f"{key} has shape {shape}, and its config asks for {asked[key]}" for key, shape in wrong[:3])
+    return WeightsError(
+        f"the weights of {name!r} are not those that its config asks for: {listed or 'their shapes differ'}",
+        expected="a config.json and weights of the same model",
+        fix="take both from one place",
+    )
+
+
 def check_complete(model: str, info: dict[str, Any]) -> None:
     """Raises WeightsError if transformers' loading info says that weights were missing or of another shape."""
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])

@@ -4,6 +4,7 @@ Whatever the hub or a folder answers wrongly becomes a named error, here, in `co
 """
 
 import copy
+import importlib.util
 import logging
 import os
 import warnings
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 
 from mxdsurgery.base.agreement import make_config_agree
 from mxdsurgery.base.blocks import Block
-from mxdsurgery.base.config import load_config, model_source, own_code
+from mxdsurgery.base.config import TOKENIZERS, load_config, model_source, own_code
 from mxdsurgery.base.dtypes import compute_in
 from mxdsurgery.base.examination import (
     Examination,
@@ -27,6 +28,7 @@ from mxdsurgery.base.examination import (
     check_files,
     check_finite,
     examine,
+    other_shape,
     pickled,
 )
 from mxdsurgery.base.foreign import code_error
@@ -149,6 +151,8 @@ class BaseModel:
         except Exception as error:  # transformers and safetensors raise a dozen kinds here
             if "does not appear to have a file named model.safetensors" in str(error):
                 raise pickled(self.name, "no safetensors") from None
+            if "ignore_mismatched_sizes" in str(error) and os.path.isdir(self.source):
+                raise other_shape(self.name, Path(self.source), self.skeleton) from None
             raise WeightsError(f"the weights of {self.name!r} cannot be loaded: {first_line(error)}") from None
         check_complete(self.name, info)
         make_config_agree(self.name, loaded, info["unexpected_keys"])
@@ -230,15 +234,23 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_source(model), revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
-        needs_code = "trust_remote_code" in str(error)
-        raise ModelNotFoundError(
-            f"the tokenizer of {model!r} cannot be loaded: {'it is code of its own' if needs_code else first_line(error)}",
-            expected="a tokenizer.json beside the model",
-            fix="read that code, and give --trust-remote-code if you trust it" if needs_code else None,
-        ) from None
+        raise _tokenizer_error(model, error) from None
     # Documents are longer than the model's context on purpose: they are packed. Not worth a warning per document.
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     return tokenizer
+
+
+def _tokenizer_error(model: str, error: Exception) -> ModelNotFoundError:
+    """The named error for what was raised when a tokenizer was loaded."""
+    words, folder, fix = first_line(error), Path(model_source(model)), None
+    if "trust_remote_code" in str(error):
+        words, fix = "it is code of its own", "read that code, and give --trust-remote-code if you trust it"
+    elif folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZERS):
+        words, fix = "the folder holds no tokenizer", "copy its tokenizer's files beside it from where the model came from"
+    elif (folder / "tokenizer.model").is_file() and importlib.util.find_spec("sentencepiece") is None:
+        words, fix = "its tokenizer.model needs a package that is not installed here", "pip install sentencepiece"
+    expected = "a tokenizer.json beside the model"
+    return ModelNotFoundError(f"the tokenizer of {model!r} cannot be loaded: {words}", expected=expected, fix=fix)
 
 
 def check_fits(model: PreTrainedModel, input_ids: Tensor) -> None:

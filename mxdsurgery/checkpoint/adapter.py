@@ -87,7 +87,7 @@ class BaseWeights:
 
     def __init__(self, name: str, model: PreTrainedModel) -> None:
         self.name, self.model_type = name, model.config.model_type
-        self._model, self._state = model, model.state_dict()
+        self.model, self._state = model, model.state_dict()
 
     def shape(self, name: str) -> list[int] | None:
         """Shape of the tensor of this name; None where there is none."""
@@ -96,7 +96,7 @@ class BaseWeights:
     def tensor(self, name: str) -> Tensor:
         """The tensor of this name; it must exist."""
         held = self._state[name]
-        return load_offloaded_parameter(self._model, name) if held.is_meta else held
+        return load_offloaded_parameter(self.model, name) if held.is_meta else held
 
 
 @contextmanager

@@ -84,9 +84,9 @@ def apply(
     with right_base(folder, opened, named, trust_remote_code) as weights, written_whole(target) as staging:
         with reporter.progress("write", "bytes") as line:
             rebuild(folder, opened, weights, staging, line.update)
+        write_code(weights.model, staging)
         converted = load(staging, trust_remote_code=trust_remote_code)
         settle(converted, saved_recipe(staging, "cpu"), compute)
-        write_code(converted.model, staging)
         differs = differing(opened, staging)
         wrong = [name for name in differs if name != CARD and not is_code(name)]
         if wrong:
