@@ -121,9 +121,8 @@ def own_code_folder(
     given = takes.split(",")[0]
     run = f"x = self.wte({given})\n        for block in self.h:\n            x = block(x)"
     taken = f"output = self.model({given})\n        x = output if isinstance(output, torch.Tensor) else output[0]"
-    (folder / "configuration_toy.py").write_text(
-        _CONFIG.replace("{names}", names) + f"# Of {folder}: transformers keeps one model class for one config class.\n"
-    )
+    own = f"# Of {folder}: transformers keeps one model class for one config class.\n"
+    (folder / "configuration_toy.py").write_text(_CONFIG.replace("{names}", names) + own)
     values = {
         "first": first,
         "prefix": "" if flat else "model",
@@ -142,7 +141,7 @@ def own_code_folder(
     (folder / "modeling_toy.py").write_text(modeling)
     code = {"AutoConfig": "configuration_toy.ToyConfig", "AutoModelForCausalLM": "modeling_toy.ToyForCausalLM"}
     config = {"model_type": "toy-lm", "architectures": ["ToyForCausalLM"], "auto_map": code, "dtype": "float32"}
-    config |= {"n_layer": 2, "n_embd": 16, "vocab_size": 4096, "tie_word_embeddings": False}
+    config |= {"n_layer": 2, "n_embd": 16, "vocab_size": 4096, "tie_word_embeddings": bool(tied)}
     (folder / "config.json").write_text(json.dumps(config))
     draw = torch.Generator().manual_seed(0)
     prefix = "" if flat else "model."

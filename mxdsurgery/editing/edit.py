@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from mxdsurgery.checkpoint.export import (
 )
 from mxdsurgery.editing.edits import Edits, baked, check_for
 from mxdsurgery.editing.generate import Sampling, sample
-from mxdsurgery.errors import EditError, OutputError
+from mxdsurgery.errors import EditError, MxDWarning, OutputError, UnsupportedModelError
 from mxdsurgery.measuring.evaluate import held_out
 from mxdsurgery.measuring.intervals import Table, next_token_sums, scored_predictions, with_interval
 from mxdsurgery.recipe import Recipe
@@ -130,7 +131,11 @@ def edit(
         with reporter.progress("compare", "contexts") as line:
             result = _compare(before.model, after.model, ids, recipe.batch, line.update)
         result = {"edits": edits.words(), "data": text_name(data or recipe.eval_data or recipe.data)} | result
-        result |= {"samples": _samples(before, after, ids)}
+        try:
+            result |= {"samples": _samples(before, after, ids)}
+        except UnsupportedModelError as error:
+            warnings.warn(f"no samples of text: {error.found}", MxDWarning, stacklevel=2)
+            result |= {"samples": []}
         _note(staging, [*steps, result], after, recipe)
         check = ids[: max(1, min(4, len(ids)))]
         check_reload(staging, reference_outputs(after.model, check))

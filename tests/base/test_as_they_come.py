@@ -1,5 +1,6 @@
 """Folders of base models as people have them: what is in the files counts, and what is missing is said."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,8 +17,6 @@ from mxdsurgery.base.model import load_tokenizer, open_model
 from mxdsurgery.base.terms import is_terms
 from mxdsurgery.checkpoint.card import model_card
 from mxdsurgery.errors import BaseModelError, ModelNotFoundError, MxDWarning, WeightsError
-from mxdsurgery.planning.plan import read_plan
-from mxdsurgery.recipe import Recipe
 from mxdsurgery.sharing.contents import pack
 
 FEW = {"data": "stdlib", "device": "cpu", "layers": "0", "tokens": 1024, "eval_tokens": 256, "batch": 256, "context": 16}
@@ -160,16 +159,13 @@ def test_a_local_base_is_no_hub_id_on_the_card_whatever_its_name(tied, tmp_path,
 
 
 def test_a_hub_base_is_named_on_the_card(converted):
-    plan = read_plan(converted / "plan.json")
-    evaluation = json.loads((converted / "evaluation.json").read_text())
-    object.__setattr__(plan, "model", "org/a model: [1]")
-    object.__setattr__(plan, "revision", "0" * 40)
-    card = model_card(plan, Recipe(data="stdlib"), evaluation)
+    plan = dataclasses.replace(converted.plan, model="org/a model: [1]", revision="0" * 40)
+    card = model_card(plan, converted.recipe, converted.evaluation)
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "org/a model: [1]"
 
 
 def test_peft_takes_a_familys_default_targets(converted):
     peft = pytest.importorskip("peft")
-    model = AutoModelForCausalLM.from_pretrained(converted, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(converted.out, trust_remote_code=True)
     made = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))
     assert made.peft_config["default"].target_modules == {"q_proj", "v_proj"}
