@@ -131,11 +131,7 @@ def edit(
         with reporter.progress("compare", "contexts") as line:
             result = _compare(before.model, after.model, ids, recipe.batch, line.update)
         result = {"edits": edits.words(), "data": text_name(data or recipe.eval_data or recipe.data)} | result
-        try:
-            result |= {"samples": _samples(before, after, ids)}
-        except UnsupportedModelError as error:
-            warnings.warn(f"no samples of text: {error.found}", MxDWarning, stacklevel=2)
-            result |= {"samples": []}
+        result |= {"samples": _samples(before, after, ids)}
         _note(staging, [*steps, result], after, recipe)
         check = ids[: max(1, min(4, len(ids)))]
         check_reload(staging, reference_outputs(after.model, check))
@@ -292,12 +288,16 @@ def _compare(
 
 @torch.no_grad()
 def _samples(before: Converted, after: Converted, ids: Tensor) -> list[dict[str, str]]:
-    """Greedy continuations of some held-out contexts, before and after."""
+    """Greedy continuations of some held-out contexts, before and after; none, and a warning, of a model that cannot generate."""
     tokenizer = before.tokenizer()
     prompts = ids[: _PROMPTS * 7 : 7, :_PROMPT_TOKENS].to(before.model.device)
     texts = []
     for converted in (before, after):
-        made = sample(converted.model, tokenizer, prompts, Sampling(_NEW_TOKENS, temperature=0))
+        try:
+            made = sample(converted.model, tokenizer, prompts, Sampling(_NEW_TOKENS, temperature=0))
+        except UnsupportedModelError as error:
+            warnings.warn(f"no samples of text: {error.found}", MxDWarning, stacklevel=2)
+            return []
         texts.append(tokenizer.batch_decode(made[:, prompts.shape[1] :], skip_special_tokens=True))
     shown = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     return [{"prompt": p, "before": b, "after": a} for p, b, a in zip(shown, *texts, strict=True)]
