@@ -20,6 +20,7 @@ from mxdsurgery.options import (
     KINDS_HELP,
     RESUME,
     THREADS,
+    TRUST,
     Count,
     Numbers,
     RecipeValue,
@@ -66,7 +67,7 @@ def _print_table(*parts: Any) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, emoji=False, width=160)
     for part in parts:
-        console.print(part)
+        console.print(part, markup=not isinstance(part, str))  # a folder's name may look like markup
 
 
 @click.group(cls=_NamedErrors, params=level_options(), context_settings={"help_option_names": ["-h", "--help"]})
@@ -195,6 +196,7 @@ def heal(folder: str, as_json: bool, **options: Any) -> None:
 @click.option("--base", help="The base model; default: the one that the adapter names.")
 @COMPUTE
 @THREADS
+@TRUST
 @click.option("--out", required=True, help="The folder to write.")
 @click.option("--overwrite", is_flag=True, help="Take the place of an earlier folder of ours.")
 @AS_JSON
@@ -313,6 +315,7 @@ def search(folder: str, query: str, as_json: bool, **options: Any) -> None:
 @click.argument("folder", metavar="DIR")
 @click.option("--out", help="The page; default: report.html in DIR.")
 @click.option("--limit-mib", type=Count(), default=64, show_default=True, help="Larger data go into files beside the page.")
+@TRUST
 def report(folder: str, **options: Any) -> None:
     """Write a page that shows every expert of DIR, for a browser; `experts` must have run."""
     made = mxdsurgery.report(folder, reporter=console_reporter(), **options)

@@ -52,6 +52,10 @@ class UnknownFamilyError(MxDError):
     """An architecture that transformers does not know, that needs code of its own, or that was registered wrongly."""
 
 
+class UnsupportedModelError(MxDError):
+    """A model whose own code cannot be run as every command runs a model."""
+
+
 class UnsupportedBlockError(MxDError):
     """An MLP block that was not found, or whose output could not be recomputed from the weights found in it."""
 

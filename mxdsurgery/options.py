@@ -94,9 +94,13 @@ THREADS = click.option(
 )
 
 
+# For commands that convert nothing; never set by a file.
+TRUST = click.option("--trust-remote-code", is_flag=True, help="Run the Python code that came with the base model.")
+
+
 def machine_options(command: Callable) -> Callable:
     """The flags that say where and how a command that converts nothing computes."""
-    return DEVICE(COMPUTE(THREADS(command)))
+    return DEVICE(COMPUTE(THREADS(TRUST(command))))
 
 
 RESUME = click.option("--resume", is_flag=True, help="Go on with the unfinished run in OUT.run, if there is one.")

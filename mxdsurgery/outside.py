@@ -7,6 +7,7 @@ the caller says what the file should have been. Weights are safetensors, and no 
 import itertools
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path, PurePosixPath
@@ -28,6 +29,9 @@ _MOST_FILES = 100_000
 # The index of weights in several files.
 INDEX_FILE = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
+_FETCH = "fetch it again: a download that was broken off goes on with 'hf download'"
+# How a file begins that git holds in place of a large one.
+_POINTER = b"version https://git-lfs"
 
 _C_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -141,6 +145,32 @@ def shown(value: object, most: int = 1000) -> str:
     return text if len(text) <= most else text[:most] + "..."
 
 
+class FileFault(ValueError):
+    """What is wrong with a file, and what the user can do about it.
+
+    Attributes:
+        fix: in words.
+    """
+
+    def __init__(self, found: str, fix: str) -> None:
+        super().__init__(found)
+        self.fix = fix
+
+
+def fix_of(error: Exception) -> str | None:
+    """What to do about an error, where its reader knew."""
+    return error.fix if isinstance(error, FileFault) else None
+
+
+def check_pointer(path: Path) -> None:
+    """Raises FileFault if a file is what git holds in place of a large one, because git-lfs was not there to fetch it."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                fix = "git lfs install && git lfs pull, in the folder that git cloned"
+                raise FileFault(f"{path.name} is a pointer of git-lfs, not the file itself", fix)
+
+
 def inside(folder: Path, name: str) -> bool:
     """Whether a name leads to something inside a folder, links followed; in the hub's cache, links to its blobs count."""
     pure = PurePosixPath(name)
@@ -164,7 +194,12 @@ def check_folder(folder: Path, deep: bool = False) -> None:
     root = folder.resolve()
     for path in _entries(folder, deep):
         if path.is_symlink() and not _leads_inside(root, path):
-            raise ValueError(f"{path.relative_to(folder)} is a link that leaves the folder")
+            name = path.relative_to(folder)
+            fix = (
+                f"if that link is yours, put the file in its place: 'cp -RL {shlex.quote(str(folder))} NEW' copies the folder "
+                "and all that its links lead to; a hard link ('ln -f') does as well, and takes no space"
+            )
+            raise FileFault(f"{name} is a link that leaves the folder", fix)
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path.relative_to(folder)} is neither a file nor a folder")
 
@@ -264,10 +299,16 @@ def stored_shapes(folder: Path) -> dict[str, list[int]]:
         OSError: as `read_text`.
     """
     shapes: dict[str, list[int]] = {}
-    for path in weight_files(folder):
+    files = weight_files(folder)
+    absent = [path.name for path in files if not path.is_file()]
+    if absent:
+        names = ", ".join(absent[:3]) + (" ..." if len(absent) > 3 else "")
+        raise FileFault(f"{len(absent)} of its {len(files)} files of weights are not there: {names}", _FETCH)
+    for path in files:
+        check_pointer(path)
         try:
             with safe_open(path, "pt") as opened:
                 shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path.name}: {error}") from None
+            raise FileFault(f"{path.name} is damaged or only a part of the file: {error}", _FETCH) from None
     return shapes

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mxdsurgery.base.blocks import Block
+from mxdsurgery.base.running import hooked, run
 from mxdsurgery.errors import UnsupportedBlockError
 
 
@@ -121,16 +122,6 @@ class _LastBlockReached(Exception):
     """Ends a forward pass once everything that was asked for is recorded."""
 
 
-@contextmanager
-def hooked(*hooks: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    """Removes hooks on leaving, however the block is left."""
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def record_activations(model: PreTrainedModel, blocks: Sequence[Block], input_ids: Tensor) -> dict[int, Activations]:
     """Runs the model on a batch and returns the blocks' activations, by layer.
 
@@ -141,7 +132,7 @@ def record_activations(model: PreTrainedModel, blocks: Sequence[Block], input_id
         blocks: the blocks to look at.
         input_ids: (B, T) int64, on the model's device.
     """
-    return _record(model, blocks, lambda: model(input_ids=input_ids, use_cache=False))
+    return _record(model, blocks, lambda: run(model, input_ids))
 
 
 def record_layer(model: PreTrainedModel, block: Block, shape: Sequence[int], run: Callable[[], object]) -> Activations:

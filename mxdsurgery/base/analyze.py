@@ -4,9 +4,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from mxdsurgery.base.blocks import Block
+from mxdsurgery.base.decoder import width
 from mxdsurgery.base.finding import Finding, find_blocks
 from mxdsurgery.base.model import BaseModel, open_model
 from mxdsurgery.base.selection import select_layers, write_layers
@@ -93,7 +95,7 @@ class Analysis:
 
     def table(self) -> Table:
         """For a terminal."""
-        title = f"{self.model}: {self.architecture}, {compact(self.parameters)} parameters, D = {self.d_model}"
+        title = f"{escape(self.model)}: {self.architecture}, {compact(self.parameters)} parameters, D = {self.d_model}"
         table = Table("layer", "block", "kind", "activation", "H", "biases", "parameters", "share", title=title)
         for finding in self.layers:
             block = finding.block
@@ -135,7 +137,7 @@ def analysis_of(base: BaseModel) -> Analysis:
         revision=base.commit,
         model_type=base.config.model_type,
         architecture=type(base.skeleton).__name__,
-        d_model=base.config.get_text_config(decoder=True).hidden_size,
+        d_model=width(base.skeleton),
         parameters=base.skeleton.num_parameters(),
         layers=find_blocks(base.skeleton),
     )

@@ -1,5 +1,6 @@
 """The base model's config: reads it from a folder or the hub, and checks that such a model can be converted at all."""
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mxdsurgery.base.families import family_of
+from mxdsurgery.base.foreign import came_with_the_model, code_error
 from mxdsurgery.base.hub import MODEL_KINDS, reading_error
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import ModelNotFoundError, MxDError, NotCausalLMError, UnknownFamilyError, WeightsError, first_line
-from mxdsurgery.outside import check_folder, foreign_code, read_json
+from mxdsurgery.outside import check_folder, check_pointer, fix_of, foreign_code, read_json
 
+# Files of a tokenizer that may be large enough for git-lfs.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
 # More decoder layers than any model has. A config is checked for it first: the skeleton builds each layer, if without weights.
 _MOST_LAYERS = 4096
 
@@ -25,7 +29,12 @@ def model_source(model: str) -> str:
 
 def model_name(model: str) -> str:
     """A model's name as others may see it: of a local folder, the folder's name without its path."""
-    return Path(model).name if os.path.isdir(model) else model
+    return Path(model).name if os.path.isdir(model) or os.path.isabs(model) else model
+
+
+def is_local(model: str, revision: str | None) -> bool:
+    """Whether a plan's or an adapter's base model is no model on the hub, of which the commit is always known."""
+    return revision is None or model in DEMO_MODELS or os.path.isabs(model) or os.path.isdir(model)
 
 
 def load_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -47,7 +56,9 @@ def load_config(model: str, revision: str | None = None, trust_remote_code: bool
     source = model_source(model)
     there = os.path.exists(source)  # False for a name too long to be a file's, where Path.exists() raises
     if there and not (Path(source) / "config.json").is_file():
-        raise ModelNotFoundError(f"{model!r} is there, but holds no config.json", expected=MODEL_KINDS)
+        raise ModelNotFoundError(
+            f"{model!r} is there, but holds no config.json", expected=MODEL_KINDS, fix=_folders_inside(Path(source))
+        )
     if not there and _looks_like_path(model):
         raise ModelNotFoundError(f"no folder {model!r}", expected=MODEL_KINDS)
     declared = _config_dict(model, revision)
@@ -65,8 +76,21 @@ def load_config(model: str, revision: str | None = None, trust_remote_code: bool
     except MxDError:
         raise
     except Exception as error:  # a malformed config can make transformers' checks and ours raise anything
+        if needs_code:
+            raise code_error(f"the code of {model!r}", error) from None
         raise UnknownFamilyError(f"the config of {model!r} is not valid: {first_line(error)}") from None
     return config
+
+
+def _folders_inside(folder: Path) -> str | None:
+    """The advice for a folder without a config.json that holds folders with one."""
+    if not folder.is_dir():
+        return None
+    try:
+        found = sorted(str(path.parent) for path in itertools.islice(folder.glob("*/config.json"), 100))
+    except OSError:
+        return None
+    return f"name one of the models in it: {', '.join(found[:5])}" if found else None
 
 
 def _needs_own_code(model: str, declared: dict[str, Any]) -> bool:
@@ -125,19 +149,25 @@ def _local_config_dict(model: str, folder: Path) -> Any:
         check_folder(folder)
     except (ValueError, OSError) as error:
         raise ModelNotFoundError(
-            f"{model!r} cannot be read: {error}", expected="the model's own files in one folder"
+            f"{model!r} cannot be read: {error}", expected="the model's own files in one folder", fix=fix_of(error)
         ) from None
     try:
+        for name in ("config.json", *TOKENIZERS):
+            check_pointer(folder / name)
         return read_json(folder / "config.json")
     except (ValueError, OSError) as error:
         raise ModelNotFoundError(
-            f"the config.json of {model!r} is not JSON: {error}", expected="a config.json as transformers wrote it"
+            f"the config.json of {model!r} is not JSON: {error}"
+            if fix_of(error) is None
+            else f"{model!r} cannot be read: {error}",
+            expected="a config.json as transformers wrote it" if fix_of(error) is None else "the model's own files",
+            fix=fix_of(error),
         ) from None
 
 
 def own_code(config: PreTrainedConfig) -> bool:
     """Whether a config's class is code that came with its model, and was trusted."""
-    return type(config).__module__.startswith("transformers_modules.")
+    return came_with_the_model(type(config))
 
 
 def _looks_like_path(model: str) -> bool:
@@ -174,6 +204,8 @@ def _check_buildable(model: str, config: PreTrainedConfig) -> None:
             fix="convert the model that it was quantised from, and quantise the result if you like",
         )
     count = getattr(text_config, "num_hidden_layers", None)
+    if count is None and own_code(config):  # the modules tell how many there are
+        return
     if not isinstance(count, int) or not 0 <= count <= _MOST_LAYERS:
         raise UnknownFamilyError(
             f"the config of {model!r} is not valid: num_hidden_layers is {count!r}",

@@ -1,4 +1,7 @@
-"""A model's decoder layers."""
+"""A model's decoder layers, and its sizes.
+
+They are as its config has them or, where code that came with the model names them otherwise, as its modules have them.
+"""
 
 import torch
 from transformers import PreTrainedModel
@@ -22,20 +25,20 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
                 fix="register the path from the base model",
             )
         return named, model.base_model.get_submodule(named)
-    wanted = model.config.get_text_config(decoder=True).num_hidden_layers
+    wanted = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     decoder = model.get_decoder()  # without a vision tower beside it, which may have as many layers
     inside = next((name for name, module in model.base_model.named_modules() if module is decoder), "")
     lists = [
         (f"{inside}.{name}".lstrip("."), module)
         for name, module in model.base_model.get_submodule(inside).named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == wanted
+        if isinstance(module, torch.nn.ModuleList) and (len(module) > 0 if wanted is None else len(module) == wanted)
     ]
     if not lists:
         raise UnknownFamilyError(
-            f"{type(model).__name__} holds no list of {wanted} decoder layers",
+            f"{type(model).__name__} holds no list of {'' if wanted is None else f'{wanted} '}decoder layers",
             expected="decoder layers in one torch.nn.ModuleList",
         )
-    path, layers = min(lists, key=lambda item: item[0].count("."))
+    path, layers = min(lists, key=lambda item: (item[0].count("."), -_parameters(item[1]) if wanted is None else 0))
     # A config's is_decoder counts only where the layers read it: GPT-NeoX's says false.
     if any(getattr(module, "is_decoder", True) is False for layer in layers[:1] for module in layer.modules()):
         raise NotCausalLMError(
@@ -43,3 +46,24 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
             expected="a decoder-only causal language model",
         )
     return path, layers
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def layer_count(model: PreTrainedModel) -> int:
+    """How many decoder layers a model has; raises as `decoder_layers`."""
+    return len(decoder_layers(model)[1])
+
+
+def width(model: PreTrainedModel) -> int:
+    """D, the size of a model's hidden states."""
+    named = getattr(model.config.get_text_config(decoder=True), "hidden_size", None)
+    return model.get_input_embeddings().weight.shape[1] if named is None else named
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """V, how many tokens a model has."""
+    named = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
+    return model.get_input_embeddings().weight.shape[0] if named is None else named

@@ -22,8 +22,9 @@ from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.base.digest import tensor_bytes
 from mxdsurgery.base.offload import execution_device, resident
 from mxdsurgery.base.proof import prove_block
+from mxdsurgery.base.running import logits_of
 from mxdsurgery.errors import NotCausalLMError, WeightsError, first_line
-from mxdsurgery.outside import stored_shapes
+from mxdsurgery.outside import fix_of, stored_shapes
 
 # A context of so many tokens shows whether predictions depend on later ones.
 _CAUSAL_TOKENS = 6
@@ -114,7 +115,7 @@ def check_causal(name: str, model: PreTrainedModel) -> None:
     ids = torch.arange(2 * _CAUSAL_TOKENS).view(2, -1).remainder(vocabulary)
     ids[1] = ids[0]
     ids[1, -1] = (ids[0, -1] + 1) % vocabulary
-    logits = model(input_ids=ids.to(execution_device(model)), use_cache=False).logits[:, :-1].float()
+    logits = logits_of(model, ids.to(execution_device(model)))[:, :-1].float()
     difference, largest = (logits[0] - logits[1]).abs().max().item(), logits.abs().max().item()
     if difference > torch.finfo(model.dtype).eps ** 0.5 * largest:  # far from rounding
         raise NotCausalLMError(
@@ -150,7 +151,7 @@ def check_files(name: str, source: str, revision: str | None, parameters: int) -
             raise pickled(name, ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)) or "no weights")
         held = sum(torch.Size(shape).numel() for shape in stored_shapes(folder).values())
     except (ValueError, OSError) as error:
-        raise WeightsError(f"the weights of {name!r} cannot be loaded: {first_line(error)}") from None
+        raise WeightsError(f"the weights of {name!r} cannot be loaded: {first_line(error)}", fix=fix_of(error)) from None
     if parameters > 2 * held:  # transformers would initialise what is missing, in memory, before it says so
         raise WeightsError(
             f"the weights of {name!r} are missing for the most part: its config asks for {parameters:,}, its files hold "
@@ -166,6 +167,18 @@ def pickled(name: str, found: str) -> WeightsError:
         expected="weights as .safetensors (pickled weights can run code and are never opened)",
         fix="where you trust it, load it with from_pretrained() and save_pretrained() it into a new folder, which writes "
         "safetensors; its tokenizer too",
+    )
+
+
+def other_shape(name: str, folder: Path, skeleton: PreTrainedModel) -> WeightsError:
+    """The error for weights that transformers refused because the config asks for other shapes."""
+    asked = {key: list(tensor.shape) for key, tensor in skeleton.state_dict().items()}
+    wrong = [(key, shape) for key, shape in stored_shapes(folder).items() if asked.get(key, shape) != shape]
+    listed = "; ".join(f"{key} has shape {shape}, and its config asks for {asked[key]}" for key, shape in wrong[:3])
+    return WeightsError(
+        f"the weights of {name!r} are not those that its config asks for: {listed or 'their shapes differ'}",
+        expected="a config.json and weights of the same model",
+        fix="take both from one place",
     )
 
 

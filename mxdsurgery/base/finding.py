@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mxdsurgery.base.blocks import Block
-from mxdsurgery.base.decoder import decoder_layers
+from mxdsurgery.base.decoder import decoder_layers, width
 from mxdsurgery.base.families import Family, family_of
 from mxdsurgery.base.proof import arguments, read_block
 from mxdsurgery.errors import UnsupportedBlockError
@@ -53,7 +53,7 @@ def find_blocks(model: PreTrainedModel) -> list[Finding]:
         here = f"{path}.{index}"
         signature = tuple((name, type(module).__name__, _features(module)) for name, module in layer.named_modules())
         if signature not in known:
-            known[signature] = _find_block(layer, here, index, model.config, family)
+            known[signature] = _find_block(layer, here, index, width(model), model.config, family)
         first = known[signature]
         block = first.block and first.block.relocate(first.path, here, index)
         findings.append(dataclasses.replace(first, layer=index, path=here, block=block))
@@ -86,9 +86,8 @@ def _features(module: nn.Module) -> tuple:
     return shapes, settings
 
 
-def _find_block(layer: nn.Module, path: str, index: int, config: PreTrainedConfig, family: Family) -> Finding:
+def _find_block(layer: nn.Module, path: str, index: int, d_model: int, config: PreTrainedConfig, family: Family) -> Finding:
     """The one candidate of a decoder layer that can be proven, or the reason why there is none."""
-    d_model = config.get_text_config(decoder=True).hidden_size
     proven: list[tuple[Block, float]] = []
     reasons: list[str] = []
     for name, inline in _candidates(layer, d_model, family):

@@ -4,8 +4,10 @@ Whatever the hub or a folder answers wrongly becomes a named error, here, in `co
 """
 
 import copy
+import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mxdsurgery.base.agreement import make_config_agree
 from mxdsurgery.base.blocks import Block
-from mxdsurgery.base.config import load_config, model_source, own_code
+from mxdsurgery.base.config import TOKENIZERS, load_config, model_source, own_code
 from mxdsurgery.base.dtypes import compute_in
 from mxdsurgery.base.examination import (
     Examination,
@@ -25,13 +28,27 @@ from mxdsurgery.base.examination import (
     check_files,
     check_finite,
     examine,
+    other_shape,
     pickled,
 )
+from mxdsurgery.base.foreign import code_error
 from mxdsurgery.base.offload import compute_on, move
-from mxdsurgery.errors import DataError, ModelNotFoundError, RecipeError, UnknownFamilyError, WeightsError, first_line
+from mxdsurgery.base.running import check_runs
+from mxdsurgery.errors import (
+    DataError,
+    ModelNotFoundError,
+    MxDWarning,
+    RecipeError,
+    UnknownFamilyError,
+    WeightsError,
+    first_line,
+)
 
 # Otherwise transformers asks a server to convert pickled weights, and loads what the server returns.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+
+# The implementations of attention that need torch alone.
+_ATTENTION = ("sdpa", "eager")
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +151,11 @@ class BaseModel:
         except Exception as error:  # transformers and safetensors raise a dozen kinds here
             if "does not appear to have a file named model.safetensors" in str(error):
                 raise pickled(self.name, "no safetensors") from None
+            if "ignore_mismatched_sizes" in str(error) and os.path.isdir(self.source):
+                raise other_shape(self.name, Path(self.source), self.skeleton) from None
             raise WeightsError(f"the weights of {self.name!r} cannot be loaded: {first_line(error)}") from None
         check_complete(self.name, info)
+        make_config_agree(self.name, loaded, info["unexpected_keys"])
         if offload is not None:
             compute_on(loaded, torch.device(device))
         return loaded.eval().requires_grad_(False)
@@ -146,6 +166,7 @@ class BaseModel:
         if compute is not None:
             compute_in(loaded, getattr(torch, compute))
         if check:
+            check_runs(self.name, loaded)
             check_causal(self.name, loaded)
         return loaded
 
@@ -162,7 +183,26 @@ def open_model(name: str, revision: str | None = None, trust_remote_code: bool =
         ModelNotFoundError, GatedModelError, UnknownFamilyError, NotCausalLMError, WeightsError: see `load_config`.
     """
     config = load_config(name, revision, trust_remote_code)
+    _use_attention_that_is_here(name, config)
     return BaseModel(name, getattr(config, "_commit_hash", None) or revision, config, trust_remote_code)
+
+
+def _use_attention_that_is_here(name: str, config: PreTrainedConfig) -> None:
+    """Where a config prefers an implementation of attention that is not installed, chooses one of torch's, and says so."""
+    wanted = config._attn_implementation
+    if wanted in (None, *_ATTENTION):
+        return
+    for chosen in (wanted, *_ATTENTION):
+        config._attn_implementation = chosen
+        try:
+            model_skeleton(copy.deepcopy(config))
+        except UnknownFamilyError:
+            continue
+        if chosen != wanted:
+            message = f"the config of {name!r} prefers the attention {wanted!r}, which does not run here: it is {chosen!r} now"
+            warnings.warn(message, MxDWarning, stacklevel=3)
+        return
+    config._attn_implementation = wanted  # something else is wrong, and is said where the skeleton is needed
 
 
 def model_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -177,6 +217,8 @@ def model_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=own_code(config))
     except Exception as error:  # an inconsistent config can make a model's __init__ raise anything
+        if own_code(config):
+            raise code_error(f"the code that came with this {config.model_type} model", error) from None
         raise UnknownFamilyError(
             f"transformers cannot build a {config.model_type} model from this config: {first_line(error)}",
             expected="a config.json as transformers wrote it",
@@ -192,15 +234,23 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_source(model), revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
-        needs_code = "trust_remote_code" in str(error)
-        raise ModelNotFoundError(
-            f"the tokenizer of {model!r} cannot be loaded: {'it is code of its own' if needs_code else first_line(error)}",
-            expected="a tokenizer.json beside the model",
-            fix="read that code, and give --trust-remote-code if you trust it" if needs_code else None,
-        ) from None
+        raise _tokenizer_error(model, error) from None
     # Documents are longer than the model's context on purpose: they are packed. Not worth a warning per document.
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     return tokenizer
+
+
+def _tokenizer_error(model: str, error: Exception) -> ModelNotFoundError:
+    """The named error for what was raised when a tokenizer was loaded."""
+    words, folder, fix = first_line(error), Path(model_source(model)), None
+    if "trust_remote_code" in str(error):
+        words, fix = "it is code of its own", "read that code, and give --trust-remote-code if you trust it"
+    elif folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZERS):
+        words, fix = "the folder holds no tokenizer", "copy its tokenizer's files beside it from where the model came from"
+    elif (folder / "tokenizer.model").is_file() and importlib.util.find_spec("sentencepiece") is None:
+        words, fix = "its tokenizer.model needs a package that is not installed here", "pip install sentencepiece"
+    expected = "a tokenizer.json beside the model"
+    return ModelNotFoundError(f"the tokenizer of {model!r} cannot be loaded: {words}", expected=expected, fix=fix)
 
 
 def check_fits(model: PreTrainedModel, input_ids: Tensor) -> None:

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mxdsurgery.base.running import run_base
 from mxdsurgery.catalogue.experts import layers_with_experts, recorded_coefficients
 from mxdsurgery.catalogue.files import list_array
 from mxdsurgery.checkpoint.converted import Converted, fingerprint, load_with_recipe
@@ -47,6 +48,7 @@ def coefficients(
     layers: str = "all",
     device: str | None = None,
     compute: str | None = None,
+    trust_remote_code: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Writes every expert coefficient of a converted model on a text.
@@ -60,6 +62,7 @@ def coefficients(
         layers: which layers, written as for ``convert``.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         reporter: where progress is reported; default: nowhere.
 
     Returns:
@@ -75,7 +78,7 @@ def coefficients(
     out = Path(out)
     if out.exists():
         raise OutputError(f"{str(out)!r} exists already", expected="a new folder", fix="give another --out")
-    converted, recipe = load_with_recipe(folder, device, compute)
+    converted, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     chosen = layers_with_experts(converted, layers)
     ids = held_out(converted, recipe, data, tokens)
     parts = in_batches(ids, PART)
@@ -112,7 +115,7 @@ def _read(converted: Converted, layers: list[int], contexts: Tensor, batch: int)
     parts: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
     for ids in in_batches(contexts, batch):
         with recorded_coefficients(converted, layers) as seen:
-            converted.model.base_model(input_ids=ids.to(converted.model.device), use_cache=False)
+            run_base(converted.model, ids.to(converted.model.device))
         for layer in layers:
             values, indices = (part.reshape(ids.numel(), -1).cpu() for part in seen[layer][0])
             parts[layer].append((indices.int(), values.float()))

@@ -16,8 +16,9 @@ from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mxdsurgery.base.activations import hooked
+from mxdsurgery.base.decoder import layer_count
 from mxdsurgery.base.dtypes import compute_in
+from mxdsurgery.base.running import hooked, run_base
 from mxdsurgery.base.selection import select_layers
 from mxdsurgery.catalogue.contexts import CLASSES_FILE, Corpus, Source, read_corpus
 from mxdsurgery.catalogue.files import CATALOGUE_FILE, CATALOGUE_VERSION
@@ -67,6 +68,7 @@ def experts(
     checkpoint_every: int | None = None,
     device: str | None = None,
     compute: str | None = None,
+    trust_remote_code: bool = False,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -88,6 +90,7 @@ def experts(
         checkpoint_every: passes between two checkpoints; default: the recipe's, or by its checkpoint_minutes alone.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         seed: of all random draws.
         reporter: where progress is reported; default: nowhere.
 
@@ -106,7 +109,7 @@ def experts(
         Interrupted: Ctrl-C; a checkpoint is written first.
     """
     reporter = reporter or Reporter()
-    converted, recipe = load_with_recipe(folder, device, compute)
+    converted, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     text, column = data or recipe.eval_data or recipe.data, text_column or recipe.text_column
     settings = _Settings(
         fingerprint=fingerprint(converted),
@@ -210,7 +213,7 @@ def layers_with_experts(converted: Converted, layers: str) -> list[int]:
         LayerSelectionError: a selected layer has no experts, or no layer has.
     """
     there = [entry.block.layer for entry in converted.plan.layers if entry.n_experts]
-    wanted = select_layers(layers, converted.model.config.get_text_config(decoder=True).num_hidden_layers)
+    wanted = select_layers(layers, layer_count(converted.model))
     found = [layer for layer in there if layer in wanted]
     if not found or (layers != "all" and len(found) < len(wanted)):
         raise LayerSelectionError(
@@ -258,7 +261,7 @@ def _run(
     with recorded_coefficients(converted, settings.layers) as seen:
         while done < len(corpus.ids):
             batch = corpus.ids[done : done + rows].long()
-            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+            run_base(model, batch.to(model.device))
             draw = torch.Generator().manual_seed(settings.source.seed * 2**32 + done)
             for layer, tally in tallies.items():
                 a, m = seen.pop(layer)

@@ -30,11 +30,10 @@ from typing import IO, Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mxdsurgery.catalogue.files import Catalogue, open_catalogue
 from mxdsurgery.checkpoint.card import FIGURES, LEGEND, before_last_edit, figure_rows
-from mxdsurgery.checkpoint.converted import EVALUATION_FILE, converted_config_class, read_config
+from mxdsurgery.checkpoint.converted import EVALUATION_FILE, converted_classes, read_config
 from mxdsurgery.checkpoint.export import written_whole
 from mxdsurgery.errors import CatalogueError, NotConvertedError, OutputError, first_line
 from mxdsurgery.terminal.console import Reporter
@@ -59,7 +58,12 @@ _CODE = (
 
 
 def report(
-    folder: str | Path, *, out: str | Path | None = None, limit_mib: float = 64, reporter: Reporter | None = None
+    folder: str | Path,
+    *,
+    out: str | Path | None = None,
+    limit_mib: float = 64,
+    trust_remote_code: bool = False,
+    reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Writes a page that shows all experts of a converted model, from what ``experts`` found out about them.
 
@@ -70,6 +74,7 @@ def report(
         out: the page; default: report.html in the folder.
         limit_mib: the page's data are in the page itself if they take no more MiB than this; otherwise in files in a folder
             beside it, named like the page with ``-data`` added.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         reporter: where progress is reported; default: nowhere.
 
     Returns:
@@ -86,7 +91,7 @@ def report(
     catalogue = open_catalogue(folder)
     _check_layers(catalogue, config)
     header = _header(folder, config, catalogue)
-    tokenizer = _tokenizer(folder, config)
+    tokenizer = _tokenizer(folder, config, trust_remote_code)
     page = _check_page(folder / REPORT_FILE if out is None else Path(out))
     experts, done = sum(catalogue.layers.values()), 0
     try:
@@ -289,11 +294,11 @@ def _check_layers(catalogue: Catalogue, config: dict[str, Any]) -> None:
         )
 
 
-def _tokenizer(folder: Path, config: dict[str, Any]) -> PreTrainedTokenizerBase:
+def _tokenizer(folder: Path, config: dict[str, Any], trusted: bool) -> PreTrainedTokenizerBase:
     """The tokenizer in the folder, without the weights."""
-    config_class = converted_config_class(CONFIG_MAPPING[config["mxd"]["family"]])
+    config_class, _ = converted_classes(folder, config["mxd"], trusted)
     try:
-        return AutoTokenizer.from_pretrained(folder, config=config_class.from_pretrained(folder), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, config=config_class.from_pretrained(folder), trust_remote_code=trusted)
     except Exception as error:  # transformers and tokenizers raise a dozen kinds here
         raise NotConvertedError(
             f"the tokenizer in {str(folder)!r} cannot be loaded: {first_line(error)}", expected="the folder as it was written"

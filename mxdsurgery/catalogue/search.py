@@ -12,6 +12,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mxdsurgery.base.running import run_base
 from mxdsurgery.catalogue.experts import recorded_coefficients
 from mxdsurgery.catalogue.files import Catalogue, catalogue_of
 from mxdsurgery.checkpoint.converted import load_with_recipe
@@ -33,6 +34,7 @@ def search(
     top: int = 20,
     device: str | None = None,
     compute: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Ranks experts by how specifically they fire on something.
 
@@ -51,6 +53,7 @@ def search(
         top: how many experts to return.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
 
     Returns:
         ``by``, ``query``, ``tokens`` (of the query) and ``experts``, best first: ``layer``, ``expert``, ``score``, ``share``,
@@ -60,7 +63,7 @@ def search(
         NotConvertedError, CatalogueError: the folder or its catalogue is missing, or they do not belong together.
         DataError: the query has no token, or, by token, more than one.
     """
-    converted, _ = load_with_recipe(folder, device, compute)
+    converted, _ = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     catalogue = catalogue_of(converted)
     if layer is not None:
         catalogue.check_layer(layer)
@@ -78,7 +81,7 @@ def search(
         if ids.shape[1] == first:
             raise DataError("the query is empty", expected="a text or a token")
         with torch.no_grad(), recorded_coefficients(converted, layers) as seen:
-            converted.model.base_model(input_ids=ids.to(converted.model.device), use_cache=False)
+            run_base(converted.model, ids.to(converted.model.device))
         found, tokens = [], ids[0, first:].tolist()
         for index in layers:
             a = Coefficients(*(part.cpu() for part in seen[index][0]))

@@ -26,8 +26,8 @@ from mxdsurgery.base.config import model_name
 from mxdsurgery.base.digest import file_digest, tensor_bytes, tensor_digest
 from mxdsurgery.base.model import open_model
 from mxdsurgery.demo import DEMO_MODELS
-from mxdsurgery.errors import BaseModelError, MxDError, NotConvertedError, WeightsError, first_line
-from mxdsurgery.outside import check_folder, check_types, inside, read_json, shown
+from mxdsurgery.errors import BaseModelError, MxDError, NotConvertedError, UnknownFamilyError, WeightsError, first_line
+from mxdsurgery.outside import check_folder, check_types, fix_of, inside, read_json, shown
 from mxdsurgery.runs.journal import METRICS_FILE
 from mxdsurgery.terminal.console import size
 
@@ -87,7 +87,7 @@ class BaseWeights:
 
     def __init__(self, name: str, model: PreTrainedModel) -> None:
         self.name, self.model_type = name, model.config.model_type
-        self._model, self._state = model, model.state_dict()
+        self.model, self._state = model, model.state_dict()
 
     def shape(self, name: str) -> list[int] | None:
         """Shape of the tensor of this name; None where there is none."""
@@ -96,11 +96,13 @@ class BaseWeights:
     def tensor(self, name: str) -> Tensor:
         """The tensor of this name; it must exist."""
         held = self._state[name]
-        return load_offloaded_parameter(self._model, name) if held.is_meta else held
+        return load_offloaded_parameter(self.model, name) if held.is_meta else held
 
 
 @contextmanager
-def base_weights(name: str, revision: str | None, dtype: str, expected: str) -> Iterator[BaseWeights]:
+def base_weights(
+    name: str, revision: str | None, dtype: str, expected: str, trust_remote_code: bool = False
+) -> Iterator[BaseWeights]:
     """The base model's tensors in a dtype, while open; the model is not loaded into memory as a whole.
 
     Args:
@@ -108,15 +110,18 @@ def base_weights(name: str, revision: str | None, dtype: str, expected: str) -> 
         revision: branch, tag or commit on the hub.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         expected: which model it should be, in words.
+        trust_remote_code: whether code of its own may be run.
 
     Raises:
         BaseModelError: the base model is not there, cannot be reached, is no causal language model or has no safetensors.
     """
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            model = open_model(name, revision).load(dtype=dtype, offload=Path(scratch), check=False)
+            model = open_model(name, revision, trust_remote_code).load(dtype=dtype, offload=Path(scratch), check=False)
         except MxDError as error:
             fix = "say where it is now with --base (in Python base=)"
+            if isinstance(error, UnknownFamilyError):
+                fix = error.fix
             raise BaseModelError(f"the base model is needed: {error.found}", expected=expected, fix=fix) from None
         yield BaseWeights(name, model)
 
@@ -152,13 +157,20 @@ def read_adapter(folder: str | Path) -> Adapter:
             raise ValueError(f"dtype is {shown(adapter.dtype)}")
         outside = [name for name in adapter.files if not inside(Path(folder), name)]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise NotConvertedError(f"{path} cannot be read: {first_line(error)}", expected=expected) from None
+        raise NotConvertedError(f"{path} cannot be read: {first_line(error)}", expected=expected, fix=fix_of(error)) from None
     if outside:
         raise NotConvertedError(f"{path} names a file outside the folder: {shown(outside[0])}", expected=expected)
     return adapter
 
 
-def write_adapter(checkpoint: Path, out: Path, model: str, revision: str | None, base: str | None = None) -> Adapter:
+def write_adapter(
+    checkpoint: Path,
+    out: Path,
+    model: str,
+    revision: str | None,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+) -> Adapter:
     """Writes what in a converted model's folder differs from the base model.
 
     Args:
@@ -167,6 +179,7 @@ def write_adapter(checkpoint: Path, out: Path, model: str, revision: str | None,
         model: the base model, as it was named when it was converted.
         revision: its commit on the hub.
         base: where the base model is now, if not under that name.
+        trust_remote_code: whether the base model's own code may be run.
 
     Raises:
         BaseModelError: the base model is not there, has no safetensors, or no tensor of it is in the checkpoint.
@@ -177,7 +190,7 @@ def write_adapter(checkpoint: Path, out: Path, model: str, revision: str | None,
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     from_base: dict[str, str] = {}
     kept: dict[str, str] = {}
-    with base_weights(base or model, None if base else revision, config["dtype"], expected=repr(model)) as weights:
+    with base_weights(base or model, None if base else revision, config["dtype"], repr(model), trust_remote_code) as weights:
         for path in files:
             if _is_weights(names[path]):
                 _write_part(path, out / part_of(names[path]), weights, from_base, kept)
@@ -275,20 +288,21 @@ The rest of this card is about that checkpoint: there, "this folder" is the new 
 
 
 @contextmanager
-def right_base(folder: Path, adapter: Adapter, base: str) -> Iterator[BaseWeights]:
+def right_base(folder: Path, adapter: Adapter, base: str, trust_remote_code: bool = False) -> Iterator[BaseWeights]:
     """The base model of an adapter, checked by names and shapes; `merged` and `rebuild` compare every weight.
 
     Args:
         folder: the adapter's.
         adapter: what its mxd_adapter.json says.
         base: hub id, local folder or demo model.
+        trust_remote_code: whether its own code may be run.
 
     Raises:
         BaseModelError: the base model is not there, is of another family, or lacks a tensor or has one of another shape.
         WeightsError: the adapter is damaged.
     """
     revision = adapter.revision if base == adapter.base_model else None
-    with base_weights(base, revision, adapter.dtype, expected=adapter.origin()) as weights:
+    with base_weights(base, revision, adapter.dtype, adapter.origin(), trust_remote_code) as weights:
         if weights.model_type != adapter.model_type:
             raise _wrong_base(folder, adapter, base, f"it is a {weights.model_type} model, not {adapter.model_type}")
         for file in adapter.weights():

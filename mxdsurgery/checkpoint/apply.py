@@ -1,10 +1,12 @@
 """``apply``: rebuilds the whole checkpoint from an adapter and its base model; also makes an adapter from a checkpoint."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mxdsurgery.base.config import is_local
 from mxdsurgery.checkpoint.adapter import (
     CARD,
     damaged,
@@ -18,7 +20,8 @@ from mxdsurgery.checkpoint.adapter import (
 )
 from mxdsurgery.checkpoint.converted import PLAN_FILE, load, read_config, saved_recipe, settle
 from mxdsurgery.checkpoint.export import check_output, check_reload, reference_outputs, write_code, written_whole
-from mxdsurgery.errors import OutputError
+from mxdsurgery.demo import DEMO_MODELS
+from mxdsurgery.errors import BaseModelError, OutputError
 from mxdsurgery.planning.plan import read_plan
 from mxdsurgery.terminal.console import Reporter
 
@@ -33,6 +36,7 @@ def apply(
     out: str | Path,
     overwrite: bool = False,
     compute: str | None = None,
+    trust_remote_code: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Writes the whole checkpoint that an adapter was made from, bit for bit. ``out`` appears whole or not at all.
@@ -46,6 +50,7 @@ def apply(
         out: the folder to write.
         overwrite: replace an earlier folder that mxdsurgery wrote.
         compute: dtype in which the result is compared with what it should be; as in `evaluate`.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         reporter: where progress is reported; default: nowhere.
 
     Returns:
@@ -70,12 +75,18 @@ def apply(
         named = base or read_plan(folder / PLAN_FILE).model
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise damaged(folder, f"{PLAN_FILE}: {error}") from None
-    with right_base(folder, opened, named) as weights, written_whole(target) as staging:
+    if base is None and is_local(named, opened.revision) and named not in DEMO_MODELS and not os.path.isdir(named):
+        raise BaseModelError(
+            f"the base model of {str(folder)!r} is needed: a folder {opened.base_model!r}, and it is not at {named!r}",
+            expected="the folder of that model on this machine",
+            fix="say where it is now with --base (in Python base=)",
+        )
+    with right_base(folder, opened, named, trust_remote_code) as weights, written_whole(target) as staging:
         with reporter.progress("write", "bytes") as line:
             rebuild(folder, opened, weights, staging, line.update)
-        converted = load(staging)
+        write_code(weights.model, staging)
+        converted = load(staging, trust_remote_code=trust_remote_code)
         settle(converted, saved_recipe(staging, "cpu"), compute)
-        write_code(converted.model, staging)
         differs = differing(opened, staging)
         wrong = [name for name in differs if name != CARD and not is_code(name)]
         if wrong:
@@ -96,7 +107,14 @@ def apply(
     } | differences
 
 
-def make_adapter(folder: str | Path, *, base: str | None = None, out: str | Path, overwrite: bool = False) -> dict[str, Any]:
+def make_adapter(
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    out: str | Path,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Writes an adapter of a converted model's folder: only what differs from its base model.
 
     Args:
@@ -104,6 +122,7 @@ def make_adapter(folder: str | Path, *, base: str | None = None, out: str | Path
         base: where its base model is now; default: where it was.
         out: the folder to write; it appears whole or not at all.
         overwrite: replace an earlier folder that mxdsurgery wrote.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
 
     Returns:
         ``out``, ``base_model``, ``revision``, ``adapter_bytes``, ``bytes`` of the checkpoint and ``tensors_from_base``.
@@ -120,7 +139,7 @@ def make_adapter(folder: str | Path, *, base: str | None = None, out: str | Path
     target = check_output(out, overwrite)
     plan = read_plan(folder / PLAN_FILE)
     with written_whole(target) as staging:
-        made = write_adapter(folder, staging, plan.model, plan.revision, base)
+        made = write_adapter(folder, staging, plan.model, plan.revision, base, trust_remote_code)
     return {
         "out": str(target),
         "base_model": made.base_model,

@@ -1,6 +1,5 @@
 """The model card, and the short table of figures that ends a conversion and an evaluation."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from mxdsurgery.base.config import model_name
+from mxdsurgery.base.config import is_local, model_name
 from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import compact, duration, size
@@ -86,10 +85,9 @@ def _alone(evaluation: dict[str, Any]) -> str:
 def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Sequence[dict[str, Any]] = ()) -> str:
     """README.md of an exported folder; ``edits`` are the steps of `edit`, as config.json has them."""
     base = model_name(plan.model)
-    on_hub = "/" in plan.model and not os.path.isabs(plan.model)
-    header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    header += [f"base_model: {plan.model}"] if on_hub else []
-    header += ["tags: [mixture-of-decoders, mxdsurgery, interpretability]", "---"]
+    header = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    header |= {} if is_local(plan.model, plan.revision) else {"base_model": plan.model}  # the hub takes it for a name there
+    header |= {"tags": ["mixture-of-decoders", "mxdsurgery", "interpretability"]}
     columns = ["layer", *(heading for _, heading, _ in FIGURES)]
     table = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     table += ["| " + " | ".join(row) + " |" for row in figure_rows(evaluation)]
@@ -100,7 +98,9 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
     revision = f" (revision {plan.revision})" if plan.revision else ""
     return "\n".join(
         [
-            *header,
+            "---",
+            yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip(),
+            "---",
             f"# {base}, {len(plan.layers)} MLP blocks as {_KINDS[first.kind][0]}",
             "",
             f"Made from `{base}`{revision} by mxdsurgery. The MLP blocks of layers "

@@ -15,15 +15,18 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mxdsurgery.base.config import model_name, own_code
+from mxdsurgery.base.config import model_name, model_source, own_code
 from mxdsurgery.base.dtypes import compute_in
 from mxdsurgery.base.examination import check_complete
+from mxdsurgery.base.foreign import code_error
+from mxdsurgery.base.running import check_runs
 from mxdsurgery.checkpoint.adapter import Adapter, is_adapter, merged, read_adapter, right_base
 from mxdsurgery.errors import ModelNotFoundError, NotConvertedError, WeightsError, first_line
 from mxdsurgery.hardware.compute import model_dtype
 from mxdsurgery.hardware.device import check_device
+from mxdsurgery.layers.peft_targets import FamilyTargets
 from mxdsurgery.layers.replacement import LAYER_KINDS, MxDSurgeryMixin
-from mxdsurgery.outside import check_folder, check_types, foreign_code, read_json, shown, stored_shapes
+from mxdsurgery.outside import check_folder, check_types, fix_of, foreign_code, read_json, shown, stored_shapes
 from mxdsurgery.planning.machine import model_shape
 from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe, load_recipe
@@ -50,7 +53,7 @@ _OURS = {"__module__": __name__, "_auto_class": None}
 def converted_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The config class of a family's converted models: the family's own, with one more entry, ``mxd``."""
     fields = {"model_type": f"mxd-{base.model_type}", "mxd": None, "__annotations__": {"mxd": dict | None}}
-    return type(f"MxD{base.__name__}", (base,), fields | _OURS)
+    return type(f"MxD{base.__name__}", (FamilyTargets, base), fields | _OURS)
 
 
 def converted_model_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
@@ -93,12 +96,14 @@ class Converted:
         model: the whole model.
         plan: which layers were converted, and into what.
         layers: the new layers in the model, by layer index.
+        trust_remote_code: whether code in the folder, and of its base model, may be run.
     """
 
     folder: Path
     model: PreTrainedModel
     plan: Plan
     layers: dict[int, nn.Module]
+    trust_remote_code: bool = False
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer in the folder.
@@ -107,7 +112,9 @@ class Converted:
             ModelNotFoundError: there is none, or it cannot be read without running code of its own.
         """
         try:
-            return AutoTokenizer.from_pretrained(self.folder, config=self.model.config, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(
+                self.folder, config=self.model.config, trust_remote_code=self.trust_remote_code
+            )
         except Exception as error:  # transformers and tokenizers raise a dozen kinds here
             raise ModelNotFoundError(
                 f"the tokenizer of {str(self.folder)!r} cannot be loaded: {first_line(error)}",
@@ -139,7 +146,7 @@ def read_config(folder: str | Path, *, of_adapter: bool = False) -> dict[str, An
     try:
         check_folder(Path(folder), deep=True)
     except (ValueError, OSError) as error:
-        raise NotConvertedError(f"{str(folder)!r} cannot be read: {error}", expected=_CONVERTED) from None
+        raise NotConvertedError(f"{str(folder)!r} cannot be read: {error}", expected=_CONVERTED, fix=fix_of(error)) from None
     try:
         values = read_json(path)
     except (ValueError, OSError) as error:
@@ -211,7 +218,12 @@ def _check_entry(entry: dict[str, Any]) -> None:
 
 
 def load_with_recipe(
-    folder: str | Path, device: str | None = None, compute: str | None = None, *, rows: int | None = None
+    folder: str | Path,
+    device: str | None = None,
+    compute: str | None = None,
+    *,
+    rows: int | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Converted, Recipe]:
     """A converted model on the chosen device, and the recipe that it was made with, settled: see `settle`.
 
@@ -220,6 +232,7 @@ def load_with_recipe(
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: see `settle`.
         rows: see `settle`.
+        trust_remote_code: see `load`.
 
     Raises:
         NotConvertedError, WeightsError: as `load`.
@@ -227,7 +240,7 @@ def load_with_recipe(
     """
     read_config(folder)
     recipe = saved_recipe(folder, device)
-    converted = load(folder, device=check_device(recipe.device))
+    converted = load(folder, device=check_device(recipe.device), trust_remote_code=trust_remote_code)
     return converted, settle(converted, recipe, compute, rows=rows)
 
 
@@ -295,7 +308,8 @@ def load(
         base: the base model of an adapter: hub id, local folder or demo model. Nothing is written.
         device: where the weights go.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
-        trust_remote_code: run the files in the folder after all, if transformers does not know the base model's family.
+        trust_remote_code: run the code that came with the base model, and is in the folder (with ``base``: beside that
+            model), if transformers does not know its family.
 
     Raises:
         NotConvertedError: the folder is not there or not one of ours; or it is an adapter and no ``base`` is given, or the
@@ -306,8 +320,10 @@ def load(
     folder = Path(folder)
     adapter = None if base is None else read_adapter(folder)
     values = read_config(folder, of_adapter=adapter is not None)
-    config_class, model_class = _classes(folder, values["mxd"], trust_remote_code)
-    source, weights = (folder, {}) if adapter is None else (None, _adapter_weights(folder, adapter, base))
+    config_class, model_class = converted_classes(folder, values["mxd"], trust_remote_code, base)
+    source, weights = (folder, {})
+    if adapter is not None:
+        source, weights = None, _adapter_weights(folder, adapter, base, trust_remote_code)
     try:
         config = config_class.from_pretrained(folder)
         plan = _plan_of(folder, values["mxd"])
@@ -324,13 +340,22 @@ def load(
     except Exception as error:  # transformers, safetensors and json raise a dozen kinds here
         raise WeightsError(f"{str(folder)!r} cannot be loaded: {error}", expected="the folder as it was written") from None
     check_complete(str(folder), info)
+    check_runs(str(folder), model)
     model.to(device).eval().requires_grad_(False)
     layers = {block.layer: model.base_model.get_submodule(block.path) for block in plan.blocks}
-    return Converted(folder, model, plan, layers)
+    return Converted(folder, model, plan, layers, trust_remote_code)
 
 
-def _classes(folder: Path, mxd: dict[str, Any], trusted: bool) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+def converted_classes(
+    folder: Path, mxd: dict[str, Any], trusted: bool, base: str | None = None
+) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """The classes of a converted model's config and of the model itself.
+
+    Args:
+        folder: the model's.
+        mxd: the entry of that name in its config.
+        trusted: whether code that came with the base model may be run.
+        base: of an adapter, the base model, which that code is then beside.
 
     Raises:
         NotConvertedError: the base model's classes are code that came with it, and that code is not trusted or does not run.
@@ -342,13 +367,15 @@ def _classes(folder: Path, mxd: dict[str, Any], trusted: bool) -> tuple[type[Pre
         raise NotConvertedError(
             f"{str(folder)!r} was made from a {mxd['family']} model, which transformers knows only by code that came with it",
             expected="your word that this code may be run",
-            fix="read the Python files in the folder; in Python, load(..., trust_remote_code=True) has the model in memory",
+            fix="read the Python files in the folder, and give --trust-remote-code if you trust them (in Python "
+            "trust_remote_code=True)",
         )
     else:
         try:
-            config, model = (get_class_from_dynamic_module(mxd["code"][auto], str(folder)) for auto in _BASE_CODE)
+            source = str(folder) if base is None else model_source(base)
+            config, model = (get_class_from_dynamic_module(mxd["code"][auto], source) for auto in _BASE_CODE)
         except Exception as error:  # the code may raise anything
-            raise NotConvertedError(f"the code in {str(folder)!r} does not run: {first_line(error)}") from None
+            raise code_error(f"the code in {source!r}", error) from None
     config_class = converted_config_class(config)
     return config_class, converted_model_class(model, config_class)
 
@@ -373,8 +400,9 @@ def _plan_of(folder: Path, mxd: dict[str, Any]) -> Plan:
 
 def _check_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig, held: Mapping[str, Sequence[int]]) -> None:
     """Raises ValueError if the config's shapes are not those of the weights, before memory is allocated for the model."""
-    layers = config.get_text_config(decoder=True).num_hidden_layers
-    if not isinstance(layers, int) or layers > len(held):
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    told = layers is not None or "code" not in config.mxd  # code that is trusted may name it otherwise
+    if told and not (isinstance(layers, int) and layers <= len(held)):
         raise ValueError(f"num_hidden_layers is {shown(layers)}, and there are {len(held)} weights")
     with torch.device("meta"):
         skeleton = model_class(config)
@@ -385,9 +413,9 @@ def _check_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig, 
         raise ValueError("config.json says that there are far more weights than there are")
 
 
-def _adapter_weights(folder: Path, adapter: Adapter, base: str) -> dict[str, Any]:
+def _adapter_weights(folder: Path, adapter: Adapter, base: str, trusted: bool) -> dict[str, Any]:
     """Arguments for ``from_pretrained`` in place of a folder: an adapter's weights together with its base model's."""
-    with right_base(folder, adapter, base) as weights_of_base:
+    with right_base(folder, adapter, base, trusted) as weights_of_base:
         weights: dict[str, Any] = {"state_dict": merged(folder, adapter, weights_of_base)}
     if (folder / "generation_config.json").is_file():
         try:

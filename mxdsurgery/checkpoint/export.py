@@ -27,8 +27,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import mxdsurgery.layers
+from mxdsurgery.base.config import own_code
 from mxdsurgery.base.dtypes import as_stored, computed_in
 from mxdsurgery.base.offload import SHARD_BYTES, adopt_hooks, execution_device, is_offloaded
+from mxdsurgery.base.running import RUN, logits_of, run_base
 from mxdsurgery.base.surgery import replaced
 from mxdsurgery.checkpoint.adapter import write_adapter
 from mxdsurgery.checkpoint.card import model_card
@@ -55,8 +57,10 @@ _CONFIGURATION = '''"""The config of a Mixture-of-Decoders model: {config}, with
 
 from {config_module} import {config}
 
+from .peft_targets import FamilyTargets
 
-class MxD{config}({config}):
+
+class MxD{config}(FamilyTargets, {config}):
     """{config} with one more entry, ``mxd``: which modules are MxD layers, and their shapes."""
 
     model_type = "mxd-{model_type}"
@@ -88,8 +92,10 @@ class MxD{causal}(MxDSurgeryMixin, {causal}):
 '''
 
 # Runs in a fresh interpreter that cannot import mxdsurgery, as on a machine without it.
-_RELOAD = """
-import json, sys
+_RELOAD = (
+    RUN
+    + """
+import sys
 sys.modules["mxdsurgery"] = None
 import torch
 from safetensors import SafetensorError
@@ -106,11 +112,12 @@ def output(kind):
         if wide and held.dtype == model.config.dtype:
             held.data = held.data.to(dtype)
     with torch.autocast(device.type, dtype, enabled=not wide):
-        return model(input_ids=ids, use_cache=False)[0]  # never two models at a time
+        return first_tensor(run(model, ids))  # never two models at a time
 with torch.no_grad():
     logits, hidden = output(AutoModelForCausalLM), output(AutoModel)
 save_file({"logits": logits.cpu().contiguous(), "hidden": hidden.cpu().contiguous()}, result)
 """
+)
 
 
 def check_output(out: str | Path, overwrite: bool) -> Path:
@@ -192,6 +199,7 @@ def export(
     check_ids: Tensor,
     out: Path,
     within: Path | None = None,
+    terms: Sequence[Path] = (),
 ) -> dict[str, float]:
     """Writes the converted model's folder, whole or not at all.
 
@@ -205,6 +213,7 @@ def export(
         check_ids: (B, T) int64 token ids to compare the reloaded model's logits on.
         out: the folder to write; see `check_output`.
         within: see `written_whole`.
+        terms: the base model's licence and what belongs to it, which go with the result.
 
     Returns:
         The largest absolute difference of the reloaded model's ``logits`` and ``hidden`` states from the ones in memory.
@@ -214,13 +223,15 @@ def export(
         ExportError: it was written, but does not load or computes something else. ``out`` is then not written.
     """
     start = time.perf_counter()
-    with written_as(out, recipe.format, plan.model, plan.revision, within) as staging:
+    with written_as(out, recipe.format, plan.model, plan.revision, within, own_code(model.config)) as staging:
         with replaced(model, plan.blocks, layers):
             reference = reference_outputs(model, check_ids)
             as_stored(model)
             _save_weights(model, plan, staging)
         tokenizer.save_pretrained(staging)
         write_code(model, staging)
+        for path in terms:
+            shutil.copyfile(path, staging / path.name)
         whole = dataclasses.replace(recipe, format="checkpoint")  # an adapter rebuilds to one
         (staging / RECIPE_FILE).write_text(whole.to_yaml(), encoding="utf-8")
         write_json(staging / PLAN_FILE, plan.to_dict())
@@ -266,7 +277,8 @@ def _save_weights(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
     converted.tie_weights()
     if is_offloaded(model):
         adopt_hooks(converted, model)
-    converted.generation_config = model.generation_config
+    if hasattr(model, "generation_config"):  # not where code of its own cannot generate
+        converted.generation_config = model.generation_config
     converted.config.dtype = model.dtype  # some classes keep a copy of the config that they are given
     converted.config.auto_map = {
         "AutoConfig": f"configuration_mxd.{type(config).__name__}",
@@ -325,8 +337,8 @@ def reference_outputs(model: PreTrainedModel, ids: Tensor) -> Reference:
     device = execution_device(model)
     here = ids.to(device)
     outputs = {
-        "logits": model(input_ids=here, use_cache=False).logits.cpu(),
-        "hidden": model.base_model(input_ids=here, use_cache=False)[0].cpu(),  # logits, where a family has no base model
+        "logits": logits_of(model, here).cpu(),
+        "hidden": run_base(model, here).cpu(),  # logits, where a family has no base model
     }
     return Reference(ids.cpu(), outputs, device, computed_in(model))
 
@@ -373,7 +385,14 @@ def check_reload(folder: Path, reference: Reference, offloaded: bool = False) ->
 
 
 @contextmanager
-def written_as(out: Path, form: str, model: str, revision: str | None, within: Path | None = None) -> Iterator[Path]:
+def written_as(
+    out: Path,
+    form: str,
+    model: str,
+    revision: str | None,
+    within: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Iterator[Path]:
     """`written_whole` for a recipe's ``format``: a folder to write a checkpoint into, of which only an adapter may be kept.
 
     Args:
@@ -382,6 +401,7 @@ def written_as(out: Path, form: str, model: str, revision: str | None, within: P
         model: the base model, as the plan names it.
         revision: its commit on the hub.
         within: see `written_whole`.
+        trust_remote_code: for an adapter, whether the base model's own code may be run.
 
     Raises:
         OutputError: as `written_whole`.
@@ -394,5 +414,5 @@ def written_as(out: Path, form: str, model: str, revision: str | None, within: P
             checkpoint = staging / "checkpoint"
             checkpoint.mkdir()
             yield checkpoint
-            write_adapter(checkpoint, staging, model, revision)
+            write_adapter(checkpoint, staging, model, revision, trust_remote_code=trust_remote_code)
             shutil.rmtree(checkpoint)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.base.model import BaseModel
 from mxdsurgery.base.offload import move
+from mxdsurgery.base.terms import terms_of
 from mxdsurgery.checkpoint.converted import PLAN_FILE, RECIPE_FILE
 from mxdsurgery.checkpoint.export import check_output, export, write_json
 from mxdsurgery.conversion.shared_run import shared_run
@@ -114,11 +115,13 @@ def convert(
         made, evaluation, seconds = _evaluated(base, layers, heldout, made, resolved, training.seconds, run, reporter)
         record = _training_record(made, training, peak, seconds)
         evaluation |= {"compute": settled.compute, "data": resolved.eval_data or resolved.data, "training": record}
-        check = heldout[:_CHECK_CONTEXTS]
-        differences = export(base, layers, made, resolved, evaluation, tokenizer, check, out, run.scratch)
+        check, terms = heldout[:_CHECK_CONTEXTS], terms_of(base_model.source, base_model.commit)
+        differences = export(base, layers, made, resolved, evaluation, tokenizer, check, out, run.scratch, terms)
         reporter.say(
             f"exported   {resolved.out}; reloaded without mxdsurgery, logits differ by at most {differences['logits']:.1g}"
         )
+        if terms:
+            reporter.say(f"terms      {', '.join(path.name for path in terms)} of the base model go with it")
         for line in _comparison(record):
             reporter.say(line)
     accelerator.end_training()

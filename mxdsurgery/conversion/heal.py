@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mxdsurgery.base.decoder import vocabulary_size
 from mxdsurgery.base.dtypes import as_stored, compute_in, computed_in
 from mxdsurgery.base.examination import weights_digest
 from mxdsurgery.base.lora import ADAPTER_FOLDER, Adapters, check_peft, healed_maps, projections
@@ -135,6 +136,7 @@ def heal(
     base: str | None = None,
     device: str | None = None,
     compute: str | None = None,
+    trust_remote_code: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     reporter: Reporter | None = None,
@@ -152,6 +154,7 @@ def heal(
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         overwrite: replace an earlier folder that mxdsurgery wrote.
         resume: go on with the unfinished run in ``<out>.run``, if there is one, as if it had not been interrupted.
         reporter: where progress is reported; default: nowhere.
@@ -174,7 +177,8 @@ def heal(
         Interrupted: Ctrl-C; while training, a checkpoint is written first.
     """
     reporter, how = reporter or Reporter(), Healing(**options)
-    converted, saved = load(folder), saved_recipe(folder, device)
+    where = {"base": base, "device": device, "trust_remote_code": trust_remote_code}
+    converted, saved = load(folder, trust_remote_code=trust_remote_code), saved_recipe(folder, device)
     _check_folder(converted, out, how)
     recipe = how.recipe(saved)
     size = _contexts_per_pass(recipe, how)
@@ -199,9 +203,9 @@ def heal(
         del texts, original  # `evaluate` loads it anew
         step = _record(healed, recipe, how, state, validation)
         origin = (converted.plan.model, converted.plan.revision) if base is None else (base, None)
-        with written_as(target, how.format, *origin, within=run.scratch) as checkpoint:
+        with written_as(target, how.format, *origin, within=run.scratch, trust_remote_code=trust_remote_code) as checkpoint:
             _write(healed, checkpoint, step, how, validation[:_CHECK_CONTEXTS])
-            evaluation = evaluate(checkpoint, base=base, device=device, compute=recipe.compute, reporter=reporter)
+            evaluation = evaluate(checkpoint, compute=recipe.compute, reporter=reporter, **where)
     accelerator.end_training()
     return step | {"evaluation": evaluation, "out": str(target)}
 
@@ -331,7 +335,7 @@ def _texts_with_answers(
         mine = (my_contexts(batch, recipe) for batch in read)
         return _Texts(original_examples(original, blocks, mine), looked_at, read)
     wanted = state.steps * size * how.accumulate
-    vocabulary = original.config.get_text_config(decoder=True).vocab_size
+    vocabulary = vocabulary_size(original)
     read = Read(itertools.islice(train.contexts(), wanted))
     made = []
     for name, contexts, count in (("train", read, wanted), ("validation", iter(validation), len(validation))):

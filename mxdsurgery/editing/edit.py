@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.base.digest import file_digest
 from mxdsurgery.base.dtypes import compute_in, computed_in
+from mxdsurgery.base.running import logits_of
 from mxdsurgery.checkpoint.adapter import ABOUT
 from mxdsurgery.checkpoint.converted import (
     EVALUATION_FILE,
@@ -39,7 +41,7 @@ from mxdsurgery.checkpoint.export import (
 )
 from mxdsurgery.editing.edits import Edits, baked, check_for
 from mxdsurgery.editing.generate import Sampling, sample
-from mxdsurgery.errors import EditError, OutputError
+from mxdsurgery.errors import EditError, MxDWarning, OutputError, UnsupportedModelError
 from mxdsurgery.measuring.evaluate import held_out
 from mxdsurgery.measuring.intervals import Table, next_token_sums, scored_predictions, with_interval
 from mxdsurgery.recipe import Recipe
@@ -66,6 +68,7 @@ def edit(
     overwrite: bool = False,
     device: str | None = None,
     compute: str | None = None,
+    trust_remote_code: bool = False,
     format: str = "checkpoint",
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -84,6 +87,7 @@ def edit(
         overwrite: replace an earlier folder that mxdsurgery wrote.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         format: ``checkpoint``, or ``adapter``: only what differs from the base model.
         reporter: where progress is reported; default: nowhere.
 
@@ -103,7 +107,7 @@ def edit(
     if Path(out).resolve() == folder.resolve():
         raise OutputError(f"{str(out)!r} is the folder to edit", expected="another one: it is left as it is")
     if undo:
-        return _undo(folder, out, overwrite)
+        return _undo(folder, out, overwrite, trust_remote_code)
     if not edits:
         raise EditError("no edits were given", expected="an edit file with --edits, or --ablate, --drop, --scale or --steer")
     if edits.clamp:
@@ -112,16 +116,17 @@ def edit(
             expected="ablate, drop, scale, steer, replace, copy or merge",
             fix="clamp while the model runs: with model.mxd.clamp(...)",
         )
-    before, recipe = load_with_recipe(folder, device, compute)
+    before, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     check_for(edits, before)
     target = check_output(out, overwrite)
     ids = held_out(before, recipe, data, tokens)
     steps = before.model.config.mxd.get("edits", [])
     named = dataclasses.replace(edits, model=fingerprint(before))
-    with written_as(target, format, before.plan.model, before.plan.revision) as staging:
+    origin = (before.plan.model, before.plan.revision)
+    with written_as(target, format, *origin, trust_remote_code=trust_remote_code) as staging:
         _copy(folder, staging)
         _bake(before, named, staging, len(steps) + 1)
-        after = load(staging, device=before.model.device)
+        after = load(staging, device=before.model.device, trust_remote_code=trust_remote_code)
         compute_in(after.model, computed_in(before.model))
         with reporter.progress("compare", "contexts") as line:
             result = _compare(before.model, after.model, ids, recipe.batch, line.update)
@@ -221,7 +226,7 @@ def _count(index: dict[str, Any], name: str, file: str | None, tensor: Tensor) -
         index["weight_map"][name] = file
 
 
-def _undo(folder: Path, out: str | Path, overwrite: bool) -> dict[str, Any]:
+def _undo(folder: Path, out: str | Path, overwrite: bool, trusted: bool) -> dict[str, Any]:
     steps = read_config(folder)["mxd"].get("edits", [])
     kept = folder / EDITS_FOLDER / str(len(steps))
     if not steps or not (kept / _ROWS_FILE).is_file():
@@ -230,7 +235,7 @@ def _undo(folder: Path, out: str | Path, overwrite: bool) -> dict[str, Any]:
     with written_whole(target) as staging:
         _copy(folder, staging)
         rows = load_file(kept / _ROWS_FILE)
-        held = load(folder).model.state_dict()
+        held = load(folder, trust_remote_code=trusted).model.state_dict()
         tensors: dict[str, Tensor | None] = {}
         for key in rows:
             name, _, what = key.rpartition(":")
@@ -262,7 +267,7 @@ def _compare(
     """What edits do to the predictions of contexts (S, T)."""
     table, done = Table(), 0
     for part in in_batches(ids.to(before.device), batch):
-        old, new = (model(input_ids=part, use_cache=False).logits for model in (before, after))
+        old, new = (logits_of(model, part) for model in (before, after))
         table.add("before", next_token_sums(old, old, part))
         table.add("after", next_token_sums(new, old, part))
         done += len(part)
@@ -283,12 +288,16 @@ def _compare(
 
 @torch.no_grad()
 def _samples(before: Converted, after: Converted, ids: Tensor) -> list[dict[str, str]]:
-    """Greedy continuations of some held-out contexts, before and after."""
+    """Greedy continuations of some held-out contexts, before and after; none, and a warning, of a model that cannot generate."""
     tokenizer = before.tokenizer()
     prompts = ids[: _PROMPTS * 7 : 7, :_PROMPT_TOKENS].to(before.model.device)
     texts = []
     for converted in (before, after):
-        made = sample(converted.model, tokenizer, prompts, Sampling(_NEW_TOKENS, temperature=0))
+        try:
+            made = sample(converted.model, tokenizer, prompts, Sampling(_NEW_TOKENS, temperature=0))
+        except UnsupportedModelError as error:
+            warnings.warn(f"no samples of text: {error.found}", MxDWarning, stacklevel=2)
+            return []
         texts.append(tokenizer.batch_decode(made[:, prompts.shape[1] :], skip_special_tokens=True))
     shown = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     return [{"prompt": p, "before": b, "after": a} for p, b, a in zip(shown, *texts, strict=True)]

@@ -17,7 +17,8 @@ from rich.table import Table as RichTable
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mxdsurgery.base.activations import hooked, record_activations
+from mxdsurgery.base.activations import record_activations
+from mxdsurgery.base.running import hooked, logits_of
 from mxdsurgery.base.surgery import resumed_at
 from mxdsurgery.catalogue.experts import recorded_coefficients
 from mxdsurgery.editing.edits import Edits, check_for
@@ -59,6 +60,7 @@ def effect(
     seed: int = 0,
     device: str | None = None,
     compute: str = "float32",
+    trust_remote_code: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Measures what edits do to next-token predictions, and what the same edits of other experts do.
@@ -76,6 +78,7 @@ def effect(
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in. bfloat16 takes half the memory, but rounds more than most single experts do; ``auto``: as
             stored, or float32 where that is faster on this device.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         reporter: where progress is reported; default: nowhere.
 
     Returns:
@@ -94,7 +97,15 @@ def effect(
     reporter = reporter or Reporter()
     if not edits:
         raise EditError("no edits were given", expected="an edit file with --edits, or --ablate, --drop, --scale, ...")
-    opened = open_on_text(folder, data=data, tokens=tokens, text_column=text_column, device=device, compute=compute)
+    opened = open_on_text(
+        folder,
+        data=data,
+        tokens=tokens,
+        text_column=text_column,
+        device=device,
+        compute=compute,
+        trust_remote_code=trust_remote_code,
+    )
     check_for(edits, opened.converted)
     with reporter.progress("effect", "passes") as line:
         step = _steps(line, len(opened.batches()) * (3 + controls))
@@ -183,7 +194,7 @@ def _measure(
         step()
         for number, variant in enumerate([edits, *others]):
             with variant.live(model), resumed_at(decoder, first, outputs):
-                changed = model(input_ids=ids, use_cache=False).logits
+                changed = logits_of(model, ids)
             if number == 0:
                 record.add(ids, original, changed, a)
             else:
@@ -199,7 +210,7 @@ def _unedited(opened: Opened, layers: list[int], ids: Tensor) -> tuple[Tensor, l
     below, outputs = opened.decoder[: layers[0]], []
     hooks = [layer.register_forward_hook(lambda _m, _a, output: outputs.append(output)) for layer in below]
     with hooked(*hooks), recorded_coefficients(opened.converted, layers) as seen:
-        logits = opened.model(input_ids=ids, use_cache=False).logits
+        logits = logits_of(opened.model, ids)
     a = {layer: Coefficients(*(part.reshape(*ids.shape, -1) for part in seen[layer][0])) for layer in layers}
     return logits, outputs, a
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from mxdsurgery.base.running import own_code_named
 from mxdsurgery.checkpoint.converted import Converted, load_with_recipe
 from mxdsurgery.choices import UNITS
 from mxdsurgery.editing.edits import Edits, check_for
@@ -33,6 +34,7 @@ def generate(
     seed: int = 0,
     device: str | None = None,
     compute: str | None = None,
+    trust_remote_code: bool = False,
 ) -> list[str] | dict[str, Any]:
     """Samples continuations of a prompt; with edits, from the edited model beside the unedited one.
 
@@ -48,6 +50,7 @@ def generate(
         seed: of the sampling.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
 
     Returns:
         Without edits the texts, prompt included. With edits ``prompt``, ``seed``, ``edits`` (a line each), and the texts as
@@ -59,7 +62,7 @@ def generate(
         CatalogueError: the unit is ``maximum``, and no maxima are known.
         RecipeError: the text would be longer than the model can read, or there are several samples at temperature 0.
     """
-    converted, _ = load_with_recipe(folder, device, compute, rows=samples)
+    converted, _ = load_with_recipe(folder, device, compute, rows=samples, trust_remote_code=trust_remote_code)
     tokenizer = converted.tokenizer()
     inputs = prompt_ids(tokenizer, prompt)
     sampling = Sampling(max_new_tokens, temperature, samples, top_p, seed)
@@ -123,6 +126,7 @@ def sample(
     Raises:
         RecipeError: the text would be longer than the model can read, or there are several samples at temperature 0.
         EditError: the model's predictions are NaN or infinite.
+        UnsupportedModelError: code that came with the model cannot generate.
     """
     room = getattr(model.config, "max_position_embeddings", None)
     new, samples = sampling.max_new_tokens, sampling.samples
@@ -140,16 +144,17 @@ def sample(
     torch.manual_seed(sampling.seed)
     drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
     inputs = inputs.to(model.device)
-    return model.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=new,
-        min_new_tokens=new if to_the_end else None,
-        logits_processor=LogitsProcessorList([_finite]),
-        num_return_sequences=samples,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **(drawn if sampling.temperature > 0 else {"do_sample": False}),
-    )
+    with own_code_named(model, "generate() of transformers, which needs GenerationMixin and logits in a ModelOutput"):
+        return model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=new,
+            min_new_tokens=new if to_the_end else None,
+            logits_processor=LogitsProcessorList([_finite]),
+            num_return_sequences=samples,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **(drawn if sampling.temperature > 0 else {"do_sample": False}),
+        )
 
 
 def _finite(_ids: Tensor, logits: Tensor) -> Tensor:

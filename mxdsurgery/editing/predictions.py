@@ -69,6 +69,7 @@ def open_on_text(
     text_column: str | None,
     device: str | None,
     compute: str,
+    trust_remote_code: bool = False,
 ) -> Opened:
     """Loads a converted model and the text to run it on, as `evaluate` does.
 
@@ -77,7 +78,7 @@ def open_on_text(
         DataError: the text cannot be read or is too short.
         DeviceError: the device is not there.
     """
-    converted, recipe = load_with_recipe(folder, device, compute)
+    converted, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     recipe = dataclasses.replace(recipe, text_column=text_column or recipe.text_column)
     ids = held_out(converted, recipe, data, tokens).to(converted.model.device)
     return Opened(converted, ids, recipe.batch, text_name(data or recipe.eval_data or recipe.data))

@@ -28,6 +28,7 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mxdsurgery.base.running import logits_of
 from mxdsurgery.catalogue.files import Catalogue, catalogue_of
 from mxdsurgery.checkpoint.converted import Converted, load_with_recipe
 from mxdsurgery.editing.edits import KINDS, Edits
@@ -72,6 +73,7 @@ def steering(
     base: str | None = None,
     device: str | None = None,
     compute: str | None = None,
+    trust_remote_code: bool = False,
     seed: int = 0,
     judge: Judge | None = None,
     reporter: Reporter | None = None,
@@ -92,6 +94,7 @@ def steering(
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         seed: of the sampling and of the controls.
         judge: a model that also rates the texts; its (1 + factors) * samples answers may cost money.
         reporter: where progress is reported; default: nowhere.
@@ -111,7 +114,7 @@ def steering(
         JudgeError: the judge does not answer.
     """
     reporter = reporter or Reporter()
-    converted, recipe = load_with_recipe(folder, device, compute, rows=samples)
+    converted, recipe = load_with_recipe(folder, device, compute, rows=samples, trust_remote_code=trust_remote_code)
     kind, layer, expert = _one_expert(edits)
     amount = getattr(in_coefficients(edits, converted, unit), kind)[layer][expert]
     catalogue = catalogue_of(converted)
@@ -247,7 +250,7 @@ class _Writer:
             ids = sample(self.model, self.tokenizer, self.inputs, self.sampling, to_the_end=True)
         start, nll = self.inputs.shape[1], []
         for rows in ids.split(_AT_ONCE):
-            logits = self.original(input_ids=rows, use_cache=False).logits[:, start - 1 : -1].float()
+            logits = logits_of(self.original, rows)[:, start - 1 : -1].float()
             nll.append(F.cross_entropy(logits.transpose(1, 2), rows[:, start:], reduction="none").cpu().double().sum(1))
         new = ids[:, start:].tolist()
         tokens = torch.full((len(new),), float(len(new[0])), dtype=torch.float64)

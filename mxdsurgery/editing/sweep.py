@@ -20,7 +20,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mxdsurgery.base.activations import hooked, record_activations
+from mxdsurgery.base.activations import record_activations
+from mxdsurgery.base.decoder import vocabulary_size
+from mxdsurgery.base.running import hooked, own_code_named
 from mxdsurgery.base.surgery import resumed_at
 from mxdsurgery.catalogue.experts import layers_with_experts, recorded_coefficients
 from mxdsurgery.checkpoint.export import write_json
@@ -52,6 +54,7 @@ def sweep(
     seed: int = 0,
     device: str | None = None,
     compute: str = "float32",
+    trust_remote_code: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Ranks all experts of a layer by what ablating each one alone does to next-token predictions.
@@ -67,6 +70,7 @@ def sweep(
         seed: of the draw.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; see `effect`.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         reporter: where progress is reported; default: nowhere.
 
     Returns:
@@ -85,7 +89,15 @@ def sweep(
         UnsupportedBlockError: a pass of the model cannot start at a layer in the middle.
     """
     reporter = reporter or Reporter()
-    opened = open_on_text(folder, data=data, tokens=tokens, text_column=text_column, device=device, compute=compute)
+    opened = open_on_text(
+        folder,
+        data=data,
+        tokens=tokens,
+        text_column=text_column,
+        device=device,
+        compute=compute,
+        trust_remote_code=trust_remote_code,
+    )
     opened = dataclasses.replace(opened, batch=batch or opened.batch)
     (index,) = layers_with_experts(opened.converted, str(layer))
     draw = torch.Generator().manual_seed(seed)
@@ -131,7 +143,7 @@ def survey_layer(opened: Opened, layer: int, most: int, draw: torch.Generator, l
     module = opened.converted.layers[layer]
     block = next(block for block in opened.converted.plan.blocks if block.layer == layer)
     n, context = module.gate.n_experts, opened.input_ids.shape[1]
-    vocabulary = opened.model.config.get_text_config(decoder=True).vocab_size
+    vocabulary = vocabulary_size(opened.model)
     fired, contexts = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
     # Per expert the contexts with the smallest random keys so far: a sample in which all contexts are equally likely.
     key, chosen, first = torch.full((n, most), torch.inf), torch.zeros(n, most).long(), torch.zeros(n, most).long()
@@ -263,7 +275,8 @@ class _Unedited:
         self.cache = DynamicCache()
         hooks = [module.register_forward_hook(keep) for module in {*modules}]
         with hooked(*hooks), recorded_coefficients(opened.converted, [layer]) as seen:
-            logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits
+            with own_code_named(self.model, "a sweep needs past_key_values, use_cache and logits_to_keep"):
+                logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits
         ((_, y),) = calls.pop(self.module)
         a, m = seen[layer]
         self.flat = y.ndim == 2  # some families flatten (B, T) before the block
@@ -345,7 +358,8 @@ class _Unedited:
         scored = torch.arange(max(start, 1), self.ids.shape[1] - 1, device=y.device) - start
         with resumed_at(self.modules, len(self.modules), outputs):
             given = {"input_ids": self.ids[rows, start:], "past_key_values": past, "use_cache": past is not None}
-            return self.model(**given, logits_to_keep=scored).logits
+            with own_code_named(self.model, "a sweep needs past_key_values, use_cache and logits_to_keep"):
+                return self.model(**given, logits_to_keep=scored).logits
 
 
 def _of_rows(output: Any, rows: Tensor, start: int) -> Any:

@@ -36,6 +36,7 @@ def dissect(
     base: str | None = None,
     device: str | None = None,
     compute: str | None = None,
+    trust_remote_code: bool = False,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def dissect(
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         seed: of the samples and permutations.
         reporter: where progress is reported; default: nowhere.
 
@@ -66,7 +68,7 @@ def dissect(
         BaseModelError: the original model is missing, or is not the one that the folder was made from.
     """
     reporter = reporter or Reporter()
-    opened = open_expert_layers(folder, layer, base=base, device=device, compute=compute)
+    opened = open_expert_layers(folder, layer, base=base, device=device, compute=compute, trust_remote_code=trust_remote_code)
     decoder = opened.block.decoder.weight(opened.model.base_model)
     result: dict[str, Any] = {"layer": opened.block.layer, "decoder_effective_rank": effective_rank(decoder)}
     result["subjects"] = [

@@ -34,6 +34,7 @@ def evaluate(
     base: str | None = None,
     device: str | None = None,
     compute: str | None = None,
+    trust_remote_code: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Measures a converted model against its original on held-out text; saves the figures in its folder.
@@ -47,6 +48,7 @@ def evaluate(
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         reporter: where progress is reported; default: nowhere.
 
     Returns:
@@ -59,7 +61,7 @@ def evaluate(
     """
     reporter = reporter or Reporter()
     folder = Path(folder)
-    converted = load(folder)
+    converted = load(folder, trust_remote_code=trust_remote_code)
     saved = Recipe(**load_recipe(folder / RECIPE_FILE))
     recipe = dataclasses.replace(saved, eval_tokens=tokens or saved.eval_tokens, device=device or saved.device)
     settled = settle(converted, recipe, compute)
@@ -147,7 +149,7 @@ def load_original(converted: Converted, name: str, recipe: Recipe) -> PreTrained
     """
     revision = None if Path(name).is_dir() or name in DEMO_MODELS else converted.plan.revision or recipe.revision
     try:
-        original = open_model(name, revision).load(
+        original = open_model(name, revision, converted.trust_remote_code).load(
             dtype=converted.plan.dtype,
             compute=str(computed_in(converted.model)).removeprefix("torch."),
         )

@@ -58,6 +58,7 @@ def open_expert_layers(
     base: str | None = None,
     device: str | None = None,
     compute: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ExpertLayers:
     """Opens what ``convert`` or ``frontier`` wrote.
 
@@ -67,6 +68,7 @@ def open_expert_layers(
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
 
     Raises:
         NotConvertedError, OutputError: the folder is neither.
@@ -75,7 +77,7 @@ def open_expert_layers(
     """
     folder = Path(folder)
     opener = _of_frontier if (folder / FRONTIER_FILE).is_file() else _of_converted
-    return opener(folder, layer, base, device, compute)
+    return opener(folder, layer, base, device, compute, trust_remote_code)
 
 
 def block_inputs(
@@ -112,8 +114,10 @@ def keep_beside(folder: str | Path, what: str, data: str | None, layer: int, res
     write_json(Path(folder) / what / name, result)
 
 
-def _of_converted(folder: Path, layer: int | None, base: str | None, device: str | None, compute: str | None) -> ExpertLayers:
-    converted = load(folder)
+def _of_converted(
+    folder: Path, layer: int | None, base: str | None, device: str | None, compute: str | None, trusted: bool
+) -> ExpertLayers:
+    converted = load(folder, trust_remote_code=trusted)
     recipe = settle(converted, saved_recipe(folder, device), compute)
     planned = {entry.block.layer: entry for entry in converted.plan.layers if entry.n_experts}
     index = _chosen(layer, list(planned), folder)
@@ -123,13 +127,16 @@ def _of_converted(folder: Path, layer: int | None, base: str | None, device: str
     return ExpertLayers(model, converted.tokenizer(), planned[index].block, layers, recipe)
 
 
-def _of_frontier(folder: Path, layer: int | None, base: str | None, device: str | None, compute: str | None) -> ExpertLayers:
+def _of_frontier(
+    folder: Path, layer: int | None, base: str | None, device: str | None, compute: str | None, trusted: bool
+) -> ExpertLayers:
     found = read_frontier(folder)
     rows = [row for row in found.rows if row["k"] is not None]
     index = _chosen(layer, sorted({row["layer"] for row in rows}), folder)
     recipe = Recipe(**found.settings)
     recipe = dataclasses.replace(recipe, device=device or recipe.device, model=base or recipe.model)
     asked = {"layers": str(index), "k": 1, "device": recipe.device, "compute": compute or recipe.compute}
+    asked["trust_remote_code"] = trusted
     made, _, base_model = open_and_plan(recipe.model, folder / RECIPE_FILE, asked)
     recipe = made.settled(recipe)
     accelerator = make_accelerator(recipe)

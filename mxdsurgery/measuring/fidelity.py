@@ -26,6 +26,7 @@ from mxdsurgery.base.blocks import Block
 from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.base.model import check_fits
 from mxdsurgery.base.offload import execution_device
+from mxdsurgery.base.running import hidden_states
 from mxdsurgery.base.surgery import ConstantOutput, FrozenExperts, modules_replaced, replaced, resumed_at
 from mxdsurgery.errors import DataError
 from mxdsurgery.hardware.device import synchronise, widest
@@ -33,7 +34,6 @@ from mxdsurgery.measuring.intervals import Sums, Table, error_sums, frequency_de
 from mxdsurgery.measuring.scoring import Original, prediction_sums, run_original
 from mxdsurgery.planning.effort import ON_ALL, Alone, Rates, Runs, evaluation_runs
 from mxdsurgery.terminal.console import duration
-from mxdsurgery.training.teacher import hidden_states
 
 
 @dataclass

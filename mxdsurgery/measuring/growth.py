@@ -54,6 +54,7 @@ def growth(
     base: str | None = None,
     device: str | None = None,
     compute: str | None = None,
+    trust_remote_code: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Measures how the error of a converted model grows with the number of its layers; nothing is written.
@@ -65,6 +66,7 @@ def growth(
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         reporter: where progress is reported; default: nowhere.
 
     Returns:
@@ -83,7 +85,7 @@ def growth(
     """
     reporter = reporter or Reporter()
     folder = Path(folder)
-    converted = load(folder)
+    converted = load(folder, trust_remote_code=trust_remote_code)
     _check_layers_only(converted)
     recipe = settle(converted, saved_recipe(folder, device), compute)
     ids = held_out(converted, recipe, data, tokens)

@@ -52,6 +52,7 @@ def probe(
     base: str | None = None,
     device: str | None = None,
     compute: str | None = None,
+    trust_remote_code: bool = False,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -70,6 +71,7 @@ def probe(
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
+        trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         seed: of the sample, the split and the permutations.
         reporter: where progress is reported; default: nowhere.
 
@@ -84,7 +86,7 @@ def probe(
         BaseModelError: the original model is missing, or is not the one that the folder was made from.
     """
     reporter = reporter or Reporter()
-    opened = open_expert_layers(folder, layer, base=base, device=device, compute=compute)
+    opened = open_expert_layers(folder, layer, base=base, device=device, compute=compute, trust_remote_code=trust_remote_code)
     labelled = read_labelled(data, text_column, label_column, samples).sample(samples, seed)
     batches = opened.batches(labelled, context)
     read = torch.cat([batch.rows for batch in batches]) if batches else torch.empty(0, dtype=torch.int64)

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mxdsurgery.base.activations import hooked, recording
+from mxdsurgery.base.activations import recording
 from mxdsurgery.base.blocks import Block
-from mxdsurgery.base.decoder import decoder_layers
+from mxdsurgery.base.decoder import decoder_layers, vocabulary_size
+from mxdsurgery.base.running import hidden_states, hooked, predict
 from mxdsurgery.base.scores import SCORES, known_predictions, next_token_scores
 from mxdsurgery.layers.sparse import chunk_bytes
 from mxdsurgery.measuring.intervals import Sums, sum_sequences
 from mxdsurgery.training.cost import HELD_BYTES
-from mxdsurgery.training.teacher import hidden_states, parts, predict
+from mxdsurgery.training.teacher import parts
 
 
 @dataclass
@@ -56,7 +57,7 @@ def prediction_sums(
     Yields:
         A name, and sums over the scored positions of each context; see `next_token_scores`.
     """
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    vocabulary = vocabulary_size(model)
     known_states, following = _scored(original), ids[:, 2:].flatten()
     for number, group in enumerate(_held(others)):
         ce: list[Tensor] = []

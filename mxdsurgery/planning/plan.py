@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from mxdsurgery.base.analyze import analysis_of
 from mxdsurgery.base.blocks import Block, Part
+from mxdsurgery.base.config import model_name
 from mxdsurgery.base.model import BaseModel
 from mxdsurgery.base.selection import write_layers
 from mxdsurgery.errors import MemoryBudgetError, RecipeError
@@ -197,7 +199,7 @@ class Plan:
 
     def table(self) -> Table:
         """For a terminal."""
-        title = f"Plan for {self.model} (recipe {Path(self.recipe_file).stem})"
+        title = f"Plan for {escape(model_name(self.model))} (recipe {Path(self.recipe_file).stem})"
         table = Table("layer", "block", "kind", "H", "N", "K", "parameters", "was", title=title)
         for layer in self.layers:
             row = (
@@ -342,7 +344,7 @@ def open_and_plan(
             fix="name one of them with --dtype",
         )
     made = Plan(
-        model=model,
+        model=resolved.model,  # of a folder, the whole path: it is looked for from other folders, too
         revision=analysis.revision,
         model_type=analysis.model_type,
         architecture=analysis.architecture,

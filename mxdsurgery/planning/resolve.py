@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mxdsurgery.base.decoder import decoder_layers
+from mxdsurgery.base.decoder import decoder_layers, layer_count, vocabulary_size, width
 from mxdsurgery.base.dtypes import in_memory
 from mxdsurgery.base.model import BaseModel, open_model
 from mxdsurgery.demo import DEMO_MODELS
@@ -24,9 +24,9 @@ def resolve_recipe(base: BaseModel, recipe: str | Path | None, overrides: dict[s
     """The recipe, from defaults, then its file, then the overrides; and the path of that file."""
     given = {name: value for name, value in overrides.items() if value is not None}
     check_names(given, "among the options")
-    model, text_config = base.name, base.config.get_text_config(decoder=True)
+    model = base.name
     if recipe is None:
-        recipe = find_recipe(model, base.config.model_type, text_config.hidden_size, text_config.num_hidden_layers)
+        recipe = find_recipe(model, base.config.model_type, width(base.skeleton), layer_count(base.skeleton))
     values = load_recipe(recipe) | given
     # A recipe's held-out text belongs to the recipe's training text.
     if "data" in given and "eval_data" not in given:
@@ -45,11 +45,10 @@ def resolve_recipe(base: BaseModel, recipe: str | Path | None, overrides: dict[s
 def base_shape(base: BaseModel, stored: str, compute: str | None) -> BaseShape:
     """What the cost arithmetic needs to know of a base model that is stored in one dtype and computes in another."""
     _, layers = decoder_layers(base.skeleton)
-    text_config = base.config.get_text_config(decoder=True)
     return BaseShape(
         parameters=base.skeleton.num_parameters(),
         layer_parameters=tuple(sum(weight.numel() for weight in layer.parameters()) for layer in layers),
-        d_model=text_config.hidden_size,
-        vocabulary=text_config.vocab_size,
+        d_model=width(base.skeleton),
+        vocabulary=vocabulary_size(base.skeleton),
         dtype=in_memory(stored, compute),
     )

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from mxdsurgery.base.model import load_tokenizer
+from mxdsurgery.base.terms import is_terms
 from mxdsurgery.checkpoint.adapter import ADAPTER_FILE, CARD, Adapter, is_adapter, is_code, part_of, read_adapter
 from mxdsurgery.checkpoint.converted import EVALUATION_FILE, PLAN_FILE, RECIPE_FILE, read_config
 from mxdsurgery.checkpoint.export import TRAVELLING
@@ -28,12 +29,10 @@ if TYPE_CHECKING:  # only the catalogue of experts needs it
 _MODELING = "modeling_mxd.py"
 _CODE = (*TRAVELLING, "configuration_mxd.py", _MODELING)
 _NEEDED = (CARD, "config.json", PLAN_FILE, RECIPE_FILE, EVALUATION_FILE, "tokenizer_config.json")
-_LICENSES = ("LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*", "USE_POLICY.md")
 _KEPT_BY_EDIT = (CARD, "config.json", EVALUATION_FILE, "before.safetensors", "digests.json", "edits.yaml", "*.py")
 # Files that belong to a model, as patterns for `fnmatch`. All else in the folder stays here.
 _KNOWN = (
     *_NEEDED,
-    *_LICENSES,
     ADAPTER_FILE,
     "generation_config.json",
     "model*.safetensors",
@@ -95,9 +94,9 @@ def pack(folder: str | Path, *, redact: bool = False, include_experts: bool = Fa
     folder = Path(folder)
     adapter = read_adapter(folder) if is_adapter(folder) else None
     _check_complete(folder, adapter)
-    known = (*_KNOWN, *(_CODE if adapter is None else ()), *((_EXPERTS,) if include_experts else ()))
+    known = (*_KNOWN, *(_code(folder) if adapter is None else ()), *((_EXPERTS,) if include_experts else ()))
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    chosen = {file.as_posix() for file in files if _among(file.as_posix(), known)}
+    chosen = {file.as_posix() for file in files if _among(file.as_posix(), known) or is_terms(file.as_posix())}
     if include_experts and _CONTEXTS not in chosen:
         raise PushError(f"{str(folder)!r} holds no catalogue of experts", fix="mxdsurgery experts writes it")
     upload = Upload(folder, {}, [], _others(files, chosen))
@@ -117,7 +116,7 @@ def belongs(name: str) -> bool:
 
 def written_by_people(name: str) -> bool:
     """Whether a new repository may well have a file of this name before anything was pushed to it."""
-    return _among(name, (CARD, *_LICENSES, ".gitattributes"))
+    return is_terms(name) or _among(name, (CARD, ".gitattributes"))
 
 
 def _among(name: str, patterns: tuple[str, ...]) -> bool:
@@ -148,6 +147,12 @@ def _check_complete(folder: Path, adapter: Adapter | None) -> None:
     absent = _missing_weights(folder, held) if adapter is None else _missing_parts(adapter, held)
     if absent:
         raise WeightsError(f"{str(folder)!r} holds no {', '.join(absent[:3])}", expected=_AS_WRITTEN)
+
+
+def _code(folder: Path) -> list[str]:
+    """A checkpoint's files of code: ours, and those of the base model's own that ours imports."""
+    imported = {path for file in _CODE[-2:] for path in get_relative_import_files(folder / file)}
+    return [*_CODE, *sorted(Path(path).name for path in imported)]
 
 
 def _missing_code(folder: Path) -> list[str]:

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from mxdsurgery.base.decoder import decoder_layers
+from mxdsurgery.base.decoder import decoder_layers, vocabulary_size
 from mxdsurgery.base.dtypes import stored_in
 from mxdsurgery.base.lora import Adapters
+from mxdsurgery.base.running import hidden_states, predict
 from mxdsurgery.base.surgery import answering, replaced
 from mxdsurgery.errors import DivergedError
 from mxdsurgery.hardware.device import widest
@@ -44,7 +45,7 @@ from mxdsurgery.training.distill import (
     learning_rate,
     tracked,
 )
-from mxdsurgery.training.teacher import Example, hidden_states, parts, predict
+from mxdsurgery.training.teacher import Example, parts
 
 # Tokens of the training text that are not trained on: the best weights are chosen on them.
 VALIDATION_TOKENS = 8192
@@ -183,7 +184,7 @@ def kl_and_gradient(
     flat = hidden.detach()[:, 1:].flatten(0, 1)
     total, gradient = torch.zeros((), device=hidden.device), torch.zeros_like(hidden)
     pieces = []
-    for rows in parts(len(flat), model.config.get_text_config(decoder=True).vocab_size):
+    for rows in parts(len(flat), vocabulary_size(model)):
         part = flat[rows].requires_grad_()
         with torch.enable_grad():
             with accelerator.autocast():
@@ -201,7 +202,7 @@ def validation_kl(model: PreTrainedModel, examples: Sequence[Example]) -> float:
     total, tokens = 0.0, 0
     for example in examples:
         flat = hidden_states(model, example.ids)[:, 1:].flatten(0, 1)
-        for rows in parts(len(flat), model.config.get_text_config(decoder=True).vocab_size):
+        for rows in parts(len(flat), vocabulary_size(model)):
             total += example.targets.kl(predict(model, flat[rows]), rows).item()
         tokens += len(flat)
     return total / tokens

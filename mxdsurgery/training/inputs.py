@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
-from mxdsurgery.base.activations import Activations, hidden_of, hooked, record_layer, recording, stream_activations
+from mxdsurgery.base.activations import Activations, hidden_of, record_layer, recording, stream_activations
 from mxdsurgery.base.blocks import Block
 from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.base.offload import move, resident
+from mxdsurgery.base.running import hooked, run_base
 from mxdsurgery.base.surgery import replaced
 from mxdsurgery.errors import UnsupportedBlockError
 from mxdsurgery.recipe import Recipe
@@ -326,7 +327,7 @@ def prove_layers(base: PreTrainedModel, decoder: nn.ModuleList, input_ids: Tenso
     handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in decoder]
     handles += [layer.register_forward_hook(leave) for layer in decoder]
     with hooked(*handles), torch.no_grad():
-        base.base_model(input_ids=input_ids, use_cache=False)
+        run_base(base, input_ids)
     if len(calls) != len(decoder):
         raise _not_one_by_one(base, f"{len(calls)} decoder layers ran instead of {len(decoder)}")
     return calls
@@ -362,7 +363,7 @@ def _entering(base: PreTrainedModel, decoder: nn.ModuleList, input_ids: Tensor) 
 
     with hooked(decoder[0].register_forward_pre_hook(enter, with_kwargs=True)), torch.no_grad():
         try:
-            base.base_model(input_ids=input_ids, use_cache=False)
+            run_base(base, input_ids)
         except _Entered as entered:
             return entered.args[0]
     raise _not_one_by_one(base, "the first of them did not run")

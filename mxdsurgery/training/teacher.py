@@ -12,15 +12,14 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from mxdsurgery.base.activations import recording
 from mxdsurgery.base.blocks import Block
-from mxdsurgery.base.decoder import decoder_layers
+from mxdsurgery.base.decoder import vocabulary_size
 from mxdsurgery.base.offload import execution_device
-from mxdsurgery.base.surgery import answering
+from mxdsurgery.base.running import hidden_states, predict
 from mxdsurgery.layers.sparse import without_autocast
 
 # Logits (tokens, V) are computed for as many tokens at a time as take so many bytes in fp32.
@@ -41,34 +40,6 @@ class Example(NamedTuple):
 
     ids: Tensor
     targets: Targets
-
-
-class _Answer(BaseModelOutputWithPastAndCrossAttentions):
-    """The output of a decoder that is not run: hidden states; all else that families return (router logits) is None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("_"):
-            raise AttributeError(name)
-
-
-def _decoder(model: PreTrainedModel) -> nn.Module:
-    """The module that runs the decoder layers."""
-    path, _ = decoder_layers(model)
-    return model.base_model.get_submodule(path.rpartition(".")[0])
-
-
-def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The input of the language-model head: ids (B, T) -> (B, T, D)."""
-    inner = model.base_model if model.base_model is not model else _decoder(model)  # not every family has a base model
-    return inner(input_ids=ids, use_cache=False).last_hidden_state
-
-
-def predict(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The model's logits from what `hidden_states` gives: (n, D) -> (n, V), by the family's own code."""
-    # As its decoder returns this at once, the model computes only what comes after: the head, scales or caps of the logits.
-    with answering(_decoder(model), lambda *_, **__: _Answer(last_hidden_state=hidden[None])):
-        ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
-        return model(input_ids=ids, use_cache=False).logits[0]
 
 
 def parts(tokens: int, vocabulary: int, size: int = _LOGITS_BYTES) -> Iterator[slice]:
@@ -172,7 +143,7 @@ class KeptPredictions:
         here = slice(self.contexts, self.contexts + len(ids))
         self._ids[here] = ids.to("cpu", torch.int32)
         tokens, log_p = self._tokens[here].flatten(0, 1), self._log_p[here].flatten(0, 1)
-        for rows in parts(len(hidden), model.config.get_text_config(decoder=True).vocab_size):
+        for rows in parts(len(hidden), vocabulary_size(model)):
             every = F.log_softmax(predict(model, hidden[rows]).float(), dim=-1)
             top, chosen = every.topk(self.top_n, dim=-1)
             if log_p.shape[1] > self.top_n:

@@ -7,8 +7,9 @@ import tiny_models
 import torch
 from tiny import tiny_model
 
-from mxdsurgery.base.activations import Activations, ShuffledPositions, hooked, record_activations, recording
+from mxdsurgery.base.activations import Activations, ShuffledPositions, record_activations, recording
 from mxdsurgery.base.finding import find_blocks
+from mxdsurgery.base.running import hooked
 from mxdsurgery.errors import UnsupportedBlockError
 
 IDS = torch.arange(24).view(2, 12)

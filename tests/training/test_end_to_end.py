@@ -12,6 +12,7 @@ from tiny import RECIPE, batches, tiny_model
 
 from mxdsurgery.base.finding import find_blocks
 from mxdsurgery.base.lora import Adapters, projections
+from mxdsurgery.base.running import hidden_states, predict
 from mxdsurgery.base.surgery import replaced
 from mxdsurgery.errors import DivergedError, LoRAError
 from mxdsurgery.layers.layer import MxDLayer
@@ -19,7 +20,7 @@ from mxdsurgery.planning.plan import plan_layer
 from mxdsurgery.training import teacher
 from mxdsurgery.training.end_to_end import EndToEnd, Settings, kl_and_gradient, train_end_to_end, validation_kl
 from mxdsurgery.training.initialize import initial_layer, measure_statistics
-from mxdsurgery.training.teacher import KeptPredictions, hidden_states, original_examples, predict
+from mxdsurgery.training.teacher import KeptPredictions, original_examples
 
 IDS = next(batches(seed=7))
 ACCELERATOR = Accelerator(cpu=True)

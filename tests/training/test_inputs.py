@@ -8,8 +8,9 @@ import torch
 from tiny import FAMILIES, tiny_model
 from torch import nn
 
-from mxdsurgery.base.activations import hooked, record_activations
+from mxdsurgery.base.activations import record_activations
 from mxdsurgery.base.finding import find_blocks
+from mxdsurgery.base.running import hooked
 from mxdsurgery.base.surgery import replaced
 from mxdsurgery.errors import UnsupportedBlockError
 from mxdsurgery.planning.plan import plan_layer
