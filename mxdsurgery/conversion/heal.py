@@ -281,7 +281,7 @@ def _texts(converted: Converted, saved: Recipe, recipe: Recipe, data: str | None
     else:
         packing = Packing(tokenizer, recipe.context, recipe.prepend_bos)
         train = TextStream(data, packing, recipe.text_column, shuffle=recipe.shuffle)
-    validation, train = dataclasses.replace(train, seed=recipe.seed).split(VALIDATION_TOKENS)
+    validation, train = dataclasses.replace(train, seed=recipe.seed).split(VALIDATION_TOKENS, leave=True)
     next(train.contexts())  # fails now, not after the original is loaded
     return train, validation
 

@@ -196,12 +196,12 @@ class TextStream:
             check_length(context, self.spec)
             filled = True
             yield context
+        if not filled and short:
+            raise DataError(f"the text {self.spec!r} holds no text", expected="more text", fix="give a longer text")
         if not filled:
             beyond = f" beyond the {self.skip} that are held out" if self.skip else ""
             raise DataError(
-                f"the text {self.spec!r} does not fill one context of {self.packing.context} tokens{beyond}"
-                if not short
-                else f"the text {self.spec!r} holds no text",
+                f"the text {self.spec!r} does not fill one context of {self.packing.context} tokens{beyond}",
                 expected="more text",
                 fix="give a longer text, or a smaller --context, or fewer --eval-tokens",
             )
@@ -248,9 +248,11 @@ class TextStream:
         wanted = max(1, tokens // self.packing.context)
         return torch.stack(list(itertools.islice(self.contexts(), wanted)))
 
-    def split(self, tokens: int) -> tuple[Tensor, "TextStream"]:
-        """`first`, and the text that leaves these contexts out."""
+    def split(self, tokens: int, leave: bool = False) -> tuple[Tensor, "TextStream"]:
+        """`first`, and the text that leaves these contexts out. With ``leave``, of a text of no more than that, half stays."""
         first = self.first(tokens)
+        if leave and sum(1 for _ in itertools.islice(self.contexts(), len(first) + 1)) == len(first) > 1:
+            first = first[: len(first) // 2]
         return first, dataclasses.replace(self, skip=self.skip + len(first))
 
     def spread(self, tokens: int, short: bool = False) -> Tensor:
