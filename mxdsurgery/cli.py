@@ -19,6 +19,7 @@ from mxdsurgery.options import (
     COMPUTE,
     KINDS_HELP,
     RESUME,
+    TEXT_COLUMN,
     THREADS,
     TRUST,
     Count,
@@ -260,7 +261,7 @@ def dissect(folder: str, as_json: bool, **options: Any) -> None:
 @click.option("--tokens", type=Count(), default=1_000_000, help="How many of its tokens. [default: 1M]")
 @click.option("--out", help="Where to; default: DIR/experts.")
 @click.option("--layers", default="all", show_default=True, help="Which; as convert's.")
-@click.option("--text-column", help=RECIPE_KEYS["text_column"].doc)
+@TEXT_COLUMN
 @click.option("--label-column", help="Field with each document's class; default: label or kind, where there is one.")
 @click.option("--top", type=Count(), default=10, show_default=True, help="Strongest places kept of each expert.")
 @click.option("--sample", type=Count(), default=10, show_default=True, help="Random places kept of each expert.")
@@ -359,7 +360,6 @@ def edit(folder: str, as_json: bool, **options: Any) -> None:
     "--sweep", type=int, metavar="LAYER", help="Instead of edits: rank all experts of a layer by what ablating does."
 )
 @text_options
-@click.option("--text-column", help=RECIPE_KEYS["text_column"].doc)
 @click.option("--controls", type=click.IntRange(min=0), default=5, show_default=True, help="Draws of other experts; 0: none.")
 @click.option(
     "--contexts-per-expert", type=Count(), default=4, show_default=True, help="With --sweep: where each is measured."

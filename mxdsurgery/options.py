@@ -107,10 +107,13 @@ RESUME = click.option("--resume", is_flag=True, help="Go on with the unfinished 
 BASE = click.option("--base", help="The original model, if it is not where the recipe says.")
 
 
+TEXT_COLUMN = click.option("--text-column", help=RECIPE_KEYS["text_column"].doc + "; default: the recipe's.")
+
+
 def labelled_options(required: bool) -> Callable[[Callable], Callable]:
     """The flags of commands that look at experts through labelled text."""
     options = (
-        click.option("--data", required=required, help="Labelled text: .jsonl, .csv, .parquet or a data set on the hub."),
+        click.option("--data", required=required, help="Labelled text: a file, folder or data set with columns."),
         click.option("--layer", type=int, help="Default: the first in DIR."),
         click.option("--text-column", default="text", show_default=True, help="The column or field that holds the text."),
         click.option("--label-column", default="label", show_default=True, help="The column or field that holds the class."),
@@ -153,6 +156,7 @@ def heal_options(command: Callable) -> Callable:
         _choice("mode", "What learns: the new layers, LoRA on the attention projections, or both."),
         click.option("--tokens", type=Count(), help="Of training; default: the recipe's."),
         click.option("--data", help="The text; default: the recipe's."),
+        TEXT_COLUMN,
         click.option("--lr", type=RecipeValue("lr"), help=f"Peak learning rate; default: {LR_FACTOR} times the recipe's."),
         click.option("--batch", type=RecipeValue("batch"), help="Tokens per optimiser step; default: the recipe's."),
         click.option("--accumulate", type=count, help="Forward and backward passes that a step is split into. [default: 1]"),
@@ -193,6 +197,7 @@ def text_options(command: Callable) -> Callable:
     options = (
         click.option("--data", help="Text; default: the recipe's held-out text."),
         click.option("--tokens", type=Count(), help="How many of its tokens; default: the recipe's eval_tokens."),
+        TEXT_COLUMN,
         machine_options,
     )
     return functools.reduce(lambda made, option: option(made), reversed(options), command)

@@ -24,7 +24,7 @@ _MOST_DEPTH, _MOST_CHARACTERS = 32, 2**16
 # Whole numbers have to be smaller than this, as every real count is.
 _MOST_NUMBER = 2**63
 # Files and folders of a model, with all that was found out about it.
-_MOST_FILES = 100_000
+MOST_FILES = 100_000
 
 # The index of weights in several files.
 INDEX_FILE = "model.safetensors.index.json"
@@ -171,6 +171,11 @@ def check_pointer(path: Path) -> None:
                 raise FileFault(f"{path.name} is a pointer of git-lfs, not the file itself", fix)
 
 
+def is_local(name: str) -> bool:
+    """Whether a name means something on this machine and nothing on the hub: it is there, or is written as a path."""
+    return os.path.exists(name) or name.startswith((".", "/", "~", os.sep))
+
+
 def inside(folder: Path, name: str) -> bool:
     """Whether a name leads to something inside a folder, links followed; in the hub's cache, links to its blobs count."""
     pure = PurePosixPath(name)
@@ -209,8 +214,8 @@ def _entries(folder: Path, deep: bool) -> Iterator[Path]:
     for where, folders, files in os.walk(folder):
         for name in (*folders, *files):
             count += 1
-            if count > _MOST_FILES:
-                raise ValueError(f"it holds more than {_MOST_FILES} files")
+            if count > MOST_FILES:
+                raise ValueError(f"it holds more than {MOST_FILES} files")
             yield Path(where) / name
         if not deep:
             return

@@ -108,9 +108,9 @@ class Recipe:
         choices=("auto", "none", "disk"),
     )
     # On which text
-    data: str | None = _key(None, "text", "training text: hub dataset, .txt, .jsonl(.gz), .parquet, or stdlib")
+    data: str | None = _key(None, "text", "training text: a file, folder or pattern of files, hub dataset, or stdlib")
     eval_data: str | None = _key(None, "text", "held-out text; default: the first eval_tokens of data, not trained on")
-    text_column: str = _key("text", "text", "the column or field that holds the text")
+    text_column: str = _key("text", "text", "the column or field that holds the text; dotted inside others: doc.text")
     context: int = _key(128, "count", "tokens per packed context", low=8)
     prepend_bos: bool | None = _key(None, "flag", "begin each context with BOS; default: if the tokenizer does")
     tokens: int = _key(2_000_000, "count", "training tokens", low=1)

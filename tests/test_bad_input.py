@@ -320,13 +320,13 @@ def test_a_memory_budget_that_is_too_small_is_refused_before_weights_are_read(re
 @pytest.mark.parametrize(
     ("name", "content", "said", "mend"),
     [
-        ("empty.txt", "", "does not fill one context of 128 tokens", "give a longer text, a smaller --context"),
+        ("empty.txt", "", "does not fill one context of 128 tokens", "give a longer text, or a smaller --context"),
         ("short.jsonl", '{"text": "a few words"}\n', "does not fill one context", "give a longer text"),
-        ("missing.jsonl.gz", None, "no text file 'missing.jsonl.gz'", "a .txt, .jsonl, .jsonl.gz or .parquet file"),
-        ("other.jsonl", '{"body": "words"}\n', "no text in the field 'text' (it has: body)", "--text-column"),
+        ("missing.jsonl.gz", None, "no text file 'missing.jsonl.gz'", "a .txt, .jsonl, .json, .csv, .tsv or .parquet file"),
+        ("other.jsonl", '{"body": "words"}\n', "other.jsonl, line 1 has no column 'text'", "--text-column"),
         ("broken.jsonl", '{"text": "words"}\n{"text"\n', "broken.jsonl, line 2: not JSON", "one JSON object per line"),
         ("none.parquet", "text\nwords\n", "none.parquet' is not a whole Parquet file", ""),
-        ("text.csv", "text\nwords\n", "text.csv' is of an unknown form", ".jsonl"),
+        ("text.csv", "words\nwords\n", "text.csv, line 1, has no column 'text'", "--text-column"),
         ("user/unreachable", None, "the data set 'user/unreachable' cannot be read", "user/name[:config[:split]]"),
     ],
 )

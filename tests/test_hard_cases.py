@@ -185,7 +185,7 @@ def _without_the_text(path):
 
 
 def test_a_long_line_of_text_is_read_as_several_documents(monkeypatch, tmp_path):
-    monkeypatch.setattr("mxdsurgery.text.sources._MOST_CHARACTERS", 1000)
+    monkeypatch.setattr("mxdsurgery.text.forms._MOST_CHARACTERS", 1000)
     path = tmp_path / "text.txt"
     path.write_text("a" * 2500 + "\n<|endoftext|>\nend\n")
     found = list(documents(str(path)))

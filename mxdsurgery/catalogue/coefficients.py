@@ -32,7 +32,7 @@ from mxdsurgery.errors import OutputError
 from mxdsurgery.measuring.evaluate import held_out
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.packing import in_batches
-from mxdsurgery.text.sources import text_name
+from mxdsurgery.text.places import text_name
 
 # Tokens in each file of the safetensors form, and in each row group of the Parquet form.
 PART = 2**17
@@ -45,6 +45,7 @@ def coefficients(
     form: str = "parquet",
     data: str | None = None,
     tokens: int | None = None,
+    text_column: str | None = None,
     layers: str = "all",
     device: str | None = None,
     compute: str | None = None,
@@ -59,6 +60,7 @@ def coefficients(
         form: ``parquet`` or ``safetensors``; see the module.
         data: the text; default: the recipe's held-out text.
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
+        text_column: column or field with the text; default: the recipe's.
         layers: which layers, written as for ``convert``.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
@@ -80,7 +82,7 @@ def coefficients(
         raise OutputError(f"{str(out)!r} exists already", expected="a new folder", fix="give another --out")
     converted, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     chosen = layers_with_experts(converted, layers)
-    ids = held_out(converted, recipe, data, tokens)
+    ids = held_out(converted, recipe, data, tokens, text_column)
     parts = in_batches(ids, PART)
     made = {
         "model": converted.folder.resolve().name,

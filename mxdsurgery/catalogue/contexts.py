@@ -3,9 +3,10 @@
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,9 @@ from mxdsurgery.catalogue.files import CONTEXTS_FILE, list_array
 from mxdsurgery.checkpoint.export import write_json
 from mxdsurgery.errors import DataError
 from mxdsurgery.terminal.console import ProgressLine, Reporter
-from mxdsurgery.text.sources import Packing, documents_with_fields
+from mxdsurgery.text.fields import value_in
+from mxdsurgery.text.packing import Packing
+from mxdsurgery.text.sources import check_length, documents_with_fields
 
 CLASSES_FILE = "classes.json"
 # If no label column is named, the first of these fields that a document has is its class.
@@ -70,7 +73,7 @@ def read_corpus(folder: Path, source: Source, packing: Packing, reporter: Report
     """Draws contexts and keeps them in ``folder``; reads them if they are there already.
 
     Raises:
-        DataError: the text cannot be read, does not fill one context, or lacks the class that was asked for.
+        DataError: the text cannot be read, does not hold three tokens, or lacks the class that was asked for.
     """
     path = folder / CONTEXTS_FILE
     if not path.is_file():
@@ -93,9 +96,10 @@ def draw_corpus(source: Source, packing: Packing, line: ProgressLine) -> Corpus:
     wanted = max(1, source.tokens // packing.context)
     held: list[tuple[Tensor, Tensor]] = []
     draw, number = random.Random(source.seed), 0
-    for number, (ids, classes) in enumerate(packing.pack_labelled(_classed(source, names))):
+    for number, (ids, classes) in enumerate(packing.pack_labelled(_classed(source, names, packing), short=True)):
         if number == wanted * source.spread:
             break
+        check_length(ids, source.data)
         pair = (ids.int(), classes.short())
         place = draw.randrange(number + 1)
         if len(held) < wanted:
@@ -106,17 +110,15 @@ def draw_corpus(source: Source, packing: Packing, line: ProgressLine) -> Corpus:
             line.update(number, wanted * source.spread)
     line.update(number + 1, number + 1)
     if not held:
-        raise DataError(
-            f"the text {source.data!r} does not fill one context of {packing.context} tokens", fix="give a longer text"
-        )
+        raise DataError(f"the text {source.data!r} holds no text", expected="more text", fix="give a longer text")
     return Corpus(torch.stack([ids for ids, _ in held]), torch.stack([classes for _, classes in held]), list(names))
 
 
-def _classed(source: Source, names: dict[str, int]) -> Iterator[tuple[str, int]]:
+def _classed(source: Source, names: dict[str, int], packing: Packing) -> Iterator[tuple[str, int]]:
     """Documents with the number of their class, -1 for none; adds new classes to ``names``."""
     fields = _LABEL_FIELDS if source.label_column is None else (source.label_column,)
-    for text, row in documents_with_fields(source.data, source.text_column, fields):
-        label = next((str(row[name]) for name in fields if row.get(name) is not None), None)
+    for text, row in documents_with_fields(source.data, source.text_column, fields, packing.tokenizer):
+        label = next((str(value) for value in (_value(row, name) for name in fields) if value is not None), None)
         if label is None and source.label_column is not None:
             raise DataError(
                 f"{source.data!r} has a text without the field {source.label_column!r}",
@@ -128,3 +130,11 @@ def _classed(source: Source, names: dict[str, int]) -> Iterator[tuple[str, int]]
                 f"{source.data!r} has more than {_MOST_CLASSES} classes", fix="name another field with --label-column"
             )
         yield text, -1 if label is None else names.setdefault(label, len(names))
+
+
+def _value(row: Mapping[str, Any], name: str) -> Any:
+    """A field's value; None where there is none."""
+    try:
+        return value_in(row, name)
+    except KeyError:
+        return None

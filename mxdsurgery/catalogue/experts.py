@@ -33,7 +33,8 @@ from mxdsurgery.layers.layer import Coefficients, MxDLayer
 from mxdsurgery.runs.resume import part, prefixed
 from mxdsurgery.runs.run_folder import RunFolder
 from mxdsurgery.terminal.console import ProgressLine, Reporter, size
-from mxdsurgery.text.sources import Packing, text_name
+from mxdsurgery.text.packing import Packing
+from mxdsurgery.text.places import text_name
 
 # Tokens per forward pass: enough that the bookkeeping for a batch costs little compared with the pass.
 _BATCH = 8192

@@ -1,7 +1,6 @@
 """The model card, and the short table of figures that ends a conversion and an evaluation."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,6 +10,7 @@ from mxdsurgery.base.config import is_local, model_name
 from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import compact, duration, size
+from mxdsurgery.text.places import text_name
 from mxdsurgery.training.cost import LayerPlan
 
 # The figures of the card: JSON name, heading, how to print it.
@@ -93,7 +93,7 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
     table += ["| " + " | ".join(row) + " |" for row in figure_rows(evaluation)]
     interval = evaluation["all"]["delta_ce_ci"]
     settings = {name: value for name, value in recipe.to_dict().items() if name not in ("model", "out", "overwrite")}
-    settings = {name: Path(value).name if _is_local(value) else value for name, value in settings.items()}
+    settings = {name: text_name(value) if isinstance(value, str) else value for name, value in settings.items()}
     first = plan.layers[0]
     revision = f" (revision {plan.revision})" if plan.revision else ""
     return "\n".join(
@@ -237,7 +237,3 @@ def _gate_lines(plan: Plan) -> list[str]:
         "`clamp`, `drop`, `copy`, `merge` and `replace` beside it, for as long as the block lasts.",
         "",
     ]
-
-
-def _is_local(value: object) -> bool:
-    return isinstance(value, str) and Path(value).exists()

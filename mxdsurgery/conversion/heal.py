@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import itertools
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -33,7 +32,8 @@ from mxdsurgery.recipe import CHECKPOINT_KEYS, Recipe
 from mxdsurgery.runs.parallel import my_contexts, rank
 from mxdsurgery.runs.run_folder import TRAINING_FILE, Keeper, RunFolder, depends_on
 from mxdsurgery.terminal.console import Reporter, compact, duration
-from mxdsurgery.text.sources import Packing, TextStream, open_texts, text_name
+from mxdsurgery.text.places import lasting, text_name
+from mxdsurgery.text.sources import Packing, TextStream, open_texts
 from mxdsurgery.training.accelerator import make_accelerator
 from mxdsurgery.training.cost import LayerPlan
 from mxdsurgery.training.end_to_end import VALIDATION_TOKENS, EndToEnd, Settings, train_end_to_end
@@ -55,6 +55,7 @@ class Healing:
         mode: what learns: ``mxd``, the new layers; ``lora``, adapters on the attention projections; or ``both``.
         tokens: of training; default: the recipe's.
         data: the text; default: the recipe's.
+        text_column: column or field with the text; default: the recipe's.
         lr: peak learning rate of Adam; default: ``LR_FACTOR`` times the recipe's.
         batch: tokens per optimiser step; default: the recipe's.
         accumulate: forward and backward passes that a step is split into.
@@ -78,6 +79,7 @@ class Healing:
     mode: str = "mxd"
     tokens: int | None = None
     data: str | None = None
+    text_column: str | None = None
     lr: float | None = None
     batch: int | None = None
     accumulate: int = 1
@@ -121,7 +123,7 @@ class Healing:
         Raises:
             RecipeError: a value out of range.
         """
-        names = ("tokens", "lr", "batch", "specialise", "seed", *CHECKPOINT_KEYS)
+        names = ("text_column", "tokens", "lr", "batch", "specialise", "seed", *CHECKPOINT_KEYS)
         given = {name: getattr(self, name) for name in names}
         defaults = {"lr": LR_FACTOR * saved.lr, "seed": (saved.seed + 1) % 2**32}
         defaults |= {"warmup": WARMUP, "decay": 1.0 - WARMUP, "parallel": "data"}
@@ -273,9 +275,9 @@ def _texts(converted: Converted, saved: Recipe, recipe: Recipe, data: str | None
     """The training text, and S contexts (S, T) at its beginning, not trained on, for validation; neither is held-out text."""
     tokenizer = converted.tokenizer()
     heldout = saved.eval_data
-    if data is None or data == saved.data or (os.path.isfile(data) and os.path.abspath(data) == saved.data):
+    if data is None or saved.data in (data, lasting(data)):
         train, _ = open_texts(recipe, tokenizer)
-    elif heldout is not None and heldout in (data, os.path.abspath(data)):
+    elif heldout is not None and heldout in (data, lasting(data)):
         raise DataError(
             f"{data!r} is the held-out text of {str(converted.folder)!r}",
             expected="another text: the figures would say nothing of text that it does not know",
@@ -283,7 +285,7 @@ def _texts(converted: Converted, saved: Recipe, recipe: Recipe, data: str | None
     else:
         packing = Packing(tokenizer, recipe.context, recipe.prepend_bos)
         train = TextStream(data, packing, recipe.text_column, shuffle=recipe.shuffle)
-    validation, train = dataclasses.replace(train, seed=recipe.seed).split(VALIDATION_TOKENS)
+    validation, train = dataclasses.replace(train, seed=recipe.seed).split(VALIDATION_TOKENS, leave=True)
     next(train.contexts())  # fails now, not after the original is loaded
     return train, validation
 

@@ -259,7 +259,7 @@ def _train_jointly(
     """Trains all layers at once, end to end, each also toward its block's output: fresh layers give nothing useful yet."""
     contexts = recipe.batch // recipe.context
     blocks = [layer.block for layer in layers]
-    validation, text = source.text.split(VALIDATION_TOKENS)
+    validation, text = source.text.split(VALIDATION_TOKENS, leave=True)
     settings = Settings(local=JOINT_LOCAL, anneal=True)
     with closing(text.batches(contexts)) as batches:
         source.read = Read(batches)

@@ -47,7 +47,7 @@ from mxdsurgery.measuring.intervals import Table, next_token_sums, scored_predic
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.packing import in_batches
-from mxdsurgery.text.sources import text_name
+from mxdsurgery.text.places import text_name
 
 EDITS_FOLDER, EDITS_FILE = "edits", "edits.yaml"
 # Files of the folder that a step keeps as they were, so that it can be undone bit for bit.
@@ -65,6 +65,7 @@ def edit(
     undo: bool = False,
     data: str | None = None,
     tokens: int | None = None,
+    text_column: str | None = None,
     overwrite: bool = False,
     device: str | None = None,
     compute: str | None = None,
@@ -84,6 +85,7 @@ def edit(
         undo: undo the last edit instead.
         data: the text to compare on; default: the recipe's held-out text.
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
+        text_column: column or field with the text; default: the recipe's.
         overwrite: replace an earlier folder that mxdsurgery wrote.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
@@ -119,7 +121,7 @@ def edit(
     before, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     check_for(edits, before)
     target = check_output(out, overwrite)
-    ids = held_out(before, recipe, data, tokens)
+    ids = held_out(before, recipe, data, tokens, text_column)
     steps = before.model.config.mxd.get("edits", [])
     named = dataclasses.replace(edits, model=fingerprint(before))
     origin = (before.plan.model, before.plan.revision)

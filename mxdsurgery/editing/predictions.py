@@ -3,7 +3,6 @@
 Shapes: S contexts, B of them at a time, T tokens, V vocabulary, n predictions.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from mxdsurgery.hardware.device import widest
 from mxdsurgery.measuring.evaluate import held_out
 from mxdsurgery.measuring.intervals import scored_predictions
 from mxdsurgery.text.packing import in_batches
-from mxdsurgery.text.sources import text_name
+from mxdsurgery.text.places import text_name
 
 # exp of this still fits float32.
 _LARGEST_SHIFT = 80.0
@@ -79,8 +78,7 @@ def open_on_text(
         DeviceError: the device is not there.
     """
     converted, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
-    recipe = dataclasses.replace(recipe, text_column=text_column or recipe.text_column)
-    ids = held_out(converted, recipe, data, tokens).to(converted.model.device)
+    ids = held_out(converted, recipe, data, tokens, text_column).to(converted.model.device)
     return Opened(converted, ids, recipe.batch, text_name(data or recipe.eval_data or recipe.data))
 
 

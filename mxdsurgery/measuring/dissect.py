@@ -44,7 +44,7 @@ def dissect(
 
     Args:
         folder: what ``convert`` or ``frontier`` wrote.
-        data: labelled texts: a .jsonl, .csv or .parquet file, or a data set on the hub; default: none, weights only.
+        data: labelled texts: a text with columns, see `mxdsurgery.text.sources`; default: none, weights only.
         layer: default: the first layer in the folder.
         text_column: column or field that holds the text.
         label_column: column or field that holds the class.
@@ -76,7 +76,8 @@ def dissect(
         for name, made in opened.layers.items()
     ]
     if data is not None:
-        labelled = read_labelled(data, text_column, label_column, samples).sample(samples, seed)
+        labelled = read_labelled(data, text_column, label_column, samples, opened.tokenizer)
+        labelled = labelled.sample(samples, seed)
         batches = opened.batches(labelled, context)
         with reporter.progress("read", "texts") as line:
             result |= _used_on(opened, labelled, batches, seed, result["subjects"], line.update)

@@ -31,6 +31,7 @@ def evaluate(
     data: str | None = None,
     tokens: int | None = None,
     tokens_single: int | None = None,
+    text_column: str | None = None,
     base: str | None = None,
     device: str | None = None,
     compute: str | None = None,
@@ -45,6 +46,7 @@ def evaluate(
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
         tokens_single: on how many each layer alone is measured; default: the recipe's ``eval_tokens_single``, or as many as
             the conversion chose, or else as many as keep the evaluation within a fifth of the training time.
+        text_column: column or field with the text; default: the recipe's.
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
@@ -65,7 +67,7 @@ def evaluate(
     saved = Recipe(**load_recipe(folder / RECIPE_FILE))
     recipe = dataclasses.replace(saved, eval_tokens=tokens or saved.eval_tokens, device=device or saved.device)
     settled = settle(converted, recipe, compute)
-    heldout = held_out(converted, saved, data, tokens)
+    heldout = held_out(converted, saved, data, tokens, text_column)
     accelerator = make_accelerator(dataclasses.replace(settled, tracker="none"))
     original = load_original(converted, base or recipe.model, settled)
     original.to(accelerator.device)
@@ -107,17 +109,26 @@ def _changed_maps(converted: Converted) -> dict[str, nn.Module]:
     return {path: converted.model.base_model.get_submodule(path) for path in {*merged, *beside}}
 
 
-def held_out(converted: Converted, saved: Recipe, data: str | None = None, tokens: int | None = None) -> Tensor:
+def held_out(
+    converted: Converted,
+    saved: Recipe,
+    data: str | None = None,
+    tokens: int | None = None,
+    text_column: str | None = None,
+) -> Tensor:
     """Contexts to measure a converted model on, (S, T): from the text ``data``, or else from the recipe's held-out text.
+
+    A text ``data`` that is shorter than one context is one of its own length. ``text_column``: by default the recipe's.
 
     Raises:
         DataError: the text cannot be read, or more tokens are asked for than were held out.
     """
-    recipe = dataclasses.replace(saved, eval_tokens=tokens or saved.eval_tokens)
+    given = {"eval_tokens": tokens or saved.eval_tokens, "text_column": text_column or saved.text_column}
+    recipe = dataclasses.replace(saved, **given)
     tokenizer = converted.tokenizer()
     if data is not None:
         packing = Packing(tokenizer, recipe.context, recipe.prepend_bos)
-        return TextStream(data, packing, recipe.text_column).spread(recipe.eval_tokens)
+        return TextStream(data, packing, recipe.text_column).spread(recipe.eval_tokens, short=True)
     _check_held_out(saved, tokens)
     return open_texts(recipe, tokenizer)[1]
 

@@ -1,6 +1,7 @@
 """The layers whose experts are examined, one of a converted folder or all that a frontier kept, with the original model."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from mxdsurgery.measuring.frontier_table import FRONTIER_FILE, layer_file, load_
 from mxdsurgery.planning.plan import open_and_plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.text.labelled import Labelled, TokenBatch, token_batches
-from mxdsurgery.text.sources import Packing
+from mxdsurgery.text.packing import Packing
+from mxdsurgery.text.places import text_name
 from mxdsurgery.training.accelerator import make_accelerator
 
 # The original block's own units, which experts are compared with.
@@ -109,7 +111,7 @@ def keep_beside(folder: str | Path, what: str, data: str | None, layer: int, res
     """Keeps a result as ``<folder>/<what>/<data>-layer<layer>.json``."""
     name = f"layer{layer}.json"
     if data is not None:
-        text = Path(data).name.split(".")[0] if Path(data).is_file() else data
+        text = text_name(data).split(".")[0] if os.path.exists(data) else text_name(data)
         name = re.sub(r"[^\w.-]", "_", text) + "-" + name
     write_json(Path(folder) / what / name, result)
 

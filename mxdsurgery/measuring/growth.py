@@ -31,7 +31,7 @@ from mxdsurgery.measuring.intervals import Sums, Table, error_sums, scored_predi
 from mxdsurgery.measuring.scoring import Original, prediction_sums, run_original
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.packing import in_batches
-from mxdsurgery.text.sources import text_name
+from mxdsurgery.text.places import text_name
 
 # Layers that are in place together, by index, from below.
 _Set = tuple[int, ...]
@@ -51,6 +51,7 @@ def growth(
     *,
     data: str | None = None,
     tokens: int | None = None,
+    text_column: str | None = None,
     base: str | None = None,
     device: str | None = None,
     compute: str | None = None,
@@ -63,6 +64,7 @@ def growth(
         folder: what ``convert`` wrote.
         data: the text; default: the recipe's held-out text.
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
+        text_column: column or field with the text; default: the recipe's.
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
@@ -88,7 +90,7 @@ def growth(
     converted = load(folder, trust_remote_code=trust_remote_code)
     _check_layers_only(converted)
     recipe = settle(converted, saved_recipe(folder, device), compute)
-    ids = held_out(converted, recipe, data, tokens)
+    ids = held_out(converted, recipe, data, tokens, text_column)
     where = check_device(recipe.device)
     original = load_original(converted, base or recipe.model, recipe).to(where)
     layers = {index: layer.to(where) for index, layer in converted.layers.items()}

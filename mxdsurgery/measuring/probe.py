@@ -62,7 +62,7 @@ def probe(
 
     Args:
         folder: what ``convert`` or ``frontier`` wrote; of the latter, every kind and K is probed.
-        data: labelled texts: a .jsonl, .csv or .parquet file, or a data set on the hub.
+        data: labelled texts: a text with columns, see `mxdsurgery.text.sources`.
         layer: default: the first layer in the folder.
         text_column: column or field that holds the text.
         label_column: column or field that holds the class.
@@ -87,7 +87,8 @@ def probe(
     """
     reporter = reporter or Reporter()
     opened = open_expert_layers(folder, layer, base=base, device=device, compute=compute, trust_remote_code=trust_remote_code)
-    labelled = read_labelled(data, text_column, label_column, samples).sample(samples, seed)
+    labelled = read_labelled(data, text_column, label_column, samples, opened.tokenizer)
+    labelled = labelled.sample(samples, seed)
     batches = opened.batches(labelled, context)
     read = torch.cat([batch.rows for batch in batches]) if batches else torch.empty(0, dtype=torch.int64)
     kept = np.sort(read.numpy())

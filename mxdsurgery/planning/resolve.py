@@ -11,6 +11,7 @@ from mxdsurgery.base.model import BaseModel, open_model
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import RecipeError
 from mxdsurgery.recipe import Recipe, check_names, find_recipe, load_recipe
+from mxdsurgery.text.places import lasting
 from mxdsurgery.training.cost import BaseShape
 
 
@@ -38,8 +39,8 @@ def resolve_recipe(base: BaseModel, recipe: str | Path | None, overrides: dict[s
         raise RecipeError("recipe key 'data' is not set", expected="a text to train on", fix="give --data")
     # The recipe is saved with the result, which may be evaluated from another folder.
     texts = {name: getattr(resolved, name) for name in ("data", "eval_data")}
-    files = {name: os.path.abspath(text) for name, text in texts.items() if text is not None and os.path.isfile(text)}
-    return dataclasses.replace(resolved, revision=base.revision, **files), Path(recipe)
+    lasts = {name: lasting(text) for name, text in texts.items() if text is not None}
+    return dataclasses.replace(resolved, revision=base.revision, **lasts), Path(recipe)
 
 
 def base_shape(base: BaseModel, stored: str, compute: str | None) -> BaseShape:

@@ -1,28 +1,16 @@
 """Labelled text: pieces of text with a class each, for probing and for seeing what experts prefer."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from mxdsurgery.errors import DataError, first_line
-from mxdsurgery.text.sources import Packing, hub_rows
-
-if TYPE_CHECKING:  # imported only where labelled text is read
-    import pandas
-
-_FORMS = "a .jsonl, .jsonl.gz, .csv or .parquet file, or a data set on the hub (user/name[:config[:split]])"
-# By suffix: the name of pandas' reader, and its options.
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("read_json", {"lines": True, "dtype": False}),
-    ".jsonl.gz": ("read_json", {"lines": True, "dtype": False, "compression": "gzip"}),
-    ".csv": ("read_csv", {"dtype": str, "keep_default_na": False}),
-    ".parquet": ("read_parquet", {}),
-}
+from mxdsurgery.errors import DataError
+from mxdsurgery.text.fields import dotted_names, no_column, text_in, value_in
+from mxdsurgery.text.packing import Packing
+from mxdsurgery.text.sources import rows, say_empty
 
 
 @dataclass(frozen=True)
@@ -50,35 +38,48 @@ class Labelled:
         return Labelled([self.texts[i] for i in chosen], [self.labels[i] for i in chosen])
 
 
-def read_labelled(spec: str, text_column: str = "text", label_column: str = "label", limit: int | None = None) -> Labelled:
-    """Reads labelled text.
+def read_labelled(
+    spec: str,
+    text_column: str = "text",
+    label_column: str = "label",
+    limit: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Labelled:
+    """Reads labelled text. Rows without text or class (null) are left out, and an `MxDWarning` says how many.
 
     Args:
-        spec: a file or a data set on the hub.
+        spec: a text with columns; see `mxdsurgery.text.sources`.
         text_column: column or field that holds the text.
         label_column: column or field that holds the class.
         limit: rows to read of a data set on the hub; default: all.
+        tokenizer: has the template by which chats are written out; None: chats are refused.
 
     Raises:
         DataError: it cannot be read, lacks a column, or has fewer than two classes.
     """
-    suffix = next((suffix for suffix in _READERS if spec.endswith(suffix)), None)
-    if suffix is not None:
-        table = _read_file(Path(spec), suffix)
-    elif os.path.exists(spec) or spec.startswith((".", "/", "~")):
-        raise DataError(f"{spec!r} is no labelled text", expected=_FORMS)
-    else:
-        import pandas
-
-        table = pandas.DataFrame(hub_rows(spec, limit))
-    for column, flag in ((text_column, "--text-column"), (label_column, "--label-column")):
-        if column not in table.columns:
-            columns = ", ".join(map(str, table.columns))
-            raise DataError(f"{spec!r} has no column {column!r}", expected=f"one of: {columns}", fix=f"name it with {flag}")
-    kept = table[[text_column, label_column]].dropna()
-    texts, labels = kept[text_column].astype(str).tolist(), kept[label_column].astype(str).tolist()
-    pairs = [(text, label) for text, label in zip(texts, labels, strict=True) if text.strip()]
-    found = Labelled([text for text, _ in pairs], [label for _, label in pairs])
+    texts, labels, read, names, has_labels = [], [], 0, [], False
+    empty = {text_column: 0, label_column: 0}
+    for entry in rows(spec, text_column, (label_column,), limit):
+        if entry.document is not None:
+            raise DataError(f"{spec!r} is plain text", expected="rows with a column of text and one of classes")
+        read += 1
+        text = text_in(entry.row, text_column, entry.where, tokenizer)
+        names = names or list(dotted_names(entry.row))
+        try:
+            label = value_in(entry.row, label_column)
+            has_labels = True
+        except KeyError:
+            label = None
+        if text is None or label is None:
+            empty[text_column if text is None else label_column] += 1
+        elif text.strip():
+            texts.append(text)
+            labels.append(str(label))
+    if read and not has_labels:
+        raise no_column(label_column, names, repr(spec), "--label-column")
+    for column, count in empty.items():
+        say_empty(count, read, spec, column)
+    found = Labelled(texts, labels)
     if len(found.classes) < 2:
         raise DataError(
             f"{spec!r} has {len(found.classes)} classes in its column {label_column!r}",
@@ -86,18 +87,6 @@ def read_labelled(spec: str, text_column: str = "text", label_column: str = "lab
             fix="name the right column with --label-column",
         )
     return found
-
-
-def _read_file(path: Path, suffix: str) -> "pandas.DataFrame":
-    import pandas
-
-    reader, options = _READERS[suffix]
-    if not os.path.isfile(path):
-        raise DataError(f"no file {str(path)!r}", expected=_FORMS)
-    try:
-        return getattr(pandas, reader)(path, **options)
-    except Exception as error:  # pandas and pyarrow raise half a dozen kinds here
-        raise DataError(f"{str(path)!r} cannot be read: {first_line(error)}", expected=_FORMS) from None
 
 
 @dataclass(frozen=True)

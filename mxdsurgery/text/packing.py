@@ -49,14 +49,15 @@ class Packing:
             return []
         return [bos] if self.prepend_bos or self.tokenizer("a")["input_ids"][:1] == [bos] else []
 
-    def pack(self, texts: Iterator[str]) -> Iterator[Tensor]:
-        """Tokenises documents and packs them: yields int64 (T,)."""
-        return (context for context, _ in self.pack_labelled((text, 0) for text in texts))
+    def pack(self, texts: Iterator[str], short: bool = False) -> Iterator[Tensor]:
+        """Tokenises documents and packs them: yields int64 (T,). With ``short``, see `pack_labelled`."""
+        return (context for context, _ in self.pack_labelled(((text, 0) for text in texts), short))
 
-    def pack_labelled(self, texts: Iterator[tuple[str, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def pack_labelled(self, texts: Iterator[tuple[str, int]], short: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """As `pack`, of documents with a number each: yields ids and the number of each token's document, int64 (T,) both.
 
-        The beginning-of-text token has the number -1, an end-of-text token that of the document that it ends.
+        The beginning-of-text token has the number -1, an end-of-text token that of the document that it ends. With ``short``,
+        texts that do not fill one context are one of their own length, without the last end-of-text token.
 
         A document of more than a million characters is tokenised in pieces, cut between words, so that memory and time per
         character do not grow with it. With tokenizers that split text at spaces, and nearly all do, the tokens are the same.
@@ -78,6 +79,10 @@ class Packing:
                 part = slice(start, start + room)
                 yield torch.tensor(first + pending[part]), torch.tensor([-1] * len(first) + numbers[part])
             del pending[:whole], numbers[:whole]
+            short = short and not whole
+        pending = pending[: len(pending) - len(end)]
+        if short and pending:
+            yield torch.tensor(first + pending), torch.tensor([-1] * len(first) + numbers[: len(pending)])
 
     def _pieces(self, text: str) -> Iterator[tuple[str, bool]]:
         """A document in pieces, and of each whether it is the last."""

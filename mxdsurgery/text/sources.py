@@ -1,23 +1,18 @@
-"""Text: where it comes from, and the streams of packed contexts that it becomes.
+"""Text: the documents of a text, and the streams of packed contexts that they become.
 
-A text is named by a SPEC: a local ``.txt``, ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file; ``stdlib`` or
-``stdlib:heldout``, the source of the running Python's standard library; or a data set on the hub as
-``user/name[:config[:split]]``, which is streamed, never downloaded whole.
+A text is named by a SPEC: a file, a folder or a pattern of files on this machine (`places` finds them, `forms` reads what they
+hold, and `fields` finds the text in a row); ``stdlib`` or ``stdlib:heldout``, the source of the running Python's standard
+library; or a data set on the hub as ``user/name[:config[:split]]``, which is streamed, never downloaded whole.
 """
 
 import dataclasses
-import gzip
 import itertools
-import json
-import os
 import queue
 import random
 import threading
-import zlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from textwrap import shorten
 from typing import Any, TypeVar
 
 import torch
@@ -26,29 +21,20 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mxdsurgery.demo import stdlib_documents
-from mxdsurgery.errors import DataError, first_line
+from mxdsurgery.errors import DataError, MxDWarning, first_line
 from mxdsurgery.hardware.device import copies_from_pinned_memory
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.text.fields import text_in
+from mxdsurgery.text.forms import Entry, entries
 from mxdsurgery.text.packing import Packing
+from mxdsurgery.text.places import FORMS, on_hub, text_files
 
 Item = TypeVar("Item")
 
-_FORMS = "a .txt, .jsonl, .jsonl.gz or .parquet file, a data set on the hub (user/name[:config[:split]]), or stdlib"
-_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-# A .txt file is cut into documents where a line holds nothing but this mark.
-_TXT_DOCUMENT_END = "<|endoftext|>"
-# Characters that are in memory at a time: a document of a .txt file that is longer is read as several; a longer line of a
-# .jsonl file is refused.
-_MOST_CHARACTERS = 64 * 2**20
-# Rows of a .parquet file that are in memory at a time.
-_ROWS = 256
 # Held-out contexts are spread over so many times their own amount of text.
 _SPREAD = 32
-
-
-def text_name(spec: str) -> str:
-    """How a text is named where others read it: a local file without its path."""
-    return Path(spec).name if os.path.exists(spec) else spec
+# No figure counts what is at position 0, and what comes after the last token is not known.
+_LEAST_TOKENS = 3
 
 
 def token_strings(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
@@ -74,33 +60,66 @@ def token_strings(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[st
     return strings
 
 
-def documents(spec: str, text_column: str = "text") -> Iterator[str]:
+def documents(spec: str, text_column: str = "text", tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
     """Yields the documents of a text, in their order; empty ones are left out, and what is no character is replaced by U+FFFD.
+
+    Rows that hold no text (null) are left out, too, and an `MxDWarning` says how many.
 
     Args:
         spec: see the module.
-        text_column: column or field that holds the text, where there are several.
+        text_column: column or field that holds the text, where there are several; one inside others by a dotted name.
+        tokenizer: has the template by which chats are written out; None: chats are refused.
 
     Raises:
         DataError: no such file or data set, no such column, or a line that cannot be read. Raised at the first document,
             not at the call.
     """
-    return (document for document, _ in documents_with_fields(spec, text_column))
+    return (document for document, _ in documents_with_fields(spec, text_column, tokenizer=tokenizer))
 
 
 def documents_with_fields(
-    spec: str, text_column: str = "text", fields: Sequence[str] = ()
+    spec: str, text_column: str = "text", fields: Sequence[str] = (), tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """As `documents`, each with other fields of its row; among them are those of ``fields`` that the row has."""
+    """As `documents`, each with its row; in it are those of ``fields`` that the file has."""
+    read = empty = 0
+    try:
+        for entry in rows(spec, text_column, fields):
+            read += 1
+            document = entry.document
+            if document is None:
+                document = text_in(entry.row, text_column, entry.where, tokenizer)
+            if document is None:
+                empty += 1
+            elif document:
+                yield _encodable(document), entry.row
+    finally:
+        say_empty(empty, read, spec, text_column)
+
+
+def say_empty(empty: int, read: int, spec: str, column: str) -> None:
+    """Warns of rows that were left out."""
+    if empty:
+        of = f"{empty:,} of {read:,} rows that were read of {spec!r}"
+        warnings.warn(f"{of} hold nothing (null) in the column {column!r}: they are left out", MxDWarning, stacklevel=2)
+
+
+def rows(spec: str, text_column: str, fields: Sequence[str] = (), limit: int | None = None) -> Iterator[Entry]:
+    """The rows of a text, or the documents of one without columns; of a data set on the hub, the first ``limit``.
+
+    Raises:
+        DataError: as `documents`.
+    """
     if spec in ("stdlib", "stdlib:train", "stdlib:heldout"):
-        found = ((document, {}) for document in stdlib_documents(spec.partition(":")[2] or "train"))
+        for document in stdlib_documents(spec.partition(":")[2] or "train"):
+            yield Entry(spec, {}, document)
     elif spec.startswith("stdlib:"):
         raise DataError(f"no text {spec!r}", expected="stdlib, stdlib:train or stdlib:heldout")
-    elif os.path.isfile(spec) or spec.endswith(_SUFFIXES) or spec.startswith((".", "/", "~")):
-        found = _file_documents(Path(spec), text_column, fields)
+    elif on_hub(spec):
+        for row in _hub_rows(spec, limit):
+            yield Entry(f"the data set {spec!r}", row)
     else:
-        found = _hub_documents(spec, text_column)
-    return ((_encodable(document), row) for document, row in found if document)
+        for path in text_files(spec):
+            yield from entries(path, (text_column, *fields))
 
 
 def _encodable(document: str) -> str:
@@ -110,102 +129,6 @@ def _encodable(document: str) -> str:
         return document
     except UnicodeEncodeError:
         return document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _file_documents(path: Path, text_column: str, fields: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if not os.path.isfile(path):  # False for a name too long to be a file's, where Path.is_file() raises
-        raise DataError(f"no text file {str(path)!r}", expected=_FORMS)
-    try:
-        if path.name.endswith((".jsonl", ".jsonl.gz")):
-            yield from _jsonl_documents(path, text_column)
-        elif path.suffix == ".parquet":
-            yield from _parquet_documents(path, text_column, fields)
-        elif path.suffix == ".txt":
-            yield from ((document, {}) for document in _txt_documents(path))
-        else:
-            raise DataError(f"{str(path)!r} is of an unknown form", expected=_FORMS)
-    except OSError as error:
-        raise DataError(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
-
-
-def _txt_documents(path: Path) -> Iterator[str]:
-    lines: list[str] = []
-    held = 0
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        while line := file.readline(_MOST_CHARACTERS):
-            if line.strip() == _TXT_DOCUMENT_END or held + len(line) > _MOST_CHARACTERS:
-                yield "".join(lines)
-                lines, held = [], 0
-            if line.strip() != _TXT_DOCUMENT_END:
-                lines.append(line)
-                held += len(line)
-    yield "".join(lines)
-
-
-def _jsonl_documents(path: Path, text_column: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", errors="replace") as file:
-            for number in itertools.count(1):
-                line = file.readline(_MOST_CHARACTERS + 1)
-                if not line:
-                    return
-                if len(line) > _MOST_CHARACTERS:
-                    raise DataError(f"{path}, line {number}: longer than {_MOST_CHARACTERS} characters", fix="cut the text up")
-                if line.strip():
-                    yield _json_text(line, f"{path}, line {number}", text_column)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{str(path)!r} is not a whole gzip file: {error}") from None
-
-
-def _json_text(line: str, where: str, text_column: str) -> tuple[str, Mapping[str, Any]]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # the former also for a number of thousands of digits
-        raise DataError(f"{where}: not JSON ({error})", expected="one JSON object per line") from None
-    if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
-        keys = shorten(", ".join(row), 200) if isinstance(row, dict) else type(row).__name__
-        raise DataError(
-            f"{where}: no text in the field {text_column!r} (it has: {keys})",
-            expected="a field that holds a string",
-            fix="name the field with --text-column",
-        )
-    return row[text_column], row
-
-
-def _parquet_documents(path: Path, text_column: str, fields: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        _check_column(text_column, file.schema_arrow.names, str(path))
-        wanted = [text_column, *(name for name in fields if name in file.schema_arrow.names)]
-        for batch in file.iter_batches(_ROWS, columns=wanted):
-            for row in batch.to_pylist():
-                if row[text_column] is not None:
-                    yield _column_text(row[text_column], text_column, str(path)), row
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{str(path)!r} is not a whole Parquet file: {error}") from None
-
-
-def _column_text(value: object, text_column: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(
-            f"{where} holds {type(value).__name__} in its column {text_column!r}",
-            expected="a column of text",
-            fix="name the column with --text-column",
-        )
-    return value
-
-
-def _check_column(text_column: str, columns: list[str], where: str) -> None:
-    if text_column not in columns:
-        raise DataError(
-            f"{where} has no column {text_column!r}",
-            expected=f"one of its columns: {', '.join(columns)}",
-            fix="name the column with --text-column",
-        )
 
 
 def _open_stream(spec: str) -> Iterable[dict]:
@@ -224,28 +147,15 @@ def _open_stream(spec: str) -> Iterable[dict]:
         return load_dataset(name, config or None, revision="refs/convert/parquet", **options)
 
 
-def _hub_documents(spec: str, text_column: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    where = f"the data set {spec!r}"
-    for number, row in enumerate(hub_rows(spec)):
-        if number == 0:
-            _check_column(text_column, list(row), where)
-        if row[text_column] is not None:
-            yield _column_text(row[text_column], text_column, where), row
-
-
-def hub_rows(spec: str, limit: int | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a data set on the hub, streamed; the first ``limit`` of them.
-
-    Raises:
-        DataError: it is not there or cannot be read.
-    """
+def _hub_rows(spec: str, limit: int | None) -> Iterator[dict[str, Any]]:
     try:
         yield from itertools.islice(_open_stream(spec), limit)
     except Exception as error:  # each of the library's layers raises its own kinds, also in the middle of the stream
         raise DataError(
             f"the data set {spec!r} cannot be read: {first_line(error)}",
-            expected=_FORMS,
-            fix="check the spelling and the connection, or give a text that is on this machine with --data",
+            expected=FORMS,
+            fix="check the spelling (there is no file or folder of that name here) and the connection, or give a text that is "
+            "on this machine with --data",
         ) from None
 
 
@@ -271,23 +181,29 @@ class TextStream:
     seed: int = 0
     passes: int = field(default=0, init=False)
 
-    def contexts(self) -> Iterator[Tensor]:
+    def contexts(self, short: bool = False) -> Iterator[Tensor]:
         """One pass over the text: yields int64 (T,).
 
+        Args:
+            short: a text of less than one context is one, too, of its own length.
+
         Raises:
-            DataError: the text does not fill one context.
+            DataError: the text does not fill one context; with ``short``, not three tokens.
         """
         filled = False
-        packed = self.packing.pack(documents(self.spec, self.text_column))
+        packed = self.packing.pack(documents(self.spec, self.text_column, self.packing.tokenizer), short)
         for context in itertools.islice(packed, self.skip, None):
+            check_length(context, self.spec)
             filled = True
             yield context
+        if not filled and short:
+            raise DataError(f"the text {self.spec!r} holds no text", expected="more text", fix="give a longer text")
         if not filled:
             beyond = f" beyond the {self.skip} that are held out" if self.skip else ""
             raise DataError(
                 f"the text {self.spec!r} does not fill one context of {self.packing.context} tokens{beyond}",
                 expected="more text",
-                fix="give a longer text, a smaller --context or fewer --eval-tokens",
+                fix="give a longer text, or a smaller --context, or fewer --eval-tokens",
             )
 
     def batches(self, size: int) -> Iterator[Tensor]:
@@ -332,17 +248,32 @@ class TextStream:
         wanted = max(1, tokens // self.packing.context)
         return torch.stack(list(itertools.islice(self.contexts(), wanted)))
 
-    def split(self, tokens: int) -> tuple[Tensor, "TextStream"]:
-        """`first`, and the text that leaves these contexts out."""
+    def split(self, tokens: int, leave: bool = False) -> tuple[Tensor, "TextStream"]:
+        """`first`, and the text that leaves these contexts out. With ``leave``, of a text of no more than that, half stays."""
         first = self.first(tokens)
+        if leave and sum(1 for _ in itertools.islice(self.contexts(), len(first) + 1)) == len(first) > 1:
+            first = first[: len(first) // 2]
         return first, dataclasses.replace(self, skip=self.skip + len(first))
 
-    def spread(self, tokens: int) -> Tensor:
-        """As `first`, but evenly spread over the first ``_SPREAD`` times as much text: several documents, not one."""
+    def spread(self, tokens: int, short: bool = False) -> Tensor:
+        """As `first`, but evenly spread over the first ``_SPREAD`` times as much text: several documents, not one.
+
+        With ``short``, a text of less than one context is one of its own length: (1, T).
+        """
         wanted = max(1, tokens // self.packing.context)
-        rows = list(itertools.islice(self.contexts(), wanted * _SPREAD))
+        rows = list(itertools.islice(self.contexts(short), wanted * _SPREAD))
         wanted = min(wanted, len(rows))
         return torch.stack([rows[index * len(rows) // wanted] for index in range(wanted)])
+
+
+def check_length(context: Tensor, spec: str) -> None:
+    """Raises DataError for a context (T,) that is too short for any figure."""
+    if len(context) < _LEAST_TOKENS:
+        raise DataError(
+            f"the text {spec!r} is {len(context)} tokens long, the beginning-of-text token included where there is one",
+            expected=f"at least {_LEAST_TOKENS}: figures rest on what is predicted from the second token on",
+            fix="give a longer text",
+        )
 
 
 def run_ahead(items: Iterator[Item], depth: int = 8) -> Iterator[Item]:

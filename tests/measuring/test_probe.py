@@ -118,7 +118,7 @@ def test_numbers_as_labels_are_names(tmp_path):
         ('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n', ["--label-column", "kind"], "has no column 'kind'"),
         ('{"text": "a", "label": "x"}\n', [], "has 1 classes"),
         ('{"text": "import os", "label": "x"}\n{"text": "import re", "label": "y"}\n', [], "too few texts of a class"),
-        ("not json", [], "cannot be read"),
+        ("not json", [], "line 1: not JSON"),
     ],
 )
 def test_bad_labelled_text_is_a_named_error(content, words, message, converted, tmp_path):
@@ -134,7 +134,7 @@ def test_wrong_layers_and_folders_are_named(converted, labelled, tmp_path):
     (tmp_path / "frontier.json").write_text("{}")
     with pytest.raises(OutputError, match="no frontier.json that can be read"):
         mxdsurgery.probe(tmp_path, data=str(labelled))
-    with pytest.raises(DataError, match="no file"):
+    with pytest.raises(DataError, match="no text file"):
         mxdsurgery.probe(converted.out, data="nothing.jsonl")
 
 

@@ -89,14 +89,17 @@ def test_a_line_that_is_not_json_is_named_by_file_and_number(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "has"),
-    [('{"body": "x", "id": 3}', "body, id"), ('{"text": 3}', "it has: text"), ('["text"]', "it has: list"), ("3", "int")],
+    [
+        ('{"body": "x", "id": 3}', "line 2 has no column 'text'\nexpected: one of its columns: body, id\n"),
+        ('{"text": 3}', "line 2 holds int in its column 'text'"),
+        ('["text"]', "line 2: no object but list"),
+        ("3", "line 2: no object but int"),
+    ],
 )
-def test_a_line_without_text_is_named_with_the_fields_it_has(tmp_path, line, has):
+def test_a_line_without_text_is_named_with_what_it_has(tmp_path, line, has):
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
-    message = said(path)
-    assert f"{path}, line 2: no text in the field 'text'" in message
-    assert has in message and "--text-column" in message
+    assert f"{path}, {has}" in said(path)
 
 
 def test_a_parquet_file_without_the_column_lists_its_columns(tmp_path):
@@ -115,11 +118,7 @@ def gzip_with_other_bytes_inside(path):
     path.write_bytes(gzip.compress(b'{"text": "some words"}\n')[:10] + b"\xff" * 100)
 
 
-def gzip_that_is_plain_text(path):
-    path.write_text('{"text": "one"}\n')
-
-
-@pytest.mark.parametrize("spoil", [gzip_cut_short, gzip_with_other_bytes_inside, gzip_that_is_plain_text])
+@pytest.mark.parametrize("spoil", [gzip_cut_short, gzip_with_other_bytes_inside])
 def test_a_gzip_file_that_is_not_whole_is_refused(tmp_path, spoil):
     path = tmp_path / "text.jsonl.gz"
     spoil(path)
@@ -143,13 +142,6 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(spec, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", None)
     message = said(spec)
     assert f"no text file {spec!r}" in message and ".parquet" in message
-
-
-def test_a_file_of_another_form_is_refused_naming_the_forms(tmp_path):
-    path = tmp_path / "text.csv"
-    path.write_text("text\none\n")
-    message = said(path)
-    assert f"{str(path)!r} is of an unknown form" in message and ".jsonl.gz" in message
 
 
 def test_a_file_that_cannot_be_opened_is_refused(tmp_path, monkeypatch):
