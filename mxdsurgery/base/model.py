@@ -196,7 +196,7 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
         raise ModelNotFoundError(
             f"the tokenizer of {model!r} cannot be loaded: {'it is code of its own' if needs_code else first_line(error)}",
             expected="a tokenizer.json beside the model",
-            fix="read that code, and give --trust-remote-code if you trust it" if needs_code else None,
+            fix="read that code, and if you trust it, give --trust-remote-code" if needs_code else None,
         ) from None
     # Documents are longer than the model's context on purpose: they are packed. Not worth a warning per document.
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
@@ -232,5 +232,5 @@ def check_context(config: PreTrainedConfig, context: int) -> None:
         raise RecipeError(
             f"recipe key 'context' is {context}, and the model reads at most {most} tokens",
             expected=f"contexts of at most {most} tokens",
-            fix=f"--context {most}, or less",
+            fix=f"--context {most}, or a smaller one",
         )

@@ -127,7 +127,7 @@ def check_output(out: str | Path, overwrite: bool) -> Path:
             )
         if path.exists() and not (path / PLAN_FILE).is_file():
             raise OutputError(
-                f"{str(out)!r} exists and was not written by mxdsurgery: --overwrite does not touch it",
+                f"{str(out)!r} exists and was not written by mxdsurgery: it is never overwritten",
                 fix="give another --out",
             )
         nearest = next(parent for parent in path.parents if parent.exists())
@@ -172,7 +172,7 @@ def written_whole(out: Path, within: Path | None = None) -> Iterator[Path]:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space or give another --out") from None
+        raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space, or give another --out") from None
 
 
 def _swapped(first: Path, second: Path) -> bool:

@@ -201,4 +201,4 @@ def _kept(out: Path, overwrite: bool) -> Iterator[None]:
         again = "the same command with --resume, and without --overwrite, goes on from there"
         raise Interrupted(f"{str(interrupt) or 'Interrupted.'}\n{out} holds {rows} finished rows: {again}.") from None
     except OSError as error:
-        raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space or give another --out") from None
+        raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space, or give another --out") from None

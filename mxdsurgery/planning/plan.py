@@ -432,7 +432,7 @@ def plan_layer(block: Block, recipe: Recipe) -> LayerPlan:
         raise RecipeError(
             f"recipe key 'k' is {recipe.k}, more than the {n_experts} experts of layer {block.layer}",
             expected="k of at most n_experts",
-            fix="lower --k, or raise --n-experts or --expansion",
+            fix="lower --k, or raise --n-experts, or raise --expansion",
         )
     parameters = layer_parameters(block, n_experts, recipe.kind)
     return LayerPlan(block, n_experts, recipe.k, parameters, recipe.kind, recipe.sparsity)
