@@ -7,6 +7,7 @@ the caller says what the file should have been. Weights are safetensors, and no 
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path, PurePosixPath
@@ -28,6 +29,8 @@ _MOST_FILES = 100_000
 # The index of weights in several files.
 INDEX_FILE = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
+
+_DECIMAL = re.compile(r"[+-]?(?:0|[1-9][0-9_]{0,63})")
 
 _C_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -80,7 +83,10 @@ def _check_values(values: Any) -> None:
 
 
 class _PlainLoader(_C_LOADER):
-    """YAML's safe loader, but stricter: a key that stands twice is an error, a number that is too large becomes text."""
+    """YAML's safe loader, but stricter: a key that stands twice is an error; only plain decimal numbers are whole numbers.
+
+    What is too large, or what YAML 1.1 would read as octal (010) or to the base of 60 (2:30), stays the text that it is.
+    """
 
     def construct_mapping(self, node, deep=False):
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -94,11 +100,16 @@ class _PlainLoader(_C_LOADER):
 
 
 def _whole_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | str:
-    number = None if len(node.value) > 64 else loader.construct_yaml_int(node)
+    number = int(node.value) if _DECIMAL.fullmatch(node.value) else None
     return node.value if number is None or abs(number) >= _MOST_NUMBER else number
 
 
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
+    return node.value if ":" in node.value else loader.construct_yaml_float(node)
+
+
 _PlainLoader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+_PlainLoader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
 def read_yaml(path: str | Path, most: int = MOST_BYTES) -> Any:
