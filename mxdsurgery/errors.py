@@ -22,10 +22,11 @@ class MxDError(Exception):
         expected: what would have been right.
         fix: what to do next; several ways are separated by ``, or ``. Only here are settings named as flags: the command line
             leaves a way out that its command has no flag for (`for_command`), and in Python they are keywords (``str()``).
+        keys: the recipe keys whose values are at odds; who knows where the values came from says so (`resolve.saying_whose`).
     """
 
-    def __init__(self, found: str, *, expected: str | None = None, fix: str | None = None) -> None:
-        self.found, self.expected, self.fix = found, expected, fix
+    def __init__(self, found: str, *, expected: str | None = None, fix: str | None = None, keys: Collection[str] = ()) -> None:
+        self.found, self.expected, self.fix, self.keys = found, expected, fix, keys
         super().__init__(self._lines(None if fix is None else _with_keywords(fix)))
 
     def for_command(self, flags: Collection[str]) -> str:

@@ -104,6 +104,12 @@ class Key:
             words += f" of at least {self.low:g}"
         return words + (", or nothing (null)" if self.optional else "")
 
+    def _why(self, value: object) -> str:
+        """Why a value is refused, where what is allowed does not say so."""
+        number = isinstance(value, int | str) and self.kind in ("count", "number")
+        digits = number and re.fullmatch(r"'?[+-]?([0-9_]+)'?", shown(value, 100))
+        return ", which is too large" if digits and int(digits[1].strip("_") or 0) >= _MOST_NUMBER else ""
+
     def _hint(self, value: object) -> str | None:
         """What else to say where YAML may have read something else than was written."""
         if self.kind == "text" and isinstance(value, bool | float):
@@ -127,7 +133,8 @@ class Key:
         if good and self.high is not None:
             good = parsed <= self.high
         if not good:
-            raise RecipeError(f"recipe key {name!r} is {shown(value)}", expected=self.allowed(), fix=self._hint(value))
+            found = f"recipe key {name!r} " + ("has no value" if value is None else f"is {shown(value)}")
+            raise RecipeError(found + self._why(value), expected=self.allowed(), fix=self._hint(value))
         secret = secret_in(parsed) if isinstance(parsed, str) else None
         if secret is not None:  # the error does not quote it
             raise RecipeError(

@@ -207,35 +207,42 @@ class Recipe:
                 f"recipe key 'k' is {self.k}, more than n_experts = {self.n_experts}",
                 expected="k of at most n_experts",
                 fix="lower --k, or raise --n-experts",
+                keys=("k", "n_experts"),
             )
         if self.batch < self.context:
             raise RecipeError(
                 f"recipe key 'batch' is {self.batch} tokens, less than one context of {self.context}",
                 expected="at least one context per step",
                 fix="raise --batch, or lower --context",
+                keys=("batch", "context"),
             )
         if 0 < self.activation_buffer < 2 * self.batch:
             raise RecipeError(
                 f"recipe key 'activation_buffer' is {self.activation_buffer}, less than two batches of {self.batch}",
                 expected=f"0, or at least {2 * self.batch}: from less, nothing can be mixed across batches",
                 fix="raise --activation-buffer, or lower --batch",
+                keys=("activation_buffer", "batch"),
             )
         if self.offload == "disk" and self.inputs != "converted":
             raise RecipeError(
                 f"recipe keys 'offload' and 'inputs' are 'disk' and {self.inputs!r}",
                 expected="inputs: converted, where one decoder layer at a time is enough",
                 fix="--inputs converted, or --offload auto",
+                keys=("offload", "inputs"),
             )
         if self.auxk > 0 and self.inputs == "joint":
             raise RecipeError(
                 f"recipe keys 'auxk' and 'inputs' are {self.auxk:g} and 'joint'",
                 expected="auxk: 0, as nothing revives dead experts end to end",
                 fix="leave out --auxk, or train with --inputs original, or --inputs converted",
+                keys=("auxk", "inputs"),
             )
         if self.warmup + self.decay > 1.0:
             raise RecipeError(
                 f"recipe keys 'warmup' and 'decay' are {self.warmup} and {self.decay}, together more than 1",
                 expected="shares of the steps that do not overlap",
+                fix="lower --warmup, or lower --decay",
+                keys=("warmup", "decay"),
             )
 
     @property

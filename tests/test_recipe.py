@@ -45,7 +45,7 @@ def plan_real_model(tmp_path, recipe):
         ("k: true", "'k'", "True", "a whole number"),
         ("k: [1, 2]", "'k'", "[1, 2]", "a whole number"),
         ("k: 0", "'k'", "0", "at least 1"),
-        ("k: null", "'k'", "None", "at least 1"),
+        ("k: null", "'k'", "has no value", "at least 1"),
         ("lr: fast", "'lr'", "'fast'", "a number from 1e-08 to 1"),
         ("lr: 5", "'lr'", "5", "a number from 1e-08 to 1"),
         ("lr: .nan", "'lr'", "nan", "a number from 1e-08 to 1"),

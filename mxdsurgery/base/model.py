@@ -233,4 +233,5 @@ def check_context(config: PreTrainedConfig, context: int) -> None:
             f"recipe key 'context' is {context}, and the model reads at most {most} tokens",
             expected=f"contexts of at most {most} tokens",
             fix=f"--context {most}, or a smaller one",
+            keys=("context",),
         )
