@@ -125,7 +125,13 @@ def read_yaml(path: str | Path, most: int = MOST_BYTES) -> Any:
         _check_events(text)
         return yaml.load(text, Loader=_PlainLoader)
     except (yaml.YAMLError, ValueError) as error:  # the latter: invalid numbers and dates
-        raise ValueError(f"is not valid YAML: {error}") from None
+        raise ValueError(f"is not valid YAML: {_in_one_line(error)}") from None
+
+
+def _in_one_line(error: Exception) -> str:
+    """What is wrong in a YAML text, and in which line."""
+    mark = getattr(error, "problem_mark", None)
+    return str(error) if mark is None else f"{error.problem}, line {mark.line + 1}"
 
 
 def _check_events(text: str) -> None:

@@ -20,13 +20,22 @@ from mxdsurgery.base.examination import weights_digest
 from mxdsurgery.base.lora import ADAPTER_FOLDER, Adapters, check_peft, healed_maps, projections
 from mxdsurgery.checkpoint.adapter import ABOUT
 from mxdsurgery.checkpoint.converted import Converted, chosen_dtype, load, saved_recipe
-from mxdsurgery.checkpoint.export import check_output, check_reload, reference_outputs, write_code, written_as
+from mxdsurgery.checkpoint.export import (
+    check_apart,
+    check_output,
+    check_reload,
+    check_room,
+    reference_outputs,
+    write_code,
+    written_as,
+)
 from mxdsurgery.choices import HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
 from mxdsurgery.conversion.heal_text import healing_texts
 from mxdsurgery.conversion.shared_run import shared_run
 from mxdsurgery.conversion.train import start_kernels
-from mxdsurgery.errors import HealError, OutputError
+from mxdsurgery.errors import HealError
 from mxdsurgery.measuring.evaluate import evaluate, load_original
+from mxdsurgery.outside import weight_files
 from mxdsurgery.planning.machine import settled_recipe
 from mxdsurgery.recipe import CHECKPOINT_KEYS, Recipe
 from mxdsurgery.runs.parallel import my_contexts, rank
@@ -107,6 +116,7 @@ class Healing:
             raise HealError(
                 "local is above 0 and the teacher is 'cached'",
                 expected="teacher 'model': what the original's blocks give is not kept",
+                fix="--local 0, or --teacher model",
             )
 
     @property
@@ -179,6 +189,7 @@ def heal(
     recipe = how.recipe(saved)
     size = _contexts_per_pass(recipe, how)
     target = check_output(out, overwrite)
+    check_room(target, sum(path.stat().st_size for path in weight_files(converted.folder)))
     more = depends_on(asdict(how)) | {"source": weights_digest(converted.model)}
     with shared_run(target, recipe, more, resume, overwrite, reporter) as (run, reporter):
         recipe = _settled(converted, recipe, compute, run, reporter)
@@ -236,8 +247,7 @@ class _Healed:
 
 def _check_folder(converted: Converted, out: str | Path, how: Healing) -> None:
     mxd, name = converted.model.config.mxd, str(converted.folder)
-    if Path(out).resolve() == converted.folder.resolve():
-        raise OutputError(f"{str(out)!r} is the folder to heal", expected="another one: it is left as it is")
+    check_apart(out, converted.folder, "the folder to heal")
     if mxd.get("edits"):
         raise HealError(
             f"the experts of {name!r} were edited: healing would teach them what the edits took away",

@@ -28,8 +28,10 @@ from mxdsurgery.checkpoint.converted import (
     read_config,
 )
 from mxdsurgery.checkpoint.export import (
+    check_apart,
     check_output,
     check_reload,
+    check_room,
     reference_outputs,
     write_code,
     write_evaluation,
@@ -39,9 +41,10 @@ from mxdsurgery.checkpoint.export import (
 )
 from mxdsurgery.editing.edits import Edits, baked, check_for
 from mxdsurgery.editing.generate import Sampling, sample
-from mxdsurgery.errors import DataError, EditError, OutputError
+from mxdsurgery.errors import DataError, EditError
 from mxdsurgery.measuring.evaluate import held_out
 from mxdsurgery.measuring.intervals import Table, next_token_sums, scored_predictions, with_interval
+from mxdsurgery.outside import weight_files
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.packing import in_batches
@@ -101,8 +104,7 @@ def edit(
     """
     reporter = reporter or Reporter()
     folder = Path(folder)
-    if Path(out).resolve() == folder.resolve():
-        raise OutputError(f"{str(out)!r} is the folder to edit", expected="another one: it is left as it is")
+    check_apart(out, folder, "the folder to edit")
     if undo:
         return _undo(folder, out, overwrite)
     if not edits:
@@ -118,6 +120,7 @@ def edit(
     before, recipe = load_with_recipe(folder, device, compute)
     check_for(edits, before)
     target = check_output(out, overwrite)
+    check_room(target, sum(path.stat().st_size for path in weight_files(folder)))
     ids, unmeasured = _text(before, recipe, data, tokens)
     steps = before.model.config.mxd.get("edits", [])
     named = dataclasses.replace(edits, model=fingerprint(before))

@@ -182,7 +182,7 @@ def load_original(converted: Converted, name: str, recipe: Recipe) -> PreTrained
     except MxDError as error:
         raise BaseModelError(
             f"the original model of {str(converted.folder)!r} is needed to compare with: {error.found}",
-            expected=name,
+            expected=f"the model that it was made from, {converted.plan.model}",
             fix="say where it is now with --base",
         ) from None
     other = _difference(converted, original)
