@@ -41,6 +41,11 @@ _INTERRUPTED = 130  # what a shell expects of a process that Ctrl-C ended
 _FIRST_SPEAKS = 5.0  # seconds that the other processes of a run wait before they say what they found
 
 
+def flags_of(command: click.Command) -> set[str]:
+    """The flags that a command has."""
+    return {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+
+
 class _NamedErrors(click.Group):
     """Prints a user's mistake, also one in a flag, on stderr: exit code 2. For Ctrl-C, what was kept: exit code 130."""
 
@@ -52,7 +57,8 @@ class _NamedErrors(click.Group):
         except MxDError as error:
             one_of_several = int(os.environ.get("RANK", 0))
             time.sleep(_FIRST_SPEAKS * bool(one_of_several))  # the launcher ends this one meanwhile if the first says the same
-            click.echo(masked(f"{type(error).__name__}: {error}", secrets_here(None)), err=True)
+            said = f"{type(error).__name__}: {error.for_command(flags_of(self.commands.get(ctx.invoked_subcommand, self)))}"
+            click.echo(masked(said, secrets_here(None)), err=True)
             sys.exit(2)
         except KeyboardInterrupt as interrupt:
             click.echo(f"\n{str(interrupt) or 'Interrupted. Nothing was written.'}", err=True)
@@ -103,7 +109,9 @@ def plan(model: str, recipe: str | None, measure: bool, as_json: bool, **overrid
     if as_json:
         _print_json(made.to_dict() | {"recipe": resolved.to_dict()})
         return
-    refusal = [] if made.refusal is None else [f"\nconvert would refuse: {MemoryBudgetError(**made.refusal)}"]
+    refusal = []
+    if made.refusal is not None:
+        refusal.append(f"\nconvert would refuse: {MemoryBudgetError(**made.refusal).for_command(flags_of(convert))}")
     _print_table(made.table(), made.group_table(), *made.summary(resolved), *refusal)
 
 

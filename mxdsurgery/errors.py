@@ -4,6 +4,15 @@ Every one of them ends a command with exit code 2 and these lines on stderr, nev
 ``assert``s; anything else that is raised is a bug of ours.
 """
 
+import re
+from collections.abc import Collection
+
+# Settings that are on or off: their flags take no value.
+SWITCHES = ("checkpointing", "overwrite", "redact", "resume", "trust-remote-code", "undo")
+_FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)(?: ([0-9a-z][\w.,-]*(?<=\w))(?=$|[,;:)]| \(| --))?")
+# A whole other command, to be run first: its flags are its own.
+_COMMAND = re.compile(r"mxdsurgery [a-z]+[^')]*")
+
 
 class MxDError(Exception):
     """A mistake or a circumstance that the user can mend.
@@ -11,17 +20,54 @@ class MxDError(Exception):
     Args:
         found: what is wrong, naming the recipe key, layer path or file.
         expected: what would have been right.
-        fix: what to do next.
+        fix: what to do next; several ways are separated by ``, or ``. Only here are settings named as flags: the command line
+            leaves a way out that its command has no flag for (`for_command`), and in Python they are keywords (``str()``).
+        keys: the recipe keys whose values are at odds; who knows where the values came from says so (`resolve.saying_whose`).
     """
 
-    def __init__(self, found: str, *, expected: str | None = None, fix: str | None = None) -> None:
-        self.found, self.expected, self.fix = found, expected, fix
-        lines = [found]
-        if expected:
-            lines.append(f"expected: {expected}")
+    def __init__(self, found: str, *, expected: str | None = None, fix: str | None = None, keys: Collection[str] = ()) -> None:
+        self.found, self.expected, self.fix, self.keys = found, expected, fix, keys
+        super().__init__(self._lines(None if fix is None else _with_keywords(fix)))
+
+    def for_command(self, flags: Collection[str]) -> str:
+        """What a command says that has these flags."""
+        ways = [way for way in (self.fix or "").split(", or ") if flags_in(way) <= set(flags)]
+        return self._lines(", or ".join(ways))
+
+    def _lines(self, fix: str | None) -> str:
+        lines = [self.found]
+        if self.expected:
+            lines.append(f"expected: {self.expected}")
         if fix:
             lines.append(f"to mend: {fix}")
-        super().__init__("\n".join(lines))
+        return "\n".join(lines)
+
+
+def flags_in(text: str) -> set[str]:
+    """The flags that a text names, but for those of another command in it (``mxdsurgery experts DIR --overwrite``)."""
+    return {f"--{match[1]}" for match in _FLAG.finditer(_COMMAND.sub("", text))}
+
+
+def _with_keywords(text: str) -> str:
+    """A text with its flags as keywords of Python's functions: ``--batch 512`` is ``batch=512``."""
+    pieces, end = [], 0
+    for command in [*_COMMAND.finditer(text), None]:
+        start = len(text) if command is None else command.start()
+        pieces.append(_FLAG.sub(_keyword, text[end:start]))
+        if command is not None:
+            pieces.append(command[0])
+            end = command.end()
+    return "".join(pieces)
+
+
+def _keyword(flag: re.Match) -> str:
+    name, value = flag[1], flag[2]
+    keyword = name.replace("-", "_") + "="
+    if name in SWITCHES:
+        return f"{keyword}True" + (f" {value}" if value else "")
+    if value is None or re.fullmatch(r"[0-9]+(\.[0-9]+)?", value):
+        return keyword + (value or "")
+    return f"{keyword}{value!r}"
 
 
 class MxDWarning(UserWarning):

@@ -10,16 +10,18 @@ from mxdsurgery.errors import RecipeError
 from mxdsurgery.outside import shown
 
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-_COUNT = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmb]?)", re.IGNORECASE)
+_COUNT = re.compile(r"(\d{1,18}(?:\.\d{1,18})?(?:e[+-]?\d{1,2})?)\s*([kmb]?)", re.IGNORECASE)
 # Counts and measures have to be smaller than this.
 _MOST_NUMBER = 10**18
+# Truth as text, as it comes from the environment, from JSON or in quotes.
+_FLAG_WORDS = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
 # Texts are not longer than this, and hold no control characters or lone surrogates.
 _MOST_CHARACTERS = 10_000
 _NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def parse_count(value: object) -> int | None:
-    """A whole number, also written ``100k``, ``2M`` or ``1.5B``; None where the value is no such thing."""
+    """A whole number, also written ``100k``, ``2M``, ``1.5B`` or ``1e6``; None where the value is no such thing."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)) or _too_large(value):
         return None
     match = _COUNT.fullmatch(str(value).strip().replace("_", ""))
@@ -37,7 +39,7 @@ def _parse_number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
-        number = float(value)  # YAML reads 1e-3 as a string
+        number = float(value)  # also of text: YAML reads 1e-3 as a string
     except (ValueError, OverflowError):
         return None
     return number if abs(number) < _MOST_NUMBER else None
@@ -52,15 +54,31 @@ def _parse_text(value: object) -> str | None:
 
 
 def _parse_flag(value: object) -> bool | None:
+    if isinstance(value, str):
+        return _FLAG_WORDS.get(value.strip().lower())
     return value if isinstance(value, bool) else None
 
 
-_PARSERS = {"count": parse_count, "number": _parse_number, "text": _parse_text, "flag": _parse_flag}
+def parse_layers(value: object) -> str | None:
+    """A selection of layers as text, also from a number or a list of them; None where the value is no such thing."""
+    if isinstance(value, list | tuple | range):
+        parts = [_parse_text(part) for part in value]
+        value = None if None in parts else ",".join(parts)
+    return _parse_text(value)
+
+
+_PARSERS = {
+    "count": parse_count,
+    "number": _parse_number,
+    "text": _parse_text,
+    "flag": _parse_flag,
+    "layers": parse_layers,
+}
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a recipe key may hold: a count, number, text or flag, within a range or among choices."""
+    """What a recipe key may hold: a count, number, text, flag or layers, within a range or among choices."""
 
     kind: str
     doc: str
@@ -78,12 +96,25 @@ class Key:
             "number": "a number",
             "text": "text",
             "flag": "true or false",
+            "layers": "layers: all, one (3, or -1 for the last), a range (2-5), or several of these, also as a list",
         }[self.kind]
         if self.low is not None and self.high is not None:
             words += f" from {self.low:g} to {self.high:g}"
         elif self.low is not None:
             words += f" of at least {self.low:g}"
         return words + (", or nothing (null)" if self.optional else "")
+
+    def _why(self, value: object) -> str:
+        """Why a value is refused, where what is allowed does not say so."""
+        number = isinstance(value, int | str) and self.kind in ("count", "number")
+        digits = number and re.fullmatch(r"'?[+-]?([0-9_]+)'?", shown(value, 100))
+        return ", which is too large" if digits and int(digits[1].strip("_") or 0) >= _MOST_NUMBER else ""
+
+    def _hint(self, value: object) -> str | None:
+        """What else to say where YAML may have read something else than was written."""
+        if self.kind == "text" and isinstance(value, bool | float):
+            return "in a file, put it in quotes: YAML reads yes, no, on, off and numbers as what they look like"
+        return None
 
     def parse(self, name: str, value: object) -> Any:
         """The value in its own type.
@@ -102,7 +133,8 @@ class Key:
         if good and self.high is not None:
             good = parsed <= self.high
         if not good:
-            raise RecipeError(f"recipe key {name!r} is {shown(value)}", expected=self.allowed())
+            found = f"recipe key {name!r} " + ("has no value" if value is None else f"is {shown(value)}")
+            raise RecipeError(found + self._why(value), expected=self.allowed(), fix=self._hint(value))
         secret = secret_in(parsed) if isinstance(parsed, str) else None
         if secret is not None:  # the error does not quote it
             raise RecipeError(

@@ -7,6 +7,7 @@ the caller says what the file should have been. Weights are safetensors, and no 
 import itertools
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import is_dataclass
@@ -32,6 +33,8 @@ _WEIGHTS = "model.safetensors"
 _FETCH = "fetch it again: a download that was broken off goes on with 'hf download'"
 # How a file begins that git holds in place of a large one.
 _POINTER = b"version https://git-lfs"
+
+_DECIMAL = re.compile(r"[+-]?(?:0|[1-9][0-9_]{0,63})")
 
 _C_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -84,7 +87,10 @@ def _check_values(values: Any) -> None:
 
 
 class _PlainLoader(_C_LOADER):
-    """YAML's safe loader, but stricter: a key that stands twice is an error, a number that is too large becomes text."""
+    """YAML's safe loader, but stricter: a key that stands twice is an error; only plain decimal numbers are whole numbers.
+
+    What is too large, or what YAML 1.1 would read as octal (010) or to the base of 60 (2:30), stays the text that it is.
+    """
 
     def construct_mapping(self, node, deep=False):
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -98,11 +104,16 @@ class _PlainLoader(_C_LOADER):
 
 
 def _whole_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | str:
-    number = None if len(node.value) > 64 else loader.construct_yaml_int(node)
+    number = int(node.value) if _DECIMAL.fullmatch(node.value) else None
     return node.value if number is None or abs(number) >= _MOST_NUMBER else number
 
 
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
+    return node.value if ":" in node.value else loader.construct_yaml_float(node)
+
+
 _PlainLoader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+_PlainLoader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
 def read_yaml(path: str | Path, most: int = MOST_BYTES) -> Any:
@@ -118,7 +129,13 @@ def read_yaml(path: str | Path, most: int = MOST_BYTES) -> Any:
         _check_events(text)
         return yaml.load(text, Loader=_PlainLoader)
     except (yaml.YAMLError, ValueError) as error:  # the latter: invalid numbers and dates
-        raise ValueError(f"is not valid YAML: {error}") from None
+        raise ValueError(f"is not valid YAML: {_in_one_line(error)}") from None
+
+
+def _in_one_line(error: Exception) -> str:
+    """What is wrong in a YAML text, and in which line."""
+    mark = getattr(error, "problem_mark", None)
+    return str(error) if mark is None else f"{error.problem}, line {mark.line + 1}"
 
 
 def _check_events(text: str) -> None:

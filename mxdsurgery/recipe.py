@@ -41,7 +41,7 @@ class Recipe:
         "flag",
         "run the Python code that comes with the base model and its tokenizer, where they need it; never set by a file",
     )
-    layers: str = _key("all", "text", "layers to convert: all, 3, 2-5, 0,4,7-9, -1")
+    layers: str = _key("all", "layers", "layers to convert: all, 3, 2-5, 0,4,7-9, -1")
     # Into what
     kind: str = _key(
         "mxd",
@@ -206,36 +206,43 @@ class Recipe:
             raise RecipeError(
                 f"recipe key 'k' is {self.k}, more than n_experts = {self.n_experts}",
                 expected="k of at most n_experts",
-                fix="lower --k or raise --n-experts",
+                fix="lower --k, or raise --n-experts",
+                keys=("k", "n_experts"),
             )
         if self.batch < self.context:
             raise RecipeError(
                 f"recipe key 'batch' is {self.batch} tokens, less than one context of {self.context}",
                 expected="at least one context per step",
-                fix="raise --batch or lower --context",
+                fix="raise --batch, or lower --context",
+                keys=("batch", "context"),
             )
         if 0 < self.activation_buffer < 2 * self.batch:
             raise RecipeError(
                 f"recipe key 'activation_buffer' is {self.activation_buffer}, less than two batches of {self.batch}",
                 expected=f"0, or at least {2 * self.batch}: from less, nothing can be mixed across batches",
-                fix="raise --activation-buffer or lower --batch",
+                fix="raise --activation-buffer, or lower --batch",
+                keys=("activation_buffer", "batch"),
             )
         if self.offload == "disk" and self.inputs != "converted":
             raise RecipeError(
                 f"recipe keys 'offload' and 'inputs' are 'disk' and {self.inputs!r}",
                 expected="inputs: converted, where one decoder layer at a time is enough",
                 fix="--inputs converted, or --offload auto",
+                keys=("offload", "inputs"),
             )
         if self.auxk > 0 and self.inputs == "joint":
             raise RecipeError(
                 f"recipe keys 'auxk' and 'inputs' are {self.auxk:g} and 'joint'",
                 expected="auxk: 0, as nothing revives dead experts end to end",
-                fix="leave --auxk out, or train with --inputs original or converted",
+                fix="leave out --auxk, or train with --inputs original, or --inputs converted",
+                keys=("auxk", "inputs"),
             )
         if self.warmup + self.decay > 1.0:
             raise RecipeError(
                 f"recipe keys 'warmup' and 'decay' are {self.warmup} and {self.decay}, together more than 1",
                 expected="shares of the steps that do not overlap",
+                fix="lower --warmup, or lower --decay",
+                keys=("warmup", "decay"),
             )
 
     @property
@@ -310,13 +317,14 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         file = shipped
     content = _read(file)
     content.pop("match", None)
-    if content.get("trust_remote_code"):  # a recipe may come from others, with the model
+    values = {name: RECIPE_KEYS[name].parse(name, value) for name, value in content.items()}
+    if values.get("trust_remote_code"):  # a recipe may come from others, with the model
         raise RecipeError(
             f"recipe key 'trust_remote_code' is {shown(content['trust_remote_code'])} in {file}",
             expected="false: no file decides that code is run",
-            fix="give --trust-remote-code yourself, if you trust the base model's code",
+            fix="if you trust the base model's code, say so yourself: --trust-remote-code",
         )
-    return {name: RECIPE_KEYS[name].parse(name, value) for name, value in content.items()}
+    return values
 
 
 def find_recipe(model: str, model_type: str, d_model: int, n_layers: int) -> Path:

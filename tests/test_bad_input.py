@@ -348,6 +348,9 @@ def test_a_text_of_which_nothing_is_left_to_train_on(refused_conversion):
 def test_an_output_folder_that_exists(refused_conversion, tmp_path):
     (tmp_path / "out").mkdir()
     message = refused_conversion("OutputError", out="out")
+    assert "'out' exists already" in message and "--overwrite" not in message  # which would be refused
+    (tmp_path / "out" / "plan.json").write_text("{}")
+    message = refused_conversion("OutputError", out="out")
     assert "'out' exists already" in message and "give another --out, or --overwrite" in message
 
 
@@ -357,7 +360,7 @@ def test_overwriting_a_folder_or_file_that_is_not_ours(refused_conversion, tmp_p
     (tmp_path / "file").write_text("years of work")
     for out in ("out", "file", "out/thesis.tex", ".", "/"):
         message = refused_conversion("OutputError", "--overwrite", out=out)
-        assert f"{out!r} exists and was not written by mxdsurgery" in message and "give another --out" in message
+        assert f"{out!r} exists already and was not written by mxdsurgery" in message and "give another --out" in message
 
 
 def test_an_output_that_cannot_be_written(refused_conversion, tmp_path):
@@ -380,9 +383,19 @@ def test_an_output_that_is_a_link_to_nowhere_is_checked_where_it_leads(refused_c
 def test_a_folder_that_is_no_converted_model(refused, tmp_path, command):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
-    for folder in ("nowhere", "file", "folder", "demo-glu"):
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "frontier.json").write_text("{}")
+    model_folder(tmp_path / "tool", {})
+    for folder, said in (
+        ("nowhere", "'nowhere' is not there"),
+        ("demo-glu", "'demo-glu' is not there"),
+        ("file", "'file' is a file, not a folder"),
+        ("folder", "'folder' is not a folder with a config.json"),
+        ("table", "'table' is what frontier wrote"),
+        ("tool", "config.json is the config of no model"),
+    ):
         message = refused("NotConvertedError", *command, folder)
-        assert f"{folder!r} is not a folder with a config.json" in message and "mxdsurgery convert wrote" in message
+        assert said in message and "mxdsurgery convert wrote" in message
     copy_of_the_demo(tmp_path / "model")
     message = refused("NotConvertedError", *command, "model")
     assert "'model' holds an ordinary model (llama)" in message and "run mxdsurgery convert on it first" in message

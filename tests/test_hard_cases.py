@@ -325,7 +325,7 @@ def test_a_model_on_several_devices_is_found_proven_and_measured_alike(tmp_path,
 def test_contexts_longer_than_the_models_are_refused_before_training(tmp_path, convert, family):
     base = base_model(tmp_path / "base", family)
     message = refused(RecipeError, lambda: convert(base, context=65))
-    assert "'context' is 65, and the model reads at most 64 tokens" in message and "--context 64" in message
+    assert "'context' is 65, and the model reads at most 64 tokens" in message and "context=64" in message
     check_context(load_config(str(base)), 64)
 
 

@@ -131,7 +131,7 @@ def with_code(place, tmp_path):
 @pytest.mark.parametrize("run", [load_config, open_model, mxdsurgery.analyze, mxdsurgery.plan], ids=lambda run: run.__name__)
 def test_a_base_models_own_code_is_not_run_without_being_trusted(with_code, tmp_path, run):
     message = refused(UnknownFamilyError, lambda: run(str(with_code)))
-    assert "only by code that comes with it" in message and "--trust-remote-code" in message
+    assert "only by code that comes with it" in message and "trust_remote_code=True" in message
     assert not (tmp_path / "mark").exists()
 
 
@@ -155,7 +155,7 @@ def test_trust_is_a_flag_and_no_file_gives_it(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("trust_remote_code: true\n")
     message = refused(RecipeError, lambda: load_recipe(path))
-    assert "'trust_remote_code' is True" in message and "give --trust-remote-code yourself" in message
+    assert "'trust_remote_code' is True" in message and "say so yourself: trust_remote_code=True" in message
     path.write_text(Recipe(trust_remote_code=True).to_yaml())  # what is saved with a model
     assert load_recipe(path)["trust_remote_code"] is False
 

@@ -45,7 +45,7 @@ def plan_real_model(tmp_path, recipe):
         ("k: true", "'k'", "True", "a whole number"),
         ("k: [1, 2]", "'k'", "[1, 2]", "a whole number"),
         ("k: 0", "'k'", "0", "at least 1"),
-        ("k: null", "'k'", "None", "at least 1"),
+        ("k: null", "'k'", "has no value", "at least 1"),
         ("lr: fast", "'lr'", "'fast'", "a number from 1e-08 to 1"),
         ("lr: 5", "'lr'", "5", "a number from 1e-08 to 1"),
         ("lr: .nan", "'lr'", "nan", "a number from 1e-08 to 1"),
@@ -57,7 +57,10 @@ def plan_real_model(tmp_path, recipe):
         ("unit_norm: 1", "'unit_norm'", "1", "true or false"),
         ("init: foo", "'init'", "'foo'", "one of encoder, random, pretrained"),
         ("device: tpu", "'device'", "'tpu'", "one of auto, cpu, cuda, mps, xpu"),
-        ("layers: [1, 2]", "'layers'", "[1, 2]", "text"),
+        ("layers: [1, [2]]", "'layers'", "[1, [2]]", "a range (2-5)"),
+        ("tracker: no", "'tracker'", "False", "in a file, put it in quotes"),
+        ("revision: 1.5", "'revision'", "1.5", "in a file, put it in quotes"),
+        ("unit_norm: maybe", "'unit_norm'", "'maybe'", "true or false"),
         ("data: ''", "'data'", "''", "text, or nothing (null)"),
         ("seed: -1", "'seed'", "-1", "from 0 to"),
     ],
@@ -143,7 +146,9 @@ def test_values_at_the_edge_are_accepted():
         ("1.0005k", None),
         ("-3", None),
         ("k", None),
-        ("1e3", None),
+        ("1e3", 1000),
+        ("1e-3", None),
+        ("0x10", None),
         ("", None),
         (True, None),
         (None, None),
@@ -252,3 +257,40 @@ def test_a_dtype_that_cannot_be_written_is_refused(tmp_path):
         mxdsurgery.plan(str(tmp_path))
     assert "one of float32, bfloat16, float16" in str(caught.value)
     assert mxdsurgery.plan(str(tmp_path), dtype="float32")[0].dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        ("layers: [0, 2]", "layers", "0,2"),
+        ("layers: [0, '4-5', -1]", "layers", "0,4-5,-1"),
+        ("layers: 3", "layers", "3"),
+        ("k: '16'", "k", 16),
+        ("tokens: '2M'", "tokens", 2_000_000),
+        ("tokens: 1e6", "tokens", 1_000_000),
+        ("tokens: 1_000", "tokens", 1000),
+        ("k: 010", "k", 10),  # octal in YAML 1.1
+        ("lr: '1e-3'", "lr", 1e-3),
+        ("lr: 1e-3", "lr", 1e-3),  # text in YAML 1.1
+        ("overwrite: 'true'", "overwrite", True),
+        ("overwrite: 'No'", "overwrite", False),
+        ("unit_norm: on", "unit_norm", True),
+        ("layers: 2:5", "layers", "2:5"),  # not 125; `select_layers` refuses it
+    ],
+)
+def test_a_value_is_what_it_looks_like(tmp_path, line, key, value):
+    assert load_recipe(write(tmp_path, line)) == {key: value}
+    assert type(load_recipe(write(tmp_path, line))[key]) is type(value)
+
+
+def test_python_takes_a_list_of_layers():
+    assert (
+        Recipe(layers=[0, 2]).layers == Recipe(layers=(0, "2")).layers == "0,2" and Recipe(layers=range(3)).layers == "0,1,2"
+    )
+
+
+def test_no_code_is_trusted_by_a_word(tmp_path):
+    for word in ("'yes'", "'true'", "on"):
+        with pytest.raises(RecipeError, match="no file decides that code is run"):
+            load_recipe(write(tmp_path, f"trust_remote_code: {word}"))
+    assert load_recipe(write(tmp_path, "trust_remote_code: 'false'")) == {"trust_remote_code": False}

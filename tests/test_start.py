@@ -65,7 +65,7 @@ def test_help_version_and_mistakes_in_flags_load_nothing_heavy():
         "'threads' is '0'": ["evaluate", "nowhere", "--threads", "0"],
         "is not one of": ["heal", "nowhere", "--out", "x", "--mode", "zork"],
         "--prompt is needed": ["generate", "nowhere"],
-        "EditError: --ablate": ["edit", "nowhere", "--out", "x", "--ablate", "zork"],
+        "EditError: ablate": ["edit", "nowhere", "--out", "x", "--ablate", "zork"],
         "--sweep was given together": ["effect", "nowhere", "--sweep", "1", "--ablate", "1:2"],
         "MetricsError": ["plot", "nowhere"],
     }

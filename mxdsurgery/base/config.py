@@ -67,7 +67,7 @@ def load_config(model: str, revision: str | None = None, trust_remote_code: bool
         raise UnknownFamilyError(
             f"{model!r} has model_type {declared['model_type']!r}, which transformers knows only by code that comes with it",
             expected="one of transformers' own architectures, or your word that this code may be run",
-            fix="read the code, and give --trust-remote-code if you trust it",
+            fix="read the code, and if you trust it, give --trust-remote-code",
         )
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=needs_code)

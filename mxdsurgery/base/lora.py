@@ -52,7 +52,7 @@ def projections(original: PreTrainedModel) -> list[str]:
         raise LoRAError(
             f"{type(original).__name__} has no linear maps in its decoder layers beside the MLP blocks",
             expected="attention projections that are nn.Linear or Conv1D",
-            fix="heal with --mode mxd",
+            fix="train the new layers alone: --mode mxd",
         )
     return found
 

@@ -282,5 +282,6 @@ def check_context(config: PreTrainedConfig, context: int) -> None:
         raise RecipeError(
             f"recipe key 'context' is {context}, and the model reads at most {most} tokens",
             expected=f"contexts of at most {most} tokens",
-            fix=f"--context {most}, or less",
+            fix=f"--context {most}, or a smaller one",
+            keys=("context",),
         )

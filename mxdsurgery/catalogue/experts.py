@@ -30,6 +30,7 @@ from mxdsurgery.errors import LayerSelectionError, MemoryBudgetError, OutputErro
 from mxdsurgery.hardware.memory import PeakMemory, free_memory
 from mxdsurgery.layers.interventions import MAXIMUM_FILE
 from mxdsurgery.layers.layer import Coefficients, MxDLayer
+from mxdsurgery.measuring.evaluate import recipes_text
 from mxdsurgery.runs.resume import part, prefixed
 from mxdsurgery.runs.run_folder import RunFolder
 from mxdsurgery.terminal.console import ProgressLine, Reporter, size
@@ -127,7 +128,8 @@ def experts(
     with run.working(reporter) as reporter:
         compute_in(converted.model, getattr(torch, run.as_begun(recipe, reporter.say).compute))
         try:
-            summary = _catalogued(converted, settings, packing, run, out, reporter)
+            with recipes_text(converted.folder, data):
+                summary = _catalogued(converted, settings, packing, run, out, reporter)
         except (OSError, SafetensorError) as error:
             raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space") from None
     run.finish(out)
@@ -229,7 +231,9 @@ def _check_free(out: Path, overwrite: bool) -> None:
     if out.exists() and not overwrite:
         raise OutputError(f"{str(out)!r} exists already", fix="give another --out, or --overwrite")
     if out.exists() and not (out / CATALOGUE_FILE).is_file():
-        raise OutputError(f"{str(out)!r} was not written by mxdsurgery experts: --overwrite does not touch it")
+        raise OutputError(
+            f"{str(out)!r} is no catalogue that mxdsurgery wrote: it is never overwritten", fix="give another --out"
+        )
 
 
 def _tallies(converted: Converted, settings: _Settings, classes: int) -> dict[int, Tally]:
@@ -240,7 +244,7 @@ def _tallies(converted: Converted, settings: _Settings, classes: int) -> dict[in
         raise MemoryBudgetError(
             f"what is kept of {sum(n for n, _ in shapes.values()):,} experts takes {size(needed)}; {size(free)} are free",
             expected="room for it",
-            fix="look at fewer --layers at a time (each run with an --out of its own), or keep fewer places: --top, --sample",
+            fix="look at fewer layers at a time: --layers, or keep fewer places: --top, or --sample",
         )
     return {layer: Tally.none(*shape, classes, settings.top, settings.sample) for layer, shape in shapes.items()}
 

@@ -107,7 +107,7 @@ def report(
             header["beside"] = beside and beside.name
             size = _write_page(page, beside, chunks, header)
     except OSError as error:
-        raise OutputError(f"{str(page)!r} cannot be written: {error}", fix="free some space or give another --out") from None
+        raise OutputError(f"{str(page)!r} cannot be written: {error}", fix="free some space, or give another --out") from None
     named = {"page": str(page), "data": beside and str(beside)}
     return named | {"bytes": size, "layers": len(catalogue.layers), "experts": experts}
 

@@ -73,7 +73,7 @@ def search(
     by = ("token" if single else "text") if by == "auto" else by
     if by == "token":
         if not single:
-            raise DataError(f"{query!r} is more than one token", expected="a token", fix="search --by text")
+            raise DataError(f"{query!r} is more than one token", expected="a token", fix="--by text")
         found, tokens = _by_token(catalogue, layers, single), [single[0]]
     else:
         ids = tokenizer(query, return_tensors="pt")["input_ids"]

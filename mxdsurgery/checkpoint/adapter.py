@@ -119,7 +119,7 @@ def base_weights(
         try:
             model = open_model(name, revision, trust_remote_code).load(dtype=dtype, offload=Path(scratch), check=False)
         except MxDError as error:
-            fix = "say where it is now with --base (in Python base=)"
+            fix = "say where it is now with --base"
             if isinstance(error, UnknownFamilyError):
                 fix = error.fix
             raise BaseModelError(f"the base model is needed: {error.found}", expected=expected, fix=fix) from None
@@ -138,7 +138,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         NotConvertedError: the folder is not there, holds no adapter, or one of a newer version.
     """
     path = Path(folder) / ADAPTER_FILE
-    expected = "a folder that mxdsurgery wrote with --format adapter"
+    expected = "an adapter that mxdsurgery wrote"
     if not path.is_file():
         raise NotConvertedError(f"{str(folder)!r} is not a folder with a {ADAPTER_FILE}", expected=expected)
     try:
@@ -318,7 +318,7 @@ def _wrong_base(folder: Path, adapter: Adapter, base: str, other: str) -> BaseMo
     return BaseModelError(
         f"{base!r} is not the model that {str(folder)!r} was made from: {other}",
         expected=adapter.origin(),
-        fix="name the right one with --base (in Python base=)",
+        fix="name the right one with --base",
     )
 
 

@@ -19,9 +19,9 @@ from mxdsurgery.checkpoint.adapter import (
     write_adapter,
 )
 from mxdsurgery.checkpoint.converted import PLAN_FILE, load, read_config, saved_recipe, settle
-from mxdsurgery.checkpoint.export import check_output, check_reload, reference_outputs, write_code, written_whole
+from mxdsurgery.checkpoint.export import check_apart, check_output, check_reload, reference_outputs, write_code, written_whole
 from mxdsurgery.demo import DEMO_MODELS
-from mxdsurgery.errors import BaseModelError, OutputError
+from mxdsurgery.errors import BaseModelError
 from mxdsurgery.planning.plan import read_plan
 from mxdsurgery.terminal.console import Reporter
 
@@ -68,8 +68,7 @@ def apply(
     reporter = reporter or Reporter()
     folder = Path(adapter)
     opened = read_adapter(folder)
-    if Path(out).resolve() == folder.resolve():
-        raise OutputError(f"{str(out)!r} is the adapter", expected="another folder: it is left as it is")
+    check_apart(out, folder, "the adapter")
     target = check_output(out, overwrite)
     try:
         named = base or read_plan(folder / PLAN_FILE).model
@@ -134,8 +133,7 @@ def make_adapter(
     """
     folder = Path(folder)
     read_config(folder)
-    if Path(out).resolve() == folder.resolve():
-        raise OutputError(f"{str(out)!r} is the converted model", expected="another folder: it is left as it is")
+    check_apart(out, folder, "the converted model")
     target = check_output(out, overwrite)
     plan = read_plan(folder / PLAN_FILE)
     with written_whole(target) as staging:

@@ -181,6 +181,9 @@ def _edit_lines(edits: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["## Edited experts", ""]
     for number, step in enumerate(edits, start=1):
         lines += [f"Step {number}:", "", *(f"- {line}" for line in step["edits"]), ""]
+        if "ce_before" not in step:
+            lines += ["What this changed was not measured: there was no text to measure on.", ""]
+            continue
         lines += [
             f"On {step['tokens']:,} tokens of {step['data']}, cross-entropy went from {step['ce_before']:.4f} to "
             f"{step['ce_after']:.4f} nats per token (difference {step['delta_ce']:+.3g}, 95 % interval "

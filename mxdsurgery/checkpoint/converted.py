@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ def read_config(folder: str | Path, *, of_adapter: bool = False) -> dict[str, An
         )
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise NotConvertedError(f"{str(folder)!r} is not a folder with a config.json", expected=_CONVERTED)
+        raise NotConvertedError(f"{str(folder)!r} {_instead(Path(folder))}", expected=_CONVERTED)
     try:
         check_folder(Path(folder), deep=True)
     except (ValueError, OSError) as error:
@@ -154,7 +155,9 @@ def read_config(folder: str | Path, *, of_adapter: bool = False) -> dict[str, An
     mxd = values.get("mxd") if isinstance(values, dict) else None
     known = isinstance(mxd, dict) and isinstance(mxd.get("family"), str) and (mxd["family"] in CONFIG_MAPPING or "code" in mxd)
     if not known:
-        kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
+        kind = values.get("model_type") if isinstance(values, dict) else None
+        if not isinstance(kind, str):
+            raise NotConvertedError(f"{path} is the config of no model", expected=_CONVERTED)
         raise NotConvertedError(
             f"{str(folder)!r} holds an ordinary model ({kind})",
             expected=_CONVERTED,
@@ -173,6 +176,15 @@ def read_config(folder: str | Path, *, of_adapter: bool = False) -> dict[str, An
     except ValueError as error:
         raise NotConvertedError(f"{path} says what no conversion wrote: {error}", expected=_CONVERTED) from None
     return values
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without a config.json is, in words."""
+    if not os.path.isdir(folder):
+        return "is a file, not a folder" if os.path.isfile(folder) else "is not there"
+    if (folder / "frontier.json").is_file():
+        return "is what frontier wrote: single layers to compare, no model"
+    return "is not a folder with a config.json"
 
 
 def _check_config(folder: Path, values: dict[str, Any]) -> None:

@@ -46,6 +46,7 @@ from mxdsurgery.errors import ExportError, OutputError
 from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.resume import sync
+from mxdsurgery.terminal.console import size
 
 # The code of ours that travels with a checkpoint is in this room.
 _LAYERS = Path(mxdsurgery.layers.__file__).parent
@@ -128,14 +129,13 @@ def check_output(out: str | Path, overwrite: bool) -> Path:
     """
     try:
         path = Path(out).resolve()
+        if path.exists() and not (path / PLAN_FILE).is_file():
+            what = "exists already and was not written by mxdsurgery"
+            what += "" if path.is_dir() else ": it is a file"
+            raise OutputError(f"{str(out)!r} {what}", expected="a new folder", fix="give another --out")
         if path.exists() and not overwrite:
             raise OutputError(
                 f"{str(out)!r} exists already", expected="a new folder", fix="give another --out, or --overwrite"
-            )
-        if path.exists() and not (path / PLAN_FILE).is_file():
-            raise OutputError(
-                f"{str(out)!r} exists and was not written by mxdsurgery: --overwrite does not touch it",
-                fix="give another --out",
             )
         nearest = next(parent for parent in path.parents if parent.exists())
         with tempfile.TemporaryDirectory(dir=nearest, prefix=f".{path.name}."):
@@ -143,6 +143,32 @@ def check_output(out: str | Path, overwrite: bool) -> Path:
     except OSError as error:
         raise OutputError(f"{str(out)!r} cannot be written: {error.strerror or error}", fix="give another --out") from None
     return path
+
+
+def check_apart(out: str | Path, folder: str | Path, what: str) -> None:
+    """Raises OutputError if ``out`` is the folder that is read, ``what`` it is, or inside it, or has it inside."""
+    target, source = Path(out).resolve(), Path(folder).resolve()
+    if target == source:
+        raise OutputError(f"{str(out)!r} is {what}", expected="another one: it is left as it is", fix="give another --out")
+    if source in target.parents or target in source.parents:
+        where = "inside" if source in target.parents else "around"
+        raise OutputError(
+            f"{str(out)!r} is {where} {str(folder)!r}, {what}",
+            expected="a folder beside it: it is left as it is",
+            fix="give another --out",
+        )
+
+
+def check_room(out: str | Path, needed: int) -> None:
+    """Raises OutputError if the disk that ``out`` will be on has less room than so many bytes."""
+    nearest = next(parent for parent in (Path(out).resolve(), *Path(out).resolve().parents) if parent.exists())
+    free = shutil.disk_usage(nearest).free
+    if free < needed:
+        raise OutputError(
+            f"{str(out)!r} takes {size(needed)} of disk while it is written, and {size(free)} are free there",
+            expected="room for it",
+            fix="free some space, or give another --out",
+        )
 
 
 @contextmanager
@@ -179,7 +205,7 @@ def written_whole(out: Path, within: Path | None = None) -> Iterator[Path]:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space or give another --out") from None
+        raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space, or give another --out") from None
 
 
 def _swapped(first: Path, second: Path) -> bool:

@@ -13,7 +13,7 @@ from mxdsurgery.base.model import BaseModel
 from mxdsurgery.base.offload import move
 from mxdsurgery.base.terms import terms_of
 from mxdsurgery.checkpoint.converted import PLAN_FILE, RECIPE_FILE
-from mxdsurgery.checkpoint.export import check_output, export, write_json
+from mxdsurgery.checkpoint.export import check_output, check_room, export, write_json
 from mxdsurgery.conversion.shared_run import shared_run
 from mxdsurgery.conversion.train import Training, collect, train_groups
 from mxdsurgery.errors import CheckpointError, RecipeError
@@ -21,6 +21,7 @@ from mxdsurgery.hardware.memory import PeakMemory
 from mxdsurgery.measuring.fidelity import Measurement
 from mxdsurgery.planning.effort import EVALUATION_SHARE, Alone
 from mxdsurgery.planning.plan import WORTH_PREDICTING, Plan, open_and_plan, read_plan, with_layers, with_time
+from mxdsurgery.planning.resolve import saying_whose
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.parallel import layer_shares, rank
 from mxdsurgery.runs.run_folder import RunFolder
@@ -81,6 +82,7 @@ def convert(
     out = check_output(resolved.out, resolved.overwrite)
     if not resume:
         made.check_budget()
+        check_room(out, made.disk_bytes)
     reporter = reporter or Reporter()
     with shared_run(out, resolved, {}, resume, resolved.overwrite, reporter) as (run, reporter):
         settled = run.as_begun(made.settled(resolved), reporter.say)
@@ -90,7 +92,8 @@ def convert(
         for line in made.leaves():
             reporter.say(line)
         tokenizer = base_model.tokenizer()
-        train, heldout = open_texts(resolved, tokenizer)
+        with saying_whose(resolved.to_dict(), overrides, made.recipe_file):
+            train, heldout = open_texts(resolved, tokenizer)
         memory = PeakMemory(accelerator.device.type)
         training = Training(len(mine.groups))
         base, found_out = base_model.load_examined(

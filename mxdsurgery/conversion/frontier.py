@@ -19,6 +19,7 @@ from mxdsurgery.hardware.device import check_device
 from mxdsurgery.measuring.fidelity import Measurement
 from mxdsurgery.measuring.frontier_table import FRONTIER_FILE, Frontier, read_frontier, row_key, save_layer
 from mxdsurgery.planning.plan import WORTH_PREDICTING, Plan, open_and_plan, plan_layer, with_layers, with_time
+from mxdsurgery.planning.resolve import saying_whose
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
 from mxdsurgery.runs.run_folder import RunFolder, depends_on
 from mxdsurgery.terminal.console import Reporter
@@ -88,7 +89,8 @@ def frontier(
         reporter.say(line)
     start_processes(resolved)
     alone("a frontier")
-    train, heldout = open_texts(resolved, base_model.tokenizer())
+    with saying_whose(resolved.to_dict(), overrides, made.recipe_file):
+        train, heldout = open_texts(resolved, base_model.tokenizer())
     settled = RunFolder(out, resolved).as_begun(made.settled(resolved), reporter.say, resume)
     how = {"dtype": made.dtype, "compute": settled.compute, "device": check_device(resolved.device)}
     base, found_out = base_model.load_examined(made.blocks[:1], **how)
@@ -201,4 +203,4 @@ def _kept(out: Path, overwrite: bool) -> Iterator[None]:
         again = "the same command with --resume, and without --overwrite, goes on from there"
         raise Interrupted(f"{str(interrupt) or 'Interrupted.'}\n{out} holds {rows} finished rows: {again}.") from None
     except OSError as error:
-        raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space or give another --out") from None
+        raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space, or give another --out") from None

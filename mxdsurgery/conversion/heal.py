@@ -21,22 +21,32 @@ from mxdsurgery.base.examination import weights_digest
 from mxdsurgery.base.lora import ADAPTER_FOLDER, Adapters, check_peft, healed_maps, projections
 from mxdsurgery.checkpoint.adapter import ABOUT
 from mxdsurgery.checkpoint.converted import Converted, chosen_dtype, load, saved_recipe
-from mxdsurgery.checkpoint.export import check_output, check_reload, reference_outputs, write_code, written_as
+from mxdsurgery.checkpoint.export import (
+    check_apart,
+    check_output,
+    check_reload,
+    check_room,
+    reference_outputs,
+    write_code,
+    written_as,
+)
 from mxdsurgery.choices import HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
+from mxdsurgery.conversion.heal_text import healing_texts
 from mxdsurgery.conversion.shared_run import shared_run
 from mxdsurgery.conversion.train import start_kernels
-from mxdsurgery.errors import DataError, HealError, OutputError
+from mxdsurgery.errors import HealError
 from mxdsurgery.measuring.evaluate import evaluate, load_original
+from mxdsurgery.outside import weight_files
 from mxdsurgery.planning.machine import settled_recipe
 from mxdsurgery.recipe import CHECKPOINT_KEYS, Recipe
 from mxdsurgery.runs.parallel import my_contexts, rank
 from mxdsurgery.runs.run_folder import TRAINING_FILE, Keeper, RunFolder, depends_on
 from mxdsurgery.terminal.console import Reporter, compact, duration
-from mxdsurgery.text.places import lasting, text_name
-from mxdsurgery.text.sources import Packing, TextStream, open_texts
+from mxdsurgery.text.places import text_name
+from mxdsurgery.text.sources import TextStream
 from mxdsurgery.training.accelerator import make_accelerator
 from mxdsurgery.training.cost import LayerPlan
-from mxdsurgery.training.end_to_end import VALIDATION_TOKENS, EndToEnd, Settings, train_end_to_end
+from mxdsurgery.training.end_to_end import EndToEnd, Settings, train_end_to_end
 from mxdsurgery.training.inputs import Read
 from mxdsurgery.training.teacher import Example, KeptPredictions, original_examples
 
@@ -110,6 +120,7 @@ class Healing:
             raise HealError(
                 "local is above 0 and the teacher is 'cached'",
                 expected="teacher 'model': what the original's blocks give is not kept",
+                fix="--local 0, or --teacher model",
             )
 
     @property
@@ -185,11 +196,12 @@ def heal(
     recipe = how.recipe(saved)
     size = _contexts_per_pass(recipe, how)
     target = check_output(out, overwrite)
+    check_room(target, sum(path.stat().st_size for path in weight_files(converted.folder)))
     more = depends_on(asdict(how)) | {"source": weights_digest(converted.model)}
     with shared_run(target, recipe, more, resume, overwrite, reporter) as (run, reporter):
         recipe = _settled(converted, recipe, compute, run, reporter)
         accelerator = make_accelerator(recipe)
-        train, validation = _texts(converted, saved, recipe, how.data)
+        train, validation, heldout, measured_on = healing_texts(converted, saved, recipe, how.data, reporter)
         original = load_original(converted, base or recipe.model, recipe).to(accelerator.device)
         run.confirm(original=weights_digest(original))
         healed = _open_for_healing(converted, original, recipe, how, reporter)
@@ -207,7 +219,8 @@ def heal(
         origin = (converted.plan.model, converted.plan.revision) if base is None else (base, None)
         with written_as(target, how.format, *origin, within=run.scratch, trust_remote_code=trust_remote_code) as checkpoint:
             _write(healed, checkpoint, step, how, validation[:_CHECK_CONTEXTS])
-            evaluation = evaluate(checkpoint, compute=recipe.compute, reporter=reporter, **where)
+            measured = {"data": measured_on, "contexts": heldout, "compute": recipe.compute, "reporter": reporter}
+            evaluation = evaluate(checkpoint, **measured, **where)
     accelerator.end_training()
     return step | {"evaluation": evaluation, "out": str(target)}
 
@@ -241,8 +254,7 @@ class _Healed:
 
 def _check_folder(converted: Converted, out: str | Path, how: Healing) -> None:
     mxd, name = converted.model.config.mxd, str(converted.folder)
-    if Path(out).resolve() == converted.folder.resolve():
-        raise OutputError(f"{str(out)!r} is the folder to heal", expected="another one: it is left as it is")
+    check_apart(out, converted.folder, "the folder to heal")
     if mxd.get("edits"):
         raise HealError(
             f"the experts of {name!r} were edited: healing would teach them what the edits took away",
@@ -252,8 +264,8 @@ def _check_folder(converted: Converted, out: str | Path, how: Healing) -> None:
     if healed_maps(mxd, "adapter"):
         raise HealError(
             f"{name!r} was healed with an adapter that is not merged",
-            expected="a model as convert wrote it, or healed with --lora merged",
-            fix="heal the folder that it was made from, with --lora merged",
+            expected="a model as convert wrote it, or healed with merged adapters",
+            fix="heal the folder that it was made from: --lora merged",
         )
     if how.adapts:
         check_peft()
@@ -266,28 +278,9 @@ def _contexts_per_pass(recipe: Recipe, how: Healing) -> int:
         raise HealError(
             f"accumulate is {how.accumulate}, and a step has {contexts} contexts ({recipe.batch} tokens)",
             expected="at least one context in each pass",
-            fix="lower --accumulate or raise --batch",
+            fix="lower --accumulate, or raise --batch",
         )
     return contexts // how.accumulate
-
-
-def _texts(converted: Converted, saved: Recipe, recipe: Recipe, data: str | None) -> tuple[TextStream, Tensor]:
-    """The training text, and S contexts (S, T) at its beginning, not trained on, for validation; neither is held-out text."""
-    tokenizer = converted.tokenizer()
-    heldout = saved.eval_data
-    if data is None or saved.data in (data, lasting(data)):
-        train, _ = open_texts(recipe, tokenizer)
-    elif heldout is not None and heldout in (data, lasting(data)):
-        raise DataError(
-            f"{data!r} is the held-out text of {str(converted.folder)!r}",
-            expected="another text: the figures would say nothing of text that it does not know",
-        )
-    else:
-        packing = Packing(tokenizer, recipe.context, recipe.prepend_bos)
-        train = TextStream(data, packing, recipe.text_column, shuffle=recipe.shuffle)
-    validation, train = dataclasses.replace(train, seed=recipe.seed).split(VALIDATION_TOKENS, leave=True)
-    next(train.contexts())  # fails now, not after the original is loaded
-    return train, validation
 
 
 def _open_for_healing(

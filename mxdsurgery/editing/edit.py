@@ -30,8 +30,10 @@ from mxdsurgery.checkpoint.converted import (
     read_config,
 )
 from mxdsurgery.checkpoint.export import (
+    check_apart,
     check_output,
     check_reload,
+    check_room,
     reference_outputs,
     write_code,
     write_evaluation,
@@ -41,9 +43,10 @@ from mxdsurgery.checkpoint.export import (
 )
 from mxdsurgery.editing.edits import Edits, baked, check_for
 from mxdsurgery.editing.generate import Sampling, sample
-from mxdsurgery.errors import EditError, MxDWarning, OutputError, UnsupportedModelError
+from mxdsurgery.errors import DataError, EditError, MxDWarning, UnsupportedModelError
 from mxdsurgery.measuring.evaluate import held_out
 from mxdsurgery.measuring.intervals import Table, next_token_sums, scored_predictions, with_interval
+from mxdsurgery.outside import weight_files
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.packing import in_batches
@@ -83,7 +86,8 @@ def edit(
         out: the folder to write.
         edits: what to do; all kinds but ``clamp``, which weights cannot express.
         undo: undo the last edit instead.
-        data: the text to compare on; default: the recipe's held-out text.
+        data: the text to compare on; default: the recipe's held-out text. Where that cannot be read and no other is given,
+            nothing is compared.
         tokens: how many of its tokens; default: the recipe's ``eval_tokens``.
         text_column: column or field with the text; default: the recipe's.
         overwrite: replace an earlier folder that mxdsurgery wrote.
@@ -95,8 +99,8 @@ def edit(
 
     Returns:
         ``edits`` (in words), ``tokens``, ``ce_before``, ``ce_after``, ``delta_ce`` and ``kl`` (before ‖ after) in nats per
-        token, each with its interval, ``samples`` (prompt, before, after), ``fingerprint`` and ``out``; with ``undo``,
-        ``undone`` and ``out``.
+        token, each with its interval, ``samples`` (prompt, before, after), ``fingerprint`` and ``out``; without a text to
+        compare on, ``unmeasured`` says why, in place of the figures; with ``undo``, ``undone`` and ``out``.
 
     Raises:
         NotConvertedError: the folder is not one of ours.
@@ -106,12 +110,13 @@ def edit(
     """
     reporter = reporter or Reporter()
     folder = Path(folder)
-    if Path(out).resolve() == folder.resolve():
-        raise OutputError(f"{str(out)!r} is the folder to edit", expected="another one: it is left as it is")
+    check_apart(out, folder, "the folder to edit")
     if undo:
         return _undo(folder, out, overwrite, trust_remote_code)
     if not edits:
-        raise EditError("no edits were given", expected="an edit file with --edits, or --ablate, --drop, --scale or --steer")
+        raise EditError(
+            "no edits were given", expected="an edit", fix="give --edits, or --ablate, or --drop, or --scale, or --steer"
+        )
     if edits.clamp:
         raise EditError(
             "clamp cannot stand in the weights: it depends on whether the expert fires",
@@ -121,7 +126,8 @@ def edit(
     before, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     check_for(edits, before)
     target = check_output(out, overwrite)
-    ids = held_out(before, recipe, data, tokens, text_column)
+    check_room(target, sum(path.stat().st_size for path in weight_files(folder)))
+    ids, unmeasured = _text(before, recipe, data, tokens, text_column)
     steps = before.model.config.mxd.get("edits", [])
     named = dataclasses.replace(edits, model=fingerprint(before))
     origin = (before.plan.model, before.plan.revision)
@@ -130,14 +136,28 @@ def edit(
         _bake(before, named, staging, len(steps) + 1)
         after = load(staging, device=before.model.device, trust_remote_code=trust_remote_code)
         compute_in(after.model, computed_in(before.model))
-        with reporter.progress("compare", "contexts") as line:
-            result = _compare(before.model, after.model, ids, recipe.batch, line.update)
-        result = {"edits": edits.words(), "data": text_name(data or recipe.eval_data or recipe.data)} | result
-        result |= {"samples": _samples(before, after, ids)}
+        result: dict[str, Any] = {"edits": edits.words()}
+        if unmeasured is None:
+            result |= {"data": text_name(data or recipe.eval_data or recipe.data)}
+            result |= _compared(before, after, ids, recipe.batch, reporter)
         _note(staging, [*steps, result], after, recipe)
         check = ids[: max(1, min(4, len(ids)))]
         check_reload(staging, reference_outputs(after.model, check))
-    return result | {"out": str(target), "fingerprint": named.model}
+    why = {} if unmeasured is None else {"unmeasured": unmeasured}
+    return result | why | {"out": str(target), "fingerprint": named.model}
+
+
+def _text(
+    before: Converted, recipe: Recipe, data: str | None, tokens: int | None, text_column: str | None
+) -> tuple[Tensor, str | None]:
+    """Contexts to compare on, (S, T), and None; or any ids, and why there is no text: the recipe's cannot be read."""
+    try:
+        return held_out(before, recipe, data, tokens, text_column), None
+    except DataError as error:
+        if data is not None or tokens is not None:
+            raise
+        some = torch.arange(recipe.context)[None] % before.model.get_input_embeddings().weight.shape[0]
+        return some, error.found
 
 
 def _copy(folder: Path, staging: Path) -> None:
@@ -262,6 +282,13 @@ def _undo(folder: Path, out: str | Path, overwrite: bool, trusted: bool) -> dict
     return {"undone": steps[-1]["edits"], "out": str(target)}
 
 
+def _compared(before: Converted, after: Converted, ids: Tensor, batch: int, reporter: Reporter) -> dict[str, Any]:
+    """What edits do to the predictions of contexts (S, T), and some continuations before and after."""
+    with reporter.progress("compare", "contexts") as line:
+        figures = _compare(before.model, after.model, ids, batch, line.update)
+    return figures | {"samples": _samples(before, after, ids)}
+
+
 @torch.no_grad()
 def _compare(
     before: PreTrainedModel, after: PreTrainedModel, ids: Tensor, batch: int, report: Callable[[int, int], None]
@@ -290,7 +317,7 @@ def _compare(
 
 @torch.no_grad()
 def _samples(before: Converted, after: Converted, ids: Tensor) -> list[dict[str, str]]:
-    """Greedy continuations of some held-out contexts, before and after; none, and a warning, of a model that cannot generate."""
+    """Greedy continuations of some held-out contexts, before and after; of a model that cannot generate none, and a warning."""
     tokenizer = before.tokenizer()
     prompts = ids[: _PROMPTS * 7 : 7, :_PROMPT_TOKENS].to(before.model.device)
     texts = []
@@ -321,6 +348,9 @@ def edit_table(result: dict[str, Any]) -> list[Any]:
     """For a terminal."""
     if "undone" in result:
         return [Text("\n".join(["Taken back:", *result["undone"]]))]
+    if "unmeasured" in result:
+        why = f"What this changed was not measured: {result['unmeasured']}. Another text can be given with --data."
+        return [Text("\n".join([*result["edits"], "", why]))]
     table = RichTable(title=f"On {result['tokens']:,} held-out tokens")
     for heading in ("", "value", "95 % interval"):
         table.add_column(heading, justify="right" if heading else "left")

@@ -18,6 +18,8 @@ No expert is named twice in a layer.
 """
 
 import dataclasses
+import functools
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -184,16 +186,19 @@ def edits_from(values: Any, where: str) -> Edits:
             f"{where}: 'model' is {shown(values['model'])}", expected="a fingerprint, in quotes if it is all digits"
         )
     kinds: dict[str, dict] = {kind: {} for kind in KINDS}
-    for layer, given in values["layers"].items():
-        if not _is_index(layer) or not isinstance(given, dict) or not given:
+    for number, given in values["layers"].items():
+        layer = _index(number)
+        if layer is None or not isinstance(given, dict) or not given:
             raise EditError(
-                f"{where}: 'layers' has {shown(layer)}: {shown(given)}", expected="a layer's number, and edits by kind"
+                f"{where}: 'layers' has {shown(number)}: {shown(given)}", expected="a layer's number, and edits by kind"
             )
         for kind, what in given.items():
             if kind not in KINDS:
                 raise EditError(
                     f"{where}, layer {layer}: no edit is named {shown(kind)}", expected="one of " + ", ".join(KINDS)
                 )
+            if layer in kinds[kind]:
+                raise EditError(f"{where}: layer {layer} stands twice, once as text", expected="one entry for each layer")
             kinds[kind][layer] = _checked(kind, what, f"{where}, layer {layer}, {kind}")
     return Edits(**kinds, model=values.get("model"))
 
@@ -291,38 +296,61 @@ def _from_flag(kind: str, text: str) -> tuple[int, int, float | None]:
         good = False
     if not good:
         example = "12:4031,12:77" if kind in LISTED else "12:4031=8"
-        raise EditError(f"--{kind} {shown(text)}", expected=f"{wanted}, several between commas; for example {example}")
+        raise EditError(
+            f"{kind} {shown(text)}: this is no edit", expected=f"{wanted}, several between commas; for example {example}"
+        )
     return found
 
 
 def _checked(kind: str, what: Any, where: str) -> Any:
-    """What a file says of one kind in one layer, with numbers as floats."""
+    """What a file says of one kind in one layer, in its own types; numbers may be given as text."""
     if kind in LISTED:
-        good, wanted = isinstance(what, list) and all(map(_is_index, what)), "a list of experts"
+        made, wanted = _list_of(_index, what if isinstance(what, list) else [what]), "an expert, or a list of experts"
     elif kind == "merge":
-        good = isinstance(what, list) and all(isinstance(g, list) and len(g) > 1 and all(map(_is_index, g)) for g in what)
-        wanted = "a list of groups, each a list of two experts or more"
+        made, wanted = _list_of(_group, what), "a list of groups, each a list of two experts or more"
     elif kind == "copy":
-        good, wanted = _is_mapping(what, _is_index), "experts, and the expert that each of them copies"
+        made, wanted = _mapping_to(_index, what), "experts, and the expert that each of them copies"
     elif kind == "replace":
-        good = _is_mapping(what, lambda row: isinstance(row, list) and all(map(_is_number, row)))
+        made = _mapping_to(functools.partial(_list_of, _number), what)
         wanted = "experts, and D finite numbers for each"
     else:
-        good, wanted = _is_mapping(what, _is_number), "experts, and a finite number for each"
-    if not good or not what:
+        made, wanted = _mapping_to(_number, what), "experts, and a finite number for each"
+    if not made:
         raise EditError(f"{where}: {shown(what)[:80]}", expected=wanted)
-    if kind in NUMBERED:
-        return {expert: float(number) for expert, number in what.items()}
-    return {expert: [float(n) for n in row] for expert, row in what.items()} if kind == "replace" else what
+    return made
 
 
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_INDEX
+def _index(value: Any) -> int | None:
+    """The number of a layer or an expert, also given as text; None where it is none. So for what follows."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value.strip()):
+        value = int(value)
+    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_INDEX
+    return value if good else None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MOST_VALUE
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if abs(number) <= _MOST_VALUE else None
 
 
-def _is_mapping(what: Any, good: Callable[[Any], bool]) -> bool:
-    return isinstance(what, Mapping) and all(_is_index(expert) and good(value) for expert, value in what.items())
+def _list_of(read: Callable[[Any], Any], values: Any) -> list | None:
+    made = [read(value) for value in values] if isinstance(values, list) else [None]
+    return None if None in made else made
+
+
+def _group(experts: Any) -> list[int] | None:
+    made = _list_of(_index, experts)
+    return made if made is not None and len(made) > 1 else None
+
+
+def _mapping_to(read: Callable[[Any], Any], values: Any) -> dict | None:
+    if not isinstance(values, Mapping):
+        return None
+    made = {_index(expert): read(value) for expert, value in values.items()}
+    good = len(made) == len(values) and None not in made and None not in made.values()  # "3" and 3 are the same expert
+    return made if good else None

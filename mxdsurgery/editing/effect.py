@@ -96,7 +96,11 @@ def effect(
     """
     reporter = reporter or Reporter()
     if not edits:
-        raise EditError("no edits were given", expected="an edit file with --edits, or --ablate, --drop, --scale, ...")
+        raise EditError(
+            "no edits were given",
+            expected="an edit",
+            fix="give --edits, or --ablate, or --drop, or --scale, or --steer, or --clamp",
+        )
     opened = open_on_text(
         folder,
         data=data,
@@ -170,7 +174,7 @@ def draw_control(edits: Edits, fired: dict[int, Tensor], draw: torch.Generator) 
                 raise EditError(
                     f"layer {layer} has no experts left to compare {len(edits.experts(layer))} edited ones with",
                     expected="at least as many others",
-                    fix="edit fewer, or ask for no comparison with --controls 0",
+                    fix="edit fewer, or compare with none: --controls 0",
                 )
             pool = pool[torch.randperm(len(pool), generator=draw)]  # so that ties are broken at random
             nearest = pool[(log[pool] - log[expert]).abs().argsort(stable=True)[:_NEAREST]]

@@ -63,7 +63,7 @@ class Judge:
         except ValueError:  # a port that is no number
             good = False
         if not good:  # it is not quoted: what makes it bad may be a password
-            raise JudgeError("the judge's address (--judge) is no such address", expected=_ADDRESS)
+            raise JudgeError("the judge's address is no such address", expected=_ADDRESS)
         if not self.model:
             raise JudgeError("the judge's model is not named", expected="its name on the server", fix="give --judge-model")
 
@@ -125,7 +125,7 @@ class Judge:
         raise JudgeError(
             f"{self._who()} did not answer: {said}",
             expected="a server that speaks OpenAI's chat completions",
-            fix=f"check --judge, --judge-model and the environment variable {KEY_VARIABLE}, or leave the judge out",
+            fix=f"check --judge, or --judge-model, or the environment variable {KEY_VARIABLE}, or leave the judge out",
         )
 
     def _who(self) -> str:
@@ -142,7 +142,7 @@ def judge_from_flags(url: str | None, model: str | None) -> Judge | None:
     if url is None and model is None:
         return None
     if url is None:
-        raise JudgeError("--judge-model was given and --judge was not", expected=_ADDRESS, fix="give --judge URL")
+        raise JudgeError("the judge's model was given, and its address was not", expected=_ADDRESS, fix="give --judge")
     return Judge(url, model or "")
 
 

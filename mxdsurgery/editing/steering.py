@@ -146,7 +146,7 @@ def _one_expert(edits: Edits) -> tuple[str, int, int]:
     if len(named) != 1 or named[0][0] not in ("steer", "clamp"):
         raise EditError(
             f"steering is measured of one expert alone; the edits are: {'; '.join(edits.words()) or 'none'}",
-            expected="one expert with --steer or --clamp, and no other edit",
+            expected="one expert to steer or clamp, and no other edit",
         )
     return named[0]
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ def evaluate(
     device: str | None = None,
     compute: str | None = None,
     trust_remote_code: bool = False,
+    contexts: Tensor | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Measures a converted model against its original on held-out text; saves the figures in its folder.
@@ -51,6 +54,7 @@ def evaluate(
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
+        contexts: token ids to measure on in place of those of a text, (S, T); ``data`` is then but the text's name.
         reporter: where progress is reported; default: nowhere.
 
     Returns:
@@ -67,7 +71,7 @@ def evaluate(
     saved = Recipe(**load_recipe(folder / RECIPE_FILE))
     recipe = dataclasses.replace(saved, eval_tokens=tokens or saved.eval_tokens, device=device or saved.device)
     settled = settle(converted, recipe, compute)
-    heldout = held_out(converted, saved, data, tokens, text_column)
+    heldout = held_out(converted, saved, data, tokens, text_column) if contexts is None else contexts
     accelerator = make_accelerator(dataclasses.replace(settled, tracker="none"))
     original = load_original(converted, base or recipe.model, settled)
     original.to(accelerator.device)
@@ -126,11 +130,35 @@ def held_out(
     given = {"eval_tokens": tokens or saved.eval_tokens, "text_column": text_column or saved.text_column}
     recipe = dataclasses.replace(saved, **given)
     tokenizer = converted.tokenizer()
+    packing = Packing(tokenizer, recipe.context, recipe.prepend_bos)
     if data is not None:
-        packing = Packing(tokenizer, recipe.context, recipe.prepend_bos)
         return TextStream(data, packing, recipe.text_column).spread(recipe.eval_tokens, short=True)
     _check_held_out(saved, tokens)
-    return open_texts(recipe, tokenizer)[1]
+    with recipes_text(converted.folder):
+        if recipe.eval_data is not None:  # the training text need not be on this machine
+            return TextStream(recipe.eval_data, packing, recipe.text_column).spread(recipe.eval_tokens)
+        return open_texts(recipe, tokenizer)[1]
+
+
+@contextmanager
+def recipes_text(folder: Path, given: str | None = None) -> Iterator[None]:
+    """While open, what is wrong with a text is said to be so of the recipe's text, unless a text was ``given``.
+
+    Raises:
+        DataError: in place of another, with the way out: another text.
+    """
+    try:
+        yield
+    except DataError as error:
+        if given is not None:
+            raise
+        ways = [] if error.fix is None else [error.fix]
+        ways += [] if "--data" in (error.fix or "") else ["give another text with --data"]
+        raise DataError(
+            f"{error.found}; that is the text which the recipe in {str(folder)!r} names",
+            expected=error.expected,
+            fix=", or ".join(ways),
+        ) from None
 
 
 def _check_held_out(saved: Recipe, tokens: int | None) -> None:
@@ -139,7 +167,7 @@ def _check_held_out(saved: Recipe, tokens: int | None) -> None:
         raise DataError(
             f"{tokens:,} tokens were asked for, but only the first {saved.eval_tokens:,} of {saved.data!r} were held out",
             expected="text that was not trained on",
-            fix="ask for fewer --tokens, or give another text with --data",
+            fix=f"ask for fewer: --tokens {saved.eval_tokens}, or give another text with --data",
         )
 
 
@@ -167,7 +195,7 @@ def load_original(converted: Converted, name: str, recipe: Recipe) -> PreTrained
     except MxDError as error:
         raise BaseModelError(
             f"the original model of {str(converted.folder)!r} is needed to compare with: {error.found}",
-            expected=name,
+            expected=f"the model that it was made from, {converted.plan.model}",
             fix="say where it is now with --base",
         ) from None
     other = _difference(converted, original)

@@ -120,7 +120,7 @@ def _check_classes(labels: np.ndarray, data: str) -> None:
         raise DataError(
             f"{data!r} has too few texts of a class: {found or 'none of two tokens or more'}",
             expected=f"at least two classes of {_LEAST_TEXTS} texts",
-            fix="give more text, or raise --samples",
+            fix="give more text, or raise or leave out --samples",
         )
 
 

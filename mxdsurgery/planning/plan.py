@@ -12,7 +12,7 @@ from rich.table import Table
 from mxdsurgery.base.analyze import analysis_of
 from mxdsurgery.base.blocks import Block, Part
 from mxdsurgery.base.config import model_name
-from mxdsurgery.base.model import BaseModel
+from mxdsurgery.base.model import BaseModel, check_context
 from mxdsurgery.base.selection import write_layers
 from mxdsurgery.errors import MemoryBudgetError, RecipeError
 from mxdsurgery.hardware.device import devices
@@ -21,7 +21,7 @@ from mxdsurgery.hardware.threads import use_threads
 from mxdsurgery.planning.budget import needed_bytes, refusal, stored
 from mxdsurgery.planning.calibrate import Calibration, calibrate, matmul_rate
 from mxdsurgery.planning.machine import this_machine
-from mxdsurgery.planning.resolve import base_shape, open_base, resolve_recipe
+from mxdsurgery.planning.resolve import base_shape, open_base, resolve_recipe, saying_whose
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import Cost, compact, duration, size
 from mxdsurgery.training.cost import (
@@ -335,7 +335,9 @@ def open_and_plan(
     use_threads(resolved.threads)
     analysis = analysis_of(base)
     blocks, left = analysis.select(resolved.layers)
-    layers = [plan_layer(block, resolved) for block in blocks]
+    with saying_whose(resolved.to_dict(), overrides, recipe_file.name):
+        check_context(base.config, resolved.context)
+        layers = [plan_layer(block, resolved) for block in blocks]
     dtype = resolved.dtype if resolved.dtype != "auto" else str(base.config.dtype or "float32").removeprefix("torch.")
     if dtype not in DTYPE_BYTES:
         raise RecipeError(
@@ -434,7 +436,8 @@ def plan_layer(block: Block, recipe: Recipe) -> LayerPlan:
         raise RecipeError(
             f"recipe key 'k' is {recipe.k}, more than the {n_experts} experts of layer {block.layer}",
             expected="k of at most n_experts",
-            fix="lower --k, or raise --n-experts or --expansion",
+            fix="lower --k, or raise --n-experts, or raise --expansion",
+            keys=("k", "n_experts" if recipe.n_experts is not None else "expansion"),
         )
     parameters = layer_parameters(block, n_experts, recipe.kind)
     return LayerPlan(block, n_experts, recipe.k, parameters, recipe.kind, recipe.sparsity)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from mxdsurgery.base.decoder import decoder_layers, layer_count, vocabulary_size
 from mxdsurgery.base.dtypes import in_memory
 from mxdsurgery.base.model import BaseModel, open_model
 from mxdsurgery.demo import DEMO_MODELS
-from mxdsurgery.errors import RecipeError
+from mxdsurgery.errors import MxDError, RecipeError
 from mxdsurgery.recipe import Recipe, check_names, find_recipe, load_recipe
 from mxdsurgery.text.places import lasting
 from mxdsurgery.training.cost import BaseShape
@@ -34,13 +36,42 @@ def resolve_recipe(base: BaseModel, recipe: str | Path | None, overrides: dict[s
         values.pop("eval_data", None)
     values["model"] = os.path.abspath(model) if model not in DEMO_MODELS and os.path.isdir(model) else model
     values.setdefault("out", f"./{Path(values['model']).name}-mxd")
-    resolved = Recipe(**values)
+    with saying_whose(values, given, Path(recipe).name):
+        resolved = Recipe(**values)
     if resolved.data is None:
         raise RecipeError("recipe key 'data' is not set", expected="a text to train on", fix="give --data")
     # The recipe is saved with the result, which may be evaluated from another folder.
     texts = {name: getattr(resolved, name) for name in ("data", "eval_data")}
     lasts = {name: lasting(text) for name, text in texts.items() if text is not None}
     return dataclasses.replace(resolved, revision=base.revision, **lasts), Path(recipe)
+
+
+@contextmanager
+def saying_whose(values: dict[str, Any], given: dict[str, Any], recipe_file: str) -> Iterator[None]:
+    """While open, an error about recipe keys also says which of their values nobody gave: whose they are.
+
+    Args:
+        values: of the recipe's keys; for those that are missing, the defaults count.
+        given: the values that the user gave; None counts as not given.
+        recipe_file: the name of the file that the others may come from.
+
+    Raises:
+        MxDError: as inside.
+    """
+    try:
+        yield
+    except MxDError as error:
+        defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+        whose = []
+        for name in error.keys:
+            if given.get(name) is None:
+                value = values.get(name, defaults[name])
+                whose.append(
+                    f"{name} {value}: {'the default' if value == defaults[name] else f'from the recipe {recipe_file}'}"
+                )
+        if not whose:
+            raise
+        raise type(error)(f"{error.found} ({', '.join(whose)})", expected=error.expected, fix=error.fix) from None
 
 
 def base_shape(base: BaseModel, stored: str, compute: str | None) -> BaseShape:

@@ -106,7 +106,7 @@ class Checkpoints:
             raise OutputError(
                 f"the checkpoint of step {step} cannot be written to {str(self.folder)!r}: {error}",
                 expected="room for it",
-                fix="free some space, or keep fewer: --keep-checkpoints",
+                fix="free some space, or keep fewer of them: --keep-checkpoints 1",
             ) from None
         self.last, self.took = time.monotonic(), time.monotonic() - start
 

@@ -152,7 +152,7 @@ class RunFolder:
             raise OutputError(
                 f"{str(self.path)!r} holds an unfinished run",
                 expected="a decision",
-                fix=f"--resume to go on with it, {anew} to begin anew, or another --out",
+                fix=f"--resume to go on with it, or {anew} to begin anew, or another --out",
             )
         if found is not None:
             self.resumed, self.at = found, found.state["step"]
@@ -185,7 +185,7 @@ class RunFolder:
             raise CheckpointError(
                 f"{str(self.path)!r} holds a run that depends on something else: {now}",
                 expected=was,
-                fix=f"repeat the earlier command with --resume, or begin anew: {self.anew}",
+                fix=f"repeat the earlier command, or begin anew: {self.anew}",
             )
 
     def keep_threads(self, count: int | None, say: Callable[[str], None]) -> None:

@@ -204,6 +204,7 @@ class TextStream:
                 f"the text {self.spec!r} does not fill one context of {self.packing.context} tokens{beyond}",
                 expected="more text",
                 fix="give a longer text, or a smaller --context, or fewer --eval-tokens",
+                keys=("context", "eval_tokens") if self.skip else ("context",),
             )
 
     def batches(self, size: int) -> Iterator[Tensor]:

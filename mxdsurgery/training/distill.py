@@ -160,7 +160,7 @@ class LayerInTraining:
             raise DivergedError(
                 f"{self.name}: the loss is {self.last_loss:.3g} at step {step}, after {self.first_loss:.3g} at the start",
                 expected="a falling loss",
-                fix="lower --lr (a third of it), raise --warmup, or train with --precision fp32",
+                fix="lower --lr (a third of it), or raise --warmup, or train with --precision fp32",
             )
 
 

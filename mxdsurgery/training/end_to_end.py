@@ -380,7 +380,7 @@ class _Trainer:
             raise DivergedError(
                 f"training end to end: the KL at step {self.state.step} is {self.state.kl}",
                 expected="a loss that falls",
-                fix="lower --lr (a third of it), raise --warmup, or train with --precision fp32",
+                fix="lower --lr (a third of it), or raise --warmup, or train with --precision fp32",
             )
         for job in self.jobs.values():
             job.check(self.state.step)

@@ -266,7 +266,7 @@ class ConvertedInputs:
             raise UnsupportedBlockError(
                 f"decoder layer {self.at} does something to its block's output before it adds it to the hidden states",
                 expected="a layer whose output is the hidden states plus the block's output, for target: stream",
-                fix="learn toward the block's output: --target own or --target original",
+                fix="learn toward the block's output: --target own, or --target original",
             )
 
     @torch.no_grad()

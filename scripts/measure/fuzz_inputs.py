@@ -64,6 +64,7 @@ def _allowed(key: Key) -> st.SearchStrategy:
         "count": counts,
         "number": st.floats(low, min(key.high or 1e17, low + 0.3)) | st.floats(low, key.high or 1e17),
         "text": st.sampled_from(["stdlib", "0", "1-1", "all"]),
+        "layers": st.sampled_from(["0", "1-1", "all", [0, 1]]),
         "flag": st.booleans(),
     }[key.kind]
 

@@ -38,7 +38,38 @@ def test_a_layer_that_is_not_there_is_refused_and_the_range_is_named(selection):
 
 
 @pytest.mark.parametrize(
-    "selection", ["", " ", ",", "3,", "first", "ALL", "all,3", "3:5", "1.5", "2--5", "2-5-7", "--1", "3 4", "+3"]
+    ("selection", "layers"),
+    [([0, 2], [0, 2]), (3, [3]), (("0", "4-5"), [0, 4, 5]), (range(2), [0, 1]), (["all"], list(range(12)))],
+)
+def test_a_list_of_layers_is_a_selection(selection, layers):
+    assert select_layers(selection, 12) == layers
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        [],
+        [[1]],
+        [None],
+        None,
+        1.5,
+        True,
+        [0.5],
+        "",
+        " ",
+        ",",
+        "3,",
+        "first",
+        "ALL",
+        "all,3",
+        "3:5",
+        "1.5",
+        "2--5",
+        "2-5-7",
+        "--1",
+        "3 4",
+        "+3",
+    ],
 )
 def test_what_cannot_be_read_is_refused_and_the_language_is_explained(selection):
     with pytest.raises(LayerSelectionError, match="cannot read") as caught:

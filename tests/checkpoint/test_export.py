@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,18 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, IDS, export_tiny
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+import mxdsurgery
 from mxdsurgery.base.surgery import replaced
 from mxdsurgery.checkpoint.converted import load
-from mxdsurgery.checkpoint.export import Reference, check_output, check_reload, reference_outputs, written_whole
+from mxdsurgery.checkpoint.export import (
+    Reference,
+    check_apart,
+    check_output,
+    check_reload,
+    check_room,
+    reference_outputs,
+    written_whole,
+)
 from mxdsurgery.errors import ExportError, NotConvertedError, OutputError, WeightsError
 
 
@@ -263,6 +273,23 @@ def test_an_error_while_writing_leaves_nothing_and_an_old_folder_untouched(tmp_p
 def test_a_full_disk_is_a_named_error(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="No space left"), written_whole(tmp_path / "out"):
         raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_is_beside_the_folder_that_is_read(tmp_path):
+    for out, said in ((".", "is the model"), ("inside/it", "is inside"), ("..", "is around")):
+        with pytest.raises(OutputError, match=said):
+            check_apart(tmp_path / "model" / out, tmp_path / "model", "the model")
+    check_apart(tmp_path / "model-mxd", tmp_path / "model", "the model")
+
+
+def test_a_disk_that_is_too_small_is_named_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
+    check_room(tmp_path / "a" / "b", 2**20)
+    with pytest.raises(OutputError, match="takes 2 MiB of disk while it is written, and 1 MiB are free"):
+        check_room(tmp_path / "a" / "b", 2**21)
+    with pytest.raises(OutputError, match="are free there"):
+        mxdsurgery.convert("demo-glu", layers="0", tokens=5000, n_experts=64, k=4, out=str(tmp_path / "out"), device="cpu")
     assert list(tmp_path.iterdir()) == []
 
 

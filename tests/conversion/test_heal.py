@@ -1,5 +1,6 @@
 """``heal``: the folder it writes, what it changes and what it does not, LoRA merged and kept, errors for a user's mistakes."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import Said
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -15,10 +17,12 @@ from mxdsurgery.checkpoint.apply import apply
 from mxdsurgery.checkpoint.converted import load
 from mxdsurgery.checkpoint.export import write_json
 from mxdsurgery.conversion.heal import heal, heal_table
+from mxdsurgery.conversion.heal_text import healing_texts
 from mxdsurgery.demo import stdlib_documents
 from mxdsurgery.errors import BaseModelError, DataError, HealError, LoRAError, OutputError, RecipeError
 from mxdsurgery.measuring.evaluate import evaluate, load_original
 from mxdsurgery.recipe import Recipe, load_recipe
+from mxdsurgery.terminal.console import Reporter
 
 QUICK = {"tokens": 4096, "batch": 1024, "device": "cpu"}
 VALIDATION = 1024
@@ -27,7 +31,7 @@ VALIDATION = 1024
 @pytest.fixture(scope="module", autouse=True)
 def little_validation():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mxdsurgery.conversion.heal.VALIDATION_TOKENS", VALIDATION)
+        patch.setattr("mxdsurgery.conversion.heal_text.VALIDATION_TOKENS", VALIDATION)
         yield
 
 
@@ -105,29 +109,40 @@ def test_a_healed_folder_is_a_converted_one_with_other_layers_and_says_so(source
 
 
 def test_the_kl_that_is_told_is_that_of_the_folder(source, text, layers_only):
-    from mxdsurgery.conversion.heal import _texts
     from mxdsurgery.training.end_to_end import validation_kl
     from mxdsurgery.training.teacher import original_examples
 
     made = load(layers_only["out"], dtype="float32")  # as both were computed
     recipe = Recipe(**load_recipe(f"{source}/recipe.yaml"))
     original = load_original(made, recipe.model, recipe)
-    _, validation = _texts(made, recipe, recipe, text)
+    _, validation, *_ = healing_texts(made, recipe, recipe, text, Reporter())
     examples = list(original_examples(original, (), validation.split(4)))
     assert validation_kl(made.model, examples) == pytest.approx(layers_only["kl_after"], rel=1e-3)
     assert validation_kl(load(source, dtype="float32").model, examples) == pytest.approx(layers_only["kl_before"], rel=1e-3)
 
 
 def test_the_validation_text_is_neither_trained_on_nor_held_out(source):
-    from mxdsurgery.conversion.heal import _texts
     from mxdsurgery.measuring.evaluate import held_out
 
     made, recipe = load(source), Recipe(**load_recipe(f"{source}/recipe.yaml"))
-    train, validation = _texts(made, recipe, recipe, None)
+    train, validation, measured, _ = healing_texts(made, recipe, recipe, None, Reporter())
     looked_at = {tuple(row) for row in validation.tolist()}
     assert not looked_at & {tuple(row) for row in held_out(made, recipe).tolist()}
+    assert measured.equal(held_out(made, recipe))
     trained = {tuple(row.tolist()) for row, _ in zip(train.contexts(), range(300), strict=False)}
     assert len(looked_at & trained) < 0.02 * len(looked_at)  # some contexts of the source code occur twice
+
+
+def test_where_the_held_out_text_is_missing_it_is_the_beginning_of_the_text_that_is_given(source, text, layers_only):
+    made, recipe, said = load(source), Recipe(**load_recipe(f"{source}/recipe.yaml")), Said()
+    gone = dataclasses.replace(recipe, data="/data/corpus.txt", eval_data=None)
+    train, validation, measured, name = healing_texts(made, gone, gone, text, said)
+    assert name == text and "no text file '/data/corpus.txt'" in said.lines[0] and measured.numel() > 0
+    trained = {tuple(row.tolist()) for row, _ in zip(train.contexts(), range(300), strict=False)}
+    looked_at = {tuple(row) for row in validation.tolist()}
+    assert not {tuple(row) for row in measured.tolist()} & (trained | looked_at)
+    with pytest.raises(DataError, match="which the recipe in (.|\n)*another text with data="):
+        healing_texts(made, gone, gone, None, said)
 
 
 def test_a_merged_adapter_is_in_the_weights_and_the_folder_is_measured_as_any(source, merged):
@@ -254,7 +269,7 @@ def test_the_folder_itself_the_held_out_text_and_a_kept_adapter_are_refused(sour
     if recipe.eval_data is not None:
         with pytest.raises(DataError, match="is the held-out text"):
             heal(source, out=tmp_path / "out", data=recipe.eval_data)
-    with pytest.raises(HealError, match="not merged(.|\n)*--lora merged"):
+    with pytest.raises(HealError, match="not merged(.|\n)*lora='merged'"):
         heal(adapter["out"], out=tmp_path / "out")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import filecmp
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from mxdsurgery.cli import main
 from mxdsurgery.editing.edit import edit, edit_table
 from mxdsurgery.editing.edits import KINDS, Edits, baked, check_for, edits_from, edits_from_flags, read_edits
 from mxdsurgery.errors import EditError, NotConvertedError, OutputError
-from mxdsurgery.measuring.evaluate import evaluate
+from mxdsurgery.measuring.evaluate import evaluate, held_out
+from mxdsurgery.recipe import Recipe, load_recipe
 
 ROW = [0.25, -0.5] * 96  # D of the demo model
 ONE_OF_EACH = {
@@ -275,6 +277,97 @@ def test_a_file_and_flags_join(tmp_path):
     assert made == Edits(ablate={1: [3, 4], 2: [5, 6]}, steer={1: {8: -2.0}})
     assert made.with_experts(lambda layer, expert: 100 * layer + expert).ablate == {1: [103, 104], 2: [205, 206]}
     assert edits_from(yaml.safe_load(made.to_yaml()), "here") == made
+
+
+@pytest.mark.parametrize(
+    ("text", "made"),
+    [
+        ('{"layers": {"0": {"ablate": [3]}}}', Edits(ablate={0: [3]})),  # as json.dump writes it
+        ('layers:\n  "0":\n    ablate: 3', Edits(ablate={0: [3]})),
+        ("layers: {'1': {drop: '7', ablate: ['3', 4]}}", Edits(drop={1: [7]}, ablate={1: [3, 4]})),
+        ('{"layers": {"1": {"scale": {"6": 1e-05, "7": "2"}}}}', Edits(scale={1: {6: 1e-5, 7: 2.0}})),
+        ("layers: {1: {copy: {'10': '11'}, merge: [['12', 13]]}}", Edits(copy={1: {10: 11}}, merge={1: [[12, 13]]})),
+        ("layers: {1: {replace: {'9': ['0.5', 1e-3]}}}", Edits(replace={1: {9: [0.5, 1e-3]}})),
+        ("layers: {010: {ablate: [012]}}", Edits(ablate={10: [12]})),  # no octal numbers
+    ],
+)
+def test_numbers_as_text_are_numbers(tmp_path, text, made):
+    (tmp_path / "edits").write_text(text)
+    assert read_edits(tmp_path / "edits") == made
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("layers: {1: {ablate: [1]}, '1': {ablate: [2]}}", "layer 1 stands twice"),
+        ("layers: {1: {scale: {3: 1, '3': 2}}}", "a finite number for each"),
+        ("layers: {'1.0': {ablate: [1]}}", "a layer's number"),
+        ("layers: {1: {ablate: ['-1']}}", "a list of experts"),
+        ("layers: {1: {ablate: [true]}}", "a list of experts"),
+        ("layers: {1: {scale: {3: 'nan'}}}", "a finite number for each"),
+        ("layers: {1: {scale: {3: '1e99'}}}", "a finite number for each"),
+    ],
+)
+def test_text_that_is_no_number_is_none(tmp_path, text, said):
+    (tmp_path / "edits").write_text(text)
+    with pytest.raises(EditError, match=said):
+        read_edits(tmp_path / "edits")
+
+
+@pytest.fixture
+def elsewhere(folder, tmp_path):
+    """The folder on a machine that does not have its text."""
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    recipe = tmp_path / "elsewhere" / "recipe.yaml"
+    changed = [re.sub("^((eval_)?data): .*", r"\1: /data/corpus/train.jsonl", line) for line in recipe.read_text().split("\n")]
+    recipe.write_text("\n".join(changed))
+    return tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate"],
+        ["evaluate", "--growth"],
+        ["effect", "--ablate", "1:3"],
+        ["coefficients", "--out", "out"],
+        ["experts"],
+        ["heal", "--out", "out"],
+        ["edit", "--ablate", "1:3", "--out", "out", "--tokens", "1k"],
+    ],
+)
+def test_a_text_that_is_on_another_machine_is_the_recipes_and_another_can_be_given(elsewhere, monkeypatch, command):
+    monkeypatch.chdir(elsewhere.parent)
+    result = CliRunner().invoke(main, [command[0], str(elsewhere), *command[1:]])
+    assert result.exit_code == 2, result.output
+    found, *_, fix = result.output.strip().splitlines()[-3:]
+    named = f"that is the text which the recipe in {str(elsewhere)!r} names"
+    assert found.endswith(f"no text file '/data/corpus/train.jsonl'; {named}")
+    assert fix == "to mend: give another text with --data"
+    assert [path.name for path in elsewhere.parent.iterdir()] == ["elsewhere"]
+
+
+def test_what_was_trained_on_need_not_be_there_to_measure(folder, elsewhere):
+    recipe = Recipe(**load_recipe(folder / "recipe.yaml"))
+    assert recipe.eval_data == "stdlib:heldout"
+    gone = dataclasses.replace(recipe, data="/data/corpus/train.jsonl")
+    assert held_out(load(elsewhere), gone).equal(held_out(load(folder), recipe))
+
+
+def test_an_edit_needs_no_text(elsewhere, tmp_path):
+    result = edit(elsewhere, out=tmp_path / "out", edits=Edits(ablate={1: [3]}))
+    assert "/data/corpus/train.jsonl" in result["unmeasured"] and "delta_ce" not in result and "data" not in result
+    assert "not measured: no text file" in str(edit_table(result)[0])
+    measured = edit(elsewhere, out=tmp_path / "measured", edits=Edits(ablate={1: [3]}), data="stdlib", tokens=1000)
+    assert "unmeasured" not in measured and "delta_ce" in measured
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "measured")]
+    assert weights[0].keys() == weights[1].keys() and all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    config = (tmp_path / "out" / "config.json").read_text()
+    assert json.loads(config)["mxd"]["edits"] == [{"edits": ["layer 1: ablate 3"]}] and "/data/corpus" not in config
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- layer 1: ablate 3" in card and "What this changed was not measured" in card
+    edit(tmp_path / "out", out=tmp_path / "back", undo=True)
+    same_files(elsewhere, tmp_path / "back")
 
 
 def test_the_folder_that_is_edited_is_never_written_to(folder, tmp_path):

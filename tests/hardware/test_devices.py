@@ -87,7 +87,7 @@ def test_a_device_is_meant_by_its_name_and_auto_is_the_best_of_those_here(machin
     with pytest.raises(DeviceError) as caught:
         device.check_device("xpu")
     assert "'device' is 'xpu', which this machine does not have" in str(caught.value)
-    assert f"expected: {' or '.join(there)}" in str(caught.value) and f"--device {there[-1]}" in str(caught.value)
+    assert f"expected: {' or '.join(there)}" in str(caught.value) and f"--device {there[-1]}" in caught.value.fix
 
 
 def test_sums_are_float64_where_the_device_has_that(monkeypatch):

@@ -10,7 +10,7 @@ from tiny import tiny_config
 
 import mxdsurgery
 from mxdsurgery.cli import main
-from mxdsurgery.errors import MemoryBudgetError
+from mxdsurgery.errors import MemoryBudgetError, RecipeError
 from mxdsurgery.planning import calibrate
 from mxdsurgery.planning.plan import Plan, open_and_plan, with_time
 from mxdsurgery.terminal.console import size
@@ -99,6 +99,25 @@ def test_a_refusal_says_by_how_much_and_each_change_it_names_does(tmp_path, memo
     for flags in remedies:
         changed = options | {name.replace("-", "_"): value for name, value in flags.items()}
         assert plan_real(tmp_path, "openai-community/gpt2", **changed).refusal is None, f"{flags} does not do"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"context": 4096}, "(batch 2048: from the recipe demo.yaml)"),
+        ({"batch": 64}, "(context 128: the default)"),
+        ({"n_experts": 8}, "(k 32: the default)"),
+        ({"expansion": 0.02}, "(k 32: the default)"),
+        ({"k": 50_000}, "(expansion "),
+        ({"warmup": 0.9}, "(decay 0.3: the default)"),
+    ],
+)
+def test_a_value_that_nobody_gave_is_not_blamed_on_the_user(options, said):
+    with pytest.raises(RecipeError) as caught:
+        mxdsurgery.plan("demo-glu", **options)
+    assert said in caught.value.found
+    (name, value), *_ = options.items()
+    assert f"({name} " not in caught.value.found and f", {name} {value}:" not in caught.value.found
 
 
 def test_where_evaluation_does_not_fit_that_is_said(tmp_path):

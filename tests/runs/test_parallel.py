@@ -187,7 +187,7 @@ def test_a_lost_process_is_named():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "processes", lambda: 2)
         patch.setattr(parallel.dist, "barrier", lost)
-        with pytest.raises(DeviceError, match="another process of this run ended(.|\n)*--resume"):
+        with pytest.raises(DeviceError, match="another process of this run ended(.|\n)*resume=True"):
             parallel.wait()
 
 

@@ -175,7 +175,7 @@ def test_a_run_of_other_settings_model_or_text_is_not_resumed(unfinished, tmp_pa
         mxdsurgery.convert("demo-glu", **unfinished | changes, resume=True)
 
     before = sorted(path.name for path in (tmp_path / "out.run").rglob("*"))
-    with pytest.raises(OutputError, match="holds an unfinished run(.|\n)*--resume to go on"):
+    with pytest.raises(OutputError, match="holds an unfinished run(.|\n)*resume=True to go on"):
         mxdsurgery.convert("demo-glu", **unfinished)
     with pytest.raises(CheckpointError, match="something else: lr: 0.5(.|\n)*expected: lr: 0.00"):
         resumed(lr=0.5)

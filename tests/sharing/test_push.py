@@ -326,7 +326,7 @@ def test_what_a_conversion_with_local_files_writes_is_refused_and_redacted_on_re
         values = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps(values | {key: str(value)}, indent=2, ensure_ascii=False) + "\n")
     with_base(folder, str(base))
-    with pytest.raises(PushError, match="--redact sends copies") as refused:
+    with pytest.raises(PushError, match="redact=True sends copies") as refused:
         push(folder, "someone/model")
     for name in ("recipe.yaml", "plan.json", "evaluation.json", "README.md"):
         assert f"{name}, line " in str(refused.value)

@@ -349,7 +349,7 @@ def test_a_text_that_does_not_fill_one_context_is_refused_naming_it(tmp_path, ta
     stream = text_stream(tmp_path, texts)
     with pytest.raises(DataError, match="does not fill one context of 4 tokens") as caught:
         take(stream)
-    assert stream.spec in str(caught.value) and "a smaller --context" in str(caught.value)
+    assert stream.spec in str(caught.value) and "a smaller context=" in str(caught.value)
 
 
 def test_a_text_that_is_all_held_out_is_refused_saying_so(tmp_path):
