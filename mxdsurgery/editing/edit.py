@@ -288,7 +288,7 @@ def _compare(
 
 @torch.no_grad()
 def _samples(before: Converted, after: Converted, ids: Tensor) -> list[dict[str, str]]:
-    """Greedy continuations of some held-out contexts, before and after; none, and a warning, of a model that cannot generate."""
+    """Greedy continuations of some held-out contexts, before and after; none, and a warning, where it cannot generate."""
     tokenizer = before.tokenizer()
     prompts = ids[: _PROMPTS * 7 : 7, :_PROMPT_TOKENS].to(before.model.device)
     texts = []
