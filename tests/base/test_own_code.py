@@ -10,6 +10,7 @@ from mxdsurgery.base.model import open_model
 from mxdsurgery.base.running import hidden_states, logits_of, predict
 from mxdsurgery.checkpoint.converted import load
 from mxdsurgery.errors import MxDError, NotConvertedError, UnknownFamilyError, UnsupportedModelError
+from mxdsurgery.sharing.contents import pack
 
 FEW = {"data": "stdlib", "device": "cpu", "layers": "0", "tokens": 1024, "eval_tokens": 256, "batch": 256, "context": 16}
 FEW |= {"n_experts": 16, "k": 4, "shuffle": 0, "trust_remote_code": True}
@@ -47,6 +48,7 @@ def test_such_a_model_is_converted_reloaded_and_used_once_its_code_is_trusted(tm
         with pytest.raises(NotConvertedError, match="give --trust-remote-code"):
             use()
         use(trust_remote_code=True)
+    assert {"modeling_toy.py", "configuration_toy.py"} <= pack(out).contents.keys()
     with pytest.raises(UnsupportedModelError, match="generate"):  # transformers, too, cannot
         mxdsurgery.generate(out, prompt="def", trust_remote_code=True)
 

@@ -226,7 +226,7 @@ def test_the_recorded_revision_is_asked_for_of_the_recorded_model_only(adapter, 
     (adapter / ADAPTER_FILE).write_text(json.dumps(values | {"base_model": "some/model", "revision": "abc123"}))
     asked = []
     monkeypatch.setattr(
-        "mxdsurgery.checkpoint.adapter.open_model", lambda name, revision: asked.append((name, revision)) or 1 / 0
+        "mxdsurgery.checkpoint.adapter.open_model", lambda name, revision, _trusted: asked.append((name, revision)) or 1 / 0
     )
     for base in ("some/model", "a/mirror"):
         with pytest.raises(ZeroDivisionError):
