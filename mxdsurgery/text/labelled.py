@@ -70,6 +70,8 @@ def read_labelled(
             has_labels = True
         except KeyError:
             label = None
+        if label != label:  # a number that is none, as pandas writes null
+            label = None
         if text is None or label is None:
             empty[text_column if text is None else label_column] += 1
         elif text.strip():

@@ -271,7 +271,7 @@ def check_length(context: Tensor, spec: str) -> None:
     """Raises DataError for a context (T,) that is too short for any figure."""
     if len(context) < _LEAST_TOKENS:
         raise DataError(
-            f"the text {spec!r} is {len(context)} tokens long, the beginning-of-text token included where there is one",
+            f"the text {spec!r} is too short: tokens: {len(context)}, the beginning-of-text token included where there is one",
             expected=f"at least {_LEAST_TOKENS}: figures rest on what is predicted from the second token on",
             fix="give a longer text",
         )

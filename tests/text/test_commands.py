@@ -43,7 +43,7 @@ def test_a_single_sentence_can_be_looked_at_and_one_token_cannot(command, folder
     assert 3 <= len(ids) < 128 and not begins
     assert COMMANDS[command](folder, tmp_path / "out", data=str(path), text_column="body") == predictions
     path.write_text(json.dumps({"body": "x"}))
-    with pytest.raises(DataError, match="is 1 tokens long.*\n.*at least 3"):
+    with pytest.raises(DataError, match="is too short: tokens: 1,.*\n.*at least 3"):
         COMMANDS[command](folder, tmp_path / "again", data=str(path), text_column="body")
     path.write_text("")
     with pytest.raises(DataError, match="holds no text"):

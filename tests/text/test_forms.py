@@ -307,3 +307,9 @@ def test_labels_are_read_from_dotted_names_folders_and_tables():
         read_labelled("data", "doc.text")
     with pytest.raises(DataError, match="'t.txt' is plain text"):
         read_labelled(written("t.txt", "words"))
+
+
+def test_a_label_that_is_no_number_is_none():
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "label": [1.0, float("nan"), 0.0]}), "t.parquet")
+    with pytest.warns(MxDWarning, match="1 of 3 rows that were read of 't.parquet' .* 'label'"):
+        assert read_labelled("t.parquet").labels == ["1.0", "0.0"]
