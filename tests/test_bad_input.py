@@ -320,7 +320,7 @@ def test_a_memory_budget_that_is_too_small_is_refused_before_weights_are_read(re
 @pytest.mark.parametrize(
     ("name", "content", "said", "mend"),
     [
-        ("empty.txt", "", "does not fill one context of 128 tokens", "give a longer text, a smaller --context"),
+        ("empty.txt", "", "does not fill one context of 128 tokens", "give a longer text, or a smaller --context"),
         ("short.jsonl", '{"text": "a few words"}\n', "does not fill one context", "give a longer text"),
         ("missing.jsonl.gz", None, "no text file 'missing.jsonl.gz'", "a .txt, .jsonl, .jsonl.gz or .parquet file"),
         ("other.jsonl", '{"body": "words"}\n', "no text in the field 'text' (it has: body)", "--text-column"),

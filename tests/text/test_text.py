@@ -96,14 +96,14 @@ def test_a_line_without_text_is_named_with_the_fields_it_has(tmp_path, line, has
     path.write_text('{"text": "fine"}\n' + line + "\n")
     message = said(path)
     assert f"{path}, line 2: no text in the field 'text'" in message
-    assert has in message and "--text-column" in message
+    assert has in message and "text_column=" in message
 
 
 def test_a_parquet_file_without_the_column_lists_its_columns(tmp_path):
     path = tmp_path / "text.parquet"
     pq.write_table(pa.table({"body": ["one"], "id": [1]}), path)
     message = said(path)
-    assert f"{path} has no column 'text'" in message and "body, id" in message and "--text-column" in message
+    assert f"{path} has no column 'text'" in message and "body, id" in message and "text_column=" in message
     assert "holds int in its column 'id'" in said(path, "id")
 
 
