@@ -203,7 +203,7 @@ class TextStream:
             raise DataError(
                 f"the text {self.spec!r} does not fill one context of {self.packing.context} tokens{beyond}",
                 expected="more text",
-                fix="give a longer text, or a smaller --context, or fewer --eval-tokens",
+                fix="give a longer text, or a smaller --context" + (", or fewer --eval-tokens" if self.skip else ""),
                 keys=("context", "eval_tokens") if self.skip else ("context",),
             )
 

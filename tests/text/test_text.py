@@ -106,7 +106,7 @@ def test_a_parquet_file_without_the_column_lists_its_columns(tmp_path):
     path = tmp_path / "text.parquet"
     pq.write_table(pa.table({"body": ["one"], "id": [1]}), path)
     message = said(path)
-    assert f"{path} has no column 'text'" in message and "body, id" in message and "--text-column" in message
+    assert f"{path} has no column 'text'" in message and "body, id" in message and "text_column=" in message
     assert "holds int in its column 'id'" in said(path, "id")
 
 
