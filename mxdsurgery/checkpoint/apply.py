@@ -19,6 +19,7 @@ from mxdsurgery.checkpoint.adapter import (
 from mxdsurgery.checkpoint.converted import PLAN_FILE, load, read_config, saved_recipe, settle
 from mxdsurgery.checkpoint.export import check_output, check_reload, reference_outputs, write_code, written_whole
 from mxdsurgery.errors import OutputError
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.planning.plan import read_plan
 from mxdsurgery.terminal.console import Reporter
 
@@ -26,6 +27,7 @@ from mxdsurgery.terminal.console import Reporter
 _CHECKED = (2, 16)
 
 
+@guarded
 def apply(
     adapter: str | Path,
     *,
@@ -96,6 +98,7 @@ def apply(
     } | differences
 
 
+@guarded
 def make_adapter(folder: str | Path, *, base: str | None = None, out: str | Path, overwrite: bool = False) -> dict[str, Any]:
     """Writes an adapter of a converted model's folder: only what differs from its base model.
 

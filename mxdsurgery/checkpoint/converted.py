@@ -22,6 +22,7 @@ from mxdsurgery.checkpoint.adapter import Adapter, is_adapter, merged, read_adap
 from mxdsurgery.errors import ModelNotFoundError, NotConvertedError, WeightsError, first_line
 from mxdsurgery.hardware.compute import model_dtype
 from mxdsurgery.hardware.device import check_device
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.layers.replacement import LAYER_KINDS, MxDSurgeryMixin
 from mxdsurgery.outside import check_folder, check_types, foreign_code, read_json, shown, stored_shapes
 from mxdsurgery.planning.machine import model_shape
@@ -280,6 +281,7 @@ def fingerprint(converted: Converted) -> str:
     return digest.hexdigest()[:16]
 
 
+@guarded
 def load(
     folder: str | Path,
     *,

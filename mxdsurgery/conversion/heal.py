@@ -26,6 +26,7 @@ from mxdsurgery.choices import HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
 from mxdsurgery.conversion.shared_run import shared_run
 from mxdsurgery.conversion.train import start_kernels
 from mxdsurgery.errors import DataError, HealError, OutputError
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.evaluate import evaluate, load_original
 from mxdsurgery.planning.machine import settled_recipe
 from mxdsurgery.recipe import CHECKPOINT_KEYS, Recipe
@@ -128,6 +129,7 @@ class Healing:
         return dataclasses.replace(saved, **defaults | {name: value for name, value in given.items() if value is not None})
 
 
+@guarded
 def heal(
     folder: str | Path,
     *,
