@@ -35,6 +35,7 @@ from mxdsurgery.options import (
 )
 from mxdsurgery.recipe import RECIPE_KEYS
 from mxdsurgery.terminal.console import size
+from mxdsurgery.terminal.streams import can_show, say, show_all_letters, written
 from mxdsurgery.terminal.voice import Command, console_reporter, level_options
 
 _INTERRUPTED = 130  # what a shell expects of a process that Ctrl-C ended
@@ -51,6 +52,10 @@ class _NamedErrors(click.Group):
 
     command_class = Command
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        show_all_letters()
+        return super().main(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -58,23 +63,25 @@ class _NamedErrors(click.Group):
             one_of_several = int(os.environ.get("RANK", 0))
             time.sleep(_FIRST_SPEAKS * bool(one_of_several))  # the launcher ends this one meanwhile if the first says the same
             said = f"{type(error).__name__}: {error.for_command(flags_of(self.commands.get(ctx.invoked_subcommand, self)))}"
-            click.echo(masked(said, secrets_here(None)), err=True)
+            say(masked(said, secrets_here(None)), err=True)
             sys.exit(2)
         except KeyboardInterrupt as interrupt:
-            click.echo(f"\n{str(interrupt) or 'Interrupted. Nothing was written.'}", err=True)
+            say(f"\n{str(interrupt) or 'Interrupted. Nothing was written.'}", err=True)
             sys.exit(_INTERRUPTED)
 
 
 def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    say(text if can_show(text) else json.dumps(value, indent=2))
 
 
 def _print_table(*parts: Any) -> None:
     console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         console = Console(highlight=False, emoji=False, width=160)
-    for part in parts:
-        console.print(part, markup=not isinstance(part, str))  # a folder's name may look like markup
+    with written(sys.stdout):
+        for part in parts:
+            console.print(part, markup=not isinstance(part, str))  # a folder's name may look like markup
 
 
 @click.group(cls=_NamedErrors, params=level_options(), context_settings={"help_option_names": ["-h", "--help"]})
@@ -433,4 +440,4 @@ def generate(folder: str, score: bool, judge_url: str | None, judge_model: str |
         _print_json(result) if as_json else _print_table(side_by_side(result))
         return
     for text in result:
-        click.echo(text)
+        say(text)

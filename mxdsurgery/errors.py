@@ -118,6 +118,14 @@ class OutputError(MxDError):
     """An output folder that exists already or cannot be written."""
 
 
+class RunInUseError(OutputError):
+    """A run that another process works on, or has taken over."""
+
+
+class PathError(MxDError):
+    """A path that leads nowhere: its home folder is not known, or the working folder is gone."""
+
+
 class NotConvertedError(MxDError):
     """A folder that does not hold a model converted by mxdsurgery."""
 

@@ -8,6 +8,7 @@ from typing import Any
 from mxdsurgery.disclosure import secret_in
 from mxdsurgery.errors import RecipeError
 from mxdsurgery.outside import shown
+from mxdsurgery.paths import given_path
 
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _COUNT = re.compile(r"(\d{1,18}(?:\.\d{1,18})?(?:e[+-]?\d{1,2})?)\s*([kmb]?)", re.IGNORECASE)
@@ -121,10 +122,11 @@ class Key:
 
         Raises:
             RecipeError: naming the key, the value and what is allowed.
+            PathError: see `given_path`.
         """
         if value is None and self.optional:
             return None
-        parsed = _PARSERS[self.kind](value)
+        parsed = given_path(name, _PARSERS[self.kind](value))
         good = parsed is not None
         if good and self.choices:
             good = parsed in self.choices

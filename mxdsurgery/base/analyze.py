@@ -13,6 +13,7 @@ from mxdsurgery.base.finding import Finding, find_blocks
 from mxdsurgery.base.model import BaseModel, open_model
 from mxdsurgery.base.selection import select_layers, write_layers
 from mxdsurgery.errors import UnsupportedBlockError
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.terminal.console import compact
 
 _CONVERTIBLE = "an MLP (out act(in x)) or GLU (down (act(gate x) * up x)) block whose output can be recomputed"
@@ -116,6 +117,7 @@ class Analysis:
         return table
 
 
+@guarded
 def analyze(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Analysis:
     """Finds the MLP block of each decoder layer, on the meta device: no weights are read, a 70 B model takes seconds.
 

@@ -29,6 +29,7 @@ from mxdsurgery.checkpoint.converted import Converted, fingerprint, load_with_re
 from mxdsurgery.checkpoint.export import write_json, written_whole
 from mxdsurgery.choices import FORMS
 from mxdsurgery.errors import OutputError
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.evaluate import held_out
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.packing import in_batches
@@ -38,6 +39,7 @@ from mxdsurgery.text.places import text_name
 PART = 2**17
 
 
+@guarded
 def coefficients(
     folder: str | Path,
     *,

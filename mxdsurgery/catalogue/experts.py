@@ -27,6 +27,7 @@ from mxdsurgery.catalogue.tables import write_tables
 from mxdsurgery.checkpoint.converted import Converted, fingerprint, load_with_recipe
 from mxdsurgery.checkpoint.export import write_json
 from mxdsurgery.errors import LayerSelectionError, MemoryBudgetError, OutputError
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.hardware.memory import PeakMemory, free_memory
 from mxdsurgery.layers.interventions import MAXIMUM_FILE
 from mxdsurgery.layers.layer import Coefficients, MxDLayer
@@ -53,6 +54,7 @@ class _Settings:
     sample: int
 
 
+@guarded
 def experts(
     folder: str | Path,
     *,
@@ -126,6 +128,7 @@ def experts(
     run.open(asdict(settings), resume, overwrite)
     packing = Packing(converted.tokenizer(), recipe.context, recipe.prepend_bos)
     with run.working(reporter) as reporter:
+        _check_free(out, overwrite)  # again: another run may have ended meanwhile
         compute_in(converted.model, getattr(torch, run.as_begun(recipe, reporter.say).compute))
         try:
             with recipes_text(converted.folder, data):

@@ -25,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import NamedTemporaryFile, TemporaryFile
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 import numpy as np
@@ -36,6 +36,7 @@ from mxdsurgery.checkpoint.card import FIGURES, LEGEND, before_last_edit, figure
 from mxdsurgery.checkpoint.converted import EVALUATION_FILE, converted_classes, read_config
 from mxdsurgery.checkpoint.export import written_whole
 from mxdsurgery.errors import CatalogueError, NotConvertedError, OutputError, first_line
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.sources import token_strings
 
@@ -57,6 +58,7 @@ _CODE = (
 )
 
 
+@guarded
 def report(
     folder: str | Path,
     *,
@@ -366,14 +368,14 @@ def _element(name: str, packed: bytes) -> bytes:
 @contextmanager
 def _written_aside(path: Path) -> Iterator[IO[bytes]]:
     """A file that becomes ``path`` on success, and is removed on an error."""
-    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(aside, "wb") as file:
         try:
             yield file
             file.flush()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
+            os.replace(aside, path)
         except BaseException:
-            os.unlink(file.name)
+            os.unlink(aside)
             raise
 
 

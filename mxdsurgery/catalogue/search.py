@@ -17,6 +17,7 @@ from mxdsurgery.catalogue.experts import recorded_coefficients
 from mxdsurgery.catalogue.files import Catalogue, catalogue_of
 from mxdsurgery.checkpoint.converted import load_with_recipe
 from mxdsurgery.errors import DataError
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.layers.layer import Coefficients
 
 # By token, experts that fired on fewer tokens are left out: their firings say nothing yet.
@@ -25,6 +26,7 @@ _LEAST_FIRED = 5
 _AROUND = 8
 
 
+@guarded
 def search(
     folder: str | Path,
     query: str,

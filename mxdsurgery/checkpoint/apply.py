@@ -22,6 +22,7 @@ from mxdsurgery.checkpoint.converted import PLAN_FILE, load, read_config, saved_
 from mxdsurgery.checkpoint.export import check_apart, check_output, check_reload, reference_outputs, write_code, written_whole
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import BaseModelError
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.planning.plan import read_plan
 from mxdsurgery.terminal.console import Reporter
 
@@ -29,6 +30,7 @@ from mxdsurgery.terminal.console import Reporter
 _CHECKED = (2, 16)
 
 
+@guarded
 def apply(
     adapter: str | Path,
     *,
@@ -106,6 +108,7 @@ def apply(
     } | differences
 
 
+@guarded
 def make_adapter(
     folder: str | Path,
     *,

@@ -25,6 +25,7 @@ from mxdsurgery.checkpoint.adapter import Adapter, is_adapter, merged, read_adap
 from mxdsurgery.errors import ModelNotFoundError, NotConvertedError, WeightsError, first_line
 from mxdsurgery.hardware.compute import model_dtype
 from mxdsurgery.hardware.device import check_device
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.layers.peft_targets import FamilyTargets
 from mxdsurgery.layers.replacement import LAYER_KINDS, MxDSurgeryMixin
 from mxdsurgery.outside import check_folder, check_types, fix_of, foreign_code, read_json, shown, stored_shapes
@@ -305,6 +306,7 @@ def fingerprint(converted: Converted) -> str:
     return digest.hexdigest()[:16]
 
 
+@guarded
 def load(
     folder: str | Path,
     *,

@@ -12,9 +12,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,7 +139,7 @@ def check_output(out: str | Path, overwrite: bool) -> Path:
                 f"{str(out)!r} exists already", expected="a new folder", fix="give another --out, or --overwrite"
             )
         nearest = next(parent for parent in path.parents if parent.exists())
-        with tempfile.TemporaryDirectory(dir=nearest, prefix=f".{path.name}."):
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=_aside(path)):
             pass
     except OSError as error:
         raise OutputError(f"{str(out)!r} cannot be written: {error.strerror or error}", fix="give another --out") from None
@@ -183,21 +184,25 @@ def written_whole(out: Path, within: Path | None = None) -> Iterator[Path]:
         within: where the folder is written until then, on the same file system; default: the parent of ``out``.
 
     Raises:
-        OutputError: the disk is full or the folder cannot be written.
+        OutputError: the disk is full or the folder cannot be written, or another process wrote ``out`` meanwhile.
     """
+    was_there = out.exists()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=within or out.parent, prefix=f".{out.name}."))
+        staging = Path(tempfile.mkdtemp(dir=within or out.parent, prefix=_aside(out)))
         try:
             yield staging
-            staging.chmod(0o755)
-            for file in staging.rglob("*"):
-                file.chmod(0o755 if file.is_dir() else 0o644)
+            mode = _folder_mode(staging)
+            for file in (staging, *staging.rglob("*")):
+                with suppress(PermissionError):  # file systems on which all files have one mode
+                    file.chmod(mode if file.is_dir() else mode & 0o666)
                 sync(file)
+            if out.exists() and not was_there:
+                raise OutputError(f"another process wrote {str(out)!r} meanwhile", fix="give another --out, or --overwrite")
             if not out.exists():
                 os.replace(staging, out)
             elif not _swapped(staging, out):
-                old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
+                old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{_aside(out)}old."))
                 os.replace(out, old)
                 os.replace(staging, out)
                 shutil.rmtree(old)
@@ -206,6 +211,20 @@ def written_whole(out: Path, within: Path | None = None) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space, or give another --out") from None
+
+
+def _aside(path: Path) -> str:
+    """How the name of a folder begins that becomes ``path``: short, since transformers makes longer names of it."""
+    return f".{path.name[:40]}."
+
+
+def _folder_mode(within: Path) -> int:
+    """The mode of new folders, as the process's umask has it."""
+    probe = within / ".mode"
+    probe.mkdir()
+    mode = probe.stat().st_mode & 0o777
+    probe.rmdir()
+    return mode
 
 
 def _swapped(first: Path, second: Path) -> bool:
@@ -285,12 +304,14 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    aside = path.with_suffix(".tmp")
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}")  # another process may write the same file
     try:
         path.parent.mkdir(exist_ok=True)
         aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(aside, path)
     except OSError as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise OutputError(f"{str(path)!r} cannot be written: {error.strerror or error}") from None
 
 
@@ -372,7 +393,9 @@ def reference_outputs(model: PreTrainedModel, ids: Tensor) -> Reference:
 def _run_reload(words: Sequence[str], environment: Mapping[str, str], folder: str) -> subprocess.CompletedProcess[str]:
     """Runs `_RELOAD` with the arguments ``words`` in a fresh interpreter, in ``folder``."""
     command = (sys.executable, "-I", "-c", _RELOAD, *words)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, check=False)
+    return subprocess.run(
+        command, env=environment, capture_output=True, encoding="utf-8", errors="replace", cwd=folder, check=False
+    )
 
 
 def check_reload(folder: Path, reference: Reference, offloaded: bool = False) -> dict[str, float]:

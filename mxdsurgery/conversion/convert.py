@@ -17,6 +17,7 @@ from mxdsurgery.checkpoint.export import check_output, check_room, export, write
 from mxdsurgery.conversion.shared_run import shared_run
 from mxdsurgery.conversion.train import Training, collect, train_groups
 from mxdsurgery.errors import CheckpointError, RecipeError
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.hardware.memory import PeakMemory
 from mxdsurgery.measuring.fidelity import Measurement
 from mxdsurgery.planning.effort import EVALUATION_SHARE, Alone
@@ -53,6 +54,7 @@ class Conversion:
     seconds: float
 
 
+@guarded
 def convert(
     model: str,
     *,

@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxdsurgery.base.blocks import Block
+from mxdsurgery.base.model import BaseModel
 from mxdsurgery.choices import DEFAULT_K, DEFAULT_KINDS, ONE_LAYER
 from mxdsurgery.conversion.train import Training, train_groups
 from mxdsurgery.errors import Interrupted, OutputError, RecipeError
 from mxdsurgery.hardware.device import check_device
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.fidelity import Measurement
 from mxdsurgery.measuring.frontier_table import FRONTIER_FILE, Frontier, read_frontier, row_key, save_layer
 from mxdsurgery.planning.plan import WORTH_PREDICTING, Plan, open_and_plan, plan_layer, with_layers, with_time
@@ -32,6 +34,7 @@ from mxdsurgery.training.distill import layer_key
 _FREE_KEYS = {"layers", "k", "kind", "out", "overwrite", "device", "memory", "threads", "tracker", *ONE_LAYER}
 
 
+@guarded
 def frontier(
     model: str,
     *,
@@ -90,7 +93,26 @@ def frontier(
     start_processes(resolved)
     alone("a frontier")
     with saying_whose(resolved.to_dict(), overrides, made.recipe_file):
-        train, heldout = open_texts(resolved, base_model.tokenizer())
+        texts = open_texts(resolved, base_model.tokenizer())
+    with RunFolder(out, resolved).owned():
+        if _open_folder(out, settings, resolved.overwrite).rows != found.rows:
+            raise OutputError(f"another process wrote rows to {str(out)!r} meanwhile", fix="repeat the command")
+        return _filled(found, settings, made, todo, resolved, base_model, texts, resume, reporter)
+
+
+def _filled(
+    found: Frontier,
+    settings: dict[str, Any],
+    made: Plan,
+    todo: list[LayerPlan],
+    resolved: Recipe,
+    base_model: BaseModel,
+    texts: tuple[TextStream, Tensor],
+    resume: bool,
+    reporter: Reporter,
+) -> Frontier:
+    """The table with the rows that it lacked, trained and measured group by group."""
+    out, (train, heldout) = found.out, texts
     settled = RunFolder(out, resolved).as_begun(made.settled(resolved), reporter.say, resume)
     how = {"dtype": made.dtype, "compute": settled.compute, "device": check_device(resolved.device)}
     base, found_out = base_model.load_examined(made.blocks[:1], **how)

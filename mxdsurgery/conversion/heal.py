@@ -35,6 +35,7 @@ from mxdsurgery.conversion.heal_text import healing_texts
 from mxdsurgery.conversion.shared_run import shared_run
 from mxdsurgery.conversion.train import start_kernels
 from mxdsurgery.errors import HealError
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.evaluate import evaluate, load_original
 from mxdsurgery.outside import weight_files
 from mxdsurgery.planning.machine import settled_recipe
@@ -142,6 +143,7 @@ class Healing:
         return dataclasses.replace(saved, **defaults | {name: value for name, value in given.items() if value is not None})
 
 
+@guarded
 def heal(
     folder: str | Path,
     *,

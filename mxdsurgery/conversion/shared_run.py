@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mxdsurgery.errors import OutputError
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.parallel import check_parallel, processes, rank
 from mxdsurgery.runs.run_folder import RunFolder, depends_on
@@ -31,7 +32,7 @@ def shared_run(
 
     Raises:
         DeviceError: the device is not there.
-        OutputError, CheckpointError: see `RunFolder.open`.
+        OutputError, RunInUseError, CheckpointError: see `RunFolder.open`.
         Interrupted, MxDError: see `RunFolder.working`.
     """
     start_processes(recipe)
@@ -40,6 +41,8 @@ def shared_run(
     run.open(depends_on(recipe.to_dict()) | {"processes": processes()} | dict(more), resume, overwrite)
     first = rank() == 0  # asked now: at the end, the processes have parted
     with run.working(reporter if first else Reporter()) as recording:
+        if first and target.exists() and not overwrite:
+            raise OutputError(f"another process wrote {str(target)!r} meanwhile", fix="give another --out, or --overwrite")
         yield run, recording
     if first:
         run.finish(target)

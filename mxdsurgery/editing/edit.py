@@ -44,6 +44,7 @@ from mxdsurgery.checkpoint.export import (
 from mxdsurgery.editing.edits import Edits, baked, check_for
 from mxdsurgery.editing.generate import Sampling, sample
 from mxdsurgery.errors import DataError, EditError, MxDWarning, UnsupportedModelError
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.evaluate import held_out
 from mxdsurgery.measuring.intervals import Table, next_token_sums, scored_predictions, with_interval
 from mxdsurgery.outside import weight_files
@@ -60,6 +61,7 @@ _INDEX_FILE = "model.safetensors.index.json"
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 3, 24, 32
 
 
+@guarded
 def edit(
     folder: str | Path,
     *,

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mxdsurgery.errors import EditError, first_line
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.outside import read_yaml, shown
 
 if TYPE_CHECKING:  # flags and files are checked without torch
@@ -160,6 +161,7 @@ def check_for(edits: Edits, converted: "Converted") -> None:
     edits.live(converted.model)
 
 
+@guarded
 def read_edits(path: str | Path) -> Edits:
     """Reads an edit file.
 
@@ -203,6 +205,7 @@ def edits_from(values: Any, where: str) -> Edits:
     return Edits(**kinds, model=values.get("model"))
 
 
+@guarded
 def edits_from_flags(
     edits: str | Path | None = None,
     *,

@@ -24,6 +24,7 @@ from mxdsurgery.catalogue.experts import recorded_coefficients
 from mxdsurgery.editing.edits import Edits, check_for
 from mxdsurgery.editing.predictions import Opened, open_on_text, prediction_shifts, widened
 from mxdsurgery.errors import EditError
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.layers.layer import Coefficients
 from mxdsurgery.measuring.fidelity import firings
 from mxdsurgery.measuring.intervals import Table, with_interval
@@ -48,6 +49,7 @@ _LEGEND = (
 )
 
 
+@guarded
 def effect(
     folder: str | Path,
     *,

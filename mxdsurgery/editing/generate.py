@@ -18,9 +18,11 @@ from mxdsurgery.checkpoint.converted import Converted, load_with_recipe
 from mxdsurgery.choices import UNITS
 from mxdsurgery.editing.edits import Edits, check_for
 from mxdsurgery.errors import CatalogueError, EditError, RecipeError
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.layers.interventions import InterventionError
 
 
+@guarded
 def generate(
     folder: str | Path,
     *,

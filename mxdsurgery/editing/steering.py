@@ -36,6 +36,7 @@ from mxdsurgery.editing.effect import draw_control
 from mxdsurgery.editing.generate import Sampling, in_coefficients, maximum_of, prompt_ids, sample
 from mxdsurgery.editing.judge import RATINGS, Judge
 from mxdsurgery.errors import EditError
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.evaluate import load_original
 from mxdsurgery.measuring.intervals import with_interval
 from mxdsurgery.terminal.console import Reporter
@@ -58,6 +59,7 @@ _LEGEND = (
 )
 
 
+@guarded
 def steering(
     folder: str | Path,
     *,

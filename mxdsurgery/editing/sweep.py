@@ -28,6 +28,7 @@ from mxdsurgery.catalogue.experts import layers_with_experts, recorded_coefficie
 from mxdsurgery.checkpoint.export import write_json
 from mxdsurgery.editing.predictions import Opened, open_on_text, prediction_shifts, widened
 from mxdsurgery.errors import UnsupportedBlockError
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.layers.layer import Coefficients
 from mxdsurgery.terminal.console import ProgressLine, Reporter
 from mxdsurgery.text.sources import token_strings
@@ -42,6 +43,7 @@ _LEGEND = (
 )
 
 
+@guarded
 def sweep(
     folder: str | Path,
     *,

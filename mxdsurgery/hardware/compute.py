@@ -201,7 +201,7 @@ def _read_rates() -> Known:
             machine: {what: {dtype: float(value) for dtype, value in found.items()} for what, found in rates.items()}
             for machine, rates in known.items()
         }
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RuntimeError):  # the last: there is no home folder
         return {}
 
 
@@ -213,7 +213,7 @@ def _write_rate(machine: str, what: str, seconds: dict[str, float]) -> None:
         aside = path.with_suffix(f".{os.getpid()}.tmp")
         aside.write_text(json.dumps(known, indent=1), encoding="utf-8")
         os.replace(aside, path)
-    except OSError:
+    except (OSError, ValueError, RuntimeError):  # a file in the folder's place; no home folder
         pass
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from mxdsurgery.hardware.device import widest
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.layers.layer import MxDLayer
 from mxdsurgery.measuring.expert_layers import HIDDEN_UNITS, ExpertLayers, block_inputs, keep_beside, open_expert_layers
 from mxdsurgery.measuring.intervals import frequency_decades
@@ -24,6 +25,7 @@ _SIMILARITY_ELEMENTS = 2**24
 _QUANTILES = (0.1, 0.5, 0.9)
 
 
+@guarded
 def dissect(
     folder: str | Path,
     *,

@@ -19,6 +19,7 @@ from mxdsurgery.checkpoint.converted import EVALUATION_FILE, RECIPE_FILE, Conver
 from mxdsurgery.checkpoint.export import write_evaluation
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import BaseModelError, DataError, MxDError
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.fidelity import Measurement
 from mxdsurgery.planning.effort import EVALUATION_SHARE, Alone
 from mxdsurgery.recipe import Recipe, load_recipe
@@ -27,6 +28,7 @@ from mxdsurgery.text.sources import Packing, TextStream, open_texts
 from mxdsurgery.training.accelerator import make_accelerator
 
 
+@guarded
 def evaluate(
     folder: str | Path,
     *,

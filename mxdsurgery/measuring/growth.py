@@ -26,6 +26,7 @@ from mxdsurgery.checkpoint.card import computed_in
 from mxdsurgery.checkpoint.converted import Converted, load, saved_recipe, settle
 from mxdsurgery.errors import BaseModelError
 from mxdsurgery.hardware.device import check_device, widest
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.evaluate import held_out, load_original
 from mxdsurgery.measuring.intervals import Sums, Table, error_sums, scored_predictions, with_interval
 from mxdsurgery.measuring.scoring import Original, prediction_sums, run_original
@@ -46,6 +47,7 @@ distance of a decoder layer's output from the original's, over its squared size;
 this layer alone converted; what all layers have beyond it comes from below."""
 
 
+@guarded
 def growth(
     folder: str | Path,
     *,

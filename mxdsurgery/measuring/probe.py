@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.base.blocks import Block
 from mxdsurgery.errors import DataError
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.expert_layers import HIDDEN_UNITS, block_inputs, keep_beside, open_expert_layers
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.labelled import TokenBatch, read_labelled
@@ -40,6 +41,7 @@ class Pooled:
     features: sparse.csc_matrix
 
 
+@guarded
 def probe(
     folder: str | Path,
     *,

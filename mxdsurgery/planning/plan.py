@@ -16,6 +16,7 @@ from mxdsurgery.base.model import BaseModel, check_context
 from mxdsurgery.base.selection import write_layers
 from mxdsurgery.errors import MemoryBudgetError, RecipeError
 from mxdsurgery.hardware.device import devices
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.hardware.memory import free_memory
 from mxdsurgery.hardware.threads import use_threads
 from mxdsurgery.planning.budget import needed_bytes, refusal, stored
@@ -303,6 +304,7 @@ def _layer_plan(row: dict[str, Any]) -> LayerPlan:
     return LayerPlan(**row | {"block": Block(**block)})
 
 
+@guarded
 def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False, **overrides: Any) -> tuple[Plan, Recipe]:
     """Resolves a conversion without reading any weights, and says what it takes.
 

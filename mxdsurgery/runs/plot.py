@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from mxdsurgery.errors import MetricsError, OutputError
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.runs.journal import LOG_FILE, METRICS_FILE
 from mxdsurgery.terminal.console import Reporter, compact
 
@@ -61,6 +62,7 @@ class Stretch:
         return sorted({layer for look in self.looks.values() for layer in look["layers"]}, key=_in_order)
 
 
+@guarded
 def plot(folder: str | Path, *, out: str | Path | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
     """Draws loss, NMSE and share of dead experts of each layer against the tokens of training, and the KL where there is one.
 

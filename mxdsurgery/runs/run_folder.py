@@ -1,7 +1,8 @@
 """The folder beside a result that a run works in until the result is there.
 
 ``<out>.run`` holds recipe.yaml and plan.json, log.txt and metrics.jsonl (mxdsurgery.runs.journal), and the last
-checkpoints (mxdsurgery.runs.resume). It is removed when the run ends well; else ``--resume`` goes on from it.
+checkpoints (mxdsurgery.runs.resume). It is removed when the run ends well; else ``--resume`` goes on from it. While a process
+works in it, it holds owner.json, and no other may (mxdsurgery.runs.owner).
 """
 
 import contextlib
@@ -19,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxdsurgery.errors import CheckpointError, DivergedError, Interrupted, MxDError, OutputError
+from mxdsurgery.errors import CheckpointError, DivergedError, Interrupted, MxDError, OutputError, RunInUseError
 from mxdsurgery.hardware.threads import asked_for, set_threads
 from mxdsurgery.outside import shown
 from mxdsurgery.recipe import CHECKPOINT_KEYS, COMPUTE_KEYS, Recipe
 from mxdsurgery.runs.journal import METRICS_FILE, Journal, Recording
+from mxdsurgery.runs.owner import Ownership
 from mxdsurgery.runs.parallel import any_of, first_ones, rank, text_shares, wait
 from mxdsurgery.runs.resume import Checkpoint, Checkpoints, Files
 from mxdsurgery.terminal.console import Reporter
@@ -104,7 +106,7 @@ class RunFolder:
         self.at = 0  # the step of the last checkpoint
         self.computes = {name: getattr(recipe, name) for name in COMPUTE_KEYS}
         self.anew = ""  # how to begin anew, for people
-        self.made: list[Path] = []  # parent folders that did not exist before, the lowest first
+        self.owner: Ownership | None = None  # of the first process, while the run is open
 
     @property
     def scratch(self) -> Path | None:
@@ -139,6 +141,7 @@ class RunFolder:
         Raises:
             OutputError: there is an unfinished run, and it is to be neither resumed nor overwritten; or the folder cannot be
                 written.
+            RunInUseError: another process works in it.
             CheckpointError: the run depends on other things than it did, or its last checkpoint is damaged.
         """
         if self.path is None:
@@ -146,6 +149,42 @@ class RunFolder:
         self.anew = anew
         if rank() > 0:
             wait()  # the first process checks the folder before the others
+        self.take()
+        try:
+            self._open(identity, resume, overwrite, anew)
+        except BaseException:
+            self._give_back()
+            raise
+
+    def take(self) -> None:
+        """Makes the folder the first process's own, until the run ends.
+
+        Raises:
+            RunInUseError: another process works in it.
+            OutputError: it cannot be written.
+        """
+        if self.path is None or rank() > 0:
+            return
+        try:
+            self.owner = Ownership(self.path).take()
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """While open, the folder is this process's own; runs in it begin and end meanwhile. Raises as `take`."""
+        self.take()
+        try:
+            yield
+        finally:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self.owner is not None:
+            self.owner.give_back()
+            self.owner = None
+
+    def _open(self, identity: Mapping[str, Any], resume: bool, overwrite: bool, anew: str) -> None:
         found = self.checkpoints.latest(anew) if resume else None
         there = any(self.path.glob("checkpoints*/step-*"))
         if rank() == 0 and there and not resume and not overwrite:
@@ -159,12 +198,11 @@ class RunFolder:
         self.confirm(**identity)
         try:
             if rank() == 0 and not (resume and there):
-                shutil.rmtree(self.path, ignore_errors=True)
+                self.owner.clear()
             shutil.rmtree(self.scratch, ignore_errors=True)  # of a run that was killed
-            self.made = [parent for parent in self.path.parents if not parent.exists()]
             self.scratch.mkdir(parents=True)
         except OSError as error:
-            raise OutputError(f"{str(self.path)!r} cannot be written: {error}", fix="give another --out") from None
+            raise _unwritable(self.path, error) from None
         if rank() == 0:
             wait()
         self.journal = Journal(self.path if self.writes else None)
@@ -230,7 +268,10 @@ class RunFolder:
 
         Raises:
             Interrupted: the run was asked to stop.
+            RunInUseError: another process has taken it over.
         """
+        if self.owner is not None:
+            self.owner.check()
         due = self.checkpoints is not None and self.checkpoints.due(step)
         due, asked = any_of([due, self.stop.asked], self.shares)
         if due or asked:
@@ -247,18 +288,17 @@ class RunFolder:
                 tensors()  # a collective operation: it merges what all processes know
             self.at = step
             return
+        if self.owner is not None:
+            self.owner.check(now=True)
         own = {"step": step, "identity": self.identity, "threads": torch.get_num_threads(), "computes": self.computes}
         self.checkpoints.save(step, files, unchanging, own | dict(state))
         self.at = step
 
     def _left(self) -> str:
-        """What a run that ends too soon leaves, for people; removes the folder if nothing was trained in it."""
+        """What a run that ends too soon leaves, for people; empties the folder if nothing was trained in it."""
         if not self.at:
-            if self.path is not None and rank() == 0 and not (self.path / METRICS_FILE).is_file():
-                shutil.rmtree(self.path, ignore_errors=True)
-                with contextlib.suppress(OSError):  # it is not empty
-                    for folder in self.made:
-                        folder.rmdir()
+            if self.owner is not None and not (self.path / METRICS_FILE).is_file():
+                self.owner.clear()
             return "Nothing was written: there was no checkpoint yet."
         return f"A checkpoint of step {self.at} is in {self.path}; the same command with --resume goes on from there."
 
@@ -266,29 +306,37 @@ class RunFolder:
     def working(self, reporter: Reporter) -> Iterator[Reporter]:
         """While open, the work is written to the journal; an error that ends it also says what there is to resume from.
 
+        If it ends well, the folder is still this process's own, until `finish`.
+
         Raises:
             Interrupted: Ctrl-C.
             MxDError: as inside.
         """
+        well = False
         try:
             with Recording(reporter, self.journal) as recording:
+                if self.owner is not None and self.owner.before is not None:
+                    recording.say(f"owner      {self.owner.before} is gone: its run is this one's now")
                 if self.resumed is not None:
                     self.keep_threads(self.resumed.state.get("threads"), recording.say)
                 yield recording
+                well = True
         except Interrupted:
             raise
         except KeyboardInterrupt:
             raise Interrupted(f"Interrupted. {self._left()}") from None
-        except (DivergedError, CheckpointError):
-            raise  # a resumed run would end at the same point again
+        except (DivergedError, CheckpointError, RunInUseError):
+            raise  # a resumed run would end at the same point again; or another process goes on with it
         except MxDError as error:
             left = self._left()
             if not self.at:
                 raise
             raise type(error)(f"{error.found}\n{left}", expected=error.expected, fix=error.fix) from None
         finally:
-            if self.scratch is not None:
+            if self.scratch is not None and not (self.owner is not None and self.owner.lost):
                 shutil.rmtree(self.scratch, ignore_errors=True)
+            if not well:
+                self._give_back()
 
     def finish(self, result: Path) -> None:
         """Adds the metrics to the result, and removes the folder."""
@@ -297,7 +345,13 @@ class RunFolder:
         with contextlib.suppress(OSError):
             with open(result / METRICS_FILE, "ab") as metrics:
                 metrics.write((self.path / METRICS_FILE).read_bytes())
-        shutil.rmtree(self.path, ignore_errors=True)
+        if self.owner is not None:
+            self.owner.clear()
+        self._give_back()
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"{str(path)!r} cannot be written: {error}", fix="give another --out")
 
 
 @dataclass(frozen=True)

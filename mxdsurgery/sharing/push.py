@@ -18,10 +18,12 @@ from mxdsurgery.checkpoint.adapter import CARD
 from mxdsurgery.checkpoint.converted import PLAN_FILE
 from mxdsurgery.disclosure import secrets_here
 from mxdsurgery.errors import HubError, PushError, first_line
+from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.sharing.contents import Upload, belongs, check_disclosures, pack, written_by_people
 from mxdsurgery.terminal.console import Reporter, size
 
 
+@guarded
 def push(
     folder: str | Path,
     repo: str,

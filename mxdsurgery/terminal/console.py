@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from mxdsurgery.errors import MxDError
+from mxdsurgery.terminal.streams import hush
 
 # Without a terminal, a progress line every so many seconds.
 _LINE_EVERY = 15.0
@@ -49,7 +50,7 @@ class ConsoleReporter(Reporter):
     """
 
     def __init__(self, console: Console | None = None, level: str = "info") -> None:
-        self.console = console or Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+        self.console = console or _Errors(stderr=True, highlight=False, emoji=False, soft_wrap=True)
         self.level, self.stage = level, "start"
 
     def say(self, text: str) -> None:  # noqa: D102
@@ -85,7 +86,18 @@ class ConsoleReporter(Reporter):
         self._print(event_line(level, stage, text))
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        try:
+            self.console.print(text, markup=False)
+        except OSError:  # a terminal that is gone, a log on a full disk
+            self.console.quiet = True
+
+
+class _Errors(Console):
+    """Standard error. Work goes on when nobody reads it any more, as in ``2>&1 | head``."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        hush(self.file)
 
 
 class Pace:

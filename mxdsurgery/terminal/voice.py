@@ -10,7 +10,9 @@ import click
 
 from mxdsurgery.disclosure import masked, secrets_here
 from mxdsurgery.errors import MxDWarning
+from mxdsurgery.paths import check_working_folder
 from mxdsurgery.terminal.console import ConsoleReporter, event_line
+from mxdsurgery.terminal.streams import say
 
 # Where click keeps the level: the same for a group and for the command in it.
 _LEVEL = "mxdsurgery.level"
@@ -40,7 +42,8 @@ class Command(click.Command):
         self.params += level_options()
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs it, with the libraries' warnings shown or not, as asked for."""
+        """Runs it, with the libraries' warnings shown or not, as asked for. Raises PathError if the working folder is gone."""
+        check_working_folder()
         _hear_libraries(_level() == "debug")
         return super().invoke(ctx)
 
@@ -59,14 +62,14 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         line = event_line(record.levelname.lower(), record.name.partition(".")[0], record.getMessage())
-        click.echo(masked(line, secrets_here(None)), err=True)
+        say(masked(line, secrets_here(None)), err=True)
 
 
 def _hear_libraries(warned: bool) -> None:
     """Silences the libraries' progress bars, advice and, unless ``warned``, warnings: they would interrupt our own."""
     warnings.simplefilter("default" if warned else "ignore")
     warnings.simplefilter("once", MxDWarning)
-    warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
+    warnings.showwarning = lambda message, *_: say(f"warning: {message}", err=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers', too, if it is not loaded yet

@@ -1,0 +1,258 @@
+"""Who works in a run folder: one process, or several launched together, and no other at the same time.
+
+``owner.json`` in the folder names it: host, process, when both were started. On the same machine, whether that process still
+runs is looked up. What another machine or container cannot look up shows in the file's age: its owner touches it every few
+seconds, and both times are the file server's. No lock of the file system is relied on: network file systems lack them.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from mxdsurgery.errors import RunInUseError
+from mxdsurgery.outside import check_types, read_json
+
+OWNER_FILE = "owner.json"
+# Seconds between two signs of life, and without any until an owner on another machine counts as gone.
+_BEAT, _SILENCE = 10.0, 60.0
+# A file that cannot be read is as old as this before it counts as damaged: its owner may be writing it.
+_UNREADABLE = 2.0
+# After taking over from an owner that is gone, so many seconds pass until it is clear that nobody else did so, too.
+_CONTEST = 0.3
+_MOST_BYTES = 2**14
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What owner.json holds.
+
+    Attributes:
+        host: its name, for people.
+        process: its number.
+        process_started: tells it from a later process of the same number.
+        machine: what sees that process: this start of the machine, and the container.
+        since: UTC time when the run was taken.
+        token: of this ownership alone.
+    """
+
+    host: str
+    process: int
+    process_started: str
+    machine: str
+    since: str
+    token: str
+
+    def __str__(self) -> str:
+        return f"process {self.process} on host {self.host!r}"
+
+
+def _this_process() -> Owner:
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    return Owner(socket.gethostname(), os.getpid(), _started(os.getpid()) or "", _machine(), since, uuid.uuid4().hex)
+
+
+def _machine() -> str:
+    """This start of this machine and, in a container, the container: processes see each other within it."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return f"{socket.gethostname()} {psutil.boot_time():.0f}"
+
+
+def _started(process: int) -> str | None:
+    """When a process of this machine was started; None where it does not run any more."""
+    try:
+        found = psutil.Process(process)
+        if found.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return None
+        with contextlib.suppress(OSError):  # in ticks since the boot, which no change of the clock moves
+            return Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+        return f"{found.create_time():.0f}"
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _in_use(folder: Path, owner: Owner, how: str) -> RunInUseError:
+    """The error that names who works in a folder."""
+    return RunInUseError(
+        f"{owner} works in {str(folder)!r}, since {owner.since}",
+        expected="one process at a time",
+        fix=f"wait until it has ended, or {how}; or give another --out",
+    )
+
+
+def _created(aside: Path, file: Path) -> bool:
+    """Gives a file its name, unless something has that name; in one step, on network file systems too."""
+    try:
+        os.link(aside, file)
+        return True
+    except FileExistsError:
+        return False
+    except (OSError, NotImplementedError):  # a file system without hard links
+        try:
+            with open(file, "xb") as made:
+                made.write(aside.read_bytes())
+            return True
+        except FileExistsError:
+            return False
+
+
+# By folder, the ownership that this process has of it.
+_held: dict[str, "Ownership"] = {}
+_lock = threading.RLock()
+
+
+class Ownership:
+    """A folder that this process works in, once it has taken it, until it gives it back.
+
+    Args:
+        folder: made when it is taken.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file, self.key = folder, folder / OWNER_FILE, os.path.realpath(folder)
+        self.me, self.thread = _this_process(), threading.get_ident()
+        self.ended = threading.Event()
+        self.depth = 0  # how often it was taken and not given back: what takes it may use others that do
+        self.lost = False  # another process has taken it over
+        self.before: Owner | None = None  # who had it and is gone, without having given it back
+        self.made: list[Path] = []  # parents that were not there before, the lowest first
+
+    def take(self) -> "Ownership":
+        """Makes the folder this process's own; returns what holds it, which is another one if this thread has it already.
+
+        Raises:
+            RunInUseError: another process works in it, or another thread of this one.
+            OSError: it cannot be written.
+        """
+        with _lock:
+            held = _held.get(self.key)
+            if held is not None and held.me.process == os.getpid():  # a forked process holds nothing
+                if held.thread != threading.get_ident():
+                    raise _in_use(self.folder, held.me, "end that call")
+                held.depth += 1
+                return held
+            self.made = [parent for parent in self.folder.parents if not parent.exists()]
+            self._write()
+            self.depth = 1
+            _held[self.key] = self
+        threading.Thread(target=self._beat, name="mxdsurgery owner", daemon=True).start()
+        return self
+
+    def _write(self) -> None:
+        """Puts owner.json there, whole or not at all; see `take`."""
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            before = self._read()
+            if before is not None:
+                self._check_gone(before)
+            elif self.file.exists() and self._silence() < _UNREADABLE:
+                time.sleep(_CONTEST)
+                continue
+            aside = self.folder / f".{OWNER_FILE}.{self.me.token}"
+            try:
+                aside.write_text(json.dumps(asdict(self.me), indent=2), encoding="utf-8")
+                if before is None and not self.file.exists():
+                    if _created(aside, self.file):
+                        return
+                elif self._read() == before:
+                    os.replace(aside, self.file)
+                    time.sleep(_CONTEST)
+                    if self._read() == self.me:
+                        self.before = before
+                        return
+            except FileNotFoundError:
+                pass  # the one before ended meanwhile, and removed the folder
+            finally:
+                aside.unlink(missing_ok=True)
+
+    def _read(self) -> Owner | None:
+        """Who has it; None where nobody has, or where no version of ours wrote the file."""
+        try:
+            owner = Owner(**read_json(self.file, _MOST_BYTES))
+            check_types(owner, Owner)
+            return owner
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def _check_gone(self, owner: Owner) -> None:
+        """Raises RunInUseError unless an owner is gone."""
+        if owner.machine == self.me.machine:
+            if owner.process != self.me.process and _started(owner.process) == owner.process_started:
+                raise _in_use(self.folder, owner, f"end it (kill {owner.process})")
+            return  # where it is this very process, an earlier call of it is meant: it is over
+        left = _SILENCE - self._silence()
+        if left > 0:
+            gone = f"if that host or process is gone, repeat the command in {left:.0f} s"
+            raise _in_use(self.folder, owner, f"end it there; {gone}")
+
+    def _silence(self) -> float:
+        """Seconds since the last sign of life, by the clock of who keeps the files."""
+        probe = self.folder / f".now.{self.me.token}"
+        try:
+            probe.touch()
+            with open(self.file, "rb") as file:  # opened, since a network file system may remember an old time
+                return probe.stat().st_mtime - os.fstat(file.fileno()).st_mtime
+        except FileNotFoundError:
+            return _SILENCE
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self.ended.wait(_BEAT):
+            with contextlib.suppress(OSError):  # a server that is away for a moment
+                if self._taken_over():
+                    return
+                os.utime(self.file)
+
+    def _taken_over(self) -> bool:
+        owner = self._read()
+        self.lost = self.lost or (owner is not None and owner != self.me)
+        return self.lost
+
+    def check(self, now: bool = False) -> None:
+        """Raises RunInUseError if another process has taken the folder over, as it does where this one seemed gone.
+
+        Args:
+            now: look, and do not rely on the last sign of life.
+        """
+        if self.lost or (now and self._taken_over()):
+            owner = self._read()
+            raise RunInUseError(
+                f"{owner or 'another process'} took {str(self.folder)!r} over: this one had given no sign of life",
+                expected="one process at a time",
+                fix="let the other one go on, or end it and repeat this command with --resume",
+            )
+
+    def clear(self) -> None:
+        """Removes all that is in the folder, but for the owner's name."""
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != OWNER_FILE:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    def give_back(self) -> None:
+        """Ends the ownership, and removes the folder, and parents that were made for it, where nothing is in them."""
+        with _lock:
+            self.depth -= 1
+            if self.depth > 0:
+                return
+            self.ended.set()
+            _held.pop(self.key, None)
+            with contextlib.suppress(OSError):  # something is in one of them
+                if not self._taken_over():
+                    self.file.unlink(missing_ok=True)
+                for folder in (self.folder, *self.made):
+                    folder.rmdir()
