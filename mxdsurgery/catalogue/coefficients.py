@@ -26,7 +26,7 @@ from mxdsurgery.base.running import run_base
 from mxdsurgery.catalogue.experts import layers_with_experts, recorded_coefficients
 from mxdsurgery.catalogue.files import list_array
 from mxdsurgery.checkpoint.converted import Converted, fingerprint, load_with_recipe
-from mxdsurgery.checkpoint.export import write_json, written_whole
+from mxdsurgery.checkpoint.writing import write_json, written_whole
 from mxdsurgery.choices import FORMS
 from mxdsurgery.errors import OutputError
 from mxdsurgery.hardware.guard import guarded

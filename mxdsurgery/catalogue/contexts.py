@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mxdsurgery.catalogue.files import CONTEXTS_FILE, list_array
-from mxdsurgery.checkpoint.export import write_json
+from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.errors import DataError
 from mxdsurgery.terminal.console import ProgressLine, Reporter
 from mxdsurgery.text.fields import value_in

@@ -25,7 +25,7 @@ from mxdsurgery.catalogue.files import CATALOGUE_FILE, CATALOGUE_VERSION
 from mxdsurgery.catalogue.statistics import AFTER, BEFORE, BINS, Tally
 from mxdsurgery.catalogue.tables import write_tables
 from mxdsurgery.checkpoint.converted import Converted, fingerprint, load_with_recipe
-from mxdsurgery.checkpoint.export import write_json
+from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.errors import LayerSelectionError, MemoryBudgetError, OutputError
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.hardware.memory import PeakMemory, free_memory
@@ -114,10 +114,10 @@ def experts(
     """
     reporter = reporter or Reporter()
     converted, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
-    text, column = data or recipe.eval_data or recipe.data, text_column or recipe.text_column
+    text = data or recipe.eval_data or recipe.data
     settings = _Settings(
         fingerprint=fingerprint(converted),
-        source=Source(text, tokens, column, label_column, spread, seed),
+        source=Source(text, tokens, text_column or recipe.text_column, label_column, spread, seed),
         layers=layers_with_experts(converted, layers),
         top=top,
         sample=sample,

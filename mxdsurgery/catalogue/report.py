@@ -34,7 +34,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mxdsurgery.catalogue.files import Catalogue, open_catalogue
 from mxdsurgery.checkpoint.card import FIGURES, LEGEND, before_last_edit, figure_rows
 from mxdsurgery.checkpoint.converted import EVALUATION_FILE, converted_classes, read_config
-from mxdsurgery.checkpoint.export import written_whole
+from mxdsurgery.checkpoint.writing import written_whole
 from mxdsurgery.errors import CatalogueError, NotConvertedError, OutputError, first_line
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.terminal.console import Reporter

@@ -19,7 +19,8 @@ from mxdsurgery.checkpoint.adapter import (
     write_adapter,
 )
 from mxdsurgery.checkpoint.converted import PLAN_FILE, load, read_config, saved_recipe, settle
-from mxdsurgery.checkpoint.export import check_apart, check_output, check_reload, reference_outputs, write_code, written_whole
+from mxdsurgery.checkpoint.export import check_reload, reference_outputs, write_code
+from mxdsurgery.checkpoint.writing import check_apart, check_output, written_whole
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import BaseModelError
 from mxdsurgery.hardware.guard import guarded

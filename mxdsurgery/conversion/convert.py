@@ -13,7 +13,8 @@ from mxdsurgery.base.model import BaseModel
 from mxdsurgery.base.offload import move
 from mxdsurgery.base.terms import terms_of
 from mxdsurgery.checkpoint.converted import PLAN_FILE, RECIPE_FILE
-from mxdsurgery.checkpoint.export import check_output, check_room, export, write_json
+from mxdsurgery.checkpoint.export import export
+from mxdsurgery.checkpoint.writing import check_output, check_room, write_json
 from mxdsurgery.conversion.shared_run import shared_run
 from mxdsurgery.conversion.train import Training, collect, train_groups
 from mxdsurgery.errors import CheckpointError, RecipeError

@@ -21,15 +21,8 @@ from mxdsurgery.base.examination import weights_digest
 from mxdsurgery.base.lora import ADAPTER_FOLDER, Adapters, check_peft, healed_maps, projections
 from mxdsurgery.checkpoint.adapter import ABOUT
 from mxdsurgery.checkpoint.converted import Converted, chosen_dtype, load, saved_recipe
-from mxdsurgery.checkpoint.export import (
-    check_apart,
-    check_output,
-    check_reload,
-    check_room,
-    reference_outputs,
-    write_code,
-    written_as,
-)
+from mxdsurgery.checkpoint.export import check_reload, reference_outputs, write_code, written_as
+from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room
 from mxdsurgery.choices import HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
 from mxdsurgery.conversion.heal_text import healing_texts
 from mxdsurgery.conversion.shared_run import shared_run

@@ -29,18 +29,8 @@ from mxdsurgery.checkpoint.converted import (
     load_with_recipe,
     read_config,
 )
-from mxdsurgery.checkpoint.export import (
-    check_apart,
-    check_output,
-    check_reload,
-    check_room,
-    reference_outputs,
-    write_code,
-    write_evaluation,
-    write_json,
-    written_as,
-    written_whole,
-)
+from mxdsurgery.checkpoint.export import check_reload, reference_outputs, write_code, write_evaluation, written_as
+from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room, write_json, written_whole
 from mxdsurgery.editing.edits import Edits, baked, check_for
 from mxdsurgery.editing.generate import Sampling, sample
 from mxdsurgery.errors import DataError, EditError, MxDWarning, UnsupportedModelError
@@ -319,7 +309,7 @@ def _compare(
 
 @torch.no_grad()
 def _samples(before: Converted, after: Converted, ids: Tensor) -> list[dict[str, str]]:
-    """Greedy continuations of some held-out contexts, before and after; of a model that cannot generate none, and a warning."""
+    """Greedy continuations of some held-out contexts, before and after; none, and a warning, where it cannot generate."""
     tokenizer = before.tokenizer()
     prompts = ids[: _PROMPTS * 7 : 7, :_PROMPT_TOKENS].to(before.model.device)
     texts = []

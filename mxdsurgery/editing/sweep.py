@@ -25,7 +25,7 @@ from mxdsurgery.base.decoder import vocabulary_size
 from mxdsurgery.base.running import hooked, own_code_named
 from mxdsurgery.base.surgery import resumed_at
 from mxdsurgery.catalogue.experts import layers_with_experts, recorded_coefficients
-from mxdsurgery.checkpoint.export import write_json
+from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.editing.predictions import Opened, open_on_text, prediction_shifts, widened
 from mxdsurgery.errors import UnsupportedBlockError
 from mxdsurgery.hardware.guard import guarded

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mxdsurgery.base.activations import record_activations
 from mxdsurgery.base.blocks import Block
 from mxdsurgery.checkpoint.converted import RECIPE_FILE, load, saved_recipe, settle
-from mxdsurgery.checkpoint.export import write_json
+from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.errors import LayerSelectionError
 from mxdsurgery.measuring.evaluate import load_original
 from mxdsurgery.measuring.frontier_table import FRONTIER_FILE, layer_file, load_layer, read_frontier

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mxdsurgery.checkpoint.converted import RECIPE_FILE
-from mxdsurgery.checkpoint.export import write_json
+from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.errors import OutputError
 from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.recipe import Recipe

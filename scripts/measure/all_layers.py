@@ -23,7 +23,7 @@ from pages import DOCS, interval, machine, read_json, read_lines, table, unused
 
 import mxdsurgery
 from mxdsurgery.base.selection import write_layers
-from mxdsurgery.checkpoint.export import write_json
+from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.keys import parse_count
 from mxdsurgery.measuring.growth import LEGEND, PARTS, growth
 from mxdsurgery.terminal.console import ConsoleReporter, compact, size

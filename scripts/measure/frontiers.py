@@ -20,7 +20,7 @@ from pages import DOCS, cells, interval, machine, read_json, table, unused
 
 import mxdsurgery
 from mxdsurgery.checkpoint.card import LEGEND
-from mxdsurgery.checkpoint.export import write_json
+from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.measuring.frontier_table import Frontier
 from mxdsurgery.terminal.console import ConsoleReporter, compact
 

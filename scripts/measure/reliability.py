@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import mxdsurgery
-from mxdsurgery.checkpoint.export import write_json
+from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.errors import MxDError
 
 KEPT = DOCS / "reliability"

@@ -16,15 +16,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 import mxdsurgery
 from mxdsurgery.base.surgery import replaced
 from mxdsurgery.checkpoint.converted import load
-from mxdsurgery.checkpoint.export import (
-    Reference,
-    check_apart,
-    check_output,
-    check_reload,
-    check_room,
-    reference_outputs,
-    written_whole,
-)
+from mxdsurgery.checkpoint.export import Reference, check_reload, reference_outputs
+from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room, written_whole
 from mxdsurgery.errors import ExportError, NotConvertedError, OutputError, WeightsError
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from mxdsurgery.checkpoint.apply import apply
 from mxdsurgery.checkpoint.converted import load
-from mxdsurgery.checkpoint.export import write_json
+from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.conversion.heal import heal, heal_table
 from mxdsurgery.conversion.heal_text import healing_texts
 from mxdsurgery.demo import stdlib_documents

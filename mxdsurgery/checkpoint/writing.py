@@ -1,0 +1,148 @@
+"""Writing a result: where it may go, and a folder that appears whole or not at all."""
+
+import ctypes
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from mxdsurgery.checkpoint.converted import PLAN_FILE
+from mxdsurgery.errors import OutputError
+from mxdsurgery.runs.resume import sync
+from mxdsurgery.terminal.console import size
+
+
+def check_output(out: str | Path, overwrite: bool) -> Path:
+    """The folder to write, links resolved, after a check that it can be written. Leaves nothing behind.
+
+    Raises:
+        OutputError: it exists and ``overwrite`` is not given, or it is no folder of ours; or its parent cannot be written.
+    """
+    try:
+        path = Path(out).resolve()
+        if path.exists() and not (path / PLAN_FILE).is_file():
+            what = "exists already and was not written by mxdsurgery"
+            what += "" if path.is_dir() else ": it is a file"
+            raise OutputError(f"{str(out)!r} {what}", expected="a new folder", fix="give another --out")
+        if path.exists() and not overwrite:
+            raise OutputError(
+                f"{str(out)!r} exists already", expected="a new folder", fix="give another --out, or --overwrite"
+            )
+        nearest = next(parent for parent in path.parents if parent.exists())
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=_aside(path)):
+            pass
+    except OSError as error:
+        raise OutputError(f"{str(out)!r} cannot be written: {error.strerror or error}", fix="give another --out") from None
+    return path
+
+
+def check_apart(out: str | Path, folder: str | Path, what: str) -> None:
+    """Raises OutputError if ``out`` is the folder that is read, ``what`` it is, or inside it, or has it inside."""
+    target, source = Path(out).resolve(), Path(folder).resolve()
+    if target == source:
+        raise OutputError(f"{str(out)!r} is {what}", expected="another one: it is left as it is", fix="give another --out")
+    if source in target.parents or target in source.parents:
+        where = "inside" if source in target.parents else "around"
+        raise OutputError(
+            f"{str(out)!r} is {where} {str(folder)!r}, {what}",
+            expected="a folder beside it: it is left as it is",
+            fix="give another --out",
+        )
+
+
+def check_room(out: str | Path, needed: int) -> None:
+    """Raises OutputError if the disk that ``out`` will be on has less room than so many bytes."""
+    nearest = next(parent for parent in (Path(out).resolve(), *Path(out).resolve().parents) if parent.exists())
+    free = shutil.disk_usage(nearest).free
+    if free < needed:
+        raise OutputError(
+            f"{str(out)!r} takes {size(needed)} of disk while it is written, and {size(free)} are free there",
+            expected="room for it",
+            fix="free some space, or give another --out",
+        )
+
+
+@contextmanager
+def written_whole(out: Path, within: Path | None = None) -> Iterator[Path]:
+    """A folder to write into; on success it becomes ``out``, on an error it is removed. Creates parents.
+
+    Whatever ends the process, ``out`` is the earlier folder or the new one; on systems that cannot swap two names at once, an
+    earlier one may be left under another name beside it.
+
+    Args:
+        out: the final place.
+        within: where the folder is written until then, on the same file system; default: the parent of ``out``.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written, or another process wrote ``out`` meanwhile.
+    """
+    was_there = out.exists()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=within or out.parent, prefix=_aside(out)))
+        try:
+            yield staging
+            mode = _folder_mode(staging)
+            for file in (staging, *staging.rglob("*")):
+                with suppress(PermissionError):  # file systems on which all files have one mode
+                    file.chmod(mode if file.is_dir() else mode & 0o666)
+                sync(file)
+            if out.exists() and not was_there:
+                raise OutputError(f"another process wrote {str(out)!r} meanwhile", fix="give another --out, or --overwrite")
+            if not out.exists():
+                os.replace(staging, out)
+            elif not _swapped(staging, out):
+                old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{_aside(out)}old."))
+                os.replace(out, old)
+                os.replace(staging, out)
+                shutil.rmtree(old)
+            sync(out.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space, or give another --out") from None
+
+
+def _aside(path: Path) -> str:
+    """How the name of a folder begins that becomes ``path``: short, since transformers makes longer names of it."""
+    return f".{path.name[:40]}."
+
+
+def _folder_mode(within: Path) -> int:
+    """The mode of new folders, as the process's umask has it."""
+    probe = within / ".mode"
+    probe.mkdir()
+    mode = probe.stat().st_mode & 0o777
+    probe.rmdir()
+    return mode
+
+
+def _swapped(first: Path, second: Path) -> bool:
+    """Swaps the names of two folders atomically, by Linux's renameat2; False where that is not possible."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON, aside and then renamed; makes the folder if it is not there.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}")  # another process may write the same file
+    try:
+        path.parent.mkdir(exist_ok=True)
+        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise OutputError(f"{str(path)!r} cannot be written: {error.strerror or error}") from None
