@@ -99,14 +99,12 @@ def experts(
         reporter: where progress is reported; default: nowhere.
 
     Returns:
-        ``tokens``, ``contexts``, ``classes``, ``seconds`` of the pass, ``peak_bytes`` (None if unknown), ``out``, and for each
-        of ``layers``: ``n_experts``, ``unused`` (never fired), the others' ``median_frequency``, and how many fire on
-        ``above_1_percent`` of the tokens.
+        ``tokens``, ``contexts``, ``classes``, ``seconds`` of the pass, ``peak_bytes`` (None if unknown), ``out``; of each of
+        ``layers`` ``n_experts``, ``unused`` (never fired), the others' ``median_frequency``, how many fire ``above_1_percent``.
 
     Raises:
         NotConvertedError: the folder is not one of ours.
-        OutputError: there is a catalogue already, or an unfinished one that is neither to be resumed nor overwritten, or the
-            catalogue cannot be written.
+        OutputError: there is a catalogue, or an unfinished one to be neither resumed nor overwritten, or none can be written.
         CheckpointError: the unfinished run has other settings, or is damaged.
         DataError: the text cannot be read, or lacks the label.
         MemoryBudgetError: what is kept of the experts does not fit.
@@ -126,12 +124,12 @@ def experts(
     _check_free(out, overwrite)
     run = RunFolder(out, dataclasses.replace(recipe, checkpoint_every=checkpoint_every or recipe.checkpoint_every))
     run.open(asdict(settings), resume, overwrite)
-    packing = Packing(converted.tokenizer(), recipe.context, recipe.prepend_bos)
     with run.working(reporter) as reporter:
         _check_free(out, overwrite)  # again: another run may have ended meanwhile
         compute_in(converted.model, getattr(torch, run.as_begun(recipe, reporter.say).compute))
         try:
             with recipes_text(converted.folder, data):
+                packing = Packing(converted.tokenizer(), recipe.context, recipe.prepend_bos)
                 summary = _catalogued(converted, settings, packing, run, out, reporter)
         except (OSError, SafetensorError) as error:
             raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space") from None
