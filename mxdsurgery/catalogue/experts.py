@@ -100,7 +100,7 @@ def experts(
 
     Returns:
         ``tokens``, ``contexts``, ``classes``, ``seconds`` of the pass, ``peak_bytes`` (None if unknown), ``out``; of each of
-        ``layers`` ``n_experts``, ``unused`` (never fired), the others' ``median_frequency``, how many fire ``above_1_percent``.
+        ``layers`` ``n_experts``, ``unused`` (never fired), the others' ``median_frequency``, how many are ``above_1_percent``.
 
     Raises:
         NotConvertedError: the folder is not one of ours.

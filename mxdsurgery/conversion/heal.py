@@ -153,8 +153,7 @@ def heal(
     """Trains a converted model end to end toward its original's predictions, writes the result and measures it.
 
     Training lowers KL(original ‖ converted) of the next token. The layers keep their form and K. The weights that are best on
-    validation text, which is not trained on, are written; those at the start are a candidate, too. ``out`` appears whole or
-    not at all.
+    validation text, not trained on, are written; the first ones are a candidate, too. ``out`` appears whole or not at all.
 
     Args:
         folder: what ``convert`` or ``heal`` wrote; it is left as it is.
@@ -214,8 +213,8 @@ def heal(
         origin = (converted.plan.model, converted.plan.revision) if base is None else (base, None)
         with written_as(target, how.format, *origin, within=run.scratch, trust_remote_code=trust_remote_code) as checkpoint:
             _write(healed, checkpoint, step, how, validation[:_CHECK_CONTEXTS])
-            measured = {"data": measured_on, "contexts": heldout, "compute": recipe.compute, "reporter": reporter}
-            evaluation = evaluate(checkpoint, **measured, **where)
+            where |= {"data": measured_on, "contexts": heldout, "compute": recipe.compute}
+            evaluation = evaluate(checkpoint, **where, reporter=reporter)
     accelerator.end_training()
     return step | {"evaluation": evaluation, "out": str(target)}
 

@@ -105,16 +105,7 @@ def edit(
     check_apart(out, folder, "the folder to edit")
     if undo:
         return _undo(folder, out, overwrite, trust_remote_code)
-    if not edits:
-        raise EditError(
-            "no edits were given", expected="an edit", fix="give --edits, or --ablate, or --drop, or --scale, or --steer"
-        )
-    if edits.clamp:
-        raise EditError(
-            "clamp cannot stand in the weights: it depends on whether the expert fires",
-            expected="ablate, drop, scale, steer, replace, copy or merge",
-            fix="clamp while the model runs: with model.mxd.clamp(...)",
-        )
+    _check_bakeable(edits)
     before, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     check_for(edits, before)
     target = check_output(out, overwrite)
@@ -137,6 +128,20 @@ def edit(
         check_reload(staging, reference_outputs(after.model, check))
     why = {} if unmeasured is None else {"unmeasured": unmeasured}
     return result | why | {"out": str(target), "fingerprint": named.model}
+
+
+def _check_bakeable(edits: Edits | None) -> None:
+    """Raises EditError where there are no edits, or some that weights cannot express."""
+    if not edits:
+        raise EditError(
+            "no edits were given", expected="an edit", fix="give --edits, or --ablate, or --drop, or --scale, or --steer"
+        )
+    if edits.clamp:
+        raise EditError(
+            "clamp cannot stand in the weights: it depends on whether the expert fires",
+            expected="ablate, drop, scale, steer, replace, copy or merge",
+            fix="clamp while the model runs: with model.mxd.clamp(...)",
+        )
 
 
 def _text(

@@ -103,15 +103,8 @@ def effect(
             expected="an edit",
             fix="give --edits, or --ablate, or --drop, or --scale, or --steer, or --clamp",
         )
-    opened = open_on_text(
-        folder,
-        data=data,
-        tokens=tokens,
-        text_column=text_column,
-        device=device,
-        compute=compute,
-        trust_remote_code=trust_remote_code,
-    )
+    text = {"data": data, "tokens": tokens, "text_column": text_column}
+    opened = open_on_text(folder, **text, device=device, compute=compute, trust_remote_code=trust_remote_code)
     check_for(edits, opened.converted)
     with reporter.progress("effect", "passes") as line:
         step = _steps(line, len(opened.batches()) * (3 + controls))
