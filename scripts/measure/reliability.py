@@ -390,6 +390,20 @@ def processes(runs: Path) -> None:
     write_json(KEPT / "processes.json", measure_processes(runs))
 
 
+def cases_section(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What people ran into, and what was found of the same kinds; a test holds each row (tests/test_cases.py)."""
+    given = sum(row["given"] for row in rows)
+    others = len(rows) - given
+    yield "## What people ran into\n"
+    yield f"{given} inputs rebuilt from public reports of people who do this job, and {others} others of the same kinds.\n"
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        yield f"### {kind}\n"
+        mine = [row for row in rows if row["kind"] == kind]
+        tests = [f"`{row['test'].rpartition('/')[2]}`" for row in mine]
+        found = [cells(row["tried"], row["before"], row["now"], test) for row, test in zip(mine, tests, strict=True)]
+        yield table("tried | before | now | test", found) + "\n"
+
+
 @main.command()
 def page() -> None:
     """Print docs/reliability.md."""
@@ -399,6 +413,7 @@ def page() -> None:
 def sections() -> Iterator[str]:
     """The page's sections, as far as they are measured."""
     found = {"kills.json": kills_section, "faults.json": faults_section, "processes.json": processes_section}
+    found |= {"cases.json": cases_section}
     for name, section in found.items():
         if (measured := read_json(KEPT / name)) is not None:
             yield from section(measured)
