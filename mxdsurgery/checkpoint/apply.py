@@ -81,7 +81,7 @@ def apply(
         raise BaseModelError(
             f"the base model of {str(folder)!r} is needed: a folder {opened.base_model!r}, and it is not at {named!r}",
             expected="the folder of that model on this machine",
-            fix="say where it is now with --base (in Python base=)",
+            fix="say where it is now with --base",
         )
     with right_base(folder, opened, named, trust_remote_code) as weights, written_whole(target) as staging:
         with reporter.progress("write", "bytes") as line:

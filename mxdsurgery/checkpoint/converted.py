@@ -381,8 +381,7 @@ def converted_classes(
         raise NotConvertedError(
             f"{str(folder)!r} was made from a {mxd['family']} model, which transformers knows only by code that came with it",
             expected="your word that this code may be run",
-            fix="read the Python files in the folder, and give --trust-remote-code if you trust them (in Python "
-            "trust_remote_code=True)",
+            fix="read the Python files in the folder, and if you trust them, give --trust-remote-code",
         )
     else:
         try:

@@ -154,7 +154,7 @@ def test_a_local_base_is_no_hub_id_on_the_card_whatever_its_name(tied, tmp_path,
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert mxdsurgery.apply(tmp_path / "adapter", out="out")["differs"] == []
     (tmp_path / "models" / name).rename(tmp_path / "moved")
-    with pytest.raises(BaseModelError, match="say where it is now with --base"):
+    with pytest.raises(BaseModelError, match="say where it is now with base="):
         mxdsurgery.apply(tmp_path / "adapter", out="again")
 
 

@@ -45,7 +45,7 @@ def test_such_a_model_is_converted_reloaded_and_used_once_its_code_is_trusted(tm
     for use in (lambda **how: mxdsurgery.evaluate(out, **how), lambda **how: mxdsurgery.edit(
         out, edits=mxdsurgery.edits_from_flags(None, ablate=("0:3",)), out=tmp_path / "edited", **how
     )):  # fmt: skip
-        with pytest.raises(NotConvertedError, match="give --trust-remote-code"):
+        with pytest.raises(NotConvertedError, match="give trust_remote_code=True"):
             use()
         use(trust_remote_code=True)
     assert {"modeling_toy.py", "configuration_toy.py"} <= pack(out).contents.keys()
@@ -56,7 +56,7 @@ def test_such_a_model_is_converted_reloaded_and_used_once_its_code_is_trusted(tm
 def test_an_adapter_of_such_a_model_is_rebuilt_with_its_bases_code(tmp_path):
     base = own_code_folder(tmp_path / "toy")
     mxdsurgery.convert(base, out=str(tmp_path / "adapter"), format="adapter", **FEW)
-    with pytest.raises(MxDError, match="give --trust-remote-code"):
+    with pytest.raises(MxDError, match="give trust_remote_code=True"):
         mxdsurgery.apply(tmp_path / "adapter", out=tmp_path / "no")
     mxdsurgery.apply(tmp_path / "adapter", out=tmp_path / "out", trust_remote_code=True)
     whole = load(tmp_path / "out", trust_remote_code=True)

@@ -377,4 +377,4 @@ def test_the_folder_that_is_edited_is_never_written_to(folder, tmp_path):
     with pytest.raises(OutputError, match="exists already"):
         edit(folder, out=tmp_path / "there", edits=edits_from_flags(ablate="1:3"))
     with pytest.raises(NotConvertedError):
-        edit(tmp_path, out=tmp_path / "out", edits=edits_from_flags(ablate="1:3"))
+        edit(tmp_path / "there", out=tmp_path / "out", edits=edits_from_flags(ablate="1:3"))

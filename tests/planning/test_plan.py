@@ -122,7 +122,7 @@ def test_a_value_that_nobody_gave_is_not_blamed_on_the_user(options, said):
 
 def test_where_evaluation_does_not_fit_that_is_said(tmp_path):
     tiny_config("llama", vocab_size=50_000).save_pretrained(tmp_path)
-    options = {"n_experts": 64, "k": 4, "data": "stdlib", "device": "cpu", "shuffle": 0, "batch": 4096}
+    options = {"n_experts": 64, "k": 4, "data": "stdlib", "device": "cpu", "shuffle": 0, "batch": 4096, "context": 64}
     roomy, _ = mxdsurgery.plan(str(tmp_path), **options)
     assert roomy.peak_bytes < roomy.evaluation_bytes
     tight, _ = mxdsurgery.plan(str(tmp_path), **options, memory=(roomy.evaluation_bytes - 2**20) / 2**30)

@@ -162,10 +162,10 @@ def test_shares_of_the_text_cover_a_batch(three, monkeypatch):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"batch": 1024, "context": 128}, "8 contexts, which 3 processes cannot share(.|\n)*--batch 768"),
-        ({"batch": 1536, "activation_buffer": 4096}, "'activation_buffer' and 'parallel'(.|\n)*--parallel layers"),
+        ({"batch": 1024, "context": 128}, "8 contexts, which 3 processes cannot share(.|\n)*batch=768"),
+        ({"batch": 1536, "activation_buffer": 4096}, "'activation_buffer' and 'parallel'(.|\n)*parallel='layers'"),
         ({"batch": 1536, "sparsity": "batchtopk"}, "'sparsity' and 'parallel'"),
-        ({"parallel": "layers", "inputs": "converted"}, "'inputs' and 'parallel'(.|\n)*--parallel data"),
+        ({"parallel": "layers", "inputs": "converted"}, "'inputs' and 'parallel'(.|\n)*parallel='data'"),
         ({"parallel": "layers", "inputs": "joint"}, "'inputs' and 'parallel'"),
     ],
 )

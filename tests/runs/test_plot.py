@@ -148,7 +148,7 @@ def test_the_error_that_ended_a_run_is_printed(tmp_path):
         reporter.say("distil     on and on")
         raise DivergedError("layer 0: the loss is nan", fix="lower --lr")
     result = plot(tmp_path)
-    assert result["ended_with"] == "DivergedError: layer 0: the loss is nan\nto mend: lower --lr"
+    assert result["ended_with"] == "DivergedError: layer 0: the loss is nan\nto mend: lower lr="
     assert plot_table(result)[-1] == f"The run ended with {result['ended_with']}"
     journal.event("info", "distil", "goes on")
     assert plot(tmp_path)["ended_with"] is None

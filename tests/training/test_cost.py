@@ -139,8 +139,8 @@ def test_the_peak_of_a_stretch_of_work_is_seen():
     memory = PeakMemory("cpu")
     if memory.bytes() is None:
         pytest.skip("this system does not tell a process's peak memory")
-    tensor = torch.ones(16 * 2**20)  # 64 MiB
+    tensor = torch.ones(64 * 2**20)  # 256 MiB: more than what the process has kept of what it freed
     del tensor
-    assert 60 * 2**20 < memory.bytes() < 200 * 2**20
-    assert PeakMemory("cpu").bytes() < 60 * 2**20  # begins anew
+    assert 200 * 2**20 < memory.bytes() < 500 * 2**20
+    assert PeakMemory("cpu").bytes() < 200 * 2**20  # begins anew
     assert free_memory("cpu") > 0
