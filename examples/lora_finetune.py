@@ -4,7 +4,7 @@
 
 The adapter goes on the attention projections; all else is frozen, the MxD layers too. With --mxd it also goes on the dense
 maps within them, `encoder`, `encoder_up` and `decoder`, which are ordinary linear layers; the gate and the experts' rows stay
-what they are. PEFT has no default targets for a model type such as mxd-llama, so they are named here.
+what they are. Without targets, PEFT takes those of the family: here they are named.
 
 Shows the loss on the end of the text, which is not trained on, before and after; then reloads the adapter on a fresh
 copy of the model, and merges it: a checkpoint without PEFT, still with `model.mxd`.
