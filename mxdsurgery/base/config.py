@@ -32,8 +32,8 @@ def model_name(model: str) -> str:
     return Path(model).name if os.path.isdir(model) or os.path.isabs(model) else model
 
 
-def is_local(model: str, revision: str | None) -> bool:
-    """Whether a plan's or an adapter's base model is no model on the hub, of which the commit is always known."""
+def came_from_here(model: str, revision: str | None) -> bool:
+    """Whether the base model that a plan or an adapter names is of this machine: of one on the hub, the commit is known."""
     return revision is None or model in DEMO_MODELS or os.path.isabs(model) or os.path.isdir(model)
 
 

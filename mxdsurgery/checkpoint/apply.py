@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mxdsurgery.base.config import is_local
+from mxdsurgery.base.config import came_from_here
 from mxdsurgery.checkpoint.adapter import (
     CARD,
     damaged,
@@ -77,7 +77,7 @@ def apply(
         named = base or read_plan(folder / PLAN_FILE).model
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise damaged(folder, f"{PLAN_FILE}: {error}") from None
-    if base is None and is_local(named, opened.revision) and named not in DEMO_MODELS and not os.path.isdir(named):
+    if base is None and came_from_here(named, opened.revision) and named not in DEMO_MODELS and not os.path.isdir(named):
         raise BaseModelError(
             f"the base model of {str(folder)!r} is needed: a folder {opened.base_model!r}, and it is not at {named!r}",
             expected="the folder of that model on this machine",

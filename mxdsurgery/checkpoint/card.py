@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from mxdsurgery.base.config import is_local, model_name
+from mxdsurgery.base.config import came_from_here, model_name
 from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import compact, duration, size
@@ -86,7 +86,9 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
     """README.md of an exported folder; ``edits`` are the steps of `edit`, as config.json has them."""
     base = model_name(plan.model)
     header = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    header |= {} if is_local(plan.model, plan.revision) else {"base_model": plan.model}  # the hub takes it for a name there
+    header |= (
+        {} if came_from_here(plan.model, plan.revision) else {"base_model": plan.model}
+    )  # the hub takes it for a name there
     header |= {"tags": ["mixture-of-decoders", "mxdsurgery", "interpretability"]}
     columns = ["layer", *(heading for _, heading, _ in FIGURES)]
     table = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]

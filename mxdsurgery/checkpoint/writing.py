@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from mxdsurgery.checkpoint.converted import PLAN_FILE
 from mxdsurgery.errors import OutputError
+from mxdsurgery.outside import weight_files
 from mxdsurgery.runs.resume import sync
 from mxdsurgery.terminal.console import size
 
@@ -67,6 +68,11 @@ def check_room(out: str | Path, needed: int) -> None:
             expected="room for it",
             fix="free some space, or give another --out",
         )
+
+
+def check_room_for_copy(out: str | Path, folder: Path) -> None:
+    """As `check_room`, for a result with as many bytes of weights as a converted folder."""
+    check_room(out, sum(path.stat().st_size for path in weight_files(folder)))
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def frontier(
         All rows of the folder, also of earlier runs.
 
     Raises:
-        RecipeError: an unknown kind, a wrong K, or what `mxdsurgery.planning.plan` raises.
+        RecipeError: an unknown kind, a wrong K, or what `plan` raises.
         OutputError: the folder holds rows of other settings or something else, or cannot be written; or there is an unfinished
             group, and neither ``resume`` nor ``overwrite`` is given.
         CheckpointError: the unfinished group cannot be resumed.

@@ -22,7 +22,7 @@ from mxdsurgery.base.lora import ADAPTER_FOLDER, Adapters, check_peft, healed_ma
 from mxdsurgery.checkpoint.adapter import ABOUT
 from mxdsurgery.checkpoint.converted import Converted, chosen_dtype, load, saved_recipe
 from mxdsurgery.checkpoint.export import check_reload, reference_outputs, write_code, written_as
-from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room
+from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room_for_copy
 from mxdsurgery.choices import HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
 from mxdsurgery.conversion.heal_text import healing_texts
 from mxdsurgery.conversion.shared_run import shared_run
@@ -30,7 +30,6 @@ from mxdsurgery.conversion.train import start_kernels
 from mxdsurgery.errors import HealError
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.evaluate import evaluate, load_original
-from mxdsurgery.outside import weight_files
 from mxdsurgery.planning.machine import settled_recipe
 from mxdsurgery.recipe import CHECKPOINT_KEYS, Recipe
 from mxdsurgery.runs.parallel import my_contexts, rank
@@ -190,7 +189,7 @@ def heal(
     recipe = how.recipe(saved)
     size = _contexts_per_pass(recipe, how)
     target = check_output(out, overwrite)
-    check_room(target, sum(path.stat().st_size for path in weight_files(converted.folder)))
+    check_room_for_copy(target, converted.folder)
     more = depends_on(asdict(how)) | {"source": weights_digest(converted.model)}
     with shared_run(target, recipe, more, resume, overwrite, reporter) as (run, reporter):
         recipe = _settled(converted, recipe, compute, run, reporter)

@@ -30,14 +30,13 @@ from mxdsurgery.checkpoint.converted import (
     read_config,
 )
 from mxdsurgery.checkpoint.export import check_reload, reference_outputs, write_code, write_evaluation, written_as
-from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room, write_json, written_whole
+from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room_for_copy, write_json, written_whole
 from mxdsurgery.editing.edits import Edits, baked, check_for
 from mxdsurgery.editing.generate import Sampling, sample
 from mxdsurgery.errors import DataError, EditError, MxDWarning, UnsupportedModelError
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.evaluate import held_out
 from mxdsurgery.measuring.intervals import Table, next_token_sums, scored_predictions, with_interval
-from mxdsurgery.outside import weight_files
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.packing import in_batches
@@ -109,7 +108,7 @@ def edit(
     before, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     check_for(edits, before)
     target = check_output(out, overwrite)
-    check_room(target, sum(path.stat().st_size for path in weight_files(folder)))
+    check_room_for_copy(target, folder)
     ids, unmeasured = _text(before, recipe, data, tokens, text_column)
     steps = before.model.config.mxd.get("edits", [])
     named = dataclasses.replace(edits, model=fingerprint(before))
