@@ -86,9 +86,8 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
     """README.md of an exported folder; ``edits`` are the steps of `edit`, as config.json has them."""
     base = model_name(plan.model)
     header = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    header |= (
-        {} if came_from_here(plan.model, plan.revision) else {"base_model": plan.model}
-    )  # the hub takes it for a name there
+    if not came_from_here(plan.model, plan.revision):  # the hub takes it for a name there
+        header["base_model"] = plan.model
     header |= {"tags": ["mixture-of-decoders", "mxdsurgery", "interpretability"]}
     columns = ["layer", *(heading for _, heading, _ in FIGURES)]
     table = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
