@@ -406,8 +406,9 @@ def effect(folder: str, edits: Any, sweep: int | None, as_json: bool, **options:
 @edit_options
 @click.option("--unit", type=click.Choice(UNITS), help="Of --steer and --clamp; maximum: the largest that `experts` saw.")
 @click.option("--max-new-tokens", type=Count(), help="Default: 100; with --score, 32.")
-@click.option("--temperature", type=click.FloatRange(min=0), help="Default: 0.7.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Default: 0.95.")
+@click.option("--temperature", type=click.FloatRange(min=0), help="Default: 1, as the model predicts.")
+@click.option("--top-k", type=Count(), help="Sample from so many of the likeliest tokens only. Default: all.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Default: 1, from all.")
 @click.option("--samples", type=Count(), help="Default: 1; with --score, 10.")
 @click.option("--seed", type=int, help="Default: 0.")
 @machine_options

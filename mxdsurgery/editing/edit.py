@@ -32,7 +32,7 @@ from mxdsurgery.checkpoint.converted import (
 from mxdsurgery.checkpoint.export import check_reload, reference_outputs, write_code, write_evaluation, written_as
 from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room_for_copy, write_json, written_whole
 from mxdsurgery.editing.edits import Edits, baked, check_for
-from mxdsurgery.editing.generate import Sampling, sample
+from mxdsurgery.editing.sampling import Sampling, sample
 from mxdsurgery.errors import DataError, EditError, MxDWarning, UnsupportedModelError
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.evaluate import held_out

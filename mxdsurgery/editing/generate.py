@@ -1,23 +1,18 @@
 """``generate``: text from a converted model, to see that it still writes, and what edits of its experts do to its text."""
 
 import dataclasses
-import math
 import os.path
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from mxdsurgery.base.running import own_code_named
 from mxdsurgery.checkpoint.converted import Converted, load_with_recipe
 from mxdsurgery.choices import UNITS
 from mxdsurgery.editing.edits import Edits, check_for
-from mxdsurgery.errors import CatalogueError, EditError, RecipeError
+from mxdsurgery.editing.sampling import Sampling, prompt_ids, sample
+from mxdsurgery.errors import CatalogueError, EditError
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.layers.interventions import InterventionError
 
@@ -30,8 +25,9 @@ def generate(
     edits: Edits | None = None,
     unit: str = "coefficient",
     max_new_tokens: int = 100,
-    temperature: float = 0.7,
-    top_p: float = 0.95,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     samples: int = 1,
     seed: int = 0,
     device: str | None = None,
@@ -40,6 +36,8 @@ def generate(
 ) -> list[str] | dict[str, Any]:
     """Samples continuations of a prompt; with edits, from the edited model beside the unedited one.
 
+    By default from all that the model predicts. The base model's generation config has no say, but for special tokens.
+
     Args:
         folder: what ``convert`` wrote.
         prompt: how the text begins.
@@ -47,6 +45,7 @@ def generate(
         unit: of the numbers of ``steer`` and ``clamp``; see `in_coefficients`.
         max_new_tokens: the most tokens to add.
         temperature: of the sampling; 0 takes the likeliest token each time.
+        top_k: how many of the likeliest tokens are sampled from; default: all.
         top_p: share of the probability mass that is sampled from.
         samples: how many continuations.
         seed: of the sampling.
@@ -55,8 +54,9 @@ def generate(
         trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
 
     Returns:
-        Without edits the texts, prompt included. With edits ``prompt``, ``seed``, ``edits`` (a line each), and the texts as
-        ``unedited`` and ``edited``: both are sampled with the same random numbers, so that sample i differs by the edits only.
+        Without edits the texts, prompt included. With edits ``prompt``, how it was sampled, ``edits`` (a line each), and the
+        texts as ``unedited`` and ``edited``: both are sampled with the same random numbers, so that sample i differs by the
+        edits only.
 
     Raises:
         NotConvertedError: the folder is not one of ours.
@@ -67,7 +67,7 @@ def generate(
     converted, _ = load_with_recipe(folder, device, compute, rows=samples, trust_remote_code=trust_remote_code)
     tokenizer = converted.tokenizer()
     inputs = prompt_ids(tokenizer, prompt)
-    sampling = Sampling(max_new_tokens, temperature, samples, top_p, seed)
+    sampling = Sampling(max_new_tokens, temperature, samples, top_k, top_p, seed)
 
     def texts() -> list[str]:
         return tokenizer.batch_decode(sample(converted.model, tokenizer, inputs, sampling), skip_special_tokens=True)
@@ -78,92 +78,8 @@ def generate(
     unedited = texts()
     with edits.live(converted.model):
         edited = texts()
-    return {"prompt": prompt, "seed": seed, "edits": edits.words(), "unedited": unedited, "edited": edited}
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
-    """The prompt as token ids, (1, P); the end-of-text token for an empty one with a tokenizer that adds nothing."""
-    inputs = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
-    return inputs if inputs.shape[1] else torch.tensor([[tokenizer.eos_token_id or 0]])
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How continuations are sampled.
-
-    Attributes:
-        max_new_tokens: M.
-        temperature: 0 takes the likeliest token each time.
-        samples: S, how many of each prompt.
-        top_p: share of the probability mass that is sampled from.
-        seed: the same one gives sample i the same random numbers, whatever the model computes.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    samples: int = 1
-    top_p: float = 1.0
-    seed: int = 0
-
-
-def sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: Tensor,
-    sampling: Sampling,
-    to_the_end: bool = False,
-) -> Tensor:
-    """Samples continuations as tokens.
-
-    Args:
-        model: any language model, as it is.
-        tokenizer: the model's.
-        inputs: B prompts, (B, P).
-        sampling: how; M new tokens at most, S samples.
-        to_the_end: whether every text gets M new tokens: the end-of-text token is then never drawn.
-
-    Returns:
-        (B S, P + M) or fewer columns, int64, prompt included, padded where a text ended.
-
-    Raises:
-        RecipeError: the text would be longer than the model can read, or there are several samples at temperature 0.
-        EditError: the model's predictions are NaN or infinite.
-        UnsupportedModelError: code that came with the model cannot generate.
-    """
-    room = getattr(model.config, "max_position_embeddings", None)
-    new, samples = sampling.max_new_tokens, sampling.samples
-    if room is not None and inputs.shape[1] + new > room:
-        raise RecipeError(
-            f"a prompt of {inputs.shape[1]} tokens and {new} new ones are more than the {room} the model reads",
-            expected=f"at most {room} together",
-            fix="a shorter prompt or fewer --max-new-tokens",
-        )
-    if sampling.temperature == 0 and samples > 1:
-        raise RecipeError(
-            f"{samples} samples at temperature 0 would all be the same",
-            expected="one sample, or a temperature above 0",
-        )
-    torch.manual_seed(sampling.seed)
-    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
-    inputs = inputs.to(model.device)
-    with own_code_named(model, "generate() of transformers, which needs GenerationMixin and logits in a ModelOutput"):
-        return model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=new,
-            min_new_tokens=new if to_the_end else None,
-            logits_processor=LogitsProcessorList([_finite]),
-            num_return_sequences=samples,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **(drawn if sampling.temperature > 0 else {"do_sample": False}),
-        )
-
-
-def _finite(_ids: Tensor, logits: Tensor) -> Tensor:
-    """The logits, checked: where one is NaN or +∞ there is nothing to draw from, and on a GPU the process would end."""
-    if not (logits < math.inf).all():
-        raise EditError("the model's predictions are no numbers any more", fix="edit with smaller numbers")
-    return logits
+    made = {"edits": edits.words(), "unedited": unedited, "edited": edited}
+    return {"prompt": prompt, **dataclasses.asdict(sampling), **made}
 
 
 def in_coefficients(edits: Edits, converted: Converted, unit: str) -> Edits:

@@ -33,8 +33,9 @@ from mxdsurgery.catalogue.files import Catalogue, catalogue_of
 from mxdsurgery.checkpoint.converted import Converted, load_with_recipe
 from mxdsurgery.editing.edits import KINDS, Edits
 from mxdsurgery.editing.effect import draw_control
-from mxdsurgery.editing.generate import Sampling, in_coefficients, maximum_of, prompt_ids, sample
+from mxdsurgery.editing.generate import in_coefficients, maximum_of
 from mxdsurgery.editing.judge import RATINGS, Judge
+from mxdsurgery.editing.sampling import Sampling, prompt_ids, sample
 from mxdsurgery.errors import EditError
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.evaluate import load_original
@@ -69,8 +70,9 @@ def steering(
     prompt: str = "Let's talk about ",
     samples: int = 10,
     max_new_tokens: int = 32,
-    temperature: float = 0.7,
-    top_p: float = 0.95,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     controls: int = 4,
     base: str | None = None,
     device: str | None = None,
@@ -91,6 +93,7 @@ def steering(
         samples: S, texts of each model.
         max_new_tokens: M, tokens of each text; none ends sooner.
         temperature: of the sampling, above 0.
+        top_k: how many of the likeliest tokens are sampled from; default: all.
         top_p: share of the probability mass that is sampled from.
         controls: how many other experts, drawn at random among the 20 that fire about as often, are steered to compare.
         base: the original model, if it is no longer where the recipe says.
@@ -122,7 +125,7 @@ def steering(
     catalogue = catalogue_of(converted)
     in_maximum = amount / maximum_of(converted, layer, expert)
     original = load_original(converted, base or recipe.model, recipe).to(converted.model.device)
-    sampling = Sampling(max_new_tokens, temperature, samples, top_p, seed)
+    sampling = Sampling(max_new_tokens, temperature, samples, top_k, top_p, seed)
     concept, tokenizer = _Concept(converted, catalogue, layer, expert), converted.tokenizer()
     writer = _Writer(converted.model, original, tokenizer, concept, prompt_ids(tokenizer, prompt), sampling)
     others = _others(edits, catalogue, layer, controls, seed)

@@ -8,7 +8,7 @@ import torch
 
 import mxdsurgery
 from mxdsurgery.base.model import open_model
-from mxdsurgery.editing.generate import Sampling, prompt_ids, sample
+from mxdsurgery.editing.sampling import Sampling, prompt_ids, sample
 
 BOOK_PROMPTS = (
     "It was a dark and stormy night, and the",

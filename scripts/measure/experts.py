@@ -24,6 +24,9 @@ KEPT = DOCS / "experts"
 _BOOKS = "--layers all --k 16 --data train.jsonl.gz --eval-data heldout.jsonl.gz --tokens 2M --eval-tokens 20k"
 _STORIES = "--layers all --k 16 --data tinystories-train.txt --eval-data tinystories-heldout.txt --tokens 1M --specialise 0.01"
 
+# Such small models, sampled as they are, write little that can be read.
+_SAMPLING = "--temperature 0.7 --top-k 50 --top-p 0.95"
+
 
 @dataclass(frozen=True)
 class Step:
@@ -103,13 +106,13 @@ STEPS = (
         "generate",
         "## Steer\n\nThe same random numbers with and without an expert of film reviews at eight times its maximum:",
         "mxdsurgery generate books-mxd --prompt 'Let us talk about ' --steer 4:2411=8 --unit maximum --samples 3 "
-        "--max-new-tokens 24",
+        f"--max-new-tokens 24 {_SAMPLING}",
     ),
     Step(
         "score",
         "How far do samples move towards what the expert stands for, beside steering other experts as strongly, and are they "
         "still fluent? Not far, and at a price: a single expert of this model says little by itself.",
-        "mxdsurgery generate books-mxd --steer 4:2411=8 --unit maximum --factors 0.25,1,2 --samples 40 --score",
+        f"mxdsurgery generate books-mxd --steer 4:2411=8 --unit maximum --factors 0.25,1,2 --samples 40 {_SAMPLING} --score",
     ),
     Step(
         "edit",
@@ -151,7 +154,8 @@ STEPS = (
     Step(
         "stories-score",
         "",
-        "mxdsurgery generate tinystories-mxd --prompt 'Once upon a time' --steer 7:1374=4 --unit maximum --samples 40 --score",
+        "mxdsurgery generate tinystories-mxd --prompt 'Once upon a time' --steer 7:1374=4 --unit maximum --samples 40 "
+        f"{_SAMPLING} --score",
     ),
     Step("stories-edit", "", "mxdsurgery edit tinystories-mxd --drop 3:1374 --steer 7:12=0.5 --out edited --overwrite"),
 )

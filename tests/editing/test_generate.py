@@ -14,7 +14,8 @@ from tiny import tiny_model
 
 import mxdsurgery
 from mxdsurgery.editing.edits import Edits
-from mxdsurgery.editing.generate import Sampling, in_coefficients, sample, side_by_side
+from mxdsurgery.editing.generate import in_coefficients, side_by_side
+from mxdsurgery.editing.sampling import Sampling, sample
 from mxdsurgery.errors import CatalogueError, DeviceError, EditError, NotConvertedError, RecipeError
 
 EXAMPLES = ROOT / "examples"
@@ -38,7 +39,7 @@ def test_edited_and_unedited_texts_differ_by_the_edits_only(converted):
     nothing = Edits(steer={1: {3: 0.0}}, scale={2: {9: 1.0}})
     made = mxdsurgery.generate(converted.out, edits=nothing, samples=3, seed=7, **PROMPT)
     assert made["unedited"] == made["edited"] == plain and len(set(plain)) > 1
-    assert made["prompt"] == PROMPT["prompt"] and made["seed"] == 7
+    assert made["prompt"] == PROMPT["prompt"] and made["seed"] == 7 and made["temperature"] == 1.0 and made["top_k"] is None
     strong = mxdsurgery.generate(converted.out, edits=Edits(steer={1: {3: 300.0}}), samples=3, seed=7, **PROMPT)
     assert strong["unedited"] == plain and strong["edited"] != plain
     assert strong["edits"] == ["layer 1: steer 3 by 300"]
@@ -150,3 +151,53 @@ def test_the_example_with_nnsight_says_what_it_needs():
     command = [sys.executable, "-c", without, str(EXAMPLES / "nnsight_experts.py")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("this example needs nnsight") and "Traceback" not in done.stderr
+
+
+def test_every_token_may_be_drawn_and_only_as_many_as_asked():
+    model, ids = tiny_model("gpt2", vocabulary=512), torch.tensor([[5, 6, 7]])
+    drawn = {
+        options: sample(model, _NoText(), ids, Sampling(1, 50.0, 2_000, *options), to_the_end=True)[:, 3].unique().tolist()
+        for options in ((), (7,), (None, 0.01))
+    }
+    assert len(drawn[()]) > 400  # transformers samples from 50 unless told not to
+    likeliest = model(ids).logits[0, -1].index_fill(0, torch.tensor([0]), -math.inf).topk(7).indices.sort().values.tolist()
+    assert drawn[(7,)] == likeliest
+    assert 4 <= len(drawn[(None, 0.01)]) <= 8 and set(drawn[(None, 0.01)]) <= set(drawn[()])
+
+
+def test_tokens_are_drawn_as_often_as_they_are_predicted():
+    model, ids = tiny_model("gpt2", vocabulary=16), torch.tensor([[5, 6, 7]])
+    made = sample(model, _NoText(), ids, Sampling(1, 0.5, 20_000))[:, 3]
+    shares, wanted = made.bincount(minlength=16) / len(made), (model(ids).logits[0, -1] / 0.5).softmax(-1)
+    assert (shares - wanted).abs().max() < 0.02 and wanted.max() > 2 / 16  # some five standard errors
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_the_generation_config_of_the_base_model_has_no_say(temperature):
+    model, ids = tiny_model("gpt2"), torch.tensor([[5, 6, 7]])
+    sampling = Sampling(12, temperature, 1 if temperature == 0 else 3, seed=4)
+    plain = sample(model, _NoText(), ids, sampling)
+    config = model.generation_config
+    config.update(do_sample=True, temperature=0.1, top_k=2, top_p=0.3, min_p=0.5, typical_p=0.2, repetition_penalty=9.0)
+    config.update(num_beams=3, no_repeat_ngram_size=1, forced_eos_token_id=9, suppress_tokens=[7, 8, 20])
+    config.update(max_length=5, min_new_tokens=1, bad_words_ids=[[41]], begin_suppress_tokens=[42], max_time=1e-9)
+    before = config.to_dict()
+    assert torch.equal(sample(model, _NoText(), ids, sampling), plain)
+    assert model.generation_config is config and config.to_dict() == before
+
+
+def test_where_the_base_model_says_that_texts_end_they_end():
+    model, ids = tiny_model("gpt2"), torch.tensor([[5, 6, 7]])
+    first = sample(model, _NoText(), ids, Sampling(6, 0))[0, 3].item()
+    model.generation_config.eos_token_id = [first, 63]
+    assert sample(model, _NoText(), ids, Sampling(6, 0)).tolist() == [[5, 6, 7, first]]
+
+
+def test_sampling_leaves_the_process_s_random_numbers_alone():
+    model, ids, before = tiny_model("gpt2"), torch.tensor([[5, 6, 7]]), torch.get_rng_state()
+    first = sample(model, _NoText(), ids, Sampling(6, seed=1))
+    torch.rand(5)
+    assert torch.equal(sample(model, _NoText(), ids, Sampling(6, seed=1)), first)
+    torch.set_rng_state(before)
+    sample(model, _NoText(), ids, Sampling(6, seed=2))
+    assert torch.equal(torch.get_rng_state(), before)

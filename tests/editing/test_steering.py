@@ -14,8 +14,8 @@ from mxdsurgery import experts, load
 from mxdsurgery.base.model import open_model
 from mxdsurgery.catalogue.files import open_catalogue
 from mxdsurgery.editing.edits import Edits
-from mxdsurgery.editing.generate import Sampling, prompt_ids
 from mxdsurgery.editing.judge import Judge, judge_from_flags
+from mxdsurgery.editing.sampling import Sampling, prompt_ids
 from mxdsurgery.editing.steering import _BESIDE, _Concept, _Writer, steering, steering_table
 from mxdsurgery.errors import CatalogueError, EditError, JudgeError, RecipeError
 
