@@ -93,8 +93,7 @@ def steering(
         samples: S, texts of each model.
         max_new_tokens: M, tokens of each text; none ends sooner.
         temperature: of the sampling, above 0.
-        top_k: how many of the likeliest tokens are sampled from; default: all.
-        top_p: share of the probability mass that is sampled from.
+        top_k, top_p: how many of the likeliest tokens, and what share of the probability, are sampled from; default: all.
         controls: how many other experts, drawn at random among the 20 that fire about as often, are steered to compare.
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
@@ -121,8 +120,7 @@ def steering(
     reporter = reporter or Reporter()
     converted, recipe = load_with_recipe(folder, device, compute, rows=samples, trust_remote_code=trust_remote_code)
     kind, layer, expert = _one_expert(edits)
-    amount = getattr(in_coefficients(edits, converted, unit), kind)[layer][expert]
-    catalogue = catalogue_of(converted)
+    amount, catalogue = getattr(in_coefficients(edits, converted, unit), kind)[layer][expert], catalogue_of(converted)
     in_maximum = amount / maximum_of(converted, layer, expert)
     original = load_original(converted, base or recipe.model, recipe).to(converted.model.device)
     sampling = Sampling(max_new_tokens, temperature, samples, top_k, top_p, seed)
