@@ -22,7 +22,6 @@ from mxdsurgery.options import (
     TEXT_COLUMN,
     THREADS,
     TRUST,
-    Count,
     Numbers,
     RecipeValue,
     RecipeValues,
@@ -30,6 +29,7 @@ from mxdsurgery.options import (
     heal_options,
     labelled_options,
     machine_options,
+    number,
     recipe_options,
     text_options,
 )
@@ -162,7 +162,7 @@ def frontier(model: str, **options: Any) -> None:
 @click.argument("folder", metavar="DIR")
 @text_options
 @BASE
-@click.option("--tokens-single", type=Count(), help="Of them, those that each layer alone is measured on.")
+@number("tokens_single", "Of them, those that each layer alone is measured on.")
 @click.option("--growth", is_flag=True, help="Show instead how the error grows from layer to layer; DIR is left as it is.")
 @AS_JSON
 def evaluate(folder: str, growth: bool, tokens_single: int | None, as_json: bool, **options: Any) -> None:
@@ -273,19 +273,19 @@ def dissect(folder: str, as_json: bool, **options: Any) -> None:
 @main.command()
 @click.argument("folder", metavar="DIR")
 @click.option("--data", help="The text; default: the recipe's held-out text, or its training text.")
-@click.option("--tokens", type=Count(), default=1_000_000, help="How many of its tokens. [default: 1M]")
+@number("tokens", "How many of its tokens.", default="1M")
 @click.option("--out", help="Where to; default: DIR/experts.")
 @click.option("--layers", default="all", show_default=True, help="Which; as convert's.")
 @TEXT_COLUMN
 @click.option("--label-column", help="Field with each document's class; default: label or kind, where there is one.")
-@click.option("--top", type=Count(), default=10, show_default=True, help="Strongest places kept of each expert.")
-@click.option("--sample", type=Count(), default=10, show_default=True, help="Random places kept of each expert.")
-@click.option("--spread", type=Count(), default=8, show_default=True, help="Draw from so many times as much text.")
+@number("top", "Strongest places kept of each expert.", default=10)
+@number("sample", "Random places kept of each expert.", default=10)
+@number("spread", "Draw from so many times as much text.", default=8)
 @click.option("--overwrite", is_flag=True, help="Take the place of an earlier catalogue.")
 @RESUME
-@click.option("--checkpoint-every", type=Count(), help="Passes between two checkpoints; default: the recipe's.")
+@number("checkpoint_every", "Passes between two checkpoints; default: the recipe's.")
 @machine_options
-@click.option("--seed", type=int, default=0, show_default=True)
+@number("seed", default=0)
 @AS_JSON
 def experts(folder: str, as_json: bool, **options: Any) -> None:
     """Write down of every expert in DIR when it fires and what it does: for search, report and steering."""
@@ -316,7 +316,7 @@ def plot(folder: str, as_json: bool, **options: Any) -> None:
 @click.argument("query")
 @click.option("--by", type=click.Choice(BY), default="auto", show_default=True, help="What QUERY is.")
 @click.option("--layer", type=int, help="Look in one layer only.")
-@click.option("--top", type=Count(), default=20, show_default=True, help="How many experts to show.")
+@number("top", "How many experts to show.", default=20)
 @machine_options
 @AS_JSON
 def search(folder: str, query: str, as_json: bool, **options: Any) -> None:
@@ -330,7 +330,7 @@ def search(folder: str, query: str, as_json: bool, **options: Any) -> None:
 @main.command()
 @click.argument("folder", metavar="DIR")
 @click.option("--out", help="The page; default: report.html in DIR.")
-@click.option("--limit-mib", type=Count(), default=64, show_default=True, help="Larger data go into files beside the page.")
+@number("limit_mib", "Larger data go into files beside the page.", default=64)
 @TRUST
 def report(folder: str, **options: Any) -> None:
     """Write a page that shows every expert of DIR, for a browser; `experts` must have run."""
@@ -375,12 +375,10 @@ def edit(folder: str, as_json: bool, **options: Any) -> None:
     "--sweep", type=int, metavar="LAYER", help="Instead of edits: rank all experts of a layer by what ablating does."
 )
 @text_options
-@click.option("--controls", type=click.IntRange(min=0), default=5, show_default=True, help="Draws of other experts; 0: none.")
-@click.option(
-    "--contexts-per-expert", type=Count(), default=4, show_default=True, help="With --sweep: where each is measured."
-)
-@click.option("--top", type=Count(), default=20, show_default=True, help="Rows to show.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@number("controls", "Draws of other experts; 0: none.", default=5)
+@number("contexts_per_expert", "With --sweep: where each is measured.", default=4)
+@number("top", "Rows to show.", default=20)
+@number("seed", default=0)
 @AS_JSON
 def effect(folder: str, edits: Any, sweep: int | None, as_json: bool, **options: Any) -> None:
     """Measure what edits of experts in DIR do to its predictions, and what the same edits of others do."""
@@ -405,16 +403,16 @@ def effect(folder: str, edits: Any, sweep: int | None, as_json: bool, **options:
 @click.option("--prompt", help='How the text begins; needed, but with --score, where it is "Let\'s talk about ".')
 @edit_options
 @click.option("--unit", type=click.Choice(UNITS), help="Of --steer and --clamp; maximum: the largest that `experts` saw.")
-@click.option("--max-new-tokens", type=Count(), help="Default: 100; with --score, 32.")
-@click.option("--temperature", type=click.FloatRange(min=0), help="Default: 1, as the model predicts.")
-@click.option("--top-k", type=Count(), help="Sample from so many of the likeliest tokens only. Default: all.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Default: 1, from all.")
-@click.option("--samples", type=Count(), help="Default: 1; with --score, 10.")
-@click.option("--seed", type=int, help="Default: 0.")
+@number("max_new_tokens", "Default: 100; with --score, 32.")
+@number("temperature", "Default: 1, as the model predicts.")
+@number("top_k", "Sample from so many of the likeliest tokens only. Default: all.")
+@number("top_p", "Default: 1, from all.")
+@number("samples", "Default: 1; with --score, 10.")
+@number("seed", "Default: 0.")
 @machine_options
 @click.option("--score", is_flag=True, help="Measure how good the steering of one expert is, beside that of others.")
 @click.option("--factors", type=Numbers(), help="With --score: try these multiples of the strength.")
-@click.option("--controls", type=click.IntRange(min=0), help="With --score: so many others. Default: 4.")
+@number("controls", "With --score: so many others. Default: 4.")
 @click.option("--base", help="With --score: the original model, if it is not where the recipe says.")
 @click.option("--judge", "judge_url", metavar="URL", help="With --score: an OpenAI-compatible judge; key in OPENAI_API_KEY.")
 @click.option("--judge-model", metavar="NAME", help="Which model judges.")

@@ -190,7 +190,46 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C in long work; ``str()`` says where it stood and what was kept."""
 
 
+# Where another library begins to advise: its advice is for who calls it, and mostly wrong for who called us.
+_CLAUSE = re.compile(r"(?<=[.;!?:,])\s+|\s+(?=\()|\s+(?=[-–—] )")
+_IMPERATIVE = re.compile(
+    r"[(\W]*(?:(?:and|or|but|then|also) |to [^ ]+ (?:it|this|the|a)\b[^,]*, )*(?:please|try|use|set (?:the|it|this|`)|pass|"
+    r"see|check (?!failed)|run (?!mxdsurgery)|call (?:the|it|`)|install|upgrade|downgrade|update|consider|specify|provide|"
+    r"make sure|ensure|look|visit|refer|go to|do not|don't|did you|add|remove|pick|example|if|you|instead|otherwise|"
+    r"either|alternatively|for (?:more|details)|open an issue)\b",
+    re.IGNORECASE,
+)
+_FOREIGN = re.compile(
+    r"\b(?:trust_remote_code|use_safetensors|device_map|low_cpu_mem_usage|ignore_mismatched_sizes|weights_only|allow_pickle|"
+    r"force_download|resume_download|local_files_only|from_pretrained|load_dataset|save_pretrained|(?:pip3?|conda) install)\b|"
+    r"\b\w+=(?:True|False|None)\b|\b(?:you|please|try) (?:can|could|may|might|should|must|need|have|want|set|use|try|\w+ing)\b"
+    r"|`[\w.]+\([^`]*`|\b[A-Z]+_[A-Z_]+=",
+)
+_INSTALL = re.compile(r"(?:pip3?|conda) install (?:-\S+ )*[`'\"]*([A-Za-z][\w.-]*)")
+
+
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line, and in the second where the first ends with a colon."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{lines[0].strip()} {lines[1].strip()}" if lines[0].rstrip().endswith(":") and len(lines) > 1 else lines[0]
+    """What an error says in its first line, and in the second where the first ends with a colon, without its advice.
+
+    What other libraries advise (``trust_remote_code=True``, ``pip install x``) is for who calls them. What is left out ends
+    where the next sentence begins; of an error that says nothing else, its kind is given.
+    """
+    if isinstance(error, KeyError) and error.args:
+        return f"there is no {error}"
+    if isinstance(error, OSError) and error.errno is not None:
+        return str(error)
+    needed = _INSTALL.search(str(error)) if isinstance(error, ImportError) else None
+    if needed:
+        return f"a package is needed that is not installed here: {needed[1]}"
+    lines = str(error).strip().splitlines() or [""]
+    line = f"{lines[0].strip()} {lines[1].strip()}" if lines[0].rstrip().endswith(":") and len(lines) > 1 else lines[0]
+    kept, advice, begins = [], False, True
+    for clause in _CLAUSE.split(line):
+        advice = (advice and not begins) or bool(_IMPERATIVE.match(clause) or _FOREIGN.search(clause))
+        begins = clause.endswith((".", "!", "?"))
+        if not advice:
+            kept.append(clause)
+        elif kept:
+            kept[-1] = kept[-1].rstrip(" ,:;-–—(")
+            kept[-1] += "." * (begins and not kept[-1].endswith("."))
+    return " ".join(kept) or type(error).__name__

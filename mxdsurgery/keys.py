@@ -1,12 +1,13 @@
 """What a recipe key may hold: counts, numbers, texts and flags, within a range or among choices."""
 
+import numbers
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from mxdsurgery.disclosure import secret_in
-from mxdsurgery.errors import RecipeError
+from mxdsurgery.errors import MxDError, RecipeError
 from mxdsurgery.outside import shown
 from mxdsurgery.paths import given_path
 
@@ -23,6 +24,7 @@ _NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 def parse_count(value: object) -> int | None:
     """A whole number, also written ``100k``, ``2M``, ``1.5B`` or ``1e6``; None where the value is no such thing."""
+    value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float, str)) or _too_large(value):
         return None
     match = _COUNT.fullmatch(str(value).strip().replace("_", ""))
@@ -32,11 +34,17 @@ def parse_count(value: object) -> int | None:
     return int(number) if number.denominator == 1 and number < _MOST_NUMBER else None
 
 
+def _plain(value: object) -> object:
+    """A number of numpy's, as notebooks have them, as one of Python's."""
+    return value.item() if isinstance(value, numbers.Real) and hasattr(value, "item") else value
+
+
 def _too_large(value: object) -> bool:
     return isinstance(value, int) and abs(value) >= _MOST_NUMBER
 
 
 def _parse_number(value: object) -> float | None:
+    value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -84,6 +92,7 @@ class Key:
     kind: str
     doc: str
     low: float | None = None
+    above: float | None = None
     high: float | None = None
     choices: tuple[str, ...] = ()
     optional: bool = False
@@ -99,11 +108,17 @@ class Key:
             "flag": "true or false",
             "layers": "layers: all, one (3, or -1 for the last), a range (2-5), or several of these, also as a list",
         }[self.kind]
-        if self.low is not None and self.high is not None:
-            words += f" from {self.low:g} to {self.high:g}"
+        if self.above is not None:
+            words += f" above {self.above:g}" + ("" if self.high is None else f" and at most {self.high:g}")
+        elif self.low is not None and self.high is not None:
+            words += f" from {self._limit(self.low)} to {self._limit(self.high)}"
         elif self.low is not None:
-            words += f" of at least {self.low:g}"
+            words += f" of at least {self._limit(self.low)}"
         return words + (", or nothing (null)" if self.optional else "")
+
+    def _limit(self, limit: float) -> str:
+        """A limit as it is, not rounded to one that is refused."""
+        return f"{limit:.0f}" if self.kind == "count" else f"{limit:g}"
 
     def _why(self, value: object) -> str:
         """Why a value is refused, where what is allowed does not say so."""
@@ -117,11 +132,17 @@ class Key:
             return "in a file, put it in quotes: YAML reads yes, no, on, off and numbers as what they look like"
         return None
 
-    def parse(self, name: str, value: object) -> Any:
+    def parse(self, name: str, value: object, what: str | None = None, error: type[MxDError] = RecipeError) -> Any:
         """The value in its own type.
 
+        Args:
+            name: of the key.
+            value: as it was given.
+            what: the value, for people; default: the recipe key.
+            error: what is raised.
+
         Raises:
-            RecipeError: naming the key, the value and what is allowed.
+            RecipeError, or the error asked for: naming the key, the value and what is allowed.
             PathError: see `given_path`.
         """
         if value is None and self.optional:
@@ -132,11 +153,13 @@ class Key:
             good = parsed in self.choices
         if good and self.low is not None:
             good = parsed >= self.low
+        if good and self.above is not None:
+            good = parsed > self.above
         if good and self.high is not None:
             good = parsed <= self.high
         if not good:
-            found = f"recipe key {name!r} " + ("has no value" if value is None else f"is {shown(value)}")
-            raise RecipeError(found + self._why(value), expected=self.allowed(), fix=self._hint(value))
+            found = f"{what or f'recipe key {name!r}'} " + ("has no value" if value is None else f"is {shown(value)}")
+            raise error(found + self._why(value), expected=self.allowed(), fix=self._hint(value))
         secret = secret_in(parsed) if isinstance(parsed, str) else None
         if secret is not None:  # the error does not quote it
             raise RecipeError(

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
+from mxdsurgery.arguments import ARGUMENTS, given_number
 from mxdsurgery.choices import DEFAULT_KINDS, HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
 from mxdsurgery.hardware.threads import use_threads
-from mxdsurgery.keys import parse_count
 from mxdsurgery.recipe import CHECKPOINT_KEYS, RECIPE_KEYS, Recipe
 
 
@@ -24,16 +24,21 @@ class RecipeValue(click.ParamType):
         return RECIPE_KEYS[self.recipe_key].parse(self.recipe_key, value)
 
 
-class Count(click.ParamType):
-    """A whole number of at least 1, with k, M and B suffixes."""
+class Number(click.ParamType):
+    """A flag's number, checked as the argument of its name is."""
 
-    name = "count"
+    def __init__(self, argument: str) -> None:
+        self.argument = argument
+        self.name = ARGUMENTS[argument].kind
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: D102
-        count = parse_count(value)
-        if count is None or count < 1:
-            self.fail(f"{value!r} is no whole number of at least 1 (k, M and B suffixes allowed)", param, ctx)
-        return count
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: D102
+        return given_number(self.argument, value)
+
+
+def number(name: str, doc: str | None = None, default: int | str | None = None) -> Callable[[Callable], Callable]:
+    """The flag of an argument that is a number."""
+    flag, said = "--" + name.replace("_", "-"), doc or ARGUMENTS[name].doc.capitalize() + "."
+    return click.option(flag, type=Number(name), default=default, show_default=default is not None, help=said)
 
 
 class RecipeValues(click.ParamType):
@@ -117,11 +122,11 @@ def labelled_options(required: bool) -> Callable[[Callable], Callable]:
         click.option("--layer", type=int, help="Default: the first in DIR."),
         click.option("--text-column", default="text", show_default=True, help="The column or field that holds the text."),
         click.option("--label-column", default="label", show_default=True, help="The column or field that holds the class."),
-        click.option("--samples", type=Count(), help="Texts, drawn at random; default: all."),
-        click.option("--context", type=Count(), help="Tokens that each text is cut after; default: the recipe's."),
+        number("samples", "Texts, drawn at random; default: all."),
+        number("context", "Tokens that each text is cut after; default: the recipe's."),
         BASE,
         machine_options,
-        click.option("--seed", type=int, default=0, show_default=True),
+        number("seed", default=0),
     )
     return lambda command: functools.reduce(lambda made, option: option(made), reversed(options), command)
 
@@ -150,27 +155,24 @@ def edit_options(command: Callable) -> Callable:
 
 def heal_options(command: Callable) -> Callable:
     """The flags of how to heal; a flag that is not given is the default of `Healing`."""
-    number, count = click.FloatRange(min=0), click.IntRange(min=1)
     penalty = f"Weight of the penalty on what frozen experts could do; default: {SPECIALISE_FACTOR:g} times the recipe's."
     options = (
         _choice("mode", "What learns: the new layers, LoRA on the attention projections, or both."),
-        click.option("--tokens", type=Count(), help="Of training; default: the recipe's."),
+        number("tokens", "Of training; default: the recipe's."),
         click.option("--data", help="The text; default: the recipe's."),
         TEXT_COLUMN,
         click.option("--lr", type=RecipeValue("lr"), help=f"Peak learning rate; default: {LR_FACTOR} times the recipe's."),
         click.option("--batch", type=RecipeValue("batch"), help="Tokens per optimiser step; default: the recipe's."),
-        click.option("--accumulate", type=count, help="Forward and backward passes that a step is split into. [default: 1]"),
+        number("accumulate", "Forward and backward passes that a step is split into. [default: 1]"),
         click.option("--checkpointing", is_flag=True, help="Compute each decoder layer twice, and keep less in memory."),
         click.option("--specialise", type=RecipeValue("specialise"), help=penalty),
-        click.option(
-            "--local", type=number, help=f"Weight of each layer's distance from its block's output. [default: {LOCAL}]"
-        ),
-        click.option("--patience", type=count, help="Stop after so many looks, of 10, without anything better. [default: 4]"),
-        click.option("--lora-rank", type=count, help="Of the adapters. [default: 8]"),
+        number("local", f"Weight of each layer's distance from its block's output. [default: {LOCAL}]"),
+        number("patience", "Stop after so many looks, of 10, without anything better. [default: 4]"),
+        number("lora_rank", "Of the adapters. [default: 8]"),
         _choice("lora", "LoRA merged into the weights, or kept as a PEFT adapter in OUT/lora."),
         _choice("teacher", "The original runs beside the model, or once before it, its likeliest tokens kept on disk."),
-        click.option("--top-n", type=count, help="How many are kept of each position. [default: 64]"),
-        click.option("--seed", type=int, help="Of the text's order and the adapters; default: one more than the recipe's."),
+        number("top_n", "How many are kept of each position. [default: 64]"),
+        number("seed", "Of the text's order and the adapters; default: one more than the recipe's."),
         _choice("format", RECIPE_KEYS["format"].doc),
         *(_key_option(name) for name in CHECKPOINT_KEYS),
     )
@@ -196,7 +198,7 @@ def text_options(command: Callable) -> Callable:
     """The flags of commands that measure on held-out text."""
     options = (
         click.option("--data", help="Text; default: the recipe's held-out text."),
-        click.option("--tokens", type=Count(), help="How many of its tokens; default: the recipe's eval_tokens."),
+        number("tokens", "How many of its tokens; default: the recipe's eval_tokens."),
         TEXT_COLUMN,
         machine_options,
     )

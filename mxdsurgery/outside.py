@@ -18,6 +18,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from mxdsurgery.errors import first_line
+
 # The largest settings file.
 MOST_BYTES = 16 * 2**20
 # The deepest nesting of mappings and lists, and the most characters of one value.
@@ -135,7 +137,7 @@ def read_yaml(path: str | Path, most: int = MOST_BYTES) -> Any:
 def _in_one_line(error: Exception) -> str:
     """What is wrong in a YAML text, and in which line."""
     mark = getattr(error, "problem_mark", None)
-    return str(error) if mark is None else f"{error.problem}, line {mark.line + 1}"
+    return first_line(error) if mark is None else f"{error.problem}, line {mark.line + 1}"
 
 
 def _check_events(text: str) -> None:
@@ -332,5 +334,5 @@ def stored_shapes(folder: Path) -> dict[str, list[int]]:
             with safe_open(path, "pt") as opened:
                 shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}
         except (SafetensorError, OSError) as error:
-            raise FileFault(f"{path.name} is damaged or only a part of the file: {error}", _FETCH) from None
+            raise FileFault(f"{path.name} is damaged or only a part of the file: {first_line(error)}", _FETCH) from None
     return shapes

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from mxdsurgery.demo import DEMO_MODELS
-from mxdsurgery.errors import RecipeError
+from mxdsurgery.errors import RecipeError, first_line
 from mxdsurgery.keys import Key
 from mxdsurgery.outside import read_yaml, shown
 
@@ -279,9 +279,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = read_yaml(path, _MOST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe {path} cannot be read: {error}") from None
+        raise RecipeError(f"the recipe {path} cannot be read: {first_line(error)}") from None
     except ValueError as error:
-        raise RecipeError(f"the recipe {path} {error}", expected="lines of the form 'key: value'") from None
+        raise RecipeError(f"the recipe {path} {first_line(error)}", expected="lines of the form 'key: value'") from None
     if content is None:
         content = {}
     if not isinstance(content, dict):

@@ -149,7 +149,7 @@ def _local_config_dict(model: str, folder: Path) -> Any:
         check_folder(folder)
     except (ValueError, OSError) as error:
         raise ModelNotFoundError(
-            f"{model!r} cannot be read: {error}", expected="the model's own files in one folder", fix=fix_of(error)
+            f"{model!r} cannot be read: {first_line(error)}", expected="the model's own files in one folder", fix=fix_of(error)
         ) from None
     try:
         for name in ("config.json", *TOKENIZERS):
@@ -157,9 +157,9 @@ def _local_config_dict(model: str, folder: Path) -> Any:
         return read_json(folder / "config.json")
     except (ValueError, OSError) as error:
         raise ModelNotFoundError(
-            f"the config.json of {model!r} is not JSON: {error}"
+            f"the config.json of {model!r} is not JSON: {first_line(error)}"
             if fix_of(error) is None
-            else f"{model!r} cannot be read: {error}",
+            else f"{model!r} cannot be read: {first_line(error)}",
             expected="a config.json as transformers wrote it" if fix_of(error) is None else "the model's own files",
             fix=fix_of(error),
         ) from None

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -231,26 +232,40 @@ def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: b
     Raises:
         ModelNotFoundError: the model has no tokenizer, or it cannot be reached.
     """
+    return read_tokenizer(model_source(model), model, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def read_tokenizer(source: str | Path, name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of any model, converted or not.
+
+    Args:
+        source: a folder or a hub id.
+        name: of the model, for people.
+        **options: of transformers' ``from_pretrained``.
+
+    Raises:
+        ModelNotFoundError: the model has no tokenizer, or it cannot be reached.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_source(model), revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise _tokenizer_error(model, error) from None
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # transformers and tokenizers raise a dozen kinds here
+        raise _tokenizer_error(Path(source), name, error) from None
     # Documents are longer than the model's context on purpose: they are packed. Not worth a warning per document.
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     return tokenizer
 
 
-def _tokenizer_error(model: str, error: Exception) -> ModelNotFoundError:
+def _tokenizer_error(folder: Path, name: str, error: Exception) -> ModelNotFoundError:
     """The named error for what was raised when a tokenizer was loaded."""
-    words, folder, fix = first_line(error), Path(model_source(model)), None
-    if "trust_remote_code" in str(error):
+    words, fix = first_line(error), None
+    if "custom code" in str(error):
         words, fix = "it is code of its own", "read that code, and give --trust-remote-code if you trust it"
-    elif folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZERS):
+    elif folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZERS):
         words, fix = "the folder holds no tokenizer", "copy its tokenizer's files beside it from where the model came from"
     elif (folder / "tokenizer.model").is_file() and importlib.util.find_spec("sentencepiece") is None:
         words, fix = "its tokenizer.model needs a package that is not installed here", "pip install sentencepiece"
     expected = "a tokenizer.json beside the model"
-    return ModelNotFoundError(f"the tokenizer of {model!r} cannot be loaded: {words}", expected=expected, fix=fix)
+    return ModelNotFoundError(f"the tokenizer of {name!r} cannot be loaded: {words}", expected=expected, fix=fix)
 
 
 def check_fits(model: PreTrainedModel, input_ids: Tensor) -> None:

@@ -26,7 +26,7 @@ from mxdsurgery.catalogue.statistics import AFTER, BEFORE, BINS, Tally
 from mxdsurgery.catalogue.tables import write_tables
 from mxdsurgery.checkpoint.converted import Converted, fingerprint, load_with_recipe
 from mxdsurgery.checkpoint.writing import write_json
-from mxdsurgery.errors import LayerSelectionError, MemoryBudgetError, OutputError
+from mxdsurgery.errors import LayerSelectionError, MemoryBudgetError, OutputError, first_line
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.hardware.memory import PeakMemory, free_memory
 from mxdsurgery.layers.interventions import MAXIMUM_FILE
@@ -132,7 +132,7 @@ def experts(
                 packing = Packing(converted.tokenizer(), recipe.context, recipe.prepend_bos)
                 summary = _catalogued(converted, settings, packing, run, out, reporter)
         except (OSError, SafetensorError) as error:
-            raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space") from None
+            raise OutputError(f"{str(out)!r} cannot be written: {first_line(error)}", fix="free some space") from None
     run.finish(out)
     return summary | {"out": str(out)}
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from mxdsurgery.checkpoint.converted import Converted, fingerprint
-from mxdsurgery.errors import CatalogueError
+from mxdsurgery.errors import CatalogueError, first_line
 
 CATALOGUE_FILE, CONTEXTS_FILE = "experts.json", "contexts.parquet"
 CATALOGUE_VERSION = 1
@@ -179,7 +179,9 @@ def open_catalogue(folder: str | Path) -> Catalogue:
             fix=f"run mxdsurgery experts {folder.parent} --data TEXT first",
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CatalogueError(f"{str(path)!r} cannot be read: {error}", expected="the file as experts wrote it") from None
+        raise CatalogueError(
+            f"{str(path)!r} cannot be read: {first_line(error)}", expected="the file as experts wrote it"
+        ) from None
     if version != CATALOGUE_VERSION:
         raise CatalogueError(f"{str(path)!r} has format version {version}", expected=str(CATALOGUE_VERSION))
     return made
@@ -218,4 +220,6 @@ def _named(path: Path) -> Iterator[Path]:
     try:
         yield path
     except (pa.ArrowException, OSError) as error:
-        raise CatalogueError(f"{str(path)!r} cannot be read: {error}", expected="the file as experts wrote it") from None
+        raise CatalogueError(
+            f"{str(path)!r} cannot be read: {first_line(error)}", expected="the file as experts wrote it"
+        ) from None

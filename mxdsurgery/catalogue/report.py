@@ -29,8 +29,9 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from mxdsurgery.base.model import read_tokenizer
 from mxdsurgery.catalogue.files import Catalogue, open_catalogue
 from mxdsurgery.checkpoint.card import FIGURES, LEGEND, before_last_edit, figure_rows
 from mxdsurgery.checkpoint.converted import EVALUATION_FILE, converted_classes, read_config
@@ -83,7 +84,8 @@ def report(
         ``page``, the path; ``data``, the folder beside it or None; ``bytes`` of both; ``layers`` and ``experts``, how many.
 
     Raises:
-        NotConvertedError: the folder is not one of ours, or its tokenizer or figures cannot be read.
+        NotConvertedError: the folder is not one of ours, or its figures cannot be read.
+        ModelNotFoundError: its tokenizer cannot be read.
         CatalogueError: ``experts`` was not run on it, or what it wrote cannot be read or is of another model.
         OutputError: the page cannot be written, or would overwrite a file that is no such page. Nothing of it is left then.
     """
@@ -109,7 +111,9 @@ def report(
             header["beside"] = beside and beside.name
             size = _write_page(page, beside, chunks, header)
     except OSError as error:
-        raise OutputError(f"{str(page)!r} cannot be written: {error}", fix="free some space, or give another --out") from None
+        raise OutputError(
+            f"{str(page)!r} cannot be written: {first_line(error)}", fix="free some space, or give another --out"
+        ) from None
     named = {"page": str(page), "data": beside and str(beside)}
     return named | {"bytes": size, "layers": len(catalogue.layers), "experts": experts}
 
@@ -299,12 +303,7 @@ def _check_layers(catalogue: Catalogue, config: dict[str, Any]) -> None:
 def _tokenizer(folder: Path, config: dict[str, Any], trusted: bool) -> PreTrainedTokenizerBase:
     """The tokenizer in the folder, without the weights."""
     config_class, _ = converted_classes(folder, config["mxd"], trusted)
-    try:
-        return AutoTokenizer.from_pretrained(folder, config=config_class.from_pretrained(folder), trust_remote_code=trusted)
-    except Exception as error:  # transformers and tokenizers raise a dozen kinds here
-        raise NotConvertedError(
-            f"the tokenizer in {str(folder)!r} cannot be loaded: {first_line(error)}", expected="the folder as it was written"
-        ) from None
+    return read_tokenizer(folder, str(folder), config=config_class.from_pretrained(folder), trust_remote_code=trusted)
 
 
 def _beside(page: Path) -> Path:
@@ -326,7 +325,7 @@ def _check_page(page: Path) -> Path:
         if beside.exists() and not (beside.is_dir() and all(file.suffix == ".js" for file in beside.iterdir())):
             raise OutputError(f"{str(beside)!r} exists and is no report's data", fix="give another --out")
     except OSError as error:
-        raise OutputError(f"{str(page)!r} cannot be written: {error}", fix="give another --out") from None
+        raise OutputError(f"{str(page)!r} cannot be written: {first_line(error)}", fix="give another --out") from None
     return page
 
 

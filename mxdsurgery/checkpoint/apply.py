@@ -22,7 +22,7 @@ from mxdsurgery.checkpoint.converted import PLAN_FILE, load, read_config, saved_
 from mxdsurgery.checkpoint.export import check_reload, reference_outputs, write_code
 from mxdsurgery.checkpoint.writing import check_apart, check_output, written_whole
 from mxdsurgery.demo import DEMO_MODELS
-from mxdsurgery.errors import BaseModelError
+from mxdsurgery.errors import BaseModelError, first_line
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.planning.plan import read_plan
 from mxdsurgery.terminal.console import Reporter
@@ -76,7 +76,7 @@ def apply(
     try:
         named = base or read_plan(folder / PLAN_FILE).model
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise damaged(folder, f"{PLAN_FILE}: {error}") from None
+        raise damaged(folder, f"{PLAN_FILE}: {first_line(error)}") from None
     if base is None and came_from_here(named, opened.revision) and named not in DEMO_MODELS and not os.path.isdir(named):
         raise BaseModelError(
             f"the base model of {str(folder)!r} is needed: a folder {opened.base_model!r}, and it is not at {named!r}",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -20,9 +20,10 @@ from mxdsurgery.base.config import model_name, model_source, own_code
 from mxdsurgery.base.dtypes import compute_in
 from mxdsurgery.base.examination import check_complete
 from mxdsurgery.base.foreign import code_error
+from mxdsurgery.base.model import read_tokenizer
 from mxdsurgery.base.running import check_runs
 from mxdsurgery.checkpoint.adapter import Adapter, is_adapter, merged, read_adapter, right_base
-from mxdsurgery.errors import ModelNotFoundError, NotConvertedError, WeightsError, first_line
+from mxdsurgery.errors import NotConvertedError, WeightsError, first_line
 from mxdsurgery.hardware.compute import model_dtype
 from mxdsurgery.hardware.device import check_device
 from mxdsurgery.hardware.guard import guarded
@@ -113,15 +114,8 @@ class Converted:
         Raises:
             ModelNotFoundError: there is none, or it cannot be read without running code of its own.
         """
-        try:
-            return AutoTokenizer.from_pretrained(
-                self.folder, config=self.model.config, trust_remote_code=self.trust_remote_code
-            )
-        except Exception as error:  # transformers and tokenizers raise a dozen kinds here
-            raise ModelNotFoundError(
-                f"the tokenizer of {str(self.folder)!r} cannot be loaded: {first_line(error)}",
-                expected="the folder as it was written",
-            ) from None
+        options = {"config": self.model.config, "trust_remote_code": self.trust_remote_code}
+        return read_tokenizer(self.folder, str(self.folder), **options)
 
 
 def read_config(folder: str | Path, *, of_adapter: bool = False) -> dict[str, Any]:
@@ -148,11 +142,13 @@ def read_config(folder: str | Path, *, of_adapter: bool = False) -> dict[str, An
     try:
         check_folder(Path(folder), deep=True)
     except (ValueError, OSError) as error:
-        raise NotConvertedError(f"{str(folder)!r} cannot be read: {error}", expected=_CONVERTED, fix=fix_of(error)) from None
+        raise NotConvertedError(
+            f"{str(folder)!r} cannot be read: {first_line(error)}", expected=_CONVERTED, fix=fix_of(error)
+        ) from None
     try:
         values = read_json(path)
     except (ValueError, OSError) as error:
-        raise NotConvertedError(f"{path} is not JSON: {error}", expected=_CONVERTED) from None
+        raise NotConvertedError(f"{path} is not JSON: {first_line(error)}", expected=_CONVERTED) from None
     mxd = values.get("mxd") if isinstance(values, dict) else None
     known = isinstance(mxd, dict) and isinstance(mxd.get("family"), str) and (mxd["family"] in CONFIG_MAPPING or "code" in mxd)
     if not known:
@@ -175,7 +171,7 @@ def read_config(folder: str | Path, *, of_adapter: bool = False) -> dict[str, An
         for entry in mxd["layers"]:
             _check_entry(entry)
     except ValueError as error:
-        raise NotConvertedError(f"{path} says what no conversion wrote: {error}", expected=_CONVERTED) from None
+        raise NotConvertedError(f"{path} says what no conversion wrote: {first_line(error)}", expected=_CONVERTED) from None
     return values
 
 
@@ -352,7 +348,9 @@ def load(
             **weights,
         )
     except Exception as error:  # transformers, safetensors and json raise a dozen kinds here
-        raise WeightsError(f"{str(folder)!r} cannot be loaded: {error}", expected="the folder as it was written") from None
+        raise WeightsError(
+            f"{str(folder)!r} cannot be loaded: {first_line(error)}", expected="the folder as it was written"
+        ) from None
     check_complete(str(folder), info)
     check_runs(str(folder), model)
     model.to(device).eval().requires_grad_(False)

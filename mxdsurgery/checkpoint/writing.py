@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from mxdsurgery.checkpoint.converted import PLAN_FILE
-from mxdsurgery.errors import OutputError
+from mxdsurgery.errors import OutputError, first_line
 from mxdsurgery.outside import weight_files
 from mxdsurgery.runs.resume import sync
 from mxdsurgery.terminal.console import size
@@ -40,7 +40,9 @@ def check_output(out: str | Path, overwrite: bool) -> Path:
         with tempfile.TemporaryDirectory(dir=nearest, prefix=_aside(path)):
             pass
     except OSError as error:
-        raise OutputError(f"{str(out)!r} cannot be written: {error.strerror or error}", fix="give another --out") from None
+        raise OutputError(
+            f"{str(out)!r} cannot be written: {error.strerror or first_line(error)}", fix="give another --out"
+        ) from None
     return path
 
 
@@ -113,7 +115,9 @@ def written_whole(out: Path, within: Path | None = None) -> Iterator[Path]:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space, or give another --out") from None
+        raise OutputError(
+            f"{str(out)!r} cannot be written: {first_line(error)}", fix="free some space, or give another --out"
+        ) from None
 
 
 def _aside(path: Path) -> str:
@@ -151,4 +155,4 @@ def write_json(path: Path, value: Any) -> None:
     except OSError as error:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise OutputError(f"{str(path)!r} cannot be written: {error.strerror or error}") from None
+        raise OutputError(f"{str(path)!r} cannot be written: {error.strerror or first_line(error)}") from None

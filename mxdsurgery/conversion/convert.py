@@ -17,7 +17,7 @@ from mxdsurgery.checkpoint.export import export
 from mxdsurgery.checkpoint.writing import check_output, check_room, write_json
 from mxdsurgery.conversion.shared_run import shared_run
 from mxdsurgery.conversion.train import Training, collect, train_groups
-from mxdsurgery.errors import CheckpointError, RecipeError
+from mxdsurgery.errors import CheckpointError, RecipeError, first_line
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.hardware.memory import PeakMemory
 from mxdsurgery.measuring.fidelity import Measurement
@@ -160,7 +160,7 @@ def _read_plan(path: Path) -> Plan:
     try:
         return read_plan(path)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read: {error}", fix="begin anew: --overwrite") from None
+        raise CheckpointError(f"{str(path)!r} cannot be read: {first_line(error)}", fix="begin anew: --overwrite") from None
 
 
 def _my_share(made: Plan, recipe: Recipe, base_model: BaseModel, run: RunFolder) -> tuple[Plan, list[list[LayerPlan]]]:

@@ -15,7 +15,7 @@ from mxdsurgery.base.blocks import Block
 from mxdsurgery.base.model import BaseModel
 from mxdsurgery.choices import DEFAULT_K, DEFAULT_KINDS, ONE_LAYER
 from mxdsurgery.conversion.train import Training, train_groups
-from mxdsurgery.errors import Interrupted, OutputError, RecipeError
+from mxdsurgery.errors import Interrupted, OutputError, RecipeError, first_line
 from mxdsurgery.hardware.device import check_device
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.fidelity import Measurement
@@ -225,4 +225,6 @@ def _kept(out: Path, overwrite: bool) -> Iterator[None]:
         again = "the same command with --resume, and without --overwrite, goes on from there"
         raise Interrupted(f"{str(interrupt) or 'Interrupted.'}\n{out} holds {rows} finished rows: {again}.") from None
     except OSError as error:
-        raise OutputError(f"{str(out)!r} cannot be written: {error}", fix="free some space, or give another --out") from None
+        raise OutputError(
+            f"{str(out)!r} cannot be written: {first_line(error)}", fix="free some space, or give another --out"
+        ) from None

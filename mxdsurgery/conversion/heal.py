@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mxdsurgery.arguments import given_number
 from mxdsurgery.base.decoder import vocabulary_size
 from mxdsurgery.base.dtypes import as_stored, compute_in, computed_in
 from mxdsurgery.base.examination import weights_digest
@@ -104,9 +105,8 @@ class Healing:
         for name, choices in HEAL_CHOICES.items():
             if getattr(self, name) not in choices:
                 raise HealError(f"{name} is {getattr(self, name)!r}", expected="one of " + ", ".join(choices))
-        for name in ("accumulate", "patience", "lora_rank", "top_n"):
-            if getattr(self, name) < 1:
-                raise HealError(f"{name} is {getattr(self, name)}", expected="a whole number of at least 1")
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, given_number(field.name, getattr(self, field.name), HealError))
         if self.local is None:
             object.__setattr__(self, "local", LOCAL if self.teacher == "model" else 0.0)
         if self.local > 0 and self.teacher == "cached":

@@ -33,7 +33,7 @@ from mxdsurgery.checkpoint.export import check_reload, reference_outputs, write_
 from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room_for_copy, write_json, written_whole
 from mxdsurgery.editing.edits import Edits, baked, check_for
 from mxdsurgery.editing.sampling import Sampling, sample
-from mxdsurgery.errors import DataError, EditError, MxDWarning, UnsupportedModelError
+from mxdsurgery.errors import DataError, EditError, MxDWarning, UnsupportedModelError, first_line
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.evaluate import held_out
 from mxdsurgery.measuring.intervals import Table, next_token_sums, scored_predictions, with_interval
@@ -336,7 +336,9 @@ def _note(staging: Path, steps: list[dict[str, Any]], after: Converted, recipe: 
     try:
         evaluation = json.loads((staging / EVALUATION_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise EditError(f"{EVALUATION_FILE} cannot be read: {error}", fix="write it anew: mxdsurgery evaluate") from None
+        raise EditError(
+            f"{EVALUATION_FILE} cannot be read: {first_line(error)}", fix="write it anew: mxdsurgery evaluate"
+        ) from None
     write_evaluation(staging, evaluation, after.plan, recipe)
 
 

@@ -106,7 +106,7 @@ class Edits:
                 if getattr(self, kind):
                     made = getattr(made, kind)(getattr(self, kind))
         except InterventionError as error:
-            raise EditError(str(error), expected="layers and experts of this model") from None
+            raise EditError(first_line(error), expected="layers and experts of this model") from None
         return made
 
     def with_experts(self, exchange: Callable[[int, int], int]) -> "Edits":

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
+from mxdsurgery.arguments import given_number
 from mxdsurgery.paths import check_working_folder, given_path
 
 Given = ParamSpec("Given")
@@ -22,9 +23,10 @@ _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 
 def guarded(function: Callable[Given, Made]) -> Callable[Given, Made]:
-    """The function, run in the state of torch that it needs, with ``~`` in its paths expanded.
+    """The function, run in the state of torch that it needs, its paths with ``~`` expanded and its numbers checked.
 
     Raises:
+        RecipeError: as `given_number`.
         PathError: as `given_path` and `check_working_folder`.
     """
     names = list(inspect.signature(function).parameters)
@@ -34,6 +36,8 @@ def guarded(function: Callable[Given, Made]) -> Callable[Given, Made]:
         check_working_folder()
         placed = [*map(given_path, names, args), *args[len(names) :]]
         named = {name: given_path(name, value) for name, value in options.items()}
+        placed[: len(names)] = map(given_number, names, placed)
+        named = {name: given_number(name, value) if name in names else value for name, value in named.items()}
         with _plain_torch():
             return function(*placed, **named)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from mxdsurgery.checkpoint.converted import RECIPE_FILE
 from mxdsurgery.checkpoint.writing import write_json
-from mxdsurgery.errors import OutputError
+from mxdsurgery.errors import OutputError, first_line
 from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import compact
@@ -173,5 +173,7 @@ def load_layer(path: Path) -> nn.Module:
             layer = LAYER_KINDS[header["kind"]](**json.loads(header["shape"]))
         layer.load_state_dict(state, assign=True)
     except Exception as error:  # safetensors, json and torch raise half a dozen kinds here
-        raise OutputError(f"the layer {path} cannot be read: {error}", fix="run mxdsurgery frontier again") from None
+        raise OutputError(
+            f"the layer {path} cannot be read: {first_line(error)}", fix="run mxdsurgery frontier again"
+        ) from None
     return layer.eval().requires_grad_(False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mxdsurgery.disclosure import masked, secrets_here
-from mxdsurgery.errors import OutputError
+from mxdsurgery.errors import OutputError, first_line
 from mxdsurgery.terminal.console import Cost, ProgressLine, Reporter, event_line, stage_and_text, timed
 
 LOG_FILE, METRICS_FILE = "log.txt", "metrics.jsonl"
@@ -130,5 +130,5 @@ def _cut_unfinished(path: Path) -> None:
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
     return OutputError(
-        f"{str(path)!r} cannot be written: {error.strerror or error}", fix="free some space, or see who owns it"
+        f"{str(path)!r} cannot be written: {error.strerror or first_line(error)}", fix="free some space, or see who owns it"
     )

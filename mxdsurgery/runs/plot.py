@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mxdsurgery.errors import MetricsError, OutputError
+from mxdsurgery.errors import MetricsError, OutputError, first_line
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.runs.journal import LOG_FILE, METRICS_FILE
 from mxdsurgery.terminal.console import Reporter, compact
@@ -102,7 +102,7 @@ def plot(folder: str | Path, *, out: str | Path | None = None, reporter: Reporte
             os.replace(aside, place)
         except OSError as error:
             raise OutputError(
-                f"{str(place)!r} cannot be written: {error.strerror or error}", fix="give another --out"
+                f"{str(place)!r} cannot be written: {error.strerror or first_line(error)}", fix="give another --out"
             ) from None
     return {
         "metrics": str(path),
@@ -132,9 +132,8 @@ def read_metrics(path: Path) -> tuple[list[Stretch], bool]:
             if last:
                 cut_line = True
                 break
-            reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
             raise MetricsError(
-                f"line {number} of {str(path)!r} is no look at a training: {reason}",
+                f"line {number} of {str(path)!r} is no look at a training: {first_line(error)}",
                 expected="one JSON object on each line, as convert, heal and frontier write them",
                 fix="delete the line",
             ) from None
@@ -245,7 +244,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
                     yield number, line, not following
                 line = following
     except OSError as error:
-        raise MetricsError(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
+        raise MetricsError(f"{str(path)!r} cannot be read: {error.strerror or first_line(error)}") from None
 
 
 def _look(line: bytes) -> tuple[str, int | None, int, dict[str, Any]]:

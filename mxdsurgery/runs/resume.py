@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mxdsurgery.base.digest import file_digest
-from mxdsurgery.errors import CheckpointError, OutputError
+from mxdsurgery.errors import CheckpointError, OutputError, first_line
 
 # The version of checkpoints that is written, and the only one that is read.
 CHECKPOINT_VERSION = 1
@@ -104,7 +104,7 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise OutputError(
-                f"the checkpoint of step {step} cannot be written to {str(self.folder)!r}: {error}",
+                f"the checkpoint of step {step} cannot be written to {str(self.folder)!r}: {first_line(error)}",
                 expected="room for it",
                 fix="free some space, or keep fewer of them: --keep-checkpoints 1",
             ) from None
@@ -145,7 +145,7 @@ class Checkpoints:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             others = [other.name for other in self._all() if other != path]
             then = f"goes on from {others[-1]}" if others else "begins anew: there is none before it"
-            reason = f"{_MANIFEST}: {error.strerror}" if isinstance(error, OSError) else error
+            reason = f"{_MANIFEST}: {error.strerror}" if isinstance(error, OSError) else first_line(error)
             raise CheckpointError(
                 f"the checkpoint {str(path)!r} is damaged: {reason}",
                 expected="the files of its manifest, with their sizes and digests",

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxdsurgery.errors import CheckpointError, DivergedError, Interrupted, MxDError, OutputError, RunInUseError
+from mxdsurgery.errors import CheckpointError, DivergedError, Interrupted, MxDError, OutputError, RunInUseError, first_line
 from mxdsurgery.hardware.threads import asked_for, set_threads
 from mxdsurgery.outside import shown
 from mxdsurgery.recipe import CHECKPOINT_KEYS, COMPUTE_KEYS, Recipe
@@ -351,7 +351,7 @@ class RunFolder:
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"{str(path)!r} cannot be written: {error}", fix="give another --out")
+    return OutputError(f"{str(path)!r} cannot be written: {first_line(error)}", fix="give another --out")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mxdsurgery.errors import DataError, first_line
 
-_MOST_NAMES = 300  # characters of the names that an error lists
+MOST_NAMES = 300  # characters of the names that an error lists
 
 
 def top_columns(names: Collection[str], columns: Collection[str]) -> list[str]:
@@ -25,7 +25,7 @@ def no_column(name: str, columns: Collection[str], where: str, flag: str = "--te
     """The error for a column that is not there; ``columns`` are those that are."""
     return DataError(
         f"{where} has no column {name!r}",
-        expected=f"one of its columns: {shorten(', '.join(columns), _MOST_NAMES)}",
+        expected=f"one of its columns: {shorten(', '.join(columns), MOST_NAMES)}",
         fix=f"name the column with {flag}",
     )
 

@@ -84,9 +84,9 @@ def entries(path: Path, columns: Sequence[str]) -> Iterator[Entry]:
     try:
         yield from _entries(path, columns)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{str(path)!r} is not a whole gzip file: {error}") from None
+        raise DataError(f"{str(path)!r} is not a whole gzip file: {first_line(error)}") from None
     except OSError as error:
-        raise DataError(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{str(path)!r} cannot be read: {error.strerror or first_line(error)}") from None
 
 
 def _entries(path: Path, columns: Sequence[str]) -> Iterator[Entry]:
@@ -205,7 +205,7 @@ def _too_long(where: str) -> DataError:
 
 
 def _not_json(where: str, error: Exception) -> DataError:
-    return DataError(f"{where}: not JSON ({error})", expected="one JSON object per line, or one list of objects")
+    return DataError(f"{where}: not JSON ({first_line(error)})", expected="one JSON object per line, or one list of objects")
 
 
 def _json_rows(lines: Iterator[tuple[str, str]]) -> Iterator[Entry]:
@@ -317,7 +317,7 @@ def _table_rows(lines: Iterator[tuple[str, str]], path: Path, suffix: str, colum
             if values:
                 yield Entry(where, dict(zip(header, values, strict=False)) | dict.fromkeys(header[len(values) :]))
     except csv.Error as error:
-        raise DataError(f"{where}: no comma-separated values: {error}") from None
+        raise DataError(f"{where}: no comma-separated values: {first_line(error)}") from None
 
 
 def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Entry]:

@@ -75,7 +75,7 @@ def text_files(spec: str) -> list[Path]:
         if is_pattern(spec):
             return _matching(spec)
     except OSError as error:
-        raise DataError(f"{spec!r} cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{spec!r} cannot be read: {error.strerror or first_line(error)}") from None
     raise DataError(f"no text file {spec!r}", expected=FORMS)
 
 

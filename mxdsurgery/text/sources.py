@@ -9,10 +9,12 @@ import dataclasses
 import itertools
 import queue
 import random
+import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +26,7 @@ from mxdsurgery.demo import stdlib_documents
 from mxdsurgery.errors import DataError, MxDWarning, first_line
 from mxdsurgery.hardware.device import copies_from_pinned_memory
 from mxdsurgery.recipe import Recipe
-from mxdsurgery.text.fields import text_in
+from mxdsurgery.text.fields import MOST_NAMES, text_in
 from mxdsurgery.text.forms import Entry, entries
 from mxdsurgery.text.packing import Packing
 from mxdsurgery.text.places import FORMS, on_hub, text_files
@@ -151,12 +153,33 @@ def _hub_rows(spec: str, limit: int | None) -> Iterator[dict[str, Any]]:
     try:
         yield from itertools.islice(_open_stream(spec), limit)
     except Exception as error:  # each of the library's layers raises its own kinds, also in the middle of the stream
-        raise DataError(
-            f"the data set {spec!r} cannot be read: {first_line(error)}",
-            expected=FORMS,
-            fix="check the spelling (there is no file or folder of that name here) and the connection, or give a text that is "
-            "on this machine with --data",
-        ) from None
+        raise _hub_error(spec, error) from None
+
+
+def _hub_error(spec: str, error: Exception) -> DataError:
+    """The named error for what `datasets` raised while a data set on the hub was read."""
+    words, (name, *rest) = str(error), spec.split(":")
+    expected, fix = FORMS, "check the spelling (there is no file or folder of that name here) and the connection"
+    found = first_line(error)
+    named = re.search(r"(?:[Aa]vailable(?: configs)?|Should be one of|Available splits):? (\[[^]]*\])", words)
+    if "gated" in words:
+        found, expected = "it is gated", "a token of an account that was granted access"
+        fix = f"ask for access at https://huggingface.co/datasets/{name}, then run 'hf auth login' or set HF_TOKEN"
+    elif "doesn't exist on the Hub" in words:
+        found, fix = "the hub knows no such data set (or it is private)", fix + "; for a private one, set HF_TOKEN"
+    elif "refs/convert/parquet" in words:
+        found, fix = "it comes as a script, which is not run, and the hub holds no copy of its rows", "save its rows to files"
+    elif named and "split" in words:
+        found, expected = "it has no such split", f"one of its splits: {shorten(named[1], MOST_NAMES)}"
+        fix = f"name one: {name}:{(rest or ['CONFIG'])[0]}:SPLIT"
+    elif named:
+        found, expected = "it has several configurations", f"one of them: {shorten(named[1], MOST_NAMES)}"
+        fix = f"name one: {name}:CONFIG"
+    return DataError(
+        f"the data set {spec!r} cannot be read: {found}",
+        expected=expected,
+        fix=f"{fix}, or give a text that is on this machine with --data",
+    )
 
 
 @dataclass

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mxdsurgery.errors import first_line
 from mxdsurgery.hardware.timing import median_seconds
 from mxdsurgery.layers import sparse
 
@@ -78,7 +79,7 @@ def install_if_faster(d_model: int, n_experts: int, k: int, tokens: int, device:
             plain, 1000 * median_seconds(products, 0.1), max(errors) if all(e == e for e in errors) else float("inf")
         )
     except Exception as error:  # Triton compiles here, with whatever compiler and driver there are
-        trial = Trial(plain, None, float("inf"), f"{type(error).__name__}: {error}".splitlines()[0])
+        trial = Trial(plain, None, float("inf"), f"{type(error).__name__}: {first_line(error)}")
     if not trial.worthwhile:
         del sparse.KERNELS[device]
     return trial
