@@ -10,21 +10,24 @@ from mxdsurgery.base.config import came_from_here, model_name
 from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import compact, duration, size
+from mxdsurgery.terminal.figures import range_of, value_of, with_range
 from mxdsurgery.text.places import text_name
 from mxdsurgery.training.cost import LayerPlan
 
 # The figures of the card: JSON name, heading, how to print it.
 FIGURES = (
-    ("delta_ce", "ΔCE", "{:+.4f}"),
-    ("kl", "KL", "{:.4f}"),
-    ("top1_agreement", "same top-1", "{:.1%}"),
-    ("nmse", "NMSE", "{:.4f}"),
-    ("zero_delta_ce", "ΔCE if zeroed", "{:+.4f}"),
-    ("loss_recovered", "loss recovered", "{:.1%}"),
-    ("constant_gate_delta_ce", "ΔCE, experts frozen", "{:+.4f}"),
-    ("expert_share", "expert share", "{:.2f}"),
-    ("dead_share", "unused experts", "{:.1%}"),
+    ("delta_ce", "ΔCE", "+.4f"),
+    ("kl", "KL", ".4f"),
+    ("top1_agreement", "same top-1", ".1%"),
+    ("nmse", "NMSE", ".4f"),
+    ("zero_delta_ce", "ΔCE if zeroed", "+.4f"),
+    ("loss_recovered", "loss recovered", ".1%"),
+    ("constant_gate_delta_ce", "ΔCE, experts frozen", "+.4f"),
+    ("expert_share", "expert share", ".2f"),
+    ("dead_share", "unused experts", ".1%"),
 )
+# Those that are printed with their intervals: what the conversion cost, and the shares.
+_WITH_RANGE = ("delta_ce", "loss_recovered", "expert_share")
 # The figures that a terminal shows: enough to see whether a layer is faithful and its experts matter.
 _SHORT = ("delta_ce", "kl", "top1_agreement", "nmse", "zero_delta_ce", "expert_share", "dead_share")
 
@@ -41,17 +44,18 @@ LEGEND = """\
 ΔCE: nats per token that next-token prediction got worse by; if zeroed: with the block removed altogether. KL: from the
 original's predictions. Same top-1: how often the likeliest next token is the original's. NMSE: squared error of the block's
 output over its squared size. Expert share: how much of the layer's worth the token-by-token choice of experts carries (0: the
-dense path does it all; measured by freezing the experts' say at its best constant). Unused: never fired on these tokens."""
+dense path does it all; measured by freezing the experts' say at its best constant). Unused: never fired on these tokens.
+In brackets: 95 % intervals. A share of nothing is n/a: where it is not certain, by the 95 % interval, that the model predicts
+better with the layer (loss recovered: with the original's block) than without any."""
 
 
 def figure_rows(evaluation: dict[str, Any]) -> list[list[str]]:
     """One row per converted layer and one for all together, as printed."""
     entries = [(str(entry["layer"]), entry) for entry in evaluation["layers"]] + [("all", evaluation["all"])]
-    return [[name, *(_print(entry[key], form) for key, _, form in FIGURES)] for name, entry in entries]
-
-
-def _print(value: float | None, form: str) -> str:
-    return "n/a" if value is None else form.format(value)
+    return [
+        [name, *((with_range if key in _WITH_RANGE else value_of)(entry, key, form) for key, _, form in FIGURES)]
+        for name, entry in entries
+    ]
 
 
 def computed_in(figures: dict[str, Any]) -> str:
@@ -67,7 +71,7 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
     table = Table("layer", title=title)
     shown = [0, *(1 + column for column, (name, _, _) in enumerate(FIGURES) if name in _SHORT)]
     for column in shown[1:]:
-        table.add_column(FIGURES[column - 1][1], justify="right")
+        table.add_column(FIGURES[column - 1][1], justify="right", no_wrap=FIGURES[column - 1][0] in _WITH_RANGE)
     *single, every = ([row[column] for column in shown] for row in figure_rows(evaluation))
     for row in single:
         table.add_row(*row)
@@ -92,7 +96,6 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
     columns = ["layer", *(heading for _, heading, _ in FIGURES)]
     table = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     table += ["| " + " | ".join(row) + " |" for row in figure_rows(evaluation)]
-    interval = evaluation["all"]["delta_ce_ci"]
     settings = {name: value for name, value in recipe.to_dict().items() if name not in ("model", "out", "overwrite")}
     settings = {name: text_name(value) if isinstance(value, str) else value for name, value in settings.items()}
     first = plan.layers[0]
@@ -124,10 +127,8 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
             *_unedited(edits, evaluation),
             f"Measured on {evaluation['tokens']:,} tokens of held-out text ({evaluation['sequences']} contexts of "
             f"{evaluation['context']}, position 0 left out){_alone(evaluation)}{computed_in(evaluation)}, against the "
-            f"original model, whose cross-entropy there is {evaluation['original']['ce']:.4f} nats per token. All layers "
-            f"together: ΔCE "
-            f"{evaluation['all']['delta_ce']:+.4f}, 95 % interval [{interval[0]:+.4f}, {interval[1]:+.4f}]. Intervals of all "
-            "figures are in evaluation.json.",
+            f"original model, whose cross-entropy there is {evaluation['original']['ce']:.4f} nats per token. Intervals of "
+            "all figures are in evaluation.json.",
             "",
             *table,
             "",
@@ -188,7 +189,7 @@ def _edit_lines(edits: Sequence[dict[str, Any]]) -> list[str]:
         lines += [
             f"On {step['tokens']:,} tokens of {step['data']}, cross-entropy went from {step['ce_before']:.4f} to "
             f"{step['ce_after']:.4f} nats per token (difference {step['delta_ce']:+.3g}, 95 % interval "
-            f"[{step['delta_ce_ci'][0]:+.3g}, {step['delta_ce_ci'][1]:+.3g}]); KL(before ‖ after) {step['kl']:.3g}.",
+            f"{range_of(step, 'delta_ce', '+.3g')}); KL(before ‖ after) {step['kl']:.3g}.",
             "",
         ]
         for sample in step["samples"]:  # by repr: one line each, whatever they hold

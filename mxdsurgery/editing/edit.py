@@ -39,6 +39,7 @@ from mxdsurgery.measuring.evaluate import held_out
 from mxdsurgery.measuring.intervals import Table, next_token_sums, scored_predictions, with_interval
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.terminal.figures import range_of, value_of
 from mxdsurgery.text.packing import in_batches
 from mxdsurgery.text.places import text_name
 
@@ -301,13 +302,13 @@ def _compare(
     scored = scored_predictions(ids)
     columns["tokens"] = torch.full((len(ids),), float(scored), dtype=torch.float64)
     result: dict[str, Any] = {"tokens": scored * len(ids)}
-    for name, figure in (
-        ("ce_before", lambda s: s["before.ce"] / s["tokens"]),
-        ("ce_after", lambda s: s["after.ce"] / s["tokens"]),
-        ("delta_ce", lambda s: (s["after.ce"] - s["before.ce"]) / s["tokens"]),
-        ("kl", lambda s: s["after.kl"] / s["tokens"]),
+    for name, sums in (
+        ("ce_before", columns["before.ce"]),
+        ("ce_after", columns["after.ce"]),
+        ("delta_ce", columns["after.ce"] - columns["before.ce"]),
+        ("kl", columns["after.kl"]),
     ):
-        result |= with_interval(name, columns, figure)
+        result |= with_interval(name, sums, columns["tokens"])
     return result
 
 
@@ -358,8 +359,7 @@ def edit_table(result: dict[str, Any]) -> list[Any]:
         ("ΔCE", "delta_ce", "+.3g"),
         ("KL(before ‖ after)", "kl", ".3g"),
     ):
-        low, high = result[f"{name}_ci"]
-        table.add_row(label, f"{result[name]:{form}}", f"{low:{form}} to {high:{form}}")
+        table.add_row(label, value_of(result, name, form), range_of(result, name, form))
     samples = []
     for one in result["samples"]:
         samples += ["", f"prompt: {one['prompt']!r}", f"before: {one['before']!r}", f"after:  {one['after']!r}"]

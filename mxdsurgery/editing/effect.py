@@ -29,6 +29,7 @@ from mxdsurgery.layers.layer import Coefficients
 from mxdsurgery.measuring.fidelity import firings
 from mxdsurgery.measuring.intervals import Table, with_interval
 from mxdsurgery.terminal.console import ProgressLine, Reporter
+from mxdsurgery.terminal.figures import value_of, with_range
 from mxdsurgery.text.sources import token_strings
 
 # How many tokens are shown before a prediction.
@@ -86,7 +87,7 @@ def effect(
     Returns:
         A JSON object. ``all``, ``firing`` and ``silent`` (predictions made at tokens where one of the edited experts fires in
         the unedited model, or none): ``tokens``, ``delta_ce`` and ``kl`` (unedited ‖ edited) in nats per prediction with 95 %
-        bootstrap intervals over contexts, ``top1_agreement``; ``rose`` and ``fell``: next tokens by the change of their mean
+        intervals over contexts, ``top1_agreement``; ``rose`` and ``fell``: next tokens by the change of their mean
         probability. ``experts``: on how many tokens each edited one fired. ``controls``: each draw's experts and figures.
         ``predictions``: the most changed ones, by KL. Position 0 of every context is left out.
 
@@ -279,15 +280,11 @@ class _Record:
     def figures(self, tokenizer: PreTrainedTokenizerBase, top: int) -> dict[str, Any]:
         """All figures, with intervals, and tokens as text."""
         columns = self.table.columns()
-        result: dict[str, Any] = {"original": with_interval("ce", columns, lambda s: s["all.ce"] / s["all.tokens"])}
+        result: dict[str, Any] = {"original": with_interval("ce", columns["all.ce"], columns["all.tokens"])}
         for part in PARTS:
             result[part] = {"tokens": int(columns[f"{part}.tokens"].sum())}
             for name, column in (("delta_ce", "delta_ce"), ("kl", "kl"), ("top1_agreement", "agree")):
-                result[part] |= with_interval(
-                    name,
-                    columns,
-                    lambda s, column=column, part=part: s[f"{part}.{column}"] / s[f"{part}.tokens"],
-                )
+                result[part] |= with_interval(name, columns[f"{part}.{column}"], columns[f"{part}.tokens"])
         for part, mass in self.mass.items():
             result[part] |= _moved(mass / max(1, result[part]["tokens"]), top)
         result["predictions"] = self.most
@@ -381,21 +378,15 @@ def _figures_table(result: dict[str, Any]) -> RichTable:
         table.add_column(heading, justify="right")
     for part, name in zip(PARTS, ("all", "where an edited expert fires", "where none fires"), strict=True):
         figures = result[part]
-        same = figures["top1_agreement"]
-        cells = [_with_range(figures[key], figures[f"{key}_ci"], form) for key, form in _FORMS.items()]
-        table.add_row(name, f"{figures['tokens']:,}", *cells, "-" if same is None else f"{same:.2%}")
+        cells = [escape(with_range(figures, key, form)) for key, form in _FORMS.items()]
+        table.add_row(name, f"{figures['tokens']:,}", *cells, value_of(figures, "top1_agreement", ".2%"))
     others = result["controls"]
     if others is not None:
         table.add_section()
-        cells = [_with_range(others[key], others[f"{key}_range"], form) for key, form in _FORMS.items()]
+        ranges = {f"{key}_ci": others[f"{key}_range"] for key in _FORMS}
+        cells = [escape(with_range(others | ranges, key, form)) for key, form in _FORMS.items()]
         table.add_row(f"all, other experts edited: mean of {len(others['draws'])}", f"{result['tokens']:,}", *cells, "")
     return table
-
-
-def _with_range(value: float | None, ends: list[float | None], form: str) -> str:
-    if value is None:
-        return "-"
-    return f"{value:{form}} " + ("" if None in ends else escape(f"[{ends[0]:{form}}, {ends[1]:{form}}]"))
 
 
 def _moved_table(part: dict[str, Any], where: str) -> RichTable:

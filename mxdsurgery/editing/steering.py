@@ -14,6 +14,7 @@ are measured, and a judge may be asked as well:
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.evaluate import load_original
 from mxdsurgery.measuring.intervals import with_interval
 from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.terminal.figures import with_range
 
 # Tokens on each side of a place that belong to the concept. With so few, held-out contexts of an expert are distinguished from
 # those of others much better (standardised difference 8.9 and 4.2 in two small models) than with the catalogue's whole windows
@@ -104,7 +106,7 @@ def steering(
         reporter: where progress is reported; default: nowhere.
 
     Returns:
-        A JSON object. ``unsteered``: ``similarity``, ``perplexity`` with its 95 % bootstrap interval over texts, ``texts``.
+        A JSON object. ``unsteered``: ``similarity``, ``perplexity`` with its 95 % interval over texts, ``texts``.
         ``steered``, for each factor: ``in_maximum`` and ``amount`` (a coefficient), the same figures, ``strength`` with its
         interval, and ``controls``: for each ``expert`` its ``amount``, ``strength`` and ``perplexity``. ``own_contexts``: the
         mean similarity of a top context with the concept of the others. Figures of texts rest on ``tokens`` tokens each. With
@@ -230,8 +232,9 @@ class _Texts:
 
     def figures(self) -> dict[str, Any]:
         """Their mean similarity, and perplexity with its interval."""
-        columns = {"nll": self.nll, "tokens": self.tokens}
-        perplexity = with_interval("perplexity", columns, lambda s: (s["nll"] / s["tokens"]).exp())
+        ce = with_interval("ce", self.nll, self.tokens)
+        value, *ends = (None if found is None else math.exp(min(found, 700.0)) for found in (ce["ce"], *(ce["ce_ci"] or ())))
+        perplexity = {"perplexity": value, "perplexity_ci": ends or None}
         return {"similarity": self.similarity.mean().item()} | perplexity | {"texts": self.texts}
 
 
@@ -264,8 +267,7 @@ def _steered(unsteered: _Texts, runs: list[tuple[int, float, _Texts]]) -> dict[s
     """Figures of the steered expert's texts (the first run) beside those of the controls (the other runs)."""
 
     def strength(run: _Texts) -> dict[str, Any]:
-        columns = {"added": run.similarity - unsteered.similarity, "samples": torch.ones_like(run.similarity)}
-        return with_interval("strength", columns, lambda s: s["added"] / s["samples"])
+        return with_interval("strength", run.similarity - unsteered.similarity, torch.ones_like(run.similarity))
 
     (_, amount, own), *others = runs
     controls = [
@@ -288,8 +290,7 @@ def _judged(judge: Judge, result: dict[str, Any], passages: list[str], reporter:
             made = dict(row)
             for name in RATINGS:
                 values = torch.tensor([rating[name] for rating in ratings], dtype=torch.float64)
-                columns = {"rating": values, "samples": torch.ones_like(values)}
-                made |= with_interval(f"judged_{name}", columns, lambda s: s["rating"] / s["samples"])
+                made |= with_interval(f"judged_{name}", values, torch.ones_like(values))
             judged.append(made)
     return {"unsteered": judged[0], "steered": judged[1:], "judge": judge.model}
 
@@ -307,23 +308,18 @@ def steering_table(result: dict[str, Any]) -> Table:
         table.add_column(f"{name}, judged", justify="right", no_wrap=True)
     table.add_column("the first begins")
     for row in [result["unsteered"], *result["steered"]]:
-        cells = ["unsteered", "-", f"{row['similarity']:.4f}", "-", "-", _with_range(row, "perplexity", ".1f"), "-"]
+        cells = ["unsteered", "-", f"{row['similarity']:.4f}", "-", "-", with_range(row, "perplexity", ".1f", "\n"), "-"]
         if "amount" in row:
             sign = "+" if result["kind"] == "steer" else "="
             cells[:2] = [f"{row['in_maximum']:g} × maximum", f"{sign}{row['amount']:.2f}"]
-            cells[3:5] = [_with_range(row, "strength", "+.4f"), _of_controls(row, "strength", "+.4f")]
+            cells[3:5] = [with_range(row, "strength", "+.4f", "\n"), _of_controls(row, "strength", "+.4f")]
             cells[6] = _of_controls(row, "perplexity", ".1f")
-        cells += [_with_range(row, f"judged_{name}", ".2f") for name in (RATINGS if judged else ())]
+        cells += [with_range(row, f"judged_{name}", ".2f", "\n") for name in (RATINGS if judged else ())]
         table.add_row(*cells, escape(repr(row["texts"][0][:_SHOWN])))
     if result["own_contexts"] is not None:
         table.add_section()
         table.add_row("its own contexts", "-", f"{result['own_contexts']:.4f}")
     return table
-
-
-def _with_range(row: dict[str, Any], name: str, form: str) -> str:
-    low, high = row[f"{name}_ci"]
-    return f"{row[name]:{form}}\n[{low:{form}}, {high:{form}}]"
 
 
 def _of_controls(row: dict[str, Any], name: str, form: str) -> str:

@@ -138,7 +138,7 @@ class Measurement:
         columns |= work.columns([key for key in subsets if key != whole], _spread(self.input_ids, self.contexts_alone))
         scored, (contexts, length) = scored_predictions(self.input_ids), self.input_ids.shape
         rests_on = {"tokens": scored * contexts, "sequences": contexts, "context": length}
-        rests_on |= {"original": with_interval("ce", columns[whole], lambda s: s["original.ce"] / s["tokens"])}
+        rests_on |= {"original": with_interval("ce", columns[whole]["original.ce"], columns[whole]["tokens"])}
         return [
             rests_on | _evaluation(number, self.blocks, columns, columns[whole], usage) for number, usage in enumerate(used)
         ]
@@ -320,26 +320,28 @@ def _spread(input_ids: Tensor, contexts: int) -> Tensor:
 def _figures(columns: Sums, number: int) -> dict[str, Any]:
     """A candidate's figures of one layer, or of all together, with their intervals."""
     converted, frozen = f"converted {number}", f"frozen {number}"
-
-    def delta(name: str) -> Callable[[Sums], Tensor]:
-        return lambda s: (s[f"{name}.ce"] - s["original.ce"]) / s["tokens"]
-
+    tokens, ce = columns["tokens"], {name: columns[f"{name}.ce"] for name in (converted, frozen, "original", "zero", "mean")}
     figures = {
-        "delta_ce": delta(converted),
-        "kl": lambda s: s[f"{converted}.kl"] / s["tokens"],
-        "top1_agreement": lambda s: s[f"{converted}.agree"] / s["tokens"],
-        "nmse": lambda s: s[f"{converted}.error"] / s[f"{converted}.power"],
-        "fvu": lambda s: s[f"{converted}.error"] / s[f"{converted}.variance"],
-        "zero_delta_ce": delta("zero"),
-        "mean_delta_ce": delta("mean"),
-        "loss_recovered": lambda s: (s["zero.ce"] - s[f"{converted}.ce"]) / (s["zero.ce"] - s["original.ce"]),
-        "constant_gate_delta_ce": delta(frozen),
-        "constant_gate_nmse": lambda s: s[f"{frozen}.error"] / s[f"{frozen}.power"],
-        "expert_share": lambda s: (s[f"{frozen}.ce"] - s[f"{converted}.ce"]) / (s["zero.ce"] - s[f"{converted}.ce"]),
+        "delta_ce": (ce[converted] - ce["original"], tokens),
+        "kl": (columns[f"{converted}.kl"], tokens),
+        "top1_agreement": (columns[f"{converted}.agree"], tokens),
+        "nmse": (columns[f"{converted}.error"], columns[f"{converted}.power"]),
+        "fvu": (columns[f"{converted}.error"], columns[f"{converted}.variance"]),
+        "zero_delta_ce": (ce["zero"] - ce["original"], tokens),
+        "mean_delta_ce": (ce["mean"] - ce["original"], tokens),
+        "constant_gate_delta_ce": (ce[frozen] - ce["original"], tokens),
+        "constant_gate_nmse": (columns[f"{frozen}.error"], columns[f"{frozen}.power"]),
+    }
+    # Shares of what a layer is worth over no block at all: the original's, or the converted one's.
+    shares = {
+        "loss_recovered": (ce["zero"] - ce[converted], ce["zero"] - ce["original"]),
+        "expert_share": (ce[frozen] - ce[converted], ce["zero"] - ce[converted]),
     }
     result: dict[str, Any] = {}
-    for name, figure in figures.items():
-        result |= with_interval(name, columns, figure)
+    for name, parts in figures.items():
+        result |= with_interval(name, *parts)
+    for name, parts in shares.items():
+        result |= with_interval(name, *parts, signed=True)
     return result
 
 

@@ -18,6 +18,7 @@ from mxdsurgery.errors import OutputError, first_line
 from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import compact
+from mxdsurgery.terminal.figures import interval, times, value_of, with_range
 from mxdsurgery.training.cost import LayerPlan
 from mxdsurgery.training.initialize import layer_shape
 
@@ -63,12 +64,12 @@ class Frontier:
         """For a terminal."""
         title = f"On {self.tokens:,} held-out tokens; original cross-entropy {self.original['ce']:.4f} nats per token"
         table = Table("layer", "kind", title=title)
-        for column in ("K", "N", "parameters", "ΔCE", "95 % interval", "KL", "NMSE", "expert share", "unused experts"):
-            table.add_column(column, justify="right")
+        for column in ("K", "N", "parameters", "ΔCE", "KL", "NMSE", "expert share", "unused experts"):
+            table.add_column(column, justify="right", no_wrap=column in ("ΔCE", "expert share"))
         for row in self.rows:
-            cells = [str(row["k"] or "-"), str(row["n_experts"] or "-"), compact(row["params"]), f"{row['delta_ce']:+.4f}"]
-            cells += ["{:+.4f} to {:+.4f}".format(*row["delta_ce_ci"]), f"{row['kl']:.4f}", f"{row['nmse']:.4f}"]
-            cells += [f"{row['expert_share']:.2f}", "-" if row["dead_share"] is None else f"{row['dead_share']:.1%}"]
+            cells = [str(row["k"] or "-"), str(row["n_experts"] or "-"), compact(row["params"])]
+            cells += [with_range(row, "delta_ce", "+.4f"), f"{row['kl']:.4f}", value_of(row, "nmse", ".4f")]
+            cells += [with_range(row, "expert_share", ".2f"), "-" if row["dead_share"] is None else f"{row['dead_share']:.1%}"]
             table.add_row(str(row["layer"]), row["kind"], *cells)
         return table
 
@@ -82,7 +83,8 @@ class Frontier:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             for row in self.rows:
-                writer.writerow(row | {column: row[f"{name}_ci"][at] for column, (name, at) in ends.items()})
+                found = {name: interval(row, name) or (None, None) for name in _FIGURES}
+                writer.writerow(row | {column: found[name][at] for column, (name, at) in ends.items()})
         from mxdsurgery.terminal.chart import frontier_chart  # imports matplotlib, which reading a frontier does not need
 
         figure = frontier_chart(self.rows, Path(self.settings["model"]).name, self.original["ce"], self.tokens)
@@ -135,10 +137,19 @@ def _ranking(ranked: list[dict[str, Any]]) -> str:
     best, *others = ranked
     words = [f"{best['kind']} {best['delta_ce']:+.4f} nats per token"]
     for row in others:
-        apart = row["delta_ce_ci"][0] > best["delta_ce_ci"][1]
-        times = f"{row['delta_ce'] / best['delta_ce']:.1f} times as much" if best["delta_ce"] > 0 else "more"
-        words.append(f"{row['kind']} {row['delta_ce']:+.4f} ({times if apart else 'the intervals overlap'})")
+        words.append(f"{row['kind']} {row['delta_ce']:+.4f} ({_over(row, best)})")
     return ", ".join(words)
+
+
+def _over(row: dict[str, Any], best: dict[str, Any]) -> str:
+    """How much more a kind loses than the best one; as a ratio only where the best one's loss is certainly one."""
+    mine, least = interval(row, "delta_ce"), interval(best, "delta_ce")
+    if mine is None or least is None:
+        return "no intervals: the text is one context"
+    if mine[0] <= least[1]:
+        return "the intervals overlap"
+    ratio = times(row, best, "delta_ce")
+    return "more" if ratio is None else f"{ratio:.1f} times as much"
 
 
 def row_key(layer: LayerPlan) -> tuple[int, str, int | None]:

@@ -31,6 +31,7 @@ from mxdsurgery.measuring.evaluate import held_out, load_original
 from mxdsurgery.measuring.intervals import Sums, Table, error_sums, scored_predictions, with_interval
 from mxdsurgery.measuring.scoring import Original, prediction_sums, run_original
 from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.terminal.figures import interval, range_of, value_of
 from mxdsurgery.text.packing import in_batches
 from mxdsurgery.text.places import text_name
 
@@ -79,8 +80,8 @@ def growth(
         nats per token, ``top1_agreement``, ``singles_delta_ce`` and ``singles_kl`` (what these layers cost alone, added up)
         and ``excess_delta_ce`` (ΔCE less that sum). ``stream``: for every decoder ``layer`` of the model with all of them in
         place ``error``, Σ‖ĥ-h‖²/Σ‖h‖² of its output h, ``fvu``, the same over Σ‖h-h̄‖², and ``own_error``, with this layer
-        alone in place (None where it is not converted). ``verdict``: in words. Each figure has its 95 % bootstrap interval
-        over contexts as ``<figure>_ci``. Position 0 is left out.
+        alone in place (None where it is not converted). ``verdict``: in words. Each figure has its 95 % interval over
+        contexts as ``<figure>_ci``. Position 0 is left out.
 
     Raises:
         NotConvertedError: the folder is not one of ours.
@@ -106,7 +107,7 @@ def growth(
         "compute": recipe.compute,
         "data": text_name(data or recipe.eval_data or recipe.data),
         **rests_on,
-        "original": with_interval("ce", columns, lambda s: s["original.ce"] / s["tokens"]),
+        "original": with_interval("ce", columns["original.ce"], columns["tokens"]),
         **rows,
         "stream": _stream_figures(columns, sorted(layers), len(decoder_layers(original)[1])),
         "verdict": _verdict(rows["bottom"][-1]),
@@ -211,56 +212,55 @@ def _name(which: _Set) -> str:
 def _figures(columns: Sums, which: _Set) -> dict[str, Any]:
     """A row: what the layers of a set do together, and what they do alone, added up."""
 
-    def together(s: Sums) -> Tensor:
-        return s[f"{_name(which)}.ce"] - s["original.ce"]
-
-    def singles(s: Sums) -> Tensor:
-        return sum(s[f"{layer}.ce"] - s["original.ce"] for layer in which)
-
+    original, name = columns["original.ce"], _name(which)
+    together = columns[f"{name}.ce"] - original
+    singles = sum(columns[f"{layer}.ce"] - original for layer in which)
     figures = {
-        "delta_ce": lambda s: together(s) / s["tokens"],
-        "kl": lambda s: s[f"{_name(which)}.kl"] / s["tokens"],
-        "top1_agreement": lambda s: s[f"{_name(which)}.agree"] / s["tokens"],
-        "singles_delta_ce": lambda s: singles(s) / s["tokens"],
-        "singles_kl": lambda s: sum(s[f"{layer}.kl"] for layer in which) / s["tokens"],
-        "excess_delta_ce": lambda s: (together(s) - singles(s)) / s["tokens"],
+        "delta_ce": together,
+        "kl": columns[f"{name}.kl"],
+        "top1_agreement": columns[f"{name}.agree"],
+        "singles_delta_ce": singles,
+        "singles_kl": sum(columns[f"{layer}.kl"] for layer in which),
+        "excess_delta_ce": together - singles,
     }
     row: dict[str, Any] = {"layers": list(which)}
-    for name, figure in figures.items():
-        row |= with_interval(name, columns, figure)
+    for figure, sums in figures.items():
+        row |= with_interval(figure, sums, columns["tokens"])
     return row
 
 
 def _stream_figures(columns: Sums, converted: Sequence[int], n_layers: int) -> list[dict[str, Any]]:
     """A row for every decoder layer of the model."""
 
-    def relative(key: str, size: str) -> Callable[[Sums], Tensor]:
-        return lambda s: s[f"{key}.error"] / s[f"{key}.{size}"]
+    def relative(figure: str, key: str, size: str) -> dict[str, Any]:
+        return with_interval(figure, columns[f"{key}.error"], columns[f"{key}.{size}"])
 
     rows = []
     for layer in range(n_layers):
         joint = f"{_name(tuple(converted))} at {layer}"
-        row = {"layer": layer} | with_interval("error", columns, relative(joint, "power"))
-        row |= with_interval("fvu", columns, relative(joint, "variance"))
+        row = {"layer": layer} | relative("error", joint, "power") | relative("fvu", joint, "variance")
         alone = {"own_error": None, "own_error_ci": None}
         if layer in converted:
-            alone = with_interval("own_error", columns, relative(f"{layer} at {layer}", "power"))
+            alone = relative("own_error", f"{layer} at {layer}", "power")
         rows.append(row | alone)
     return rows
 
 
 def _verdict(joint: dict[str, Any]) -> str:
     """Whether the errors of single layers add up, cancel or feed on each other, from the interval of the difference."""
-    low, high = joint["excess_delta_ce_ci"]
     if len(joint["layers"]) == 1:
         return "One layer is converted: there is nothing to add up."
-    word = (
-        "more than add up" if low > 0 else "cancel in part" if high < 0 else "add up (the interval of the difference holds 0)"
-    )
+    ends = interval(joint, "excess_delta_ce")
+    if ends is None:
+        word = "may add up or not: one context is too little text to tell"
+    elif ends[0] > 0:
+        word = "more than add up"
+    else:
+        word = "cancel in part" if ends[1] < 0 else "add up (the interval of the difference holds 0)"
     return (
         f"All {len(joint['layers'])} layers together: {joint['delta_ce']:+.4f} nats per token; the single ones added up: "
-        f"{joint['singles_delta_ce']:+.4f}; difference {joint['excess_delta_ce']:+.4f} ({low:+.4f} to {high:+.4f}). "
-        f"Errors {word}."
+        f"{joint['singles_delta_ce']:+.4f}; difference {joint['excess_delta_ce']:+.4f} "
+        f"({range_of(joint, 'excess_delta_ce', '+.4f')}). Errors {word}."
     )
 
 
@@ -272,10 +272,9 @@ def growth_table(result: dict[str, Any]) -> list[Any]:
     for part, words in PARTS:
         predictions.add_section()
         for number, row in enumerate(result[part]):
-            low, high = row["delta_ce_ci"]
             cells = (
                 f"{row['delta_ce']:+.4f}",
-                f"{low:+.4f} to {high:+.4f}",
+                range_of(row, "delta_ce", "+.4f"),
                 f"{row['kl']:.4f}",
                 f"{row['top1_agreement']:.1%}",
             )
@@ -285,7 +284,7 @@ def growth_table(result: dict[str, Any]) -> list[Any]:
     for heading in ("layer", "stream error", "95 % interval", "FVU", "own"):
         stream.add_column(heading, justify="left" if heading == "layer" else "right")
     for row in result["stream"]:
-        low, high = row["error_ci"]
         own = "" if row["own_error"] is None else f"{row['own_error']:.5f}"
-        stream.add_row(str(row["layer"]), f"{row['error']:.5f}", f"{low:.5f} to {high:.5f}", f"{row['fvu']:.5f}", own)
+        cells = (value_of(row, "error", ".5f"), range_of(row, "error", ".5f"), value_of(row, "fvu", ".5f"))
+        stream.add_row(str(row["layer"]), *cells, own)
     return [predictions, stream, Text(f"{result['verdict']}\n\n{LEGEND}")]

@@ -1,15 +1,15 @@
-"""Figures from per-sequence sums, each with a bootstrap interval over sequences."""
+"""Figures from per-sequence sums, each with its interval over sequences."""
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, field
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from mxdsurgery.base.scores import SCORES, known_predictions, next_token_scores
 from mxdsurgery.hardware.device import widest
 
-_RESAMPLES = 2000
 _LEVEL = 0.95
 # Firing frequencies are binned by decade; the first bin holds experts that fire on at most 1e-5 of the tokens.
 _FREQUENCY_DECADES = (-5, -4, -3, -2, -1, 0)
@@ -68,39 +68,70 @@ class Table:
         return {name: torch.cat(values) for name, values in self.rows.items()}
 
 
-def with_interval(
-    name: str, columns: Sums, figure: Callable[[dict[str, Tensor]], Tensor], seed: int = 0
-) -> dict[str, float | list[float]]:
-    """A figure and its 95 % bootstrap interval over sequences.
+def with_interval(name: str, top: Tensor, bottom: Tensor, *, signed: bool = False) -> dict[str, float | list[float] | None]:
+    """A figure Σ top / Σ bottom, its sums over sequences, and its 95 % interval.
+
+    Sequences are drawn from the text as wholes. The interval is that of a ratio estimate over such clusters, by linearisation
+    (Cochran, Sampling Techniques, 1977, chapter 6; for figures of language models Miller, arXiv 2411.00640), with Student's t
+    of as many degrees of freedom as sequences, less one. So it is wide for few sequences, and there is none for one. Those
+    that hold nothing of what is counted, where both are zero, are no evidence and do not count (Korn and Graubard, Analysis
+    of Health Surveys, 1999, section 5.4). Being symmetric, it may reach a little beyond what the figure can be.
 
     Args:
         name: of the figure.
-        columns: per-sequence sums, (S,) each.
-        figure: computes the figure from sums over sequences, elementwise, from tensors of any shape.
-        seed: of the resampling.
+        top: each sequence's sum, (S,); or (L, S) of L ratios, whose mean is then the figure.
+        bottom: of the same shape: a count or sum of squares, or, where ``signed``, a difference.
+        signed: the denominator may be zero or negative. The figure is one only where the denominator is positive and its own
+            95 % interval excludes 0. That is where Fieller's interval of a ratio (J. R. Stat. Soc. B 16, 1954) is bounded,
+            and it is the interval then.
 
     Returns:
-        ``{name: value, name_ci: [low, high]}``; NaN becomes None.
+        ``{name: value, name_ci: [low, high]}``; None for what is no number.
     """
-    value = figure({key: column.sum() for key, column in columns.items()}).item()
-    weights = _resample_weights(len(next(iter(columns.values()))), seed)
-    samples = figure({key: weights @ column for key, column in columns.items()})
-    tail = (1 - _LEVEL) / 2
-    low, high = torch.quantile(samples, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return {name: _finite(value), f"{name}_ci": [_finite(low), _finite(high)]}
+    x, y = (part.reshape(-1, part.shape[-1]) for part in (top, bottom))
+    counted = ((x != 0) | (y != 0)).any(0)
+    x, y, n = x[:, counted], y[:, counted], int(counted.sum())
+    value, ends = _fieller(x[0], y[0], n) if signed else _linearised(x, y, n)
+    return {name: value, f"{name}_ci": ends}
 
 
-def _resample_weights(sequences: int, seed: int) -> Tensor:
-    """How often each bootstrap resample draws each sequence: (resamples, S) float64."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(sequences, (_RESAMPLES, sequences), generator=generator)
-    return torch.zeros(_RESAMPLES, sequences, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones_like(drawn, dtype=torch.float64)
-    )
+# A figure and its interval's ends; None for what is no number.
+_Estimate = tuple[float | None, list[float] | None]
 
 
-def _finite(value: float) -> float | None:
-    return value if value == value and abs(value) != float("inf") else None
+def _linearised(x: Tensor, y: Tensor, n: int) -> _Estimate:
+    """The mean of L ratios Σ x / Σ y with its interval: (L, n) each, ``n`` sequences."""
+    totals = y.sum(1, keepdim=True)
+    if not (totals > 0).all():
+        return None, None
+    ratios = x.sum(1, keepdim=True) / totals
+    value = ratios.mean().item()
+    if not math.isfinite(value):
+        return None, None
+    if n < 2:
+        return value, None
+    influence = ((x - ratios * y) / totals).mean(0) * n
+    reach = _t(n) * influence.std().item() / math.sqrt(n)
+    return value, [value - reach, value + reach]
+
+
+def _fieller(x: Tensor, y: Tensor, n: int) -> _Estimate:
+    """Σ x / Σ y with Fieller's interval, where the sign of Σ y is certain: (n,) each."""
+    if n < 2:
+        return None, None
+    means = torch.stack([x.mean(), y.mean()])
+    products = means.outer(means) - _t(n) ** 2 / n * torch.cov(torch.stack([x, y]))
+    (xx, xy), (_, yy) = products.tolist()
+    value = (means[0] / means[1]).item()
+    if not (means[1] > 0 and yy > 0 and math.isfinite(value)):  # yy > 0: the interval of Σ y excludes 0
+        return None, None
+    root = math.sqrt(max(0.0, xy**2 - xx * yy))
+    return value, [(xy - root) / yy, (xy + root) / yy]
+
+
+def _t(n: int) -> float:
+    """How many standard errors of the mean of n values an interval reaches to either side."""
+    return float(stdtrit(n - 1, (1 + _LEVEL) / 2))
 
 
 def frequency_decades(frequency: Tensor) -> dict[str, float]:

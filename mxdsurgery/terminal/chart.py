@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from mxdsurgery.terminal.console import compact
+from mxdsurgery.terminal.figures import interval
 
 # Colours that are told apart in greyscale and by the colour-blind (Okabe and Ito), and marks beside them.
 _STYLES = {
@@ -60,10 +61,12 @@ def _curve(axes: Any, rows: list[dict[str, Any]], kind: str, colour: str, mark: 
     values = [row["delta_ce"] for row in rows]
     if rows[0]["k"] is None:
         axes.axhline(values[0], color=colour, linewidth=1, label=label)
-        axes.axhspan(*rows[0]["delta_ce_ci"], color=colour, alpha=0.15, linewidth=0)
+        if ends := interval(rows[0], "delta_ce"):
+            axes.axhspan(*ends, color=colour, alpha=0.15, linewidth=0)
         return
-    reach = [[max(0.0, value - row["delta_ce_ci"][0]) for value, row in zip(values, rows, strict=True)]]
-    reach += [[max(0.0, row["delta_ce_ci"][1] - value) for value, row in zip(values, rows, strict=True)]]
+    ends = [interval(row, "delta_ce") or (value, value) for value, row in zip(values, rows, strict=True)]
+    reach = [[max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)]]
+    reach += [[max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)]]
     axes.errorbar([row["k"] for row in rows], values, yerr=reach, color=colour, marker=mark, capsize=3, label=label)
 
 

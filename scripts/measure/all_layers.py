@@ -19,7 +19,7 @@ import click
 import material
 from continuations import BOOK_PROMPTS, NEW_TOKENS, STORY_PROMPTS, continuations
 from material import BOOKS, STORIES, shared_option
-from pages import DOCS, interval, machine, read_json, read_lines, table, unused
+from pages import DOCS, machine, read_json, read_lines, table, unused
 
 import mxdsurgery
 from mxdsurgery.base.selection import write_layers
@@ -27,6 +27,7 @@ from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.keys import parse_count
 from mxdsurgery.measuring.growth import LEGEND, PARTS, growth
 from mxdsurgery.terminal.console import ConsoleReporter, compact, size
+from mxdsurgery.terminal.figures import times, with_range
 
 KEPT = DOCS / "all-layers"
 
@@ -179,11 +180,6 @@ def collected(runs: Path) -> None:
         write_json(KEPT / f"{what}.json", {name: read_json(path) for name, path in found.items()})
 
 
-def figure(row: dict[str, Any], name: str, form: str = "+.4f") -> str:
-    """A figure with its interval."""
-    return f"{row[name]:{form}} ({interval(row, name, form)})"
-
-
 def runs_section(rows: list[dict[str, Any]]) -> Iterator[str]:
     """All ways, a table per model."""
     yield "## All ways\n"
@@ -202,9 +198,9 @@ def runs_section(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield table(
             "K | way | ΔCE | KL | same top-1 | expert share | unused | tokens | minutes",
             (
-                f"{row['k']} | {_label(row['kind'], row['way'])} | {figure(row, 'delta_ce')} | {row['kl']:.4f} "
-                f"| {row['top1_agreement']:.1%} | {row['expert_share']:.2f} | {unused(row)} | {compact(row['tokens'])} "
-                f"| {row['seconds'] / 60:.1f}"
+                f"{row['k']} | {_label(row['kind'], row['way'])} | {with_range(row, 'delta_ce', '+.4f')} | {row['kl']:.4f} "
+                f"| {row['top1_agreement']:.1%} | {with_range(row, 'expert_share', '.2f')} | {unused(row)} "
+                f"| {compact(row['tokens'])} | {row['seconds'] / 60:.1f}"
                 for row in sorted(mine, key=lambda row: (row["k"], order[row["kind"], row["way"]]))
             ),
         )
@@ -226,13 +222,15 @@ def aims(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 if way.kind != "mxd" or way.heals is None or row is None or alone is None:
                     continue
                 others = [found.get((subject.model, "transcoder", k, name)) for name in ("original-heal", "original")]
+                ratios = [times(row, other, "delta_ce") if other else None for other in others]
+                shares = [one["expert_share"] for one in (row, alone)]
                 yield {
                     "row": row,
-                    "ratios": [other and row["delta_ce"] / other["delta_ce"] for other in others],
-                    "independent_share": alone["expert_share"],
+                    "ratios": ratios,
+                    "independent": alone,
                     "faithful": row["delta_ce"] <= 0.02,
-                    "tenth": [other and row["delta_ce"] <= 0.1 * other["delta_ce"] for other in others],
-                    "share": row["expert_share"] >= alone["expert_share"],
+                    "tenth": [None if ratio is None else ratio <= 0.1 for ratio in ratios],
+                    "share": None if None in shares else shares[0] >= shares[1],
                 }
 
 
@@ -258,11 +256,12 @@ def aims_section(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def _aim_row(aim: dict[str, Any]) -> str:
     row = aim["row"]
+    shares = (with_range(one, "expert_share", ".2f") for one in (row, aim["independent"]))
     healed, unhealed = ("-" if ratio is None else f"{ratio:.2f}" for ratio in aim["ratios"])
     return (
         f"{row['model']} | {row['k']} | `{row['way']}` | {row['delta_ce']:+.4f} | {_answer(aim['faithful'])} "
         f"| {healed} | {_answer(aim['tenth'][0])} | {unhealed} | {_answer(aim['tenth'][1])} "
-        f"| {row['expert_share']:.2f} | {aim['independent_share']:.2f} | {_answer(aim['share'])}"
+        f"| {' | '.join(shares)} | {_answer(aim['share'])}"
     )
 
 
@@ -275,9 +274,9 @@ def curve_section(rows: list[dict[str, Any]]) -> Iterator[str]:
         mine = [row for row in rows if row["model"] == subject.model and row["k"] == SHOWN_K and row["kind"] == "mxd"]
         shown = [row for row in mine if row["way"] in {"converted", BEST, *(way.name for way in CURVE_WAYS)}]
         lines += [
-            f"{subject.model} | {compact(row['healing_tokens'])} | {figure(row, 'delta_ce')} "
+            f"{subject.model} | {compact(row['healing_tokens'])} | {with_range(row, 'delta_ce', '+.4f')} "
             f"| {_answer(row['delta_ce'] <= 0.02)} | {row['kl']:.4f} | {row['top1_agreement']:.1%} "
-            f"| {row['expert_share']:.2f} | {row['seconds'] / 60:.1f}"
+            f"| {with_range(row, 'expert_share', '.2f')} | {row['seconds'] / 60:.1f}"
             for row in sorted(shown, key=lambda row: row["healing_tokens"])
         ]
     yield table("model | tokens of healing | ΔCE | at most 0.02 | KL | same top-1 | expert share | minutes, all", lines)
@@ -298,16 +297,18 @@ def growth_section(found: dict[str, dict[str, Any]]) -> Iterator[str]:
 def _growth_rows(result: dict[str, Any]) -> Iterator[str]:
     for part, words in PARTS:
         for row in result[part]:
-            sums = f"{row['singles_delta_ce']:+.4f} | {figure(row, 'excess_delta_ce')}" if part != "alone" else " | "
+            sums = (
+                f"{row['singles_delta_ce']:+.4f} | {with_range(row, 'excess_delta_ce', '+.4f')}" if part != "alone" else " | "
+            )
             yield (
-                f"{words} | {write_layers(row['layers'])} | {figure(row, 'delta_ce')} | {row['kl']:.4f} "
+                f"{words} | {write_layers(row['layers'])} | {with_range(row, 'delta_ce', '+.4f')} | {row['kl']:.4f} "
                 f"| {row['top1_agreement']:.1%} | {sums}"
             )
 
 
 def _stream_row(row: dict[str, Any]) -> str:
     own = "-" if row["own_error"] is None else f"{row['own_error']:.5f}"
-    return f"{row['layer']} | {figure(row, 'error', '.5f')} | {row['fvu']:.5f} | {own}"
+    return f"{row['layer']} | {with_range(row, 'error', '.5f')} | {row['fvu']:.5f} | {own}"
 
 
 def continuations_section(found: dict[str, dict[str, Any]]) -> Iterator[str]:

@@ -16,13 +16,14 @@ from typing import Any
 import click
 import material
 from material import BOOKS, STORIES, shared_option
-from pages import DOCS, cells, interval, machine, read_json, table, unused
+from pages import DOCS, cells, machine, read_json, table, unused
 
 import mxdsurgery
 from mxdsurgery.checkpoint.card import LEGEND
 from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.measuring.frontier_table import Frontier
 from mxdsurgery.terminal.console import ConsoleReporter, compact
+from mxdsurgery.terminal.figures import NONE, range_of, times, with_range
 
 KEPT = DOCS / "frontier"
 KINDS = ("mxd", "transcoder", "skip-transcoder", "dense")
@@ -101,18 +102,18 @@ def rows_of(measured: Frontier) -> Iterator[str]:
     for row in measured.rows:
         yield (
             f"{row['kind']} | {row['k'] or '-'} | {row['n_experts'] or '-'} | {compact(row['params'])} "
-            f"| {row['delta_ce']:+.4f} | {interval(row, 'delta_ce')} | {row['kl']:.4f} | {row['nmse']:.4f} "
-            f"| {row['constant_gate_delta_ce']:+.4f} | {row['expert_share']:.2f} | {unused(row)}"
+            f"| {row['delta_ce']:+.4f} | {range_of(row, 'delta_ce', '+.4f')} | {row['kl']:.4f} | {row['nmse']:.4f} "
+            f"| {row['constant_gate_delta_ce']:+.4f} | {with_range(row, 'expert_share', '.2f')} | {unused(row)}"
         )
 
 
 def ratios(measured: Frontier, every: list[int]) -> Iterator[str]:
     """The ratio of the transcoders' ΔCE and KL to MxD's, at each K."""
     for figure, name in (("delta_ce", "ΔCE"), ("kl", "KL")):
-        value = {(row["kind"], row["k"]): row[figure] for row in measured.rows}
+        of = {(row["kind"], row["k"]): row for row in measured.rows}
         for other in ("transcoder", "skip-transcoder"):
-            found = (f"{value[other, k] / value['mxd', k]:.1f}" if value["mxd", k] > 0 else "-" for k in every)
-            yield cells(f"{other}'s {name} over mxd's", *found)
+            found = [times(of[other, k], of["mxd", k], figure) for k in every]
+            yield cells(f"{other}'s {name} over mxd's", *(NONE if ratio is None else f"{ratio:.1f}" for ratio in found))
 
 
 def frontier_section(name: str, read: dict[str, Any]) -> Iterator[str]:

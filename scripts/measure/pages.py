@@ -44,12 +44,6 @@ def cells(*values: object) -> str:
     return " | ".join(str(value).replace("|", "/") for value in values)
 
 
-def interval(row: dict[str, Any], name: str, form: str = "+.4f") -> str:
-    """The interval of a figure."""
-    low, high = row[f"{name}_ci"]
-    return f"{low:{form}} to {high:{form}}"
-
-
 def unused(row: dict[str, Any]) -> str:
     """The share of experts that never fire; a dense layer has none."""
     return "-" if row["dead_share"] is None else f"{row['dead_share']:.0%}"

@@ -15,6 +15,7 @@ from pages import cells, machine, read_json, table
 import mxdsurgery
 from mxdsurgery.checkpoint.card import FIGURES, LEGEND, figure_rows
 from mxdsurgery.terminal.console import ConsoleReporter, compact
+from mxdsurgery.terminal.figures import with_range
 
 INITS, KS = ("encoder", "random", "pretrained"), (16, 64)
 SUBJECTS = (
@@ -53,12 +54,10 @@ def by_layer(evaluation: dict) -> str:
 def spent(evaluation: dict) -> str:
     """What a conversion was trained and measured on, in one line."""
     training, layers = evaluation["training"], evaluation["plan"]["layers"]
-    low, high = evaluation["all"]["delta_ce_ci"]
     return (
         f"N = {layers[0]['n_experts']:,}; trained on {compact(training['tokens'])} tokens "
         f"in {training['seconds'] / 60:.1f} minutes ({training['passes_over_the_text']} passes over the text); "
-        f"measured on {evaluation['tokens']:,} held-out tokens, original CE {evaluation['original']['ce']:.4f}; "
-        f"all layers' ΔCE 95 % interval [{low:+.4f}, {high:+.4f}]."
+        f"measured on {evaluation['tokens']:,} held-out tokens, original CE {evaluation['original']['ce']:.4f}."
     )
 
 
@@ -84,9 +83,9 @@ def main(shared: Path, runs: Path, only: str | None) -> None:
     for (model, init, k), evaluation in results.items():
         every, training = evaluation["all"], evaluation["training"]
         rows.append(
-            f"{model} | {init} | {k} | {every['delta_ce']:+.4f} | {every['kl']:.4f} | {every['top1_agreement']:.1%} "
-            f"| {every['nmse']:.4f} | {every['zero_delta_ce']:+.4f} | {every['expert_share']:.2f} "
-            f"| {compact(training['tokens'])} | {training['seconds'] / 60:.1f}"
+            f"{model} | {init} | {k} | {with_range(every, 'delta_ce', '+.4f')} | {every['kl']:.4f} "
+            f"| {every['top1_agreement']:.1%} | {every['nmse']:.4f} | {every['zero_delta_ce']:+.4f} "
+            f"| {with_range(every, 'expert_share', '.2f')} | {compact(training['tokens'])} | {training['seconds'] / 60:.1f}"
         )
     names = "model | init | K | ΔCE | KL | same top-1 | NMSE | ΔCE if zeroed | expert share | tokens | minutes"
     click.echo(table(names, rows))

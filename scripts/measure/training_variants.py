@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from material import BOOKS, Subject, shared_option
 from matplotlib.figure import Figure
-from pages import DOCS, interval, read_lines, table, unused, write_lines
+from pages import DOCS, read_lines, table, unused, write_lines
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -33,6 +33,7 @@ from mxdsurgery.measuring.probe import pool, probe_units
 from mxdsurgery.planning.plan import plan, plan_layer
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import ConsoleReporter, compact
+from mxdsurgery.terminal.figures import range_of, value_of, with_range
 from mxdsurgery.text.labelled import read_labelled, token_batches
 from mxdsurgery.text.sources import Packing, open_texts
 from mxdsurgery.training.accelerator import make_accelerator
@@ -307,6 +308,8 @@ def chart(rows: dict[str, dict[str, Any]]) -> Figure:
     for number, (name, row) in enumerate(rows.items(), start=1):
         recipe = VARIANTS[name].recipe
         which = "other" if "kind" in recipe else "constant" if recipe.get("k_start") == K else "falls"
+        if row["expert_share"] is None:  # not better than no block at all
+            continue
         axes.plot(row["nmse"], row["expert_share"], STYLES[which][1], color=STYLES[which][0])
         label = f"{number} {name}" if name in ("default", "encoder", "random", "pretrained", "transcoder") else number
         axes.annotate(label, (row["nmse"], row["expert_share"]), xytext=(4, 3), textcoords="offset points", fontsize=8)
@@ -355,7 +358,8 @@ def measure_part(names: list[str], shared: Path, tokens: int, eval_tokens: int) 
     for row in run(names, shared, tokens, eval_tokens):
         known = results() | {row["name"]: row}
         write_lines(RESULTS, (known[name] for name in VARIANTS if name in known))
-        click.echo(f"{row['name']:30} ΔCE {row['delta_ce']:+.4f} NMSE {row['nmse']:.4f} share {row['expert_share']:.2f}")
+        share = value_of(row, "expert_share", ".2f")
+        click.echo(f"{row['name']:30} ΔCE {row['delta_ce']:+.4f} NMSE {row['nmse']:.4f} share {share}")
 
 
 @main.command()
@@ -365,8 +369,8 @@ def page() -> None:
     names = "# | variant | what | ΔCE | 95 % interval | KL | NMSE | share | unused | F1 languages | F1 news | tokens"
     rows = (
         f"{number} | {name}{' ¹' if row.get('first_form') else ''} | {VARIANTS[name].why} "
-        f"| {row['delta_ce']:+.4f} | {interval(row, 'delta_ce')} "
-        f"| {row['kl']:.4f} | {row['nmse']:.4f} | {row['expert_share']:.2f} | {unused(row)} "
+        f"| {row['delta_ce']:+.4f} | {range_of(row, 'delta_ce', '+.4f')} "
+        f"| {row['kl']:.4f} | {row['nmse']:.4f} | {with_range(row, 'expert_share', '.2f')} | {unused(row)} "
         f"| {row['f1_languages']:.2f} | {row['f1_ag_news']:.2f} | {compact(row['train_tokens'])}, {row['tokens']:,}"
         for number, (name, row) in enumerate(results().items(), start=1)
     )

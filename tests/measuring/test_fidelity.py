@@ -15,7 +15,6 @@ from mxdsurgery.base.scores import likeliest
 from mxdsurgery.base.surgery import ConstantOutput, replaced, resumed_at
 from mxdsurgery.layers.sparse import CHUNK_BYTES
 from mxdsurgery.measuring.fidelity import Measurement, measure
-from mxdsurgery.measuring.intervals import with_interval
 from mxdsurgery.measuring.scoring import run_original
 from mxdsurgery.planning.effort import Alone
 
@@ -44,8 +43,9 @@ def test_the_original_blocks_put_back_cost_exactly_nothing():
     result = measure(model, blocks, layers, IDS, batch=256)
     for entry in [result["all"], *result["layers"]]:
         assert entry["delta_ce"] == entry["kl"] == entry["nmse"] == 0.0
-        assert entry["top1_agreement"] == entry["loss_recovered"] == 1.0
+        assert entry["top1_agreement"] == 1.0
         assert entry["delta_ce_ci"] == [0.0, 0.0]
+        assert entry["loss_recovered"] in (1.0, None) and entry["loss_recovered_ci"] in ([1.0, 1.0], None)
 
 
 def test_delta_ce_is_the_difference_of_two_plain_cross_entropies(measured):
@@ -78,8 +78,12 @@ def test_a_layers_nmse_and_best_constant_are_those_of_its_definition(measured):
 def test_expert_share_and_loss_recovered_follow_from_the_other_figures(measured):
     for entry in [measured[3]["all"], *measured[3]["layers"]]:
         ce, constant, zero = entry["delta_ce"], entry["constant_gate_delta_ce"], entry["zero_delta_ce"]
-        assert entry["expert_share"] == pytest.approx((constant - ce) / (zero - ce))
-        assert entry["loss_recovered"] == pytest.approx(1 - ce / zero)
+        if entry["expert_share"] is not None:
+            assert entry["expert_share"] == pytest.approx((constant - ce) / (zero - ce))
+        if entry["loss_recovered"] is not None:
+            assert entry["loss_recovered"] == pytest.approx(1 - ce / zero)
+        certain = entry["zero_delta_ce_ci"][0] > 0
+        assert (entry["loss_recovered"] is not None) == certain
 
 
 def test_every_figure_has_an_interval_around_it_and_says_its_tokens(measured):
@@ -88,9 +92,12 @@ def test_every_figure_has_an_interval_around_it_and_says_its_tokens(measured):
     for entry in [result["all"], *result["layers"]]:
         figures = [name for name in entry if f"{name}_ci" in entry]
         assert {"delta_ce", "kl", "top1_agreement", "nmse", "constant_gate_delta_ce", "expert_share"} <= set(figures)
-        for name in set(figures) - {"expert_share", "loss_recovered"}:  # these are ratios: on a random model, ratios of noise
-            low, high = entry[f"{name}_ci"]
-            assert low <= entry[name] <= high
+        for name in figures:
+            if entry[name] is None:
+                assert name in ("expert_share", "loss_recovered") and entry[f"{name}_ci"] is None
+            else:
+                low, high = entry[f"{name}_ci"]
+                assert low <= entry[name] <= high
         assert 0 < entry["l0"] <= 4
         assert sum(entry["firing_frequency"].values()) + entry["dead_share"] == pytest.approx(1.0)
 
@@ -211,16 +218,6 @@ def test_an_exception_while_replaced_leaves_the_model_whole():
         assert dict(model.named_modules()) != before
         raise ZeroDivisionError
     assert dict(model.named_modules()) == before
-
-
-def test_the_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
-    generator = torch.Generator().manual_seed(0)
-    covered = 0
-    for trial in range(200):
-        sums = {"sum": torch.randn(60, generator=generator, dtype=torch.float64) + 3.0, "count": torch.ones(60).double()}
-        low, high = with_interval("mean", sums, lambda s: s["sum"] / s["count"], seed=trial)["mean_ci"]
-        covered += low <= 3.0 <= high
-    assert 0.88 <= covered / 200 <= 0.99
 
 
 def test_finding_blocks_twice_is_the_same():
