@@ -14,7 +14,19 @@ ROOMS = [
     "hardware", "layers", "text", "terminal", "base", "runs", "training", "planning", "checkpoint", "measuring", "sharing",
     "catalogue", "editing", "conversion",
 ]  # fmt: skip
-FOUNDATION = {"arguments", "errors", "outside", "disclosure", "paths", "keys", "recipe", "choices", "demo"}
+FOUNDATION = {
+    "arguments",
+    "errors",
+    "outside",
+    "processes",
+    "aside",
+    "disclosure",
+    "paths",
+    "keys",
+    "recipe",
+    "choices",
+    "demo",
+}
 FRONT_DOOR = {"__init__", "options", "cli", "__main__"}
 
 # Each file by its path in dots, without the package's own name: ``base.model``, ``cli``.

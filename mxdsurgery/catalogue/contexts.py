@@ -1,7 +1,6 @@
 """The contexts on which experts are observed: drawn evenly from a text and kept as a file, with each token's class."""
 
 import json
-import os
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from mxdsurgery.aside import file_aside
 from mxdsurgery.catalogue.files import CONTEXTS_FILE, list_array
 from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.errors import DataError
@@ -81,9 +81,9 @@ def read_corpus(folder: Path, source: Source, packing: Packing, reporter: Report
             drawn = draw_corpus(source, packing, line)
         write_json(folder / CLASSES_FILE, drawn.names)
         columns = {"input_ids": drawn.ids} | ({"classes": drawn.classes} if drawn.names else {})
-        aside = path.with_suffix(".tmp")
-        pq.write_table(pa.table({name: list_array(rows) for name, rows in columns.items()}), aside, compression="zstd")
-        os.replace(aside, path)
+        table = pa.table({name: list_array(rows) for name, rows in columns.items()})
+        with file_aside(path) as new:
+            pq.write_table(table, new, compression="zstd")
     table, names = pq.read_table(path), json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8"))
     ids = torch.from_numpy(np.stack(table["input_ids"].to_numpy()))
     classes = torch.from_numpy(np.stack(table["classes"].to_numpy())) if names else torch.full_like(ids, -1)

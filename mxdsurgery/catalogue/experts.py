@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,6 +14,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mxdsurgery.aside import clear_left_overs, put_in_place
 from mxdsurgery.base.decoder import layer_count
 from mxdsurgery.base.dtypes import compute_in
 from mxdsurgery.base.running import hooked, run_base
@@ -189,13 +188,8 @@ def _catalogue(converted: Converted, settings: _Settings, corpus: Corpus) -> dic
 
 def _finish(partial: Path, out: Path) -> None:
     """Moves the finished catalogue to its place, without the file that only a resumed run needs."""
-    old = out.with_name(f"{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
     (partial / CLASSES_FILE).unlink(missing_ok=True)
-    os.replace(partial, out)
-    shutil.rmtree(old, ignore_errors=True)
+    put_in_place(partial, out)
 
 
 def experts_table(result: dict[str, Any]) -> Table:
@@ -229,6 +223,7 @@ def layers_with_experts(converted: Converted, layers: str) -> list[int]:
 
 def _check_free(out: Path, overwrite: bool) -> None:
     """Raises OutputError if there is something that is not to be overwritten."""
+    clear_left_overs(out)
     if out.exists() and not overwrite:
         raise OutputError(f"{str(out)!r} exists already", fix="give another --out, or --overwrite")
     if out.exists() and not (out / CATALOGUE_FILE).is_file():

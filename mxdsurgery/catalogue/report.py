@@ -23,7 +23,6 @@ import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -31,6 +30,7 @@ from typing import IO, Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from mxdsurgery.aside import file_aside
 from mxdsurgery.base.model import read_tokenizer
 from mxdsurgery.catalogue.files import Catalogue, open_catalogue
 from mxdsurgery.checkpoint.card import FIGURES, LEGEND, before_last_edit, figure_rows
@@ -46,6 +46,8 @@ _TEMPLATE = Path(__file__).with_name(REPORT_FILE)
 # In the head of every page, and nowhere else: a file with this mark may be overwritten.
 _MARK = b'<meta name="generator" content="mxdsurgery report">'
 _MARK_WITHIN = 4096
+# How every file beside a page begins.
+_CHUNK = b"mxdChunk("
 
 # How many experts, and how many contexts, are in a chunk.
 _EXPERTS, _CONTEXTS = 128, 512
@@ -322,7 +324,7 @@ def _check_page(page: Path) -> Path:
         page.parent.mkdir(parents=True, exist_ok=True)
         if page.exists() and not _is_report(page):
             raise OutputError(f"{str(page)!r} exists and is no report", expected="a new file", fix="give another --out")
-        if beside.exists() and not (beside.is_dir() and all(file.suffix == ".js" for file in beside.iterdir())):
+        if os.path.lexists(beside) and not _is_reports_data(beside):
             raise OutputError(f"{str(beside)!r} exists and is no report's data", fix="give another --out")
     except OSError as error:
         raise OutputError(f"{str(page)!r} cannot be written: {first_line(error)}", fix="give another --out") from None
@@ -336,19 +338,27 @@ def _is_report(page: Path) -> bool:
         return _MARK in file.read(_MARK_WITHIN)
 
 
+def _is_reports_data(beside: Path) -> bool:
+    """Whether a folder holds what was written beside a page, and nothing else."""
+    if beside.is_symlink() or not beside.is_dir():
+        return False
+    begins = [path.is_file() and path.open("rb").read(len(_CHUNK)) == _CHUNK for path in beside.iterdir()]
+    return bool(begins) and all(begins)
+
+
 def _write_page(page: Path, beside: Path | None, chunks: _Chunks, header: dict[str, Any]) -> int:
     """Writes the page, and the files beside it if there are to be any; returns their bytes."""
     size = 0
     if beside:
         with written_whole(beside) as staging:
             for name, packed in chunks:
-                size += (staging / f"{name}.js").write_bytes(b'mxdChunk("%s","%s");\n' % (name.encode(), packed))
+                size += (staging / f"{name}.js").write_bytes(_CHUNK + b'"%s","%s");\n' % (name.encode(), packed))
     template = _TEMPLATE.read_text(encoding="utf-8")
     script = re.search(r"<script>(.*)</script>", template, re.DOTALL)[1]
     policy = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     above, below = template.split("{{chunks}}")
     above = above.replace("{{policy}}", policy).replace("{{title}}", html.escape(f"{header['name']}: experts"))
-    with _written_aside(page) as file:
+    with file_aside(page) as new, open(new, "wb") as file:
         file.write(above.encode())
         file.write(_element("model", _packed(header)))
         for name, packed in () if beside else chunks:
@@ -356,26 +366,13 @@ def _write_page(page: Path, beside: Path | None, chunks: _Chunks, header: dict[s
         file.write(below.encode())
         size += file.tell()
     if not beside:
-        shutil.rmtree(_beside(page), ignore_errors=True)  # an older page's
+        if _is_reports_data(_beside(page)):  # an older page's
+            shutil.rmtree(_beside(page))
     return size
 
 
 def _element(name: str, packed: bytes) -> bytes:
     return b'<script type="application/octet-stream" data-chunk="%s">%s</script>\n' % (name.encode(), packed)
-
-
-@contextmanager
-def _written_aside(path: Path) -> Iterator[IO[bytes]]:
-    """A file that becomes ``path`` on success, and is removed on an error."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "wb") as file:
-        try:
-            yield file
-            file.flush()
-            os.replace(aside, path)
-        except BaseException:
-            os.unlink(aside)
-            raise
 
 
 def _packed(value: Any) -> bytes:

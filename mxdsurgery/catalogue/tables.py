@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mxdsurgery.aside import file_aside
 from mxdsurgery.base.unembedding import Unembedding
 from mxdsurgery.catalogue.files import SCHEMA, layer_path, list_array
 from mxdsurgery.catalogue.statistics import Places, Tally
@@ -32,13 +33,11 @@ def write_tables(folder: Path, converted: Converted, tallies: dict[int, Tally], 
     for layer, tally in tallies.items():
         c = converted.layers[layer].experts.weight.float()
         path = layer_path(folder, layer)
-        aside = path.with_suffix(".tmp")
-        with pq.ParquetWriter(aside, SCHEMA, compression="zstd") as writer:
+        with file_aside(path) as new, pq.ParquetWriter(new, SCHEMA, compression="zstd") as writer:
             for rows in _chunks(len(c), max(len(c), len(unembedding.weight))):
                 writer.write_table(_table(rows, c, tally, tokens, unembedding))
                 done += len(rows)
                 line.update(done, total)
-        aside.replace(path)
     save_file({f"layer{layer}": tally.maximum for layer, tally in tallies.items()}, folder / Path(MAXIMUM_FILE).name)
 
 

@@ -25,6 +25,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from mxdsurgery.base.config import model_name
 from mxdsurgery.base.digest import file_digest, tensor_bytes, tensor_digest
 from mxdsurgery.base.model import open_model
+from mxdsurgery.checkpoint.readme import CARD, read_card, section_start, write_card
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import BaseModelError, MxDError, NotConvertedError, UnknownFamilyError, WeightsError, first_line
 from mxdsurgery.outside import check_folder, check_types, fix_of, inside, read_json, shown
@@ -33,7 +34,6 @@ from mxdsurgery.terminal.console import size
 
 ADAPTER_FILE = "mxd_adapter.json"
 ADAPTER_VERSION = 1
-CARD = "README.md"
 # What other commands found out about a model and left in its folder: not part of the model.
 ABOUT = (METRICS_FILE, "experts", "experts.run", "experts.old", "probing", "dissection", "effects", "report.html")
 ABOUT += ("report-data", "metrics.png", "metrics.svg")
@@ -216,8 +216,7 @@ def write_adapter(
     described = json.dumps({"format_version": ADAPTER_VERSION} | asdict(adapter), indent=1)
     (out / ADAPTER_FILE).write_text(described + "\n", encoding="utf-8")
     if CARD in adapter.files:
-        card = (out / CARD).read_text(encoding="utf-8")
-        (out / CARD).write_text(_with_note(card, adapter, folder_bytes(out, checkpoint)), encoding="utf-8")
+        write_card(out / CARD, _with_note(read_card(out / CARD), adapter, folder_bytes(out, checkpoint)))
     return adapter
 
 
@@ -282,7 +281,7 @@ The rest of this card is about that checkpoint: there, "this folder" is the new 
 <!-- /adapter -->
 
 """
-    title = re.search(r"^# .*\n\n", card, re.MULTILINE)
+    title = re.compile(r"^# .*\n\n", re.MULTILINE).search(card, section_start(card))
     place = title.end() if title else 0
     return card[:place] + note + card[place:]
 
@@ -402,8 +401,7 @@ def rebuild(
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, out / name)
     if CARD in adapter.files:
-        card = (out / CARD).read_text(encoding="utf-8")
-        (out / CARD).write_text(_NOTE.sub("", card, count=1), encoding="utf-8")
+        write_card(out / CARD, _NOTE.sub("", read_card(out / CARD), count=1))
 
 
 def differing(adapter: Adapter, out: Path) -> list[str]:

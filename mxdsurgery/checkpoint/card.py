@@ -7,6 +7,7 @@ import yaml
 from rich.table import Table
 
 from mxdsurgery.base.config import came_from_here, model_name
+from mxdsurgery.checkpoint.readme import whole_card
 from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import compact, duration, size
@@ -87,7 +88,7 @@ def _alone(evaluation: dict[str, Any]) -> str:
 
 
 def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Sequence[dict[str, Any]] = ()) -> str:
-    """README.md of an exported folder; ``edits`` are the steps of `edit`, as config.json has them."""
+    """A new README.md of an exported folder, see `whole_card`; ``edits`` are the steps of `edit`, as config.json has them."""
     base = model_name(plan.model)
     header = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if not came_from_here(plan.model, plan.revision):  # the hub takes it for a name there
@@ -100,11 +101,8 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
     settings = {name: text_name(value) if isinstance(value, str) else value for name, value in settings.items()}
     first = plan.layers[0]
     revision = f" (revision {plan.revision})" if plan.revision else ""
-    return "\n".join(
+    body = "\n".join(
         [
-            "---",
-            yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip(),
-            "---",
             f"# {base}, {len(plan.layers)} MLP blocks as {_KINDS[first.kind][0]}",
             "",
             f"Made from `{base}`{revision} by mxdsurgery. The MLP blocks of layers "
@@ -143,6 +141,7 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
             "",
         ]
     )
+    return whole_card(header, body)
 
 
 def _training_lines(record: dict[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import mxdsurgery.layers
+from mxdsurgery.aside import file_aside
 from mxdsurgery.base.config import own_code
 from mxdsurgery.base.dtypes import as_stored, computed_in
 from mxdsurgery.base.offload import SHARD_BYTES, adopt_hooks, execution_device, is_offloaded
@@ -38,10 +39,13 @@ from mxdsurgery.checkpoint.converted import (
     converted_config,
     converted_model_class,
     read_config,
+    saved_recipe,
 )
+from mxdsurgery.checkpoint.readme import CARD, keep_words, merged, read_card, without_section, write_card
 from mxdsurgery.checkpoint.writing import write_json, written_whole
-from mxdsurgery.errors import ExportError
-from mxdsurgery.planning.plan import Plan
+from mxdsurgery.errors import ExportError, MxDError
+from mxdsurgery.outside import read_json
+from mxdsurgery.planning.plan import Plan, read_plan
 from mxdsurgery.recipe import Recipe
 
 # The code of ours that travels with a checkpoint is in this room.
@@ -171,14 +175,24 @@ def export(
 
 
 def write_evaluation(folder: Path, evaluation: dict[str, Any], plan: Plan, recipe: Recipe) -> None:
-    """Writes evaluation.json, and the model card that shows it; both are written aside and only then renamed."""
-    edits = read_config(folder)["mxd"].get("edits", [])
-    card = model_card(plan, recipe, evaluation, edits)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".evaluation.") as aside:
-        (Path(aside) / "README.md").write_text(card, encoding="utf-8")
-        write_json(Path(aside) / EVALUATION_FILE, evaluation)
-        for name in (EVALUATION_FILE, "README.md"):
-            os.replace(Path(aside) / name, folder / name)
+    """Writes evaluation.json, and the section of the model card that shows it; each file is whole at any time."""
+    new = model_card(plan, recipe, evaluation, read_config(folder)["mxd"].get("edits", []))
+    card = folder / CARD
+    text = merged(read_card(card), new, is_as_written(folder)) if card.is_file() else new
+    write_json(folder / EVALUATION_FILE, evaluation)
+    with file_aside(card) as file:
+        write_card(file, text)
+
+
+def is_as_written(folder: Path) -> bool:
+    """Whether a card of an earlier version, without a section, is what its folder's other files give: it is nobody's."""
+    try:
+        steps, card = read_config(folder)["mxd"].get("edits", []), read_card(folder / CARD)
+        evaluation, plan, recipe = read_json(folder / EVALUATION_FILE), read_plan(folder / PLAN_FILE), saved_recipe(folder)
+        made = (model_card(plan, recipe, evaluation, known) for known in (steps, steps[:-1]))  # the last is being written
+        return any(without_section(one) == card for one in made)
+    except (MxDError, OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
 
 
 def _save_weights(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
@@ -331,3 +345,4 @@ def written_as(
             yield checkpoint
             write_adapter(checkpoint, staging, model, revision, trust_remote_code=trust_remote_code)
             shutil.rmtree(checkpoint)
+        keep_words(out, staging, is_as_written(out))

@@ -1,11 +1,7 @@
 """Writing a result: where it may go, and a folder that appears whole or not at all."""
 
-import ctypes
 import json
-import os
 import shutil
-import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,10 +9,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from mxdsurgery.aside import aside, clear_left_overs, file_aside, put_in_place, sync
 from mxdsurgery.checkpoint.converted import PLAN_FILE
 from mxdsurgery.errors import OutputError, first_line
 from mxdsurgery.outside import weight_files
-from mxdsurgery.runs.resume import sync
 from mxdsurgery.terminal.console import size
 
 
@@ -28,6 +24,7 @@ def check_output(out: str | Path, overwrite: bool) -> Path:
     """
     try:
         path = Path(out).resolve()
+        clear_left_overs(path)
         if path.exists() and not (path / PLAN_FILE).is_file():
             what = "exists already and was not written by mxdsurgery"
             what += "" if path.is_dir() else ": it is a file"
@@ -37,7 +34,7 @@ def check_output(out: str | Path, overwrite: bool) -> Path:
                 f"{str(out)!r} exists already", expected="a new folder", fix="give another --out, or --overwrite"
             )
         nearest = next(parent for parent in path.parents if parent.exists())
-        with tempfile.TemporaryDirectory(dir=nearest, prefix=_aside(path)):
+        with aside(path, nearest):
             pass
     except OSError as error:
         raise OutputError(
@@ -81,8 +78,7 @@ def check_room_for_copy(out: str | Path, folder: Path) -> None:
 def written_whole(out: Path, within: Path | None = None) -> Iterator[Path]:
     """A folder to write into; on success it becomes ``out``, on an error it is removed. Creates parents.
 
-    Whatever ends the process, ``out`` is the earlier folder or the new one; on systems that cannot swap two names at once, an
-    earlier one may be left under another name beside it.
+    Whatever ends the process, ``out`` is the earlier folder or the new one; see `put_in_place`.
 
     Args:
         out: the final place.
@@ -94,51 +90,22 @@ def written_whole(out: Path, within: Path | None = None) -> Iterator[Path]:
     was_there = out.exists()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=within or out.parent, prefix=_aside(out)))
-        try:
+        with aside(out, within) as folder:
+            staging = folder / folder.name.strip(".")
+            staging.mkdir()
             yield staging
-            mode = _folder_mode(staging)
+            mode = staging.stat().st_mode & 0o777  # as the process's umask has it
             for file in (staging, *staging.rglob("*")):
                 with suppress(PermissionError):  # file systems on which all files have one mode
                     file.chmod(mode if file.is_dir() else mode & 0o666)
                 sync(file)
             if out.exists() and not was_there:
                 raise OutputError(f"another process wrote {str(out)!r} meanwhile", fix="give another --out, or --overwrite")
-            if not out.exists():
-                os.replace(staging, out)
-            elif not _swapped(staging, out):
-                old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{_aside(out)}old."))
-                os.replace(out, old)
-                os.replace(staging, out)
-                shutil.rmtree(old)
-            sync(out.parent)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            put_in_place(staging, out)
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"{str(out)!r} cannot be written: {first_line(error)}", fix="free some space, or give another --out"
         ) from None
-
-
-def _aside(path: Path) -> str:
-    """How the name of a folder begins that becomes ``path``: short, since transformers makes longer names of it."""
-    return f".{path.name[:40]}."
-
-
-def _folder_mode(within: Path) -> int:
-    """The mode of new folders, as the process's umask has it."""
-    probe = within / ".mode"
-    probe.mkdir()
-    mode = probe.stat().st_mode & 0o777
-    probe.rmdir()
-    return mode
-
-
-def _swapped(first: Path, second: Path) -> bool:
-    """Swaps the names of two folders atomically, by Linux's renameat2; False where that is not possible."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
-    return rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -147,12 +114,9 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}")  # another process may write the same file
     try:
         path.parent.mkdir(exist_ok=True)
-        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        with file_aside(path) as file:
+            file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
         raise OutputError(f"{str(path)!r} cannot be written: {error.strerror or first_line(error)}") from None

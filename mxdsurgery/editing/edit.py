@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mxdsurgery.aside import is_aside
 from mxdsurgery.base.digest import file_digest
 from mxdsurgery.base.dtypes import compute_in, computed_in
 from mxdsurgery.base.running import logits_of
@@ -29,7 +30,15 @@ from mxdsurgery.checkpoint.converted import (
     load_with_recipe,
     read_config,
 )
-from mxdsurgery.checkpoint.export import check_reload, reference_outputs, write_code, write_evaluation, written_as
+from mxdsurgery.checkpoint.export import (
+    check_reload,
+    is_as_written,
+    reference_outputs,
+    write_code,
+    write_evaluation,
+    written_as,
+)
+from mxdsurgery.checkpoint.readme import keep_words
 from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room_for_copy, write_json, written_whole
 from mxdsurgery.editing.edits import Edits, baked, check_for
 from mxdsurgery.editing.sampling import Sampling, sample
@@ -160,7 +169,7 @@ def _text(
 def _copy(folder: Path, staging: Path) -> None:
     """Copies all that belongs to the model; not what other commands found out about it, which the edits make outdated."""
     for path in folder.iterdir():
-        if path.name not in ABOUT:
+        if path.name not in ABOUT and not is_aside(path):
             copy = shutil.copytree if path.is_dir() else shutil.copy2
             copy(path, staging / path.name)
 
@@ -267,6 +276,8 @@ def _undo(folder: Path, out: str | Path, overwrite: bool, trusted: bool) -> dict
             path.unlink()
         for path in _small_files(kept):
             shutil.copy2(path, staging / path.name)
+        for earlier in (folder, target):
+            keep_words(earlier, staging, is_as_written(earlier))
         shutil.rmtree(staging / EDITS_FOLDER / str(len(steps)))
         if len(steps) == 1:
             (staging / EDITS_FOLDER).rmdir()

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from huggingface_hub import cached_assets_path
 from torch import nn
 
+from mxdsurgery.aside import file_aside
 from mxdsurgery.hardware.device import hardware, synchronise
 
 # A dtype has to be so many times as fast as the preferred one to be chosen instead.
@@ -210,9 +211,8 @@ def _write_rate(machine: str, what: str, seconds: dict[str, float]) -> None:
     try:
         path, known = _rates_path(), _read_rates()
         known.setdefault(machine, {})[what] = seconds
-        aside = path.with_suffix(f".{os.getpid()}.tmp")
-        aside.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        os.replace(aside, path)
+        with file_aside(path) as file:
+            file.write_text(json.dumps(known, indent=1), encoding="utf-8")
     except (OSError, ValueError, RuntimeError):  # a file in the folder's place; no home folder
         pass
 

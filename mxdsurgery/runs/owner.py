@@ -8,19 +8,15 @@ seconds, and both times are the file server's. No lock of the file system is rel
 import contextlib
 import json
 import os
-import shutil
-import socket
 import threading
 import time
-import uuid
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
-
-import psutil
 
 from mxdsurgery.errors import RunInUseError
 from mxdsurgery.outside import check_types, read_json
+from mxdsurgery.processes import Owner, started, this_process
 
 OWNER_FILE = "owner.json"
 # Seconds between two signs of life, and without any until an owner on another machine counts as gone.
@@ -30,56 +26,6 @@ _UNREADABLE = 2.0
 # After taking over from an owner that is gone, so many seconds pass until it is clear that nobody else did so, too.
 _CONTEST = 0.3
 _MOST_BYTES = 2**14
-
-
-@dataclass(frozen=True)
-class Owner:
-    """What owner.json holds.
-
-    Attributes:
-        host: its name, for people.
-        process: its number.
-        process_started: tells it from a later process of the same number.
-        machine: what sees that process: this start of the machine, and the container.
-        since: UTC time when the run was taken.
-        token: of this ownership alone.
-    """
-
-    host: str
-    process: int
-    process_started: str
-    machine: str
-    since: str
-    token: str
-
-    def __str__(self) -> str:
-        return f"process {self.process} on host {self.host!r}"
-
-
-def _this_process() -> Owner:
-    since = datetime.now(UTC).isoformat(timespec="seconds")
-    return Owner(socket.gethostname(), os.getpid(), _started(os.getpid()) or "", _machine(), since, uuid.uuid4().hex)
-
-
-def _machine() -> str:
-    """This start of this machine and, in a container, the container: processes see each other within it."""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    return f"{socket.gethostname()} {psutil.boot_time():.0f}"
-
-
-def _started(process: int) -> str | None:
-    """When a process of this machine was started; None where it does not run any more."""
-    try:
-        found = psutil.Process(process)
-        if found.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-            return None
-        with contextlib.suppress(OSError):  # in ticks since the boot, which no change of the clock moves
-            return Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
-        return f"{found.create_time():.0f}"
-    except psutil.NoSuchProcess:
-        return None
 
 
 def _in_use(folder: Path, owner: Owner, how: str) -> RunInUseError:
@@ -107,6 +53,16 @@ def _created(aside: Path, file: Path) -> bool:
             return False
 
 
+def read_owner(folder: Path) -> Owner | None:
+    """Who has a folder; None where nobody has, or where no version of ours wrote the file."""
+    try:
+        owner = Owner(**read_json(folder / OWNER_FILE, _MOST_BYTES))
+        check_types(owner, Owner)
+        return owner
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 # By folder, the ownership that this process has of it.
 _held: dict[str, "Ownership"] = {}
 _lock = threading.RLock()
@@ -121,12 +77,14 @@ class Ownership:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file, self.key = folder, folder / OWNER_FILE, os.path.realpath(folder)
-        self.me, self.thread = _this_process(), threading.get_ident()
+        self.me, self.thread = this_process(), threading.get_ident()
         self.ended = threading.Event()
         self.depth = 0  # how often it was taken and not given back: what takes it may use others that do
         self.lost = False  # another process has taken it over
         self.before: Owner | None = None  # who had it and is gone, without having given it back
-        self.made: list[Path] = []  # parents that were not there before, the lowest first
+        self.made: list[
+            Path
+        ] = []  # the folder, unless it was there and empty, and parents that were not there, the lowest first
 
     def take(self) -> "Ownership":
         """Makes the folder this process's own; returns what holds it, which is another one if this thread has it already.
@@ -142,12 +100,16 @@ class Ownership:
                     raise _in_use(self.folder, held.me, "end that call")
                 held.depth += 1
                 return held
-            self.made = [parent for parent in self.folder.parents if not parent.exists()]
+            places = self.folder.parents if self._is_empty() else (self.folder, *self.folder.parents)
+            self.made = [place for place in places if place == self.folder or not place.exists()]
             self._write()
             self.depth = 1
             _held[self.key] = self
         threading.Thread(target=self._beat, name="mxdsurgery owner", daemon=True).start()
         return self
+
+    def _is_empty(self) -> bool:
+        return self.folder.is_dir() and not any(self.folder.iterdir())
 
     def _write(self) -> None:
         """Puts owner.json there, whole or not at all; see `take`."""
@@ -177,18 +139,12 @@ class Ownership:
                 aside.unlink(missing_ok=True)
 
     def _read(self) -> Owner | None:
-        """Who has it; None where nobody has, or where no version of ours wrote the file."""
-        try:
-            owner = Owner(**read_json(self.file, _MOST_BYTES))
-            check_types(owner, Owner)
-            return owner
-        except (OSError, ValueError, TypeError):
-            return None
+        return read_owner(self.folder)
 
     def _check_gone(self, owner: Owner) -> None:
         """Raises RunInUseError unless an owner is gone."""
         if owner.machine == self.me.machine:
-            if owner.process != self.me.process and _started(owner.process) == owner.process_started:
+            if owner.process != self.me.process and started(owner.process) == owner.process_started:
                 raise _in_use(self.folder, owner, f"end it (kill {owner.process})")
             return  # where it is this very process, an earlier call of it is meant: it is over
         left = _SILENCE - self._silence()
@@ -234,17 +190,12 @@ class Ownership:
                 fix="let the other one go on, or end it and repeat this command with --resume",
             )
 
-    def clear(self) -> None:
-        """Removes all that is in the folder, but for the owner's name."""
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.name != OWNER_FILE:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+    def give_back(self, beside: Collection[str] = ()) -> None:
+        """Ends the ownership; removes the folder, and parents that were made for it, where nothing is in them.
 
-    def give_back(self) -> None:
-        """Ends the ownership, and removes the folder, and parents that were made for it, where nothing is in them."""
+        Args:
+            beside: names of files that say nothing once all others are gone.
+        """
         with _lock:
             self.depth -= 1
             if self.depth > 0:
@@ -253,6 +204,9 @@ class Ownership:
             _held.pop(self.key, None)
             with contextlib.suppress(OSError):  # something is in one of them
                 if not self._taken_over():
+                    if {path.name for path in self.folder.iterdir()} <= {OWNER_FILE, *beside}:
+                        for name in beside:
+                            (self.folder / name).unlink(missing_ok=True)
                     self.file.unlink(missing_ok=True)
-                for folder in (self.folder, *self.made):
+                for folder in self.made:
                     folder.rmdir()

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from mxdsurgery.aside import file_aside
 from mxdsurgery.errors import MetricsError, OutputError, first_line
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.runs.journal import LOG_FILE, METRICS_FILE
@@ -20,6 +21,8 @@ from mxdsurgery.terminal.console import Reporter, compact
 _GREW = 2.0
 _FIGURES = ("loss", "nmse", "dead_share")
 _SUFFIXES = (".png", ".svg")
+# Stands near the beginning of every figure, in the format's own field for it: such a figure may be drawn anew.
+_DRAWN_BY, _FIELDS, _MARK_WITHIN = "mxdsurgery plot", {".png": "Software", ".svg": "Creator"}, 4096
 # More than any run writes; a file beyond these limits was not written by one.
 _LONGEST_LINE, _MOST_LAYERS = 16 * 2**20, 1024
 # Bytes at the end of a log that are read.
@@ -86,6 +89,8 @@ def plot(folder: str | Path, *, out: str | Path | None = None, reporter: Reporte
     reporter = reporter or Reporter()
     path = _metrics_of(Path(folder))
     figures = _places(path.with_suffix(".png") if out is None else Path(out))
+    if out is not None:
+        _check_ours(figures)
     stretches, cut_line = read_metrics(path)
     if cut_line:
         reporter.say(f"plot       the last line of {path} is cut off: it was skipped")
@@ -96,10 +101,9 @@ def plot(folder: str | Path, *, out: str | Path | None = None, reporter: Reporte
 
     figure = training_chart(_curves(stretches), _beginnings(stretches), title, marked=wrong and wrong[1])
     for place in figures:
-        aside = place.with_name(f".{place.name}.tmp")
         try:
-            figure.savefig(aside, format=place.suffix[1:], dpi=150)
-            os.replace(aside, place)
+            with file_aside(place) as new:
+                figure.savefig(new, format=place.suffix[1:], dpi=150, metadata={_FIELDS[place.suffix]: _DRAWN_BY})
         except OSError as error:
             raise OutputError(
                 f"{str(place)!r} cannot be written: {error.strerror or first_line(error)}", fix="give another --out"
@@ -231,6 +235,17 @@ def _places(out: Path) -> list[Path]:
     if out.suffix.lower() not in _SUFFIXES:
         raise OutputError(f"{str(out)!r} is neither PNG nor SVG", expected="a file that ends in .png or .svg")
     return [out.with_suffix(suffix) for suffix in _SUFFIXES]
+
+
+def _check_ours(figures: list[Path]) -> None:
+    """Raises OutputError if there is something that we did not draw, as the figure of the other kind may well be."""
+    for place in figures:
+        if os.path.lexists(place) and not (place.is_file() and _DRAWN_BY.encode() in place.open("rb").read(_MARK_WITHIN)):
+            raise OutputError(
+                f"{str(place)!r} exists and was not drawn by mxdsurgery plot: it is left as it is",
+                expected=f"a name that is free, with {' and '.join(_SUFFIXES)}",
+                fix="give another --out",
+            )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:

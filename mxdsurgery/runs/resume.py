@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mxdsurgery.aside import sync
 from mxdsurgery.base.digest import file_digest
 from mxdsurgery.errors import CheckpointError, OutputError, first_line
 
@@ -158,15 +159,6 @@ class Checkpoints:
 
     def _newest(self) -> Path | None:
         return next(reversed(self._all()), None)
-
-
-def sync(path: Path) -> None:
-    """Flushes a file or folder to the disk: a rename is only safe once the content is there."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _described(path: Path) -> dict[str, Any]:

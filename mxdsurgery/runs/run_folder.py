@@ -8,6 +8,7 @@ works in it, it holds owner.json, and no other may (mxdsurgery.runs.owner).
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import threading
@@ -20,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxdsurgery.aside import MARKER, mark
 from mxdsurgery.errors import CheckpointError, DivergedError, Interrupted, MxDError, OutputError, RunInUseError, first_line
 from mxdsurgery.hardware.threads import asked_for, set_threads
 from mxdsurgery.outside import shown
 from mxdsurgery.recipe import CHECKPOINT_KEYS, COMPUTE_KEYS, Recipe
-from mxdsurgery.runs.journal import METRICS_FILE, Journal, Recording
-from mxdsurgery.runs.owner import Ownership
+from mxdsurgery.runs.journal import LOG_FILE, METRICS_FILE, Journal, Recording
+from mxdsurgery.runs.owner import OWNER_FILE, Ownership, read_owner
 from mxdsurgery.runs.parallel import any_of, first_ones, rank, text_shares, wait
 from mxdsurgery.runs.resume import Checkpoint, Checkpoints, Files
 from mxdsurgery.terminal.console import Reporter
@@ -44,6 +46,13 @@ _FREE_KEYS = {
     "trust_remote_code",
     "eval_tokens_single",
 }
+
+
+# What is written into a run folder, as patterns, beside owner.json and the marker.
+_WRITTEN = ("checkpoints", "checkpoints.*", "scratch", "scratch.*", "catalogue", "share.*.json", ".*.aside")
+_WRITTEN += ("recipe.yaml", "plan.json", LOG_FILE, METRICS_FILE)
+# How metrics.jsonl begins, whichever version wrote it.
+_METRICS = b'{"time": "'
 
 
 class Stop:
@@ -165,10 +174,33 @@ class RunFolder:
         """
         if self.path is None or rank() > 0:
             return
+        self._check_ours()
         try:
             self.owner = Ownership(self.path).take()
+            if not (self.path / MARKER).is_file():
+                mark(self.path, self.path.name)
         except OSError as error:
             raise _unwritable(self.path, error) from None
+
+    def _check_ours(self) -> None:
+        """Raises OutputError if what is at the run's place is no run's folder: it is left as it is."""
+        if os.path.lexists(self.path) and not _is_ours(self.path):
+            raise OutputError(
+                f"{str(self.path)!r} is where the run would work, and mxdsurgery did not make it",
+                expected="nothing there, or the folder of an unfinished run",
+                fix="move it away, or give another --out",
+            )
+
+    def clear(self) -> None:
+        """Removes what runs write into the folder, but for the owner's name; what others put there stays."""
+        for path in self.path.iterdir() if self.path.is_dir() else ():
+            if not any(path.match(name) for name in _WRITTEN):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     @contextmanager
     def owned(self) -> Iterator[None]:
@@ -181,7 +213,7 @@ class RunFolder:
 
     def _give_back(self) -> None:
         if self.owner is not None:
-            self.owner.give_back()
+            self.owner.give_back(beside=(MARKER,))
             self.owner = None
 
     def _open(self, identity: Mapping[str, Any], resume: bool, overwrite: bool, anew: str) -> None:
@@ -198,7 +230,7 @@ class RunFolder:
         self.confirm(**identity)
         try:
             if rank() == 0 and not (resume and there):
-                self.owner.clear()
+                self.clear()
             shutil.rmtree(self.scratch, ignore_errors=True)  # of a run that was killed
             self.scratch.mkdir(parents=True)
         except OSError as error:
@@ -298,7 +330,7 @@ class RunFolder:
         """What a run that ends too soon leaves, for people; empties the folder if nothing was trained in it."""
         if not self.at:
             if self.owner is not None and not (self.path / METRICS_FILE).is_file():
-                self.owner.clear()
+                self.clear()
             return "Nothing was written: there was no checkpoint yet."
         return f"A checkpoint of step {self.at} is in {self.path}; the same command with --resume goes on from there."
 
@@ -346,8 +378,23 @@ class RunFolder:
             with open(result / METRICS_FILE, "ab") as metrics:
                 metrics.write((self.path / METRICS_FILE).read_bytes())
         if self.owner is not None:
-            self.owner.clear()
+            self.clear()
         self._give_back()
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a run made a folder: it has the marker; or, of an earlier version, an owner's name, a checkpoint or metrics."""
+    if (folder / MARKER).is_file() or read_owner(folder) is not None:
+        return True
+    if not folder.is_dir():
+        return False
+    if all(path.name == OWNER_FILE or path.name.startswith(f".{OWNER_FILE}.") for path in folder.iterdir()):
+        return True  # nothing is in it, or only the name of an owner that is being written, or was never finished
+    if any(folder.glob("checkpoints*/step-*/manifest.json")):
+        return True
+    with contextlib.suppress(OSError), open(folder / METRICS_FILE, "rb") as metrics:
+        return metrics.read(len(_METRICS)) == _METRICS and (folder / LOG_FILE).is_file()
+    return False
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:

@@ -17,9 +17,10 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from mxdsurgery.base.model import load_tokenizer
 from mxdsurgery.base.terms import is_terms
-from mxdsurgery.checkpoint.adapter import ADAPTER_FILE, CARD, Adapter, is_adapter, is_code, part_of, read_adapter
+from mxdsurgery.checkpoint.adapter import ADAPTER_FILE, Adapter, is_adapter, is_code, part_of, read_adapter
 from mxdsurgery.checkpoint.converted import EVALUATION_FILE, PLAN_FILE, RECIPE_FILE, read_config
 from mxdsurgery.checkpoint.export import TRAVELLING
+from mxdsurgery.checkpoint.readme import CARD
 from mxdsurgery.disclosure import Finding, disclosures, redacted
 from mxdsurgery.errors import DataError, PushError, WeightsError, first_line
 

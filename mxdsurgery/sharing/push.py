@@ -14,8 +14,8 @@ from huggingface_hub.utils import validate_repo_id
 from rich.table import Table
 
 from mxdsurgery.base.hub import LOG_IN, sending_to
-from mxdsurgery.checkpoint.adapter import CARD
 from mxdsurgery.checkpoint.converted import PLAN_FILE
+from mxdsurgery.checkpoint.readme import CARD
 from mxdsurgery.disclosure import secrets_here
 from mxdsurgery.errors import HubError, PushError, first_line
 from mxdsurgery.hardware.guard import guarded

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import mxdsurgery
+from mxdsurgery.aside import MARKER
 from mxdsurgery.cli import main
 from mxdsurgery.errors import DataError, OutputError, RunInUseError
 from mxdsurgery.recipe import Recipe
@@ -58,7 +60,7 @@ def put(folder, silent=0.0, **values):
     """Writes the name of an owner, this process's but for the values, who gave the last sign of life so long ago."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / OWNER_FILE
-    file.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(owner._this_process(), **values))))
+    file.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(owner.this_process(), **values))))
     os.utime(file, (time.time() - silent,) * 2)
     return file
 
@@ -68,7 +70,7 @@ def test_a_second_process_is_refused_by_name_until_the_first_has_ended(tmp_path,
     first = holder(folder)
     with pytest.raises(RunInUseError) as refused:
         Ownership(folder).take()
-    assert f"process {first.pid} on host {owner.socket.gethostname()!r}" in str(refused.value)
+    assert f"process {first.pid} on host {socket.gethostname()!r}" in str(refused.value)
     assert f"kill {first.pid}" in refused.value.fix and "--out" in refused.value.fix
     first.communicate("end\n")
     assert first.returncode == 0
@@ -82,7 +84,7 @@ def test_a_killed_process_is_no_owner_any_more(tmp_path, holder):
     first = holder(tmp_path / "out.run")
     first.kill()  # and not waited for: a zombie is gone, too
     for _ in range(100):
-        if owner._started(first.pid) is None:
+        if owner.started(first.pid) is None:
             break
         time.sleep(0.05)
     mine = Ownership(tmp_path / "out.run").take()
@@ -91,7 +93,7 @@ def test_a_killed_process_is_no_owner_any_more(tmp_path, holder):
 
 
 def test_a_later_process_with_the_same_number_is_not_the_owner(tmp_path):
-    put(tmp_path, process=os.getppid(), process_started=owner._started(os.getppid()))
+    put(tmp_path, process=os.getppid(), process_started=owner.started(os.getppid()))
     with pytest.raises(RunInUseError):
         Ownership(tmp_path).take()
     put(tmp_path, process=os.getppid(), process_started="1")
@@ -161,7 +163,7 @@ def test_one_of_many_that_take_a_dead_one_s_folder_at_once_gets_it(tmp_path, mon
         held = Ownership(tmp_path)
         held.me = dataclasses.replace(held.me, process=number)  # as if each were a process
         held.key = f"{held.key} {number}"
-        monkeypatch.setattr(owner, "_started", lambda number: "1" if number < 8 else None)
+        monkeypatch.setattr(owner, "started", lambda number: "1" if number < 8 else None)
         held.me = dataclasses.replace(held.me, process_started="1")
         start.wait(10)
         try:
@@ -249,3 +251,77 @@ def test_a_run_that_was_taken_over_stops_and_leaves_the_other_one_s_folder(tmp_p
         put(run.path, host="node7", token="other")
         run.after(1, {"x": dict}, {}, dict)
     assert (run.path / OWNER_FILE).is_file() and not any(run.path.glob("checkpoints/step-*"))
+
+
+def began(run):
+    """Begins and ends a run that trains nothing; its name."""
+    run.open({}, resume=False, overwrite=True)
+    with run.working(Reporter()):
+        (run.path / "recipe.yaml").write_text("")
+    run._give_back()
+    return run.path
+
+
+@pytest.mark.parametrize("names", [["notes.txt"], ["log.txt", "metrics.jsonl", "recipe.yaml", "plan.json"]])
+@pytest.mark.parametrize("how", [{}, {"overwrite": True}, {"resume": True}])
+def test_a_user_s_own_folder_where_a_run_would_work_is_refused_and_stays(how, names, tmp_path):
+    (tmp_path / "out.run" / "checkpoints").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "out.run" / name).write_text("{}\n")
+    before = {path.name: path.is_file() and path.read_text() for path in (tmp_path / "out.run").iterdir()}
+    with pytest.raises(OutputError, match="mxdsurgery did not make it"):
+        mxdsurgery.convert("demo-glu", **TINY, out=str(tmp_path / "out"), device="cpu", **how)
+    assert {path.name: path.is_file() and path.read_text() for path in (tmp_path / "out.run").iterdir()} == before
+
+
+def test_what_others_put_into_a_run_s_folder_stays(tmp_path):
+    folder = began(RunFolder(tmp_path / "out", Recipe()))
+    (folder / "notes.txt").write_text("mine")
+    run = RunFolder(tmp_path / "out", Recipe())
+    run.open({}, resume=False, overwrite=True)
+    (tmp_path / "out").mkdir()
+    with run.working(Reporter()):
+        pass
+    run.finish(tmp_path / "out")
+    assert {path.name for path in folder.iterdir()} == {"notes.txt", MARKER}
+
+
+def test_an_empty_folder_of_the_user_s_is_worked_in_and_left_empty(tmp_path):
+    (tmp_path / "out.run").mkdir()
+    run = RunFolder(tmp_path / "out", Recipe())
+    (tmp_path / "out").mkdir()
+    run.open({}, resume=False, overwrite=False)
+    with run.working(Reporter()):
+        pass
+    run.finish(tmp_path / "out")
+    assert not list((tmp_path / "out.run").iterdir())
+
+
+@pytest.mark.parametrize("left", ["checkpoint", "metrics", "owner"])
+def test_a_run_folder_of_an_earlier_version_has_no_marker_and_goes_on(left, tmp_path):
+    run = RunFolder(tmp_path / "out", Recipe(checkpoint_every=1))
+    run.open({}, resume=False, overwrite=False)
+    with pytest.raises(OutputError), run.working(Reporter()) as reporter:
+        reporter.say("train      a line")
+        if left == "checkpoint":
+            run.after(1, {"x": dict}, {}, dict)
+        else:
+            run.journal.metrics("distil", step=1)
+        raise OutputError("it ends too soon")
+    (run.path / MARKER).unlink()
+    if left == "owner":
+        (run.path / "metrics.jsonl").unlink()
+        put(run.path, process=2**22 + 1)
+    again = RunFolder(tmp_path / "out", Recipe())
+    again.open({}, resume=True, overwrite=False)
+    assert (again.at == 1) == (left == "checkpoint") and (run.path / MARKER).is_file()
+    again._give_back()
+
+
+def test_a_run_at_work_that_has_no_checkpoint_yet_is_left_alone(tmp_path, holder):
+    folder = began(RunFolder(tmp_path / "out", Recipe()))
+    holder(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(RunInUseError):
+        RunFolder(tmp_path / "out", Recipe()).open({}, resume=False, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
