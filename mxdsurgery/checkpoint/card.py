@@ -44,8 +44,9 @@ _KINDS = {
 LEGEND = """\
 ΔCE: nats per token that next-token prediction got worse by; if zeroed: with the block removed altogether. KL: from the
 original's predictions. Same top-1: how often the likeliest next token is the original's. NMSE: squared error of the block's
-output over its squared size. Expert share: how much of the layer's worth the token-by-token choice of experts carries (0: the
-dense path does it all; measured by freezing the experts' say at its best constant). Unused: never fired on these tokens.
+output over its squared size (all: the mean over layers, all in place). Expert share: how much of the layer's worth the
+token-by-token choice of experts carries (0: the dense path does it all; measured by freezing the experts' say at its best
+constant). Unused: never fired on these tokens.
 In brackets: 95 % intervals. A share of nothing is n/a: where it is not certain, by the 95 % interval, that the model predicts
 better with the layer (loss recovered: with the original's block) than without any."""
 
@@ -53,10 +54,13 @@ better with the layer (loss recovered: with the original's block) than without a
 def figure_rows(evaluation: dict[str, Any]) -> list[list[str]]:
     """One row per converted layer and one for all together, as printed."""
     entries = [(str(entry["layer"]), entry) for entry in evaluation["layers"]] + [("all", evaluation["all"])]
-    return [
+    rows = [
         [name, *((with_range if key in _WITH_RANGE else value_of)(entry, key, form) for key, _, form in FIGURES)]
         for name, entry in entries
     ]
+    if len(rows) > 2 and "nmse_together" not in evaluation["layers"][0]:  # older versions: Σ error of all layers / Σ size
+        rows[-1][1 + [key for key, _, _ in FIGURES].index("nmse")] += " (pooled)"
+    return rows
 
 
 def computed_in(figures: dict[str, Any]) -> str:

@@ -149,10 +149,11 @@ def _evaluation(
 ) -> dict[str, Any]:
     """One candidate's figures, of all layers together and of each."""
     return {
-        "all": _figures(whole, number) | _usage_figures(list(usage.values())),
+        "all": _figures(whole, number, [block.layer for block in blocks]) | _usage_figures(list(usage.values())),
         "layers": [
             {"layer": block.layer, "tokens": int(columns[block.layer]["tokens"].sum())}
-            | _figures(columns[block.layer], number)
+            | _figures(columns[block.layer], number, [block.layer])
+            | with_interval("nmse_together", *_errors(whole, f"converted {number}", [block.layer], "power"))
             | _usage_figures([usage[block.layer]])
             for block in blocks
         ],
@@ -301,11 +302,8 @@ class _Work:
             recording(of.model, subset, shape=ids.shape) as recorded,
         ):
             hidden = hidden_states(of.model, ids)
-        errors: Sums = {}
         for layer, activations in recorded.items() if not ablated else ():
-            for figure, value in error_sums(activations.y, original.y[layer], self.outputs[layer]).items():
-                errors[figure] = errors.get(figure, 0) + value
-        table.add(name, errors)
+            table.add(f"{name} at {layer}", error_sums(activations.y, original.y[layer], self.outputs[layer]))
         converted = name.startswith("converted")
         self.progress.add(len(ids), Runs(of.depth - first, len(subset) if converted else 0, 1))
         return hidden
@@ -317,20 +315,26 @@ def _spread(input_ids: Tensor, contexts: int) -> Tensor:
     return input_ids[chosen.to(input_ids.device)]
 
 
-def _figures(columns: Sums, number: int) -> dict[str, Any]:
-    """A candidate's figures of one layer, or of all together, with their intervals."""
+def _errors(columns: Sums, name: str, layers: Sequence[int], size: str) -> tuple[Tensor, Tensor]:
+    """The squared errors of L layers' outputs in a run, and their ``size`` (power or variance): (L, S) each."""
+    error, over = (torch.stack([columns[f"{name} at {layer}.{sums}"] for layer in layers]) for sums in ("error", size))
+    return error, over
+
+
+def _figures(columns: Sums, number: int, layers: Sequence[int]) -> dict[str, Any]:
+    """A candidate's figures with these layers in place, with their intervals; errors of outputs are means over the layers."""
     converted, frozen = f"converted {number}", f"frozen {number}"
     tokens, ce = columns["tokens"], {name: columns[f"{name}.ce"] for name in (converted, frozen, "original", "zero", "mean")}
     figures = {
         "delta_ce": (ce[converted] - ce["original"], tokens),
         "kl": (columns[f"{converted}.kl"], tokens),
         "top1_agreement": (columns[f"{converted}.agree"], tokens),
-        "nmse": (columns[f"{converted}.error"], columns[f"{converted}.power"]),
-        "fvu": (columns[f"{converted}.error"], columns[f"{converted}.variance"]),
+        "nmse": _errors(columns, converted, layers, "power"),
+        "fvu": _errors(columns, converted, layers, "variance"),
         "zero_delta_ce": (ce["zero"] - ce["original"], tokens),
         "mean_delta_ce": (ce["mean"] - ce["original"], tokens),
         "constant_gate_delta_ce": (ce[frozen] - ce["original"], tokens),
-        "constant_gate_nmse": (columns[f"{frozen}.error"], columns[f"{frozen}.power"]),
+        "constant_gate_nmse": _errors(columns, frozen, layers, "power"),
     }
     # Shares of what a layer is worth over no block at all: the original's, or the converted one's.
     shares = {

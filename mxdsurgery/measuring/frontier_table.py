@@ -112,7 +112,7 @@ def read_frontier(folder: str | Path) -> Frontier:
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
-    """Who loses the least at which K, and by how much, in a sentence. Kinds without K take no part.
+    """Who loses the least at which K, by intervals that do not overlap, and by how much. Kinds without K take no part.
 
     Args:
         rows: of one layer.
@@ -125,9 +125,10 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     if not compared:
         return "there is nothing to compare yet."
     wins: dict[str, list[int]] = {}
-    for k, ranked in compared.items():
-        wins.setdefault(ranked[0]["kind"], []).append(k)
-    who = "; ".join(f"{kind} loses the least at K = {', '.join(map(str, ks))}" for kind, ks in wins.items())
+    for k, (best, second, *_) in compared.items():
+        who = f"{best['kind']} loses the least" if _apart(second, best) else "none loses the least for certain"
+        wins.setdefault(who, []).append(k)
+    who = "; ".join(f"{words} at K = {', '.join(map(str, ks))}" for words, ks in wins.items())
     ends = dict.fromkeys((min(compared), max(compared)))
     return f"{who}. " + " ".join(f"At K = {k}: {_ranking(compared[k])}." for k in ends)
 
@@ -141,13 +142,16 @@ def _ranking(ranked: list[dict[str, Any]]) -> str:
     return ", ".join(words)
 
 
+def _apart(row: dict[str, Any], best: dict[str, Any]) -> bool:
+    """Whether a kind's interval lies above the best one's."""
+    mine, least = interval(row, "delta_ce"), interval(best, "delta_ce")
+    return mine is not None and least is not None and mine[0] > least[1]
+
+
 def _over(row: dict[str, Any], best: dict[str, Any]) -> str:
     """How much more a kind loses than the best one; as a ratio only where the best one's loss is certainly one."""
-    mine, least = interval(row, "delta_ce"), interval(best, "delta_ce")
-    if mine is None or least is None:
-        return "no intervals: the text is one context"
-    if mine[0] <= least[1]:
-        return "the intervals overlap"
+    if not _apart(row, best):
+        return "the intervals overlap" if interval(row, "delta_ce") else "no intervals: the text is one context"
     ratio = times(row, best, "delta_ce")
     return "more" if ratio is None else f"{ratio:.1f} times as much"
 

@@ -176,11 +176,15 @@ def row(kind, k, loss, half=0.001):
 def test_the_verdict_says_who_wins_where_and_what_cannot_be_told_apart():
     rows = [row("mxd", 16, 0.002), row("transcoder", 16, 0.02), row("mxd", 64, 0.0022), row("transcoder", 64, 0.0021)]
     assert verdict([*rows, row("dense", None, 0.0)]) == (
-        "mxd loses the least at K = 16; transcoder loses the least at K = 64. "
+        "mxd loses the least at K = 16; none loses the least for certain at K = 64. "
         "At K = 16: mxd +0.0020 nats per token, transcoder +0.0200 (10.0 times as much). "
         "At K = 64: transcoder +0.0021 nats per token, mxd +0.0022 (the intervals overlap)."
     )
     assert verdict([row("mxd", 16, 0.1)]) == "there is nothing to compare yet."
+    near_zero = verdict([row("mxd", 16, 0.0005), row("transcoder", 16, 0.02)])
+    assert "transcoder +0.0200 (more)" in near_zero  # not 40 times as much: mxd's loss may be none
+    unsure = [row("mxd", 16, 0.01) | {"delta_ce_ci": None}, row("transcoder", 16, 0.02) | {"delta_ce_ci": None}]
+    assert "none loses the least for certain" in verdict(unsure) and "one context" in verdict(unsure)
 
 
 def test_a_broken_layer_file_is_a_named_error(made, tmp_path):

@@ -75,6 +75,37 @@ def test_a_layers_nmse_and_best_constant_are_those_of_its_definition(measured):
         assert entry["constant_gate_nmse"] == pytest.approx(constant.item(), rel=1e-4)
 
 
+def test_the_nmse_of_all_layers_is_the_mean_of_each_ones_with_all_in_place(measured):
+    model, blocks, layers, result = measured
+    original = record_activations(model, blocks, IDS)
+    with replaced(model, blocks, layers):
+        inputs = run_with_inputs(model, layers)
+    nmse = []
+    for block in blocks:
+        y = original[block.layer].y[:, 1:].double()
+        with torch.no_grad():
+            y_hat = layers[block.layer](inputs[block.layer])[:, 1:].double()
+        nmse.append(((y_hat - y).square().sum() / y.square().sum()).item())
+    assert [entry["nmse_together"] for entry in result["layers"]] == pytest.approx(nmse, rel=1e-4)
+    assert result["all"]["nmse"] == pytest.approx(sum(nmse) / len(nmse), rel=1e-4)  # the largest outputs do not decide
+
+
+def run_with_inputs(model, layers):
+    """What each layer is given when all are in place: by layer index (B, T, D)."""
+    inputs = {}
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda _module, args, index=index: inputs.__setitem__(index, args[0].view(*IDS.shape, -1))
+        )
+        for index, layer in layers.items()
+    ]
+    with torch.no_grad():
+        model(input_ids=IDS, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return inputs
+
+
 def test_expert_share_and_loss_recovered_follow_from_the_other_figures(measured):
     for entry in [measured[3]["all"], *measured[3]["layers"]]:
         ce, constant, zero = entry["delta_ce"], entry["constant_gate_delta_ce"], entry["zero_delta_ce"]

@@ -18,22 +18,24 @@ def sums(contexts, spread=0.005, **ce):
     for name in ("original", "converted 0", "frozen 0", "zero", "mean"):
         noise = torch.randn(contexts, generator=generator, dtype=torch.float64) * spread
         columns[f"{name}.ce"] = TOKENS * (ce[name.removesuffix(" 0")] + noise - noise.mean())
-        for other in ("kl", "agree", "error", "power", "variance"):
+        for other in ("kl", "agree"):
             columns[f"{name}.{other}"] = torch.ones(contexts, dtype=torch.float64)
+        for other in ("error", "power", "variance"):
+            columns[f"{name} at 0.{other}"] = torch.ones(contexts, dtype=torch.float64)
     return columns
 
 
 def test_a_layer_that_is_worse_than_no_block_has_no_share():
-    found = _figures(sums(64, original=3.0, converted=3.02, frozen=3.005, zero=3.0, mean=3.0), 0)
+    found = _figures(sums(64, original=3.0, converted=3.02, frozen=3.005, zero=3.0, mean=3.0), 0, [0])
     assert found["delta_ce"] == pytest.approx(0.02) and found["zero_delta_ce"] == pytest.approx(0.0)
     assert found["expert_share"] is None and found["expert_share_ci"] is None  # -0.015 / -0.02 is no share of .75
     assert found["loss_recovered"] is None and found["loss_recovered_ci"] is None
 
 
 def test_a_share_of_what_may_be_nothing_is_no_number():
-    found = _figures(sums(64, original=3.0, converted=3.0002, frozen=3.0, zero=3.0004, mean=3.0), 0)
+    found = _figures(sums(64, original=3.0, converted=3.0002, frozen=3.0, zero=3.0004, mean=3.0), 0, [0])
     assert found["expert_share"] is None and found["loss_recovered"] is None
-    surer = _figures(sums(64, spread=0.0001, original=3.0, converted=3.0002, frozen=3.0003, zero=3.0004, mean=3.0), 0)
+    surer = _figures(sums(64, spread=0.0001, original=3.0, converted=3.0002, frozen=3.0003, zero=3.0004, mean=3.0), 0, [0])
     assert surer["expert_share"] == pytest.approx(0.5) and surer["loss_recovered"] == pytest.approx(0.5)
     assert surer["expert_share_ci"][0] < 0.5 < surer["expert_share_ci"][1]
 
@@ -52,7 +54,7 @@ def test_a_share_is_one_exactly_where_the_interval_of_what_is_shared_lies_above_
 
 
 def test_a_layer_that_is_worth_something_has_its_shares():
-    found = _figures(sums(64, original=3.0, converted=3.02, frozen=3.1, zero=3.5, mean=3.4), 0)
+    found = _figures(sums(64, original=3.0, converted=3.02, frozen=3.1, zero=3.5, mean=3.4), 0, [0])
     assert found["expert_share"] == pytest.approx(0.08 / 0.48) and found["loss_recovered"] == pytest.approx(0.96)
     low, high = found["expert_share_ci"]
     assert low < found["expert_share"] < high and high - low < 0.02
