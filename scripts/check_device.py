@@ -73,7 +73,7 @@ def passes(device: str, folder: Path, out: Path, _tokens: int) -> dict[str, floa
     """All commands that measure a model or a machine."""
     text = {"tokens": 1_000, "device": device}
     figures = mxdsurgery.evaluate(folder, device=device)["all"]
-    found = {name: figures[name] for name in ("kl", "nmse", "expert_share", "l0")}
+    found = {name: figures[name] for name in ("kl", "nmse", "constant_gate_delta_ce", "l0")}
     found |= {f"stream {row['layer']}": row["fvu"] for row in mxdsurgery.growth(folder, **text)["stream"]}
     found["effect"] = mxdsurgery.effect(folder, edits=CHANGED, controls=1, **text)["all"]["kl"]
     found["edit"] = mxdsurgery.edit(folder, out=out, edits=CHANGED, **text)["kl"]

@@ -16,6 +16,7 @@ from mxdsurgery.layers.layer import MxDLayer
 from mxdsurgery.measuring.expert_layers import HIDDEN_UNITS, ExpertLayers, block_inputs, keep_beside, open_expert_layers
 from mxdsurgery.measuring.intervals import frequency_decades
 from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.terminal.figures import value_of
 from mxdsurgery.text.labelled import Labelled, TokenBatch, read_labelled
 
 # Experts whose singular values are computed; all would take minutes.
@@ -89,7 +90,7 @@ def dissect(
 
 
 def effective_rank(matrix: Tensor) -> float:
-    """``exp`` of the entropy of the normalised singular values (Roy & Vetterli, EUSIPCO 2007): 1 to min(shape)."""
+    """``exp`` of the entropy of the normalised singular values (Roy & Vetterli, EUSIPCO 2007): 1 to min(shape); 0 of zeros."""
     return _entropy_rank(torch.linalg.svdvals(_wide(matrix)))
 
 
@@ -99,7 +100,9 @@ def _wide(matrix: Tensor) -> Tensor:
 
 
 def _entropy_rank(singular_values: Tensor) -> float:
-    shares = singular_values / singular_values.sum().clamp_min(1e-30)
+    if not singular_values.any():
+        return 0.0
+    shares = singular_values / singular_values.sum()
     return torch.special.entr(shares).sum().exp().item()
 
 
@@ -195,7 +198,7 @@ def _used_on(
     return {"classes": classes, "hidden_units": class_information(mass[HIDDEN_UNITS], tokens)}
 
 
-def class_information(mass: Tensor, tokens: Tensor) -> dict[str, float]:
+def class_information(mass: Tensor, tokens: Tensor) -> dict[str, float | None]:
     """How much the unit tells about the class of the text, where all classes are equally likely.
 
     Args:
@@ -205,17 +208,21 @@ def class_information(mass: Tensor, tokens: Tensor) -> dict[str, float]:
     Returns:
         ``information``: the mutual information of unit and class, over the classes' entropy, 0 to 1; ``classes_per_unit``:
         ``exp`` of a unit's entropy over classes, averaged over the mass, 1 to the number of classes; and both with the
-        labels shuffled, ``chance_information`` and ``chance_classes_per_unit``.
+        labels shuffled, ``chance_information`` and ``chance_classes_per_unit``. None where no unit ever fires; information
+        also where there is one class.
     """
-    found = {}
+    found: dict[str, float | None] = {}
     for prefix, sums, counts in zip(("", "chance_"), mass, tokens, strict=True):
         joint = sums / counts.clamp_min(1)  # each class as likely as any other
-        joint = joint / joint.sum().clamp_min(1e-30)
+        if not joint.any():
+            found |= {f"{prefix}information": None, f"{prefix}classes_per_unit": None}
+            continue
+        joint = joint / joint.sum()
         of_unit = joint.sum(1)
         entropies = torch.special.entr(joint / of_unit[:, None].clamp_min(1e-30)).sum(1)
         of_class = torch.special.entr(joint.sum(0)).sum().item()
         left = (of_unit * entropies).sum().item()
-        found[f"{prefix}information"] = (of_class - left) / max(math.log(joint.shape[1]), 1e-30)
+        found[f"{prefix}information"] = (of_class - left) / math.log(joint.shape[1]) if joint.shape[1] > 1 else None
         found[f"{prefix}classes_per_unit"] = (of_unit * entropies.exp()).sum().item()
     return found
 
@@ -246,10 +253,6 @@ def dissection_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def _information(found: dict[str, float]) -> list[str]:
-    return [
-        f"{found['information']:.3f}",
-        f"{found['chance_information']:.3f}",
-        f"{found['classes_per_unit']:.2f}",
-        f"{found['chance_classes_per_unit']:.2f}",
-    ]
+def _information(found: dict[str, float | None]) -> list[str]:
+    forms = {"information": ".3f", "chance_information": ".3f", "classes_per_unit": ".2f", "chance_classes_per_unit": ".2f"}
+    return [value_of(found, name, form) for name, form in forms.items()]

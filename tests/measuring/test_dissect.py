@@ -12,7 +12,14 @@ from tiny import make_layer
 
 import mxdsurgery
 from mxdsurgery.layers.baselines import Transcoder
-from mxdsurgery.measuring.dissect import _nearest, class_information, effective_rank, expert_ranks, nearest_similarity
+from mxdsurgery.measuring.dissect import (
+    _information,
+    _nearest,
+    class_information,
+    effective_rank,
+    expert_ranks,
+    nearest_similarity,
+)
 
 
 def test_the_effective_rank_counts_equal_singular_values():
@@ -54,6 +61,16 @@ def test_information_is_1_for_units_of_one_class_each_and_0_for_units_of_all():
     assert found["information"] == pytest.approx(1.0) and found["classes_per_unit"] == pytest.approx(1.0)
     assert found["chance_information"] == pytest.approx(0.0, abs=1e-9)
     assert found["chance_classes_per_unit"] == pytest.approx(2.0)
+
+
+def test_of_nothing_there_is_no_information_and_no_rank():
+    tokens = torch.full((2, 2), 10.0).double()
+    silent = class_information(torch.zeros(2, 3, 2).double(), tokens)
+    assert set(silent.values()) == {None}  # 0 classes per unit is no number of classes
+    assert _information(silent) == ["n/a"] * 4
+    one_class = class_information(torch.rand(2, 300, 1).double(), tokens[:, :1])
+    assert one_class["information"] is None and one_class["classes_per_unit"] == pytest.approx(1.0)
+    assert effective_rank(torch.zeros(3, 4)) == 0.0
 
 
 def test_a_converted_model_is_dissected(converted, tmp_path):
