@@ -30,7 +30,7 @@ from mxdsurgery.base.dtypes import as_stored, computed_in
 from mxdsurgery.base.offload import SHARD_BYTES, adopt_hooks, execution_device, is_offloaded
 from mxdsurgery.base.running import RUN, logits_of, run_base
 from mxdsurgery.base.surgery import replaced
-from mxdsurgery.checkpoint.adapter import write_adapter
+from mxdsurgery.checkpoint.adapter import CARD, write_adapter
 from mxdsurgery.checkpoint.card import model_card
 from mxdsurgery.checkpoint.converted import (
     EVALUATION_FILE,
@@ -43,10 +43,11 @@ from mxdsurgery.checkpoint.converted import (
 )
 from mxdsurgery.checkpoint.readme import CARD, keep_words, merged, read_card, without_section, write_card
 from mxdsurgery.checkpoint.writing import write_json, written_whole
-from mxdsurgery.errors import ExportError, MxDError
+from mxdsurgery.errors import ExportError, MxDError, OutputError, first_line
 from mxdsurgery.outside import read_json
 from mxdsurgery.planning.plan import Plan, read_plan
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.runs.owner import my_turn
 
 # The code of ours that travels with a checkpoint is in this room.
 _LAYERS = Path(mxdsurgery.layers.__file__).parent
@@ -175,13 +176,23 @@ def export(
 
 
 def write_evaluation(folder: Path, evaluation: dict[str, Any], plan: Plan, recipe: Recipe) -> None:
-    """Writes evaluation.json, and the section of the model card that shows it; each file is whole at any time."""
+    """Writes evaluation.json, and the section of the model card that shows it; each file is whole at any time.
+
+    Both are of one evaluation in the end, also where two write at once.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
     new = model_card(plan, recipe, evaluation, read_config(folder)["mxd"].get("edits", []))
     card = folder / CARD
-    text = merged(read_card(card), new, is_as_written(folder)) if card.is_file() else new
-    write_json(folder / EVALUATION_FILE, evaluation)
-    with file_aside(card) as file:
-        write_card(file, text)
+    try:
+        with my_turn(folder / ".evaluation.turn"):
+            text = merged(read_card(card), new, is_as_written(folder)) if card.is_file() else new
+            write_json(folder / EVALUATION_FILE, evaluation)
+            with file_aside(card) as file:
+                write_card(file, text)
+    except OSError as error:
+        raise OutputError(f"{str(card)!r} cannot be written: {error.strerror or first_line(error)}") from None
 
 
 def is_as_written(folder: Path) -> bool:

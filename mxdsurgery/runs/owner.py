@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +25,8 @@ _BEAT, _SILENCE = 10.0, 60.0
 _UNREADABLE = 2.0
 # After taking over from an owner that is gone, so many seconds pass until it is clear that nobody else did so, too.
 _CONTEST = 0.3
+# Between two looks whether it is one's turn.
+_TURN = 0.05
 _MOST_BYTES = 2**14
 
 
@@ -210,3 +212,27 @@ class Ownership:
                     self.file.unlink(missing_ok=True)
                 for folder in self.made:
                     folder.rmdir()
+
+
+@contextlib.contextmanager
+def my_turn(folder: Path) -> Iterator[None]:
+    """While open, no other process or thread is in here with the same folder, which is there for that: it waits. For moments.
+
+    Raises:
+        RunInUseError: it is not free after the time in which an owner that is gone is known to be gone.
+        OSError: it cannot be written.
+    """
+    until, turn = time.monotonic() + 2 * _SILENCE, None
+    while turn is None:
+        try:
+            turn = Ownership(folder).take()
+        except RunInUseError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(_TURN)
+    try:
+        yield
+    finally:
+        turn.give_back()
+        with contextlib.suppress(OSError):  # the next one has it, or removed it
+            folder.rmdir()
