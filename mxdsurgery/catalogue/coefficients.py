@@ -25,18 +25,20 @@ from torch import Tensor
 from mxdsurgery.base.running import run_base
 from mxdsurgery.catalogue.experts import layers_with_experts, recorded_coefficients
 from mxdsurgery.catalogue.files import list_array
-from mxdsurgery.checkpoint.converted import Converted, fingerprint, load_with_recipe
-from mxdsurgery.checkpoint.writing import write_json, written_whole
+from mxdsurgery.checkpoint.converted import Converted, fingerprint, load_with_recipe, read_config
+from mxdsurgery.checkpoint.writing import check_place, check_room, write_json, written_whole
 from mxdsurgery.choices import FORMS
 from mxdsurgery.errors import OutputError
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.evaluate import held_out
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.packing import in_batches
-from mxdsurgery.text.places import text_name
+from mxdsurgery.text.places import check_there, text_name
 
 # Tokens in each file of the safetensors form, and in each row group of the Parquet form.
 PART = 2**17
+# What a token takes in tokens.<form>, and one of its K in layer<L>.<form>; Parquet packs that closer.
+_TOKEN_BYTES, _FIRING_BYTES = 12, 8
 
 
 @guarded
@@ -74,7 +76,7 @@ def coefficients(
 
     Raises:
         NotConvertedError, DataError, LayerSelectionError: as in `experts`.
-        OutputError: ``out`` exists or cannot be written.
+        OutputError: ``out`` exists, cannot be written or has no room.
     """
     reporter = reporter or Reporter()
     if form not in FORMS:
@@ -82,9 +84,14 @@ def coefficients(
     out = Path(out)
     if out.exists():
         raise OutputError(f"{str(out)!r} exists already", expected="a new folder", fix="give another --out")
+    check_place(out)
+    read_config(folder)
+    check_there(data)
     converted, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     chosen = layers_with_experts(converted, layers)
     ids = held_out(converted, recipe, data, tokens, text_column)
+    active = [converted.layers[layer].gate.active for layer in chosen]
+    check_room(out, ids.numel() * (_TOKEN_BYTES + _FIRING_BYTES * sum(active)))
     parts = in_batches(ids, PART)
     made = {
         "model": converted.folder.resolve().name,
@@ -93,8 +100,8 @@ def coefficients(
         "context": ids.shape[1],
         "tokens": ids.numel(),
         "layers": {
-            str(layer): {"n_experts": converted.layers[layer].gate.n_experts, "active": converted.layers[layer].gate.active}
-            for layer in chosen
+            str(layer): {"n_experts": converted.layers[layer].gate.n_experts, "active": count}
+            for layer, count in zip(chosen, active, strict=True)
         },
     }
     with written_whole(out.resolve()) as staging, reporter.progress("coefficients", "tokens") as line:

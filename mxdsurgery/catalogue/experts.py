@@ -23,8 +23,8 @@ from mxdsurgery.catalogue.contexts import CLASSES_FILE, Corpus, Source, read_cor
 from mxdsurgery.catalogue.files import CATALOGUE_FILE, CATALOGUE_VERSION
 from mxdsurgery.catalogue.statistics import AFTER, BEFORE, BINS, Tally
 from mxdsurgery.catalogue.tables import write_tables
-from mxdsurgery.checkpoint.converted import Converted, fingerprint, load_with_recipe
-from mxdsurgery.checkpoint.writing import write_json
+from mxdsurgery.checkpoint.converted import Converted, fingerprint, load_with_recipe, read_config
+from mxdsurgery.checkpoint.writing import check_place, check_room, write_json
 from mxdsurgery.errors import LayerSelectionError, MemoryBudgetError, OutputError, first_line
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.hardware.memory import PeakMemory, free_memory
@@ -35,7 +35,7 @@ from mxdsurgery.runs.resume import part, prefixed
 from mxdsurgery.runs.run_folder import RunFolder
 from mxdsurgery.terminal.console import ProgressLine, Reporter, size
 from mxdsurgery.text.packing import Packing
-from mxdsurgery.text.places import text_name
+from mxdsurgery.text.places import check_there, text_name
 
 # Tokens per forward pass: enough that the bookkeeping for a batch costs little compared with the pass.
 _BATCH = 8192
@@ -110,6 +110,7 @@ def experts(
         Interrupted: Ctrl-C; a checkpoint is written first.
     """
     reporter = reporter or Reporter()
+    out = _place(folder, out, data, overwrite)
     converted, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     text = data or recipe.eval_data or recipe.data
     settings = _Settings(
@@ -119,8 +120,7 @@ def experts(
         top=top,
         sample=sample,
     )
-    out = Path(out) if out is not None else Path(folder) / Path(MAXIMUM_FILE).parent
-    _check_free(out, overwrite)
+    check_room(out, _check_memory(converted, settings))
     run = RunFolder(out, dataclasses.replace(recipe, checkpoint_every=checkpoint_every or recipe.checkpoint_every))
     run.open(asdict(settings), resume, overwrite)
     with run.working(reporter) as reporter:
@@ -221,6 +221,16 @@ def layers_with_experts(converted: Converted, layers: str) -> list[int]:
     return found
 
 
+def _place(folder: str | Path, out: str | Path | None, data: str | None, overwrite: bool) -> Path:
+    """Where the catalogue goes. Raises what can be known to be wrong before any weights are read."""
+    read_config(folder)
+    check_there(data)
+    place = Path(out) if out is not None else Path(folder) / Path(MAXIMUM_FILE).parent
+    _check_free(place, overwrite)
+    check_place(place)
+    return place
+
+
 def _check_free(out: Path, overwrite: bool) -> None:
     """Raises OutputError if there is something that is not to be overwritten."""
     clear_left_overs(out)
@@ -232,7 +242,8 @@ def _check_free(out: Path, overwrite: bool) -> None:
         )
 
 
-def _tallies(converted: Converted, settings: _Settings, classes: int) -> dict[int, Tally]:
+def _check_memory(converted: Converted, settings: _Settings, classes: int = 0) -> int:
+    """Bytes of what is kept of the experts; a checkpoint takes as many. Raises MemoryBudgetError if they are not free."""
     shapes = {layer: converted.layers[layer].experts.weight.shape for layer in settings.layers}
     needed = sum(Tally.bytes(*shape, classes, settings.top, settings.sample) for shape in shapes.values())
     free = free_memory("cpu")
@@ -242,6 +253,12 @@ def _tallies(converted: Converted, settings: _Settings, classes: int) -> dict[in
             expected="room for it",
             fix="look at fewer layers at a time: --layers, or keep fewer places: --top, or --sample",
         )
+    return needed
+
+
+def _tallies(converted: Converted, settings: _Settings, classes: int) -> dict[int, Tally]:
+    _check_memory(converted, settings, classes)
+    shapes = {layer: converted.layers[layer].experts.weight.shape for layer in settings.layers}
     return {layer: Tally.none(*shape, classes, settings.top, settings.sample) for layer, shape in shapes.items()}
 
 

@@ -119,11 +119,21 @@ def base_weights(
         try:
             model = open_model(name, revision, trust_remote_code).load(dtype=dtype, offload=Path(scratch), check=False)
         except MxDError as error:
-            fix = "say where it is now with --base"
-            if isinstance(error, UnknownFamilyError):
-                fix = error.fix
-            raise BaseModelError(f"the base model is needed: {error.found}", expected=expected, fix=fix) from None
+            raise _base_needed(error, expected) from None
         yield BaseWeights(name, model)
+
+
+def check_base(name: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Raises BaseModelError if the base model is not there; only its config is read. Arguments as of `base_weights`."""
+    try:
+        open_model(name, revision, trust_remote_code)
+    except MxDError as error:
+        raise _base_needed(error, repr(name)) from None
+
+
+def _base_needed(error: MxDError, expected: str) -> BaseModelError:
+    fix = error.fix if isinstance(error, UnknownFamilyError) else "say where it is now with --base"
+    return BaseModelError(f"the base model is needed: {error.found}", expected=expected, fix=fix)
 
 
 def is_adapter(folder: str | Path) -> bool:

@@ -20,7 +20,7 @@ from mxdsurgery.checkpoint.adapter import (
 from mxdsurgery.checkpoint.converted import PLAN_FILE, load, read_config, saved_recipe, settle
 from mxdsurgery.checkpoint.export import check_reload, is_as_written, reference_outputs, write_code
 from mxdsurgery.checkpoint.readme import CARD, keep_words
-from mxdsurgery.checkpoint.writing import check_apart, check_output, written_whole
+from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room, written_whole
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import BaseModelError, first_line
 from mxdsurgery.hardware.guard import guarded
@@ -73,6 +73,7 @@ def apply(
     opened = read_adapter(folder)
     check_apart(out, folder, "the adapter")
     target = check_output(out, overwrite)
+    check_room(target, opened.checkpoint_bytes)
     try:
         named = base or read_plan(folder / PLAN_FILE).model
     except (OSError, ValueError, TypeError, KeyError) as error:

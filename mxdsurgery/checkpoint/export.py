@@ -30,7 +30,7 @@ from mxdsurgery.base.dtypes import as_stored, computed_in
 from mxdsurgery.base.offload import SHARD_BYTES, adopt_hooks, execution_device, is_offloaded
 from mxdsurgery.base.running import RUN, logits_of, run_base
 from mxdsurgery.base.surgery import replaced
-from mxdsurgery.checkpoint.adapter import CARD, write_adapter
+from mxdsurgery.checkpoint.adapter import CARD, check_base, write_adapter
 from mxdsurgery.checkpoint.card import model_card
 from mxdsurgery.checkpoint.converted import (
     EVALUATION_FILE,
@@ -347,6 +347,8 @@ def written_as(
         OutputError: as `written_whole`.
         BaseModelError: the base model is not there any more.
     """
+    if form == "adapter":
+        check_base(model, revision, trust_remote_code)
     with written_whole(out, within) as staging:
         if form == "checkpoint":
             yield staging

@@ -33,14 +33,31 @@ def check_output(out: str | Path, overwrite: bool) -> Path:
             raise OutputError(
                 f"{str(out)!r} exists already", expected="a new folder", fix="give another --out, or --overwrite"
             )
-        nearest = next(parent for parent in path.parents if parent.exists())
+    except OSError as error:
+        raise _unwritable(out, error) from None
+    check_place(path)
+    return path
+
+
+def check_place(path: Path) -> None:
+    """Raises OutputError if nothing can be written at a path, or its parents cannot be made. Leaves nothing behind."""
+    try:
+        nearest = next(parent for parent in path.absolute().parents if parent.exists())
         with aside(path, nearest):
             pass
     except OSError as error:
-        raise OutputError(
-            f"{str(out)!r} cannot be written: {error.strerror or first_line(error)}", fix="give another --out"
-        ) from None
-    return path
+        raise _unwritable(path, error) from None
+
+
+def check_file(path: Path) -> None:
+    """Raises OutputError if a file, in place of an earlier one, cannot be written at a path. Leaves nothing behind."""
+    if path.is_dir():
+        raise OutputError(f"{str(path)!r} cannot be written: it is a folder", expected="a file, or nothing there yet")
+    check_place(path)
+
+
+def _unwritable(path: str | Path, error: OSError) -> OutputError:
+    return OutputError(f"{str(path)!r} cannot be written: {error.strerror or first_line(error)}", fix="give another --out")
 
 
 def check_apart(out: str | Path, folder: str | Path, what: str) -> None:

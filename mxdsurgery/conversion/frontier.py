@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.base.blocks import Block
 from mxdsurgery.base.model import BaseModel
+from mxdsurgery.checkpoint.writing import check_file, check_room
 from mxdsurgery.choices import DEFAULT_K, DEFAULT_KINDS, ONE_LAYER
 from mxdsurgery.conversion.train import Training, train_groups
 from mxdsurgery.errors import Interrupted, OutputError, RecipeError, first_line
@@ -27,7 +28,7 @@ from mxdsurgery.runs.run_folder import RunFolder, depends_on
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.sources import TextStream, open_texts
 from mxdsurgery.training.accelerator import alone, make_accelerator, start_processes
-from mxdsurgery.training.cost import LayerPlan, layer_parameters, matched_n_experts, transcoder_parameters
+from mxdsurgery.training.cost import DTYPE_BYTES, LayerPlan, layer_parameters, matched_n_experts, transcoder_parameters
 from mxdsurgery.training.distill import layer_key
 
 # Recipe keys in which the rows of one folder may differ; they share every other key.
@@ -86,6 +87,10 @@ def frontier(
         return found
     made = with_layers(made, todo, resolved, base_model)
     made.check_budget()
+    check_file(out / FRONTIER_FILE)
+    check_room(out, DTYPE_BYTES[made.dtype] * sum(planned.all_parameters for planned in todo))
+    run = RunFolder(out, resolved)
+    run.check_decision(resume, resolved.overwrite, f"delete {run.path}")
     made = with_time(made, resolved, base_model, WORTH_PREDICTING)
     made = dataclasses.replace(made, export_seconds=None)  # nothing is exported
     for line in (f"recipe     {made.recipe_file}", *made.summary(resolved)[1:-1]):

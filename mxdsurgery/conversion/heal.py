@@ -30,7 +30,7 @@ from mxdsurgery.conversion.shared_run import shared_run
 from mxdsurgery.conversion.train import start_kernels
 from mxdsurgery.errors import HealError
 from mxdsurgery.hardware.guard import guarded
-from mxdsurgery.measuring.evaluate import evaluate, load_original
+from mxdsurgery.measuring.evaluate import check_before_loading, evaluate, load_original
 from mxdsurgery.planning.machine import settled_recipe
 from mxdsurgery.recipe import CHECKPOINT_KEYS, Recipe
 from mxdsurgery.runs.parallel import my_contexts, rank
@@ -184,12 +184,12 @@ def heal(
     """
     reporter, how = reporter or Reporter(), Healing(**options)
     where = {"base": base, "device": device, "trust_remote_code": trust_remote_code}
+    check_before_loading(folder, how.data, base, trust_remote_code)
+    target = _target(folder, out, overwrite)
     converted, saved = load(folder, trust_remote_code=trust_remote_code), saved_recipe(folder, device)
-    _check_folder(converted, out, how)
+    _check_folder(converted, how)
     recipe = how.recipe(saved)
     size = _contexts_per_pass(recipe, how)
-    target = check_output(out, overwrite)
-    check_room_for_copy(target, converted.folder)
     more = depends_on(asdict(how)) | {"source": weights_digest(converted.model)}
     with shared_run(target, recipe, more, resume, overwrite, reporter) as (run, reporter):
         recipe = _settled(converted, recipe, compute, run, reporter)
@@ -245,9 +245,16 @@ class _Healed:
     maps: list[str]  # what the adapters are on
 
 
-def _check_folder(converted: Converted, out: str | Path, how: Healing) -> None:
+def _target(folder: str | Path, out: str | Path, overwrite: bool) -> Path:
+    """The folder to write, beside the one that is read; raises OutputError if it cannot be written or has no room."""
+    check_apart(out, folder, "the folder to heal")
+    target = check_output(out, overwrite)
+    check_room_for_copy(target, Path(folder))
+    return target
+
+
+def _check_folder(converted: Converted, how: Healing) -> None:
     mxd, name = converted.model.config.mxd, str(converted.folder)
-    check_apart(out, converted.folder, "the folder to heal")
     if mxd.get("edits"):
         raise HealError(
             f"the experts of {name!r} were edited: healing would teach them what the edits took away",

@@ -50,7 +50,7 @@ from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.terminal.figures import range_of, value_of
 from mxdsurgery.text.packing import in_batches
-from mxdsurgery.text.places import text_name
+from mxdsurgery.text.places import check_there, text_name
 
 EDITS_FOLDER, EDITS_FILE = "edits", "edits.yaml"
 # Files of the folder that a step keeps as they were, so that it can be undone bit for bit.
@@ -115,10 +115,12 @@ def edit(
     if undo:
         return _undo(folder, out, overwrite, trust_remote_code)
     _check_bakeable(edits)
-    before, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
-    check_for(edits, before)
+    read_config(folder)
+    check_there(data)
     target = check_output(out, overwrite)
     check_room_for_copy(target, folder)
+    before, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
+    check_for(edits, before)
     ids, unmeasured = _text(before, recipe, data, tokens, text_column)
     steps = before.model.config.mxd.get("edits", [])
     named = dataclasses.replace(edits, model=fingerprint(before))

@@ -64,10 +64,10 @@ def generate(
         CatalogueError: the unit is ``maximum``, and no maxima are known.
         RecipeError: the text would be longer than the model can read, or there are several samples at temperature 0.
     """
+    sampling = Sampling(max_new_tokens, temperature, samples, top_k, top_p, seed)
     converted, _ = load_with_recipe(folder, device, compute, rows=samples, trust_remote_code=trust_remote_code)
     tokenizer = converted.tokenizer()
     inputs = prompt_ids(tokenizer, prompt)
-    sampling = Sampling(max_new_tokens, temperature, samples, top_k, top_p, seed)
 
     def texts() -> list[str]:
         return tokenizer.batch_decode(sample(converted.model, tokenizer, inputs, sampling), skip_special_tokens=True)

@@ -95,6 +95,10 @@ class Judge:
             raise JudgeError(f"{self._who()} gave ratings that cannot be: {_quoted(answer)}", expected=_ANSWER)
         return {name: float(value) for name, value in ratings.items()}
 
+    def check(self) -> None:
+        """Lets it rate a short text, so that one that does not answer is named before any work. Raises as `rate`."""
+        self.rate(["The ship came into the **harbour**."], "Boats lay in the harbour.")
+
     def _post(self, request: dict[str, Any]) -> str:
         """What the server answers; asks again, after a pause, where that may help."""
         made = urllib.request.Request(

@@ -17,7 +17,7 @@ from mxdsurgery.hardware.device import widest
 from mxdsurgery.measuring.evaluate import held_out
 from mxdsurgery.measuring.intervals import scored_predictions
 from mxdsurgery.text.packing import in_batches
-from mxdsurgery.text.places import text_name
+from mxdsurgery.text.places import check_there, text_name
 
 # exp of this still fits float32.
 _LARGEST_SHIFT = 80.0
@@ -77,6 +77,7 @@ def open_on_text(
         DataError: the text cannot be read or is too short.
         DeviceError: the device is not there.
     """
+    check_there(data)
     converted, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     ids = held_out(converted, recipe, data, tokens, text_column).to(converted.model.device)
     return Opened(converted, ids, recipe.batch, text_name(data or recipe.eval_data or recipe.data))

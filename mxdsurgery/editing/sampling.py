@@ -34,6 +34,9 @@ class Sampling:
         top_k: how many of the likeliest tokens are sampled from; None: all.
         top_p: share of the probability mass that is sampled from.
         seed: the same one gives sample i the same random numbers, whatever the model computes.
+
+    Raises:
+        RecipeError: there are several samples at temperature 0.
     """
 
     max_new_tokens: int
@@ -42,6 +45,13 @@ class Sampling:
     top_k: int | None = None
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature == 0 and self.samples > 1:
+            raise RecipeError(
+                f"{self.samples} samples at temperature 0 would all be the same",
+                expected="one sample, or a temperature above 0",
+            )
 
 
 def sample(
@@ -64,7 +74,7 @@ def sample(
         (B S, P + M) or fewer columns, int64, prompt included, padded where a text ended.
 
     Raises:
-        RecipeError: the text would be longer than the model can read, or there are several samples at temperature 0.
+        RecipeError: the text would be longer than the model can read.
         EditError: the model's predictions are NaN or infinite.
         UnsupportedModelError: code that came with the model cannot generate.
     """
@@ -75,11 +85,6 @@ def sample(
             f"a prompt of {inputs.shape[1]} tokens and {new} new ones are more than the {room} the model reads",
             expected=f"at most {room} together",
             fix="a shorter prompt or fewer --max-new-tokens",
-        )
-    if sampling.temperature == 0 and samples > 1:
-        raise RecipeError(
-            f"{samples} samples at temperature 0 would all be the same",
-            expected="one sample, or a temperature above 0",
         )
     inputs = inputs.to(model.device).repeat_interleave(samples, 0)
     with (

@@ -39,7 +39,7 @@ from mxdsurgery.editing.judge import RATINGS, Judge
 from mxdsurgery.editing.sampling import Sampling, prompt_ids, sample
 from mxdsurgery.errors import EditError
 from mxdsurgery.hardware.guard import guarded
-from mxdsurgery.measuring.evaluate import load_original
+from mxdsurgery.measuring.evaluate import check_before_loading, load_original
 from mxdsurgery.measuring.intervals import with_interval
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.terminal.figures import with_range
@@ -102,7 +102,7 @@ def steering(
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
         seed: of the sampling and of the controls.
-        judge: a model that also rates the texts; its (1 + factors) * samples answers may cost money.
+        judge: a model that also rates the texts; its 1 + (1 + factors) * samples answers may cost money.
         reporter: where progress is reported; default: nowhere.
 
     Returns:
@@ -117,15 +117,16 @@ def steering(
         EditError: not one expert is steered, it does not exist, or it never fired.
         BaseModelError: the original model is missing, or is not the one that the folder was made from.
         RecipeError: the texts would be longer than the model can read, or would not be drawn at random.
-        JudgeError: the judge does not answer.
+        JudgeError: the judge does not answer; it is tried before any weights are read.
     """
     reporter = reporter or Reporter()
-    converted, recipe = load_with_recipe(folder, device, compute, rows=samples, trust_remote_code=trust_remote_code)
     kind, layer, expert = _one_expert(edits)
+    sampling = Sampling(max_new_tokens, temperature, samples, top_k, top_p, seed)
+    _check_beside(folder, base, trust_remote_code, judge)
+    converted, recipe = load_with_recipe(folder, device, compute, rows=samples, trust_remote_code=trust_remote_code)
     amount, catalogue = getattr(in_coefficients(edits, converted, unit), kind)[layer][expert], catalogue_of(converted)
     in_maximum = amount / maximum_of(converted, layer, expert)
     original = load_original(converted, base or recipe.model, recipe).to(converted.model.device)
-    sampling = Sampling(max_new_tokens, temperature, samples, top_k, top_p, seed)
     concept, tokenizer = _Concept(converted, catalogue, layer, expert), converted.tokenizer()
     writer = _Writer(converted.model, original, tokenizer, concept, prompt_ids(tokenizer, prompt), sampling)
     others = _others(edits, catalogue, layer, controls, seed)
@@ -143,6 +144,13 @@ def steering(
     result |= {"tokens": samples * max_new_tokens, "catalogue": {"data": catalogue.data, "tokens": catalogue.tokens}}
     result |= {"own_contexts": concept.own_contexts(), "unsteered": unsteered.figures(), "steered": rows}
     return result if judge is None else result | _judged(judge, result, concept.passages(tokenizer.decode), reporter)
+
+
+def _check_beside(folder: str | Path, base: str | None, trust_remote_code: bool, judge: Judge | None) -> None:
+    """Raises what is wrong with the original model or the judge and can be known before any weights are read."""
+    check_before_loading(folder, None, base, trust_remote_code)
+    if judge is not None:
+        judge.check()
 
 
 def _one_expert(edits: Edits) -> tuple[str, int, int]:

@@ -25,7 +25,7 @@ from mxdsurgery.base.decoder import vocabulary_size
 from mxdsurgery.base.running import hooked, own_code_named
 from mxdsurgery.base.surgery import resumed_at
 from mxdsurgery.catalogue.experts import layers_with_experts, recorded_coefficients
-from mxdsurgery.checkpoint.writing import write_json
+from mxdsurgery.checkpoint.writing import check_file, write_json
 from mxdsurgery.editing.predictions import Opened, open_on_text, prediction_shifts, widened
 from mxdsurgery.errors import UnsupportedBlockError
 from mxdsurgery.hardware.guard import guarded
@@ -91,6 +91,7 @@ def sweep(
         UnsupportedBlockError: a pass of the model cannot start at a layer in the middle.
     """
     reporter = reporter or Reporter()
+    check_file(Path(folder) / "effects" / "sweep.json")
     opened = open_on_text(
         folder,
         data=data,

@@ -71,15 +71,17 @@ def dissect(
         BaseModelError: the original model is missing, or is not the one that the folder was made from.
     """
     reporter = reporter or Reporter()
-    opened = open_expert_layers(folder, layer, base=base, device=device, compute=compute, trust_remote_code=trust_remote_code)
+    kept = {"data": data, "kept_in": "dissection"}
+    how = {"base": base, "device": device, "compute": compute, "trust_remote_code": trust_remote_code}
+    opened = open_expert_layers(folder, layer, **kept, **how)
+    labelled = None if data is None else read_labelled(data, text_column, label_column, samples, opened.tokenizer)
     decoder = opened.block.decoder.weight(opened.model.base_model)
     result: dict[str, Any] = {"layer": opened.block.layer, "decoder_effective_rank": effective_rank(decoder)}
     result["subjects"] = [
         {"name": name, "rank": expert_ranks(made, seed), "similarity": nearest_similarity(made, seed)}
         for name, made in opened.layers.items()
     ]
-    if data is not None:
-        labelled = read_labelled(data, text_column, label_column, samples, opened.tokenizer)
+    if labelled is not None:
         labelled = labelled.sample(samples, seed)
         batches = opened.batches(labelled, context)
         with reporter.progress("read", "texts") as line:

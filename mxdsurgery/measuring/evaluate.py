@@ -13,17 +13,29 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.base.dtypes import computed_in
 from mxdsurgery.base.lora import healed_maps, with_adapter
-from mxdsurgery.base.model import open_model
+from mxdsurgery.base.model import BaseModel, open_model
 from mxdsurgery.base.surgery import replaced
-from mxdsurgery.checkpoint.converted import EVALUATION_FILE, RECIPE_FILE, Converted, load, settle
+from mxdsurgery.checkpoint.converted import (
+    EVALUATION_FILE,
+    PLAN_FILE,
+    RECIPE_FILE,
+    Converted,
+    load,
+    read_config,
+    saved_recipe,
+    settle,
+)
 from mxdsurgery.checkpoint.export import write_evaluation
+from mxdsurgery.checkpoint.writing import check_file
 from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.errors import BaseModelError, DataError, MxDError
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.fidelity import Measurement
 from mxdsurgery.planning.effort import EVALUATION_SHARE, Alone
+from mxdsurgery.planning.plan import Plan, read_plan
 from mxdsurgery.recipe import Recipe, load_recipe
 from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.text.places import check_there
 from mxdsurgery.text.sources import Packing, TextStream, open_texts
 from mxdsurgery.training.accelerator import make_accelerator
 
@@ -66,9 +78,12 @@ def evaluate(
         NotConvertedError: the folder is not one of ours.
         BaseModelError: the original model is missing, or is not the one that the folder was made from.
         DataError: the text cannot be read or is too short.
+        OutputError: the folder cannot be written.
     """
     reporter = reporter or Reporter()
     folder = Path(folder)
+    check_before_loading(folder, data if contexts is None else None, base, trust_remote_code)
+    check_file(folder / EVALUATION_FILE)
     converted = load(folder, trust_remote_code=trust_remote_code)
     saved = Recipe(**load_recipe(folder / RECIPE_FILE))
     recipe = dataclasses.replace(saved, eval_tokens=tokens or saved.eval_tokens, device=device or saved.device)
@@ -182,38 +197,79 @@ def _training_record(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def check_before_loading(folder: str | Path, data: str | None, base: str | None, trust_remote_code: bool) -> None:
+    """Looks for what a command will need beside a converted model, before any weights are read.
+
+    Args:
+        folder: what ``convert`` wrote.
+        data: a text that was given, or None.
+        base: where the original model is said to be, or None: where the recipe says.
+        trust_remote_code: whether its code may be run.
+
+    Raises:
+        NotConvertedError: the folder is not one of ours.
+        DataError: the text is not on this machine.
+        BaseModelError: the original model is not there, or is of another family.
+    """
+    folder = Path(folder)
+    read_config(folder)
+    check_there(data)
+    try:
+        plan = read_plan(folder / PLAN_FILE)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return  # `load` says what is wrong with it
+    saved = saved_recipe(folder)
+    _open_original(folder, plan, base or saved.model, saved, trust_remote_code)
+
+
+def _open_original(folder: Path, plan: Plan, name: str, recipe: Recipe, trust_remote_code: bool) -> BaseModel:
+    """The model that a converted one was made from, by its config; its weights may still be others. Raises BaseModelError."""
+    revision = None if Path(name).is_dir() or name in DEMO_MODELS else plan.revision or recipe.revision
+    try:
+        opened = open_model(name, revision, trust_remote_code)
+    except MxDError as error:
+        raise _original_needed(folder, plan, error) from None
+    if opened.config.model_type != plan.model_type:
+        raise _another_model(folder, name, f"it is a {opened.config.model_type} model, not {plan.model_type}")
+    return opened
+
+
+def _original_needed(folder: Path, plan: Plan, error: MxDError) -> BaseModelError:
+    return BaseModelError(
+        f"the original model of {str(folder)!r} is needed to compare with: {error.found}",
+        expected=f"the model that it was made from, {plan.model}",
+        fix="say where it is now with --base",
+    )
+
+
+def _another_model(folder: Path, name: str, difference: str) -> BaseModelError:
+    return BaseModelError(
+        f"{name!r} is not the model that {str(folder)!r} was made from: {difference}",
+        expected="the same weights outside the converted blocks",
+        fix="name the right one with --base",
+    )
+
+
 def load_original(converted: Converted, name: str, recipe: Recipe) -> PreTrainedModel:
     """Loads the model that a converted one was made from, with the same compute dtype, and checks that it is the right one.
 
     Raises:
         BaseModelError: it is not there, or its weights differ elsewhere than in converted blocks and merged adapters' maps.
     """
-    revision = None if Path(name).is_dir() or name in DEMO_MODELS else converted.plan.revision or recipe.revision
+    opened = _open_original(converted.folder, converted.plan, name, recipe, converted.trust_remote_code)
+    compute = str(computed_in(converted.model)).removeprefix("torch.")
     try:
-        original = open_model(name, revision, converted.trust_remote_code).load(
-            dtype=converted.plan.dtype,
-            compute=str(computed_in(converted.model)).removeprefix("torch."),
-        )
+        original = opened.load(dtype=converted.plan.dtype, compute=compute)
     except MxDError as error:
-        raise BaseModelError(
-            f"the original model of {str(converted.folder)!r} is needed to compare with: {error.found}",
-            expected=f"the model that it was made from, {converted.plan.model}",
-            fix="say where it is now with --base",
-        ) from None
+        raise _original_needed(converted.folder, converted.plan, error) from None
     other = _difference(converted, original)
     if other is not None:
-        raise BaseModelError(
-            f"{name!r} is not the model that {str(converted.folder)!r} was made from: {other}",
-            expected="the same weights outside the converted blocks",
-            fix="name the right one with --base",
-        )
+        raise _another_model(converted.folder, name, other)
     return original
 
 
 def _difference(converted: Converted, original: PreTrainedModel) -> str | None:
     """The first difference between an original and the model that was converted, in words; None if there is none."""
-    if original.config.model_type != converted.plan.model_type:
-        return f"it is a {original.config.model_type} model, not {converted.plan.model_type}"
     merged = healed_maps(converted.model.config.mxd, "merged")
     changed = tuple(f"{converted.model.base_model_prefix}.{path}." for path in merged)
     mine = {key: tensor for key, tensor in converted.model.state_dict().items() if not key.startswith(changed)}

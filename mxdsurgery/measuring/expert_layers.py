@@ -14,15 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mxdsurgery.base.activations import record_activations
 from mxdsurgery.base.blocks import Block
 from mxdsurgery.checkpoint.converted import RECIPE_FILE, load, saved_recipe, settle
-from mxdsurgery.checkpoint.writing import write_json
+from mxdsurgery.checkpoint.writing import check_file, write_json
 from mxdsurgery.errors import LayerSelectionError
-from mxdsurgery.measuring.evaluate import load_original
+from mxdsurgery.measuring.evaluate import check_before_loading, load_original
 from mxdsurgery.measuring.frontier_table import FRONTIER_FILE, layer_file, load_layer, read_frontier
 from mxdsurgery.planning.plan import open_and_plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.text.labelled import Labelled, TokenBatch, token_batches
 from mxdsurgery.text.packing import Packing
-from mxdsurgery.text.places import text_name
+from mxdsurgery.text.places import check_there, text_name
 from mxdsurgery.training.accelerator import make_accelerator
 
 # The original block's own units, which experts are compared with.
@@ -57,6 +57,8 @@ def open_expert_layers(
     folder: str | Path,
     layer: int | None = None,
     *,
+    data: str | None = None,
+    kept_in: str | None = None,
     base: str | None = None,
     device: str | None = None,
     compute: str | None = None,
@@ -67,18 +69,28 @@ def open_expert_layers(
     Args:
         folder: what one of them wrote.
         layer: default: the first that has experts.
+        data: a text that will be read, looked for before any weights are.
+        kept_in: the folder within it where a result will be kept (`keep_beside`), checked before, too.
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
         compute: dtype to compute in; ``auto``: as stored, or float32 where that is faster here; default: the recipe's.
         trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
 
     Raises:
-        NotConvertedError, OutputError: the folder is neither.
+        NotConvertedError, OutputError: the folder is neither, or the result could not be kept.
+        DataError: the text is not on this machine.
         LayerSelectionError: it has no such layer, or none with experts.
         BaseModelError, ModelNotFoundError: the original model is missing, or is not the one that the folder was made from.
     """
     folder = Path(folder)
-    opener = _of_frontier if (folder / FRONTIER_FILE).is_file() else _of_converted
+    if (folder / FRONTIER_FILE).is_file():
+        check_there(data)
+        opener = _of_frontier
+    else:
+        check_before_loading(folder, data, base, trust_remote_code)
+        opener = _of_converted
+    if kept_in is not None:
+        check_file(folder / kept_in / "result.json")
     return opener(folder, layer, base, device, compute, trust_remote_code)
 
 

@@ -27,7 +27,7 @@ from mxdsurgery.checkpoint.converted import Converted, load, saved_recipe, settl
 from mxdsurgery.errors import BaseModelError
 from mxdsurgery.hardware.device import check_device, widest
 from mxdsurgery.hardware.guard import guarded
-from mxdsurgery.measuring.evaluate import held_out, load_original
+from mxdsurgery.measuring.evaluate import check_before_loading, held_out, load_original
 from mxdsurgery.measuring.intervals import Sums, Table, error_sums, scored_predictions, with_interval
 from mxdsurgery.measuring.scoring import Original, prediction_sums, run_original
 from mxdsurgery.terminal.console import Reporter
@@ -90,6 +90,7 @@ def growth(
     """
     reporter = reporter or Reporter()
     folder = Path(folder)
+    check_before_loading(folder, data, base, trust_remote_code)
     converted = load(folder, trust_remote_code=trust_remote_code)
     _check_layers_only(converted)
     recipe = settle(converted, saved_recipe(folder, device), compute)

@@ -88,7 +88,9 @@ def probe(
         BaseModelError: the original model is missing, or is not the one that the folder was made from.
     """
     reporter = reporter or Reporter()
-    opened = open_expert_layers(folder, layer, base=base, device=device, compute=compute, trust_remote_code=trust_remote_code)
+    kept = {"data": data, "kept_in": "probing"}
+    how = {"base": base, "device": device, "compute": compute, "trust_remote_code": trust_remote_code}
+    opened = open_expert_layers(folder, layer, **kept, **how)
     labelled = read_labelled(data, text_column, label_column, samples, opened.tokenizer)
     labelled = labelled.sample(samples, seed)
     batches = opened.batches(labelled, context)

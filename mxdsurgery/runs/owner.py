@@ -40,16 +40,21 @@ def _in_use(folder: Path, owner: Owner, how: str) -> RunInUseError:
 
 
 def _created(aside: Path, file: Path) -> bool:
-    """Gives a file its name, unless something has that name; in one step, on network file systems too."""
+    """Gives a file its name, unless something has that name; in one step, on network file systems too.
+
+    Raises:
+        FileNotFoundError: there is no such file any more.
+    """
     try:
         os.link(aside, file)
         return True
     except FileExistsError:
         return False
     except (OSError, NotImplementedError):  # a file system without hard links
+        content = aside.read_bytes()
         try:
             with open(file, "xb") as made:
-                made.write(aside.read_bytes())
+                made.write(content)
             return True
         except FileExistsError:
             return False
@@ -118,25 +123,26 @@ class Ownership:
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
             before = self._read()
+            there = before is not None or self.file.exists()
             if before is not None:
                 self._check_gone(before)
-            elif self.file.exists() and self._silence() < _UNREADABLE:
+            elif there and self._silence() < _UNREADABLE:
                 time.sleep(_CONTEST)
                 continue
             aside = self.folder / f".{OWNER_FILE}.{self.me.token}"
             try:
                 aside.write_text(json.dumps(asdict(self.me), indent=2), encoding="utf-8")
-                if before is None and not self.file.exists():
+                if not there:
                     if _created(aside, self.file):
                         return
-                elif self._read() == before:
+                elif self._read() == before and self.file.exists():
                     os.replace(aside, self.file)
                     time.sleep(_CONTEST)
                     if self._read() == self.me:
                         self.before = before
                         return
             except FileNotFoundError:
-                pass  # the one before ended meanwhile, and removed the folder
+                pass  # the one before ended meanwhile, and emptied or removed the folder
             finally:
                 aside.unlink(missing_ok=True)
 
@@ -157,10 +163,9 @@ class Ownership:
     def _silence(self) -> float:
         """Seconds since the last sign of life, by the clock of who keeps the files."""
         probe = self.folder / f".now.{self.me.token}"
-        try:
-            probe.touch()
-            with open(self.file, "rb") as file:  # opened, since a network file system may remember an old time
-                return probe.stat().st_mtime - os.fstat(file.fileno()).st_mtime
+        try:  # opened, since a network file system may remember an old time, and the owner may remove the probe
+            with open(probe, "wb") as now, open(self.file, "rb") as file:
+                return os.fstat(now.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
             return _SILENCE
         finally:

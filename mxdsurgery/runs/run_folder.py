@@ -165,6 +165,17 @@ class RunFolder:
             self._give_back()
             raise
 
+    def check_decision(self, resume: bool, overwrite: bool, anew: str) -> bool:
+        """Whether there is an unfinished run; OutputError if it is to be neither resumed nor overwritten. See `open`."""
+        there = any(self.path.glob("checkpoints*/step-*"))
+        if rank() == 0 and there and not resume and not overwrite:
+            raise OutputError(
+                f"{str(self.path)!r} holds an unfinished run",
+                expected="a decision",
+                fix=f"--resume to go on with it, or {anew} to begin anew, or another --out",
+            )
+        return there
+
     def take(self) -> None:
         """Makes the folder the first process's own, until the run ends.
 
@@ -218,13 +229,7 @@ class RunFolder:
 
     def _open(self, identity: Mapping[str, Any], resume: bool, overwrite: bool, anew: str) -> None:
         found = self.checkpoints.latest(anew) if resume else None
-        there = any(self.path.glob("checkpoints*/step-*"))
-        if rank() == 0 and there and not resume and not overwrite:
-            raise OutputError(
-                f"{str(self.path)!r} holds an unfinished run",
-                expected="a decision",
-                fix=f"--resume to go on with it, or {anew} to begin anew, or another --out",
-            )
+        there = self.check_decision(resume, overwrite, anew)
         if found is not None:
             self.resumed, self.at = found, found.state["step"]
         self.confirm(**identity)

@@ -55,6 +55,12 @@ def lasting(spec: str) -> str:
     return os.path.abspath(spec) if here else spec
 
 
+def check_there(spec: str | None) -> None:
+    """Raises DataError if a text, where one is given, is none on this machine; what is on the hub is not asked for."""
+    if spec is not None and not (spec.startswith("stdlib") or on_hub(spec)):
+        text_files(spec)
+
+
 def text_files(spec: str) -> list[Path]:
     """The files of a text on this machine, in their order: one, a folder's, or those that a pattern matches.
 

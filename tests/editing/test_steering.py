@@ -285,14 +285,14 @@ def test_a_judge_has_an_address_and_a_model():
 
 
 def test_a_judges_ratings_stand_beside_the_figures(server, folder, expert):
-    server.answers += [GOOD] * 3 + [said('{"concept": 0.75, "fluency": 0.5}')] * 3
+    server.answers += [GOOD] * 4 + [said('{"concept": 0.75, "fluency": 0.5}')] * 3
     edits = Edits(steer={1: {expert: 2.0}})
     found = steering(folder, edits=edits, unit="maximum", judge=server.judge, **SHORT)
-    assert found["judge"] == "small-judge" and KEY not in json.dumps(found) and len(server.requests) == 6
+    assert found["judge"] == "small-judge" and KEY not in json.dumps(found) and len(server.requests) == 7
     assert (found["unsteered"]["judged_concept"], found["steered"][0]["judged_concept"]) == (0.25, 0.75)
     assert found["steered"][0]["judged_fluency_ci"] == [0.5, 0.5]
     asked = [json.loads(request["messages"][-1]["content"])["text"] for _, _, request in server.requests]
-    assert asked == found["unsteered"]["texts"] + found["steered"][0]["texts"]
+    assert asked[1:] == found["unsteered"]["texts"] + found["steered"][0]["texts"]
     found["unsteered"]["texts"][0] = "[bold]not markup"
     console = Console(width=240)
     with console.capture() as capture:

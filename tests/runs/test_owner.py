@@ -180,6 +180,41 @@ def test_one_of_many_that_take_a_dead_one_s_folder_at_once_gets_it(tmp_path, mon
     got[0].give_back()
 
 
+def test_a_folder_that_another_process_takes_in_between_is_not_taken_over(tmp_path, monkeypatch):
+    mine, found = Ownership(tmp_path), iter([None, None])  # nobody, and nobody again: one came and went, and another came
+
+    def another_comes(me):
+        monkeypatch.undo()
+        put(tmp_path, process=os.getppid(), process_started=owner._started(os.getppid()), token="another")
+        monkeypatch.setattr(mine, "_read", lambda: next(found, None) or Ownership._read(mine))
+        return dataclasses.asdict(me)
+
+    next(found)
+    monkeypatch.setattr(owner, "asdict", another_comes)
+    with pytest.raises(RunInUseError):
+        mine.take()
+    assert json.loads((tmp_path / OWNER_FILE).read_text())["token"] == "another"
+    assert [path.name for path in tmp_path.iterdir()] == [OWNER_FILE]
+
+
+def test_a_name_that_the_owner_s_work_removed_is_written_anew(tmp_path, monkeypatch):
+    def gone(me):
+        monkeypatch.undo()
+        text = dataclasses.asdict(me)
+        monkeypatch.setattr(os, "link", removed)
+        return text
+
+    def removed(aside, file):
+        monkeypatch.undo()
+        os.unlink(aside)
+        os.link(aside, file)
+
+    monkeypatch.setattr(owner, "asdict", gone)
+    mine = Ownership(tmp_path / "out.run").take()
+    assert mine._read() == mine.me
+    mine.give_back()
+
+
 def test_a_thread_of_the_same_process_is_refused_and_the_same_thread_is_not(tmp_path):
     mine = Ownership(tmp_path / "out.run").take()
     assert Ownership(tmp_path / "out.run").take() is mine
