@@ -30,7 +30,7 @@ from mxdsurgery.base.dtypes import as_stored, computed_in
 from mxdsurgery.base.offload import SHARD_BYTES, adopt_hooks, execution_device, is_offloaded
 from mxdsurgery.base.running import RUN, logits_of, run_base
 from mxdsurgery.base.surgery import replaced
-from mxdsurgery.checkpoint.adapter import CARD, check_base, write_adapter
+from mxdsurgery.checkpoint.adapter import check_base, write_adapter
 from mxdsurgery.checkpoint.card import model_card
 from mxdsurgery.checkpoint.converted import (
     EVALUATION_FILE,

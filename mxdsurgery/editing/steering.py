@@ -120,9 +120,8 @@ def steering(
         JudgeError: the judge does not answer; it is tried before any weights are read.
     """
     reporter = reporter or Reporter()
-    kind, layer, expert = _one_expert(edits)
+    kind, layer, expert = _checked(edits, folder, base, trust_remote_code, judge)
     sampling = Sampling(max_new_tokens, temperature, samples, top_k, top_p, seed)
-    _check_beside(folder, base, trust_remote_code, judge)
     converted, recipe = load_with_recipe(folder, device, compute, rows=samples, trust_remote_code=trust_remote_code)
     amount, catalogue = getattr(in_coefficients(edits, converted, unit), kind)[layer][expert], catalogue_of(converted)
     in_maximum = amount / maximum_of(converted, layer, expert)
@@ -146,11 +145,15 @@ def steering(
     return result if judge is None else result | _judged(judge, result, concept.passages(tokenizer.decode), reporter)
 
 
-def _check_beside(folder: str | Path, base: str | None, trust_remote_code: bool, judge: Judge | None) -> None:
-    """Raises what is wrong with the original model or the judge and can be known before any weights are read."""
+def _checked(
+    edits: Edits, folder: str | Path, base: str | None, trust_remote_code: bool, judge: Judge | None
+) -> tuple[str, int, int]:
+    """As `_one_expert`, after all that can be known to be wrong before any weights are read."""
+    named = _one_expert(edits)
     check_before_loading(folder, None, base, trust_remote_code)
     if judge is not None:
         judge.check()
+    return named
 
 
 def _one_expert(edits: Edits) -> tuple[str, int, int]:

@@ -185,7 +185,7 @@ def test_a_folder_that_another_process_takes_in_between_is_not_taken_over(tmp_pa
 
     def another_comes(me):
         monkeypatch.undo()
-        put(tmp_path, process=os.getppid(), process_started=owner._started(os.getppid()), token="another")
+        put(tmp_path, process=os.getppid(), process_started=owner.started(os.getppid()), token="another")
         monkeypatch.setattr(mine, "_read", lambda: next(found, None) or Ownership._read(mine))
         return dataclasses.asdict(me)
 
