@@ -15,7 +15,7 @@ ARGUMENTS: dict[str, Key] = {
     **{name: RECIPE_KEYS[name] for name in ("tokens", "seed", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints")},
     "tokens_single": Key(doc="of the held-out tokens, those that each layer alone is measured on", **_ONE),
     "samples": Key(doc="texts", **_ONE),
-    "context": Key(doc="tokens that each text is cut after", **_ONE),
+    "context": Key("count", "tokens that each text is cut after", low=2),
     "batch": Key(doc="contexts, or tokens, at a time", **_ONE),
     "top": Key(doc="of what is strongest", **_ONE),
     "sample": Key(doc="places kept at random", **_ONE),

@@ -31,6 +31,7 @@ from mxdsurgery.options import (
     machine_options,
     number,
     recipe_options,
+    refuse_typed,
     text_options,
 )
 from mxdsurgery.recipe import RECIPE_KEYS
@@ -315,7 +316,7 @@ def plot(folder: str, as_json: bool, **options: Any) -> None:
 @click.argument("folder", metavar="DIR")
 @click.argument("query")
 @click.option("--by", type=click.Choice(BY), default="auto", show_default=True, help="What QUERY is.")
-@click.option("--layer", type=int, help="Look in one layer only.")
+@click.option("--layer", type=int, help="Look in one layer only; negative: from the end.")
 @number("top", "How many experts to show.", default=20)
 @machine_options
 @AS_JSON
@@ -384,6 +385,7 @@ def effect(folder: str, edits: Any, sweep: int | None, as_json: bool, **options:
     """Measure what edits of experts in DIR do to its predictions, and what the same edits of others do."""
     per_expert = options.pop("contexts_per_expert")
     if sweep is None:
+        refuse_typed("contexts_per_expert", "goes with --sweep")
         from mxdsurgery.editing.effect import effect_tables
 
         result = mxdsurgery.effect(folder, edits=edits, reporter=console_reporter(), **options)
@@ -391,6 +393,7 @@ def effect(folder: str, edits: Any, sweep: int | None, as_json: bool, **options:
         return
     if edits:
         raise EditError("--sweep was given together with edits", expected="one of them: it ablates each expert alone")
+    refuse_typed("controls", "goes with edits: --sweep compares every expert with all others")
     from mxdsurgery.editing.sweep import sweep_table
 
     top, _ = options.pop("top"), options.pop("controls")
@@ -430,6 +433,8 @@ def generate(folder: str, score: bool, judge_url: str | None, judge_model: str |
         return
     if given.keys() & {"factors", "controls", "base"} or judge_url or judge_model:
         raise click.UsageError("--factors, --controls, --base and --judge go with --score")
+    if not given.get("edits"):
+        refuse_typed("unit", "goes with --steer or --clamp, or --edits with these")
     if "prompt" not in given:
         raise click.UsageError("--prompt is needed")
     from mxdsurgery.editing.generate import side_by_side

@@ -5,13 +5,14 @@ Every one of them ends a command with exit code 2 and these lines on stderr, nev
 """
 
 import re
+import shlex
 from collections.abc import Collection
 
 # Settings that are on or off: their flags take no value.
 SWITCHES = ("checkpointing", "overwrite", "redact", "resume", "trust-remote-code", "undo")
 _FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)(?: ([0-9a-z][\w.,-]*(?<=\w))(?=$|[,;:)]| \(| --))?")
 # A whole other command, to be run first: its flags are its own.
-_COMMAND = re.compile(r"mxdsurgery [a-z]+[^')]*")
+_COMMAND = re.compile(r"mxdsurgery [a-z]+(?: (?:'[^']*'|\"[^\"]*\"|[^'\") ]+))*")
 
 
 class MxDError(Exception):
@@ -68,6 +69,11 @@ def _keyword(flag: re.Match) -> str:
     if value is None or re.fullmatch(r"[0-9]+(\.[0-9]+)?", value):
         return keyword + (value or "")
     return f"{keyword}{value!r}"
+
+
+def as_typed(value: object) -> str:
+    """A path or name as it is written in a command: quoted where it has to be."""
+    return shlex.quote(str(value))
 
 
 class MxDWarning(UserWarning):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from mxdsurgery.arguments import ARGUMENTS, given_number
 from mxdsurgery.choices import DEFAULT_KINDS, HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
@@ -67,6 +68,12 @@ class Numbers(click.ParamType):
         return numbers
 
 
+def refuse_typed(name: str, why: str) -> None:
+    """Raises UsageError for a flag that was given, where it would have no say."""
+    if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        raise click.UsageError(f"--{name.replace('_', '-')} {why}")
+
+
 def recipe_options(*without: str) -> Callable[[Callable], Callable]:
     """A flag for every recipe key, in the recipe's order, except the model, which is the argument, and ``without``."""
 
@@ -119,7 +126,7 @@ def labelled_options(required: bool) -> Callable[[Callable], Callable]:
     """The flags of commands that look at experts through labelled text."""
     options = (
         click.option("--data", required=required, help="Labelled text: a file, folder or data set with columns."),
-        click.option("--layer", type=int, help="Default: the first in DIR."),
+        click.option("--layer", type=int, help="Negative: from the end; default: the first in DIR."),
         click.option("--text-column", default="text", show_default=True, help="The column or field that holds the text."),
         click.option("--label-column", default="label", show_default=True, help="The column or field that holds the class."),
         number("samples", "Texts, drawn at random; default: all."),

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path, PurePosixPath
@@ -18,7 +17,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from mxdsurgery.errors import first_line
+from mxdsurgery.errors import as_typed, first_line
 
 # The largest settings file.
 MOST_BYTES = 16 * 2**20
@@ -220,7 +219,7 @@ def check_folder(folder: Path, deep: bool = False) -> None:
         if path.is_symlink() and not _leads_inside(root, path):
             name = path.relative_to(folder)
             fix = (
-                f"if that link is yours, put the file in its place: 'cp -RL {shlex.quote(str(folder))} NEW' copies the folder "
+                f"if that link is yours, put the file in its place: 'cp -RL {as_typed(folder)} NEW' copies the folder "
                 "and all that its links lead to; a hard link ('ln -f') does as well, and takes no space"
             )
             raise FileFault(f"{name} is a link that leaves the folder", fix)

@@ -7,7 +7,7 @@ import pytest
 from running import ROOT
 
 from mxdsurgery.cli import flags_of, main
-from mxdsurgery.errors import SWITCHES, MxDError, flags_in
+from mxdsurgery.errors import SWITCHES, MxDError, as_typed, flags_in
 
 COMMANDS = {name: flags_of(command) for name, command in main.commands.items()}
 SOURCES = [path for path in sorted((ROOT / "mxdsurgery").rglob("*.py")) if path.name not in ("cli.py", "options.py")]
@@ -77,6 +77,30 @@ def test_switches_are_the_flags_without_values():
     assert all(options[f"--{name}"].is_flag for name in SWITCHES)
 
 
+# What is the same everywhere: whole commands, whatever the folder in them is called, and what only looks like a flag.
+OTHERS = [
+    "run mxdsurgery experts DIR --data TEXT first",
+    "run mxdsurgery experts 'my models/Ω (2) --k' --overwrite",
+    'mxdsurgery apply "the user\'s" --base x --out DIR',
+    "rename my--file.txt",
+]
+
+
+def test_a_command_to_be_run_names_folders_as_they_are_typed():
+    """Every folder or name that is filled into a command is quoted."""
+    filled = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for joined in ast.walk(node.value) if isinstance(node, ast.keyword) and node.arg == "fix" else ():
+                before = ""
+                for part in getattr(joined, "values", []):
+                    if isinstance(part, ast.FormattedValue) and re.search("mxdsurgery [a-z]+ [^;,]*$", before):
+                        filled.append(ast.unparse(part.value))
+                    before += str(getattr(part, "value", ""))
+    assert len(filled) > 4 and [text for text in filled if not text.startswith("as_typed(")] == []
+    assert as_typed("a") == "a" and as_typed("my Ω") == "'my Ω'"
+
+
 @pytest.mark.parametrize(
     ("fix", "flags", "command", "python"),
     [
@@ -85,7 +109,7 @@ def test_switches_are_the_flags_without_values():
         ("--layers 0,2-3", {"--layers"}, "--layers 0,2-3", "layers='0,2-3'"),
         ("--dtype bfloat16 --compute bfloat16", {"--dtype"}, None, "dtype='bfloat16' compute='bfloat16'"),
         ("--overwrite to begin anew", set(), None, "overwrite=True to begin anew"),
-        *[(other, set(), other, other) for other in ("run mxdsurgery experts DIR --data TEXT first", "rename my--file.txt")],
+        *[(other, set(), other, other) for other in OTHERS],
     ],
 )  # fmt: skip
 def test_ways_that_a_command_lacks_are_left_out(fix, flags, command, python):

@@ -214,3 +214,17 @@ def test_sizes_of_files(tmp_path, monkeypatch):
     assert read_json(path) == 2**63 - 1
     path.write_text(str(2**63))
     assert "too large" in refused(lambda: read_json(path))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["effect", "x", "--sweep", "1", "--controls", "3"], "--controls goes with edits"),
+        (["effect", "x", "--ablate", "0:1", "--contexts-per-expert", "3"], "--contexts-per-expert goes with --sweep"),
+        (["generate", "x", "--prompt", "x", "--unit", "maximum"], "--unit goes with --steer or --clamp"),
+        (["generate", "x", "--prompt", "x", "--factors", "1"], "go with --score"),
+    ],
+)
+def test_a_flag_that_would_have_no_say_is_refused(words, said):
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2 and said in done.stderr

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from mxdsurgery.errors import LayerSelectionError
 from mxdsurgery.keys import parse_layers
@@ -51,6 +52,27 @@ def write_layers(numbers: Sequence[int]) -> str:
         else:
             runs.append([number, number])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def one_layer(layer: int, there: Sequence[int], folder: str | Path, n_layers: int | None = None) -> int:
+    """A layer that is among those in a folder; a negative number counts from the end of the model's layers.
+
+    Args:
+        layer: as it was asked for.
+        there: the layers in the folder.
+        folder: for people.
+        n_layers: the model's; None where they are not known: negative numbers are then none of them.
+
+    Raises:
+        LayerSelectionError: it is none of them.
+    """
+    found = layer + n_layers if layer < 0 and n_layers is not None else layer
+    if found not in there:
+        from_end = "" if n_layers is None else f"; or, from the end, {', '.join(str(one - n_layers) for one in there)}"
+        raise LayerSelectionError(
+            f"{str(folder)!r} holds no experts in layer {layer}", expected=f"one of {', '.join(map(str, there))}{from_end}"
+        )
+    return found
 
 
 def _layer(number: int, n_layers: int, selection: str) -> int:

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from mxdsurgery.checkpoint.converted import Converted, fingerprint
-from mxdsurgery.errors import CatalogueError, first_line
+from mxdsurgery.errors import CatalogueError, as_typed, first_line
 
 CATALOGUE_FILE, CONTEXTS_FILE = "experts.json", "contexts.parquet"
 CATALOGUE_VERSION = 1
@@ -176,7 +176,7 @@ def open_catalogue(folder: str | Path) -> Catalogue:
         raise CatalogueError(
             f"there is no {str(path)!r}",
             expected="what mxdsurgery experts writes",
-            fix=f"run mxdsurgery experts {folder.parent} --data TEXT first",
+            fix=f"run mxdsurgery experts {as_typed(folder.parent)} --data TEXT first",
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CatalogueError(
@@ -198,7 +198,7 @@ def catalogue_of(converted: Converted) -> Catalogue:
         raise CatalogueError(
             f"the catalogue in {str(made.folder)!r} is of another model",
             expected=f"of the one in {str(converted.folder)!r}",
-            fix=f"run mxdsurgery experts {converted.folder} --overwrite",
+            fix=f"run mxdsurgery experts {as_typed(converted.folder)} --overwrite",
         )
     return made
 

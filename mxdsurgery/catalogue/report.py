@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
@@ -36,7 +35,7 @@ from mxdsurgery.catalogue.files import Catalogue, open_catalogue
 from mxdsurgery.checkpoint.card import FIGURES, LEGEND, before_last_edit, figure_rows
 from mxdsurgery.checkpoint.converted import EVALUATION_FILE, converted_classes, read_config
 from mxdsurgery.checkpoint.writing import written_whole
-from mxdsurgery.errors import CatalogueError, NotConvertedError, OutputError, first_line
+from mxdsurgery.errors import CatalogueError, NotConvertedError, OutputError, as_typed, first_line
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.sources import token_strings
@@ -253,7 +252,7 @@ def _header(folder: Path, config: dict[str, Any], catalogue: Catalogue) -> dict[
         "figures": _figures(folder, mxd.get("edits") or []),
         "edits": [_step(step) for step in mxd.get("edits") or []],
         "code": _CODE,
-        "folder": shlex.quote(str(folder)),
+        "folder": as_typed(folder),
     }
 
 
@@ -274,7 +273,7 @@ def _figures(folder: Path, edits: list[dict[str, Any]]) -> dict[str, Any]:
         raise NotConvertedError(
             f"{str(path)!r} cannot be read: {first_line(error)}",
             expected="the layers' figures",
-            fix=f"run mxdsurgery evaluate {folder}",
+            fix=f"run mxdsurgery evaluate {as_typed(folder)}",
         ) from None
 
 
@@ -317,8 +316,12 @@ def _check_page(page: Path) -> Path:
     """The path of the page to write, checked: nothing but an older page is there. Creates its folder.
 
     Raises:
-        OutputError: there is something else, or the folder cannot be made.
+        OutputError: it is not named as a page, there is something else, or the folder cannot be made.
     """
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise OutputError(
+            f"{str(page)!r} is no name of a page", expected="a file that ends in .html", fix="give another --out"
+        )
     beside = _beside(page)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)

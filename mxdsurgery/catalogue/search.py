@@ -12,7 +12,9 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mxdsurgery.base.decoder import layer_count
 from mxdsurgery.base.running import run_base
+from mxdsurgery.base.selection import one_layer
 from mxdsurgery.catalogue.experts import recorded_coefficients
 from mxdsurgery.catalogue.files import Catalogue, catalogue_of
 from mxdsurgery.checkpoint.converted import load_with_recipe
@@ -65,11 +67,13 @@ def search(
         NotConvertedError, CatalogueError: the folder or its catalogue is missing, or they do not belong together.
         DataError: the query has no token, or, by token, more than one.
     """
+    if not query:
+        raise DataError("the query is empty", expected="a text or a token")
     converted, _ = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     catalogue = catalogue_of(converted)
+    layers = list(catalogue.layers)
     if layer is not None:
-        catalogue.check_layer(layer)
-    layers = list(catalogue.layers) if layer is None else [layer]
+        layers = [one_layer(layer, layers, catalogue.folder, layer_count(converted.model))]
     tokenizer = converted.tokenizer()
     single = _single_tokens(query, tokenizer)
     by = ("token" if single else "text") if by == "auto" else by
@@ -159,6 +163,9 @@ def search_table(result: dict[str, Any]) -> Table:
     """For a terminal."""
     what = "tokens of the query" if result["by"] == "text" else "of its firings"
     table = Table(title=f"By {result['by']}: {' '.join(map(repr, result['tokens'][:12]))}")
+    if not result["experts"]:
+        other = "--by text reads it with the model" if result["by"] == "token" else "try another text"
+        table.caption = f"No expert fires on it more often than on the catalogue's text at large: {other}."
     for heading in ("layer", "expert", "nats", f"share ({what})", "frequency"):
         table.add_column(heading, justify="right")
     table.add_column("fires most strongly on", no_wrap=True, overflow="ellipsis")

@@ -150,7 +150,8 @@ def read_adapter(folder: str | Path) -> Adapter:
     path = Path(folder) / ADAPTER_FILE
     expected = "an adapter that mxdsurgery wrote"
     if not path.is_file():
-        raise NotConvertedError(f"{str(folder)!r} is not a folder with a {ADAPTER_FILE}", expected=expected)
+        there = "is a whole model: there is nothing to apply" if (Path(folder) / "plan.json").is_file() else None
+        raise NotConvertedError(f"{str(folder)!r} {there or f'is not a folder with a {ADAPTER_FILE}'}", expected=expected)
     try:
         check_folder(Path(folder), deep=True)
         values = read_json(path)

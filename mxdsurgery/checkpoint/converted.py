@@ -23,7 +23,7 @@ from mxdsurgery.base.foreign import code_error
 from mxdsurgery.base.model import read_tokenizer
 from mxdsurgery.base.running import check_runs
 from mxdsurgery.checkpoint.adapter import Adapter, is_adapter, merged, read_adapter, right_base
-from mxdsurgery.errors import NotConvertedError, WeightsError, first_line
+from mxdsurgery.errors import NotConvertedError, WeightsError, as_typed, first_line
 from mxdsurgery.hardware.compute import model_dtype
 from mxdsurgery.hardware.device import check_device
 from mxdsurgery.hardware.guard import guarded
@@ -133,8 +133,8 @@ def read_config(folder: str | Path, *, of_adapter: bool = False) -> dict[str, An
         raise NotConvertedError(
             f"{str(folder)!r} is an adapter: it holds only what differs from {adapter.origin()}",
             expected=_CONVERTED,
-            fix=f"write that folder with 'mxdsurgery apply {folder} --base \"{adapter.base_flag()}\" --out DIR'; "
-            f"in Python, load(..., base=...) has the model in memory",
+            fix=f"write that folder: mxdsurgery apply {as_typed(folder)} --base {as_typed(adapter.base_flag())} --out DIR; "
+            "in Python, load(..., base=...) has the model in memory",
         )
     path = Path(folder) / "config.json"
     if not path.is_file():

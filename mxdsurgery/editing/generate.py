@@ -12,7 +12,7 @@ from mxdsurgery.checkpoint.converted import Converted, load_with_recipe
 from mxdsurgery.choices import UNITS
 from mxdsurgery.editing.edits import Edits, check_for
 from mxdsurgery.editing.sampling import Sampling, prompt_ids, sample
-from mxdsurgery.errors import CatalogueError, EditError, first_line
+from mxdsurgery.errors import CatalogueError, EditError, as_typed, first_line
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.layers.interventions import InterventionError
 
@@ -123,7 +123,7 @@ def maximum_of(converted: Converted, layer: int, expert: int) -> float:
         raise CatalogueError(
             f"no largest coefficients of layer {layer} are known: {first_line(error)}",
             expected="what mxdsurgery experts writes",
-            fix=f"run mxdsurgery experts {converted.folder} first, or give coefficients",
+            fix=f"run mxdsurgery experts {as_typed(converted.folder)} first, or give coefficients",
         ) from None
     if maximum == 0:
         raise EditError(

@@ -13,9 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mxdsurgery.base.activations import record_activations
 from mxdsurgery.base.blocks import Block
+from mxdsurgery.base.decoder import layer_count
+from mxdsurgery.base.model import check_context
+from mxdsurgery.base.selection import one_layer
 from mxdsurgery.checkpoint.converted import RECIPE_FILE, load, saved_recipe, settle
 from mxdsurgery.checkpoint.writing import check_file, write_json
-from mxdsurgery.errors import LayerSelectionError
+from mxdsurgery.errors import DataError, LayerSelectionError
 from mxdsurgery.measuring.evaluate import check_before_loading, load_original
 from mxdsurgery.measuring.frontier_table import FRONTIER_FILE, layer_file, load_layer, read_frontier
 from mxdsurgery.planning.plan import open_and_plan
@@ -48,9 +51,23 @@ class ExpertLayers:
     recipe: Recipe
 
     def batches(self, labelled: Labelled, context: int | None) -> list[TokenBatch]:
-        """The texts as the model reads them, each cut after ``context`` tokens; default: the recipe's."""
+        """The texts as the model reads them, each cut after ``context`` tokens; default: the recipe's.
+
+        Raises:
+            RecipeError: the model reads no contexts of so many tokens.
+            DataError: no text has a token that counts.
+        """
+        if context is not None:
+            check_context(self.model.config, context)
         packing = Packing(self.tokenizer, context or self.recipe.context, self.recipe.prepend_bos)
-        return token_batches(labelled.texts, packing, self.recipe.batch)
+        batches = token_batches(labelled.texts, packing, self.recipe.batch)
+        if not any(batch.counted.any() for batch in batches):
+            raise DataError(
+                "no text has two tokens or more, the beginning-of-text token included where there is one",
+                expected="texts with a token that something is predicted from",
+                fix="give longer texts with --data",
+            )
+        return batches
 
 
 def open_expert_layers(
@@ -134,7 +151,7 @@ def _of_converted(
     converted = load(folder, trust_remote_code=trusted)
     recipe = settle(converted, saved_recipe(folder, device), compute)
     planned = {entry.block.layer: entry for entry in converted.plan.layers if entry.n_experts}
-    index = _chosen(layer, list(planned), folder)
+    index = _chosen(layer, list(planned), folder, layer_count(converted.model))
     accelerator = make_accelerator(recipe)
     model = load_original(converted, base or recipe.model, recipe).to(accelerator.device)
     layers = {planned[index].what: converted.layers[index].to(accelerator.device)}
@@ -162,11 +179,7 @@ def _of_frontier(
     return ExpertLayers(model, base_model.tokenizer(), made.blocks[0], layers, recipe)
 
 
-def _chosen(layer: int | None, there: list[int], folder: Path) -> int:
+def _chosen(layer: int | None, there: list[int], folder: Path, n_layers: int | None = None) -> int:
     if not there:
         raise LayerSelectionError(f"{str(folder)!r} holds no experts", expected="a layer of another kind than dense")
-    if layer is not None and layer not in there:
-        raise LayerSelectionError(
-            f"{str(folder)!r} holds no experts in layer {layer}", expected="one of " + ", ".join(map(str, there))
-        )
-    return there[0] if layer is None else layer
+    return there[0] if layer is None else one_layer(layer, there, folder, n_layers)

@@ -118,7 +118,8 @@ def probe(
 
 
 def _check_classes(labels: np.ndarray, data: str) -> None:
-    names, counts = np.unique(labels, return_counts=True)
+    found, counts = np.unique(labels, return_counts=True)
+    names = found.tolist()
     if len(names) < 2 or counts.min() < _LEAST_TEXTS:
         found = ", ".join(f"{name!r} {count}" for name, count in zip(names, counts, strict=True))
         raise DataError(

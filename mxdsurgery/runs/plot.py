@@ -212,10 +212,11 @@ def _metrics_of(folder: Path) -> Path:
     for path in (folder / METRICS_FILE, run / METRICS_FILE):
         if path.is_file():
             return path
+    ours = (folder / "plan.json").is_file()
     raise MetricsError(
         f"{str(folder)!r} " + (f"holds no {METRICS_FILE}" if folder.is_dir() else "is no folder"),
         expected="a folder that convert, heal or frontier wrote, or is writing",
-        fix="convert the model with this version: it writes one",
+        fix="convert the model again: an earlier version wrote none" if ours else None,
     )
 
 

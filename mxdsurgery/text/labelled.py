@@ -82,6 +82,8 @@ def read_labelled(
     for column, count in empty.items():
         say_empty(count, read, spec, column)
     found = Labelled(texts, labels)
+    if not texts:
+        raise DataError(f"{spec!r} holds no labelled text", expected="rows with a text and a class", fix="give another --data")
     if len(found.classes) < 2:
         raise DataError(
             f"{spec!r} has {len(found.classes)} classes in its column {label_column!r}",

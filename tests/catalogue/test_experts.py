@@ -289,11 +289,19 @@ def test_search_by_token_finds_experts_whose_firings_stand_on_it(folder):
     assert search(folder, "def function(self):")["by"] == "text"
     with pytest.raises(DataError, match="more than one token"):
         search(folder, "def function(self):", by="token")
-    with pytest.raises(DataError, match="the query is empty"):
-        search(folder, "", by="text")
-    for by in ("text", "token"):
-        with pytest.raises(CatalogueError, match="holds no experts of layer 9"):
+    for by in ("text", "token", "auto"):
+        with pytest.raises(DataError, match="the query is empty"):
+            search(folder, "", by=by)
+        with pytest.raises(LayerSelectionError, match="holds no experts in layer 9"):
             search(folder, "self", by=by, layer=9)
+        assert search(folder, "self", by=by, layer=-3) == search(folder, "self", by=by, layer=1)
+
+
+def test_a_search_that_finds_nothing_says_so(folder):
+    for by, way in (("token", "--by text reads it"), ("text", "try another text")):
+        table = search_table({"by": by, "query": "x", "tokens": ["x"], "experts": []})
+        assert "No expert fires on it" in table.caption and way in table.caption
+    assert search_table(search(folder, "self")).caption is None
 
 
 def test_search_wants_the_models_own_catalogue(converted, folder, tmp_path):

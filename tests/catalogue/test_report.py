@@ -164,6 +164,13 @@ def test_tokens_keep_their_spaces_and_bytes(converted):
     assert token_strings(tokenizer, [10**6]) == ["<1000000>"]
 
 
+def test_a_page_is_named_as_one(model, tmp_path):
+    for name in ("page.pdf", "page", "page.html.txt"):
+        with pytest.raises(OutputError, match="ends in .html"):
+            report(model, out=tmp_path / "inner" / name)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_much_data_goes_into_files_beside_the_page_and_back(model, tmp_path):
     page, beside = tmp_path / "all of it#.html", tmp_path / "all of it#-data"
     inside = report(model, out=page)

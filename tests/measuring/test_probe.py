@@ -26,6 +26,9 @@ PIECES = {
 }
 
 
+TWO = '{"text": "import os", "label": "x"}\n{"text": "import re", "label": "y"}\n'
+
+
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     path = tmp_path_factory.mktemp("labelled") / "python.jsonl"
@@ -117,7 +120,14 @@ def test_numbers_as_labels_are_names(tmp_path):
     [
         ('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n', ["--label-column", "kind"], "has no column 'kind'"),
         ('{"text": "a", "label": "x"}\n', [], "has 1 classes"),
-        ('{"text": "import os", "label": "x"}\n{"text": "import re", "label": "y"}\n', [], "too few texts of a class"),
+        ("\n", [], "holds no labelled text"),
+        (
+            '{"text": "import os", "label": "x"}\n{"text": "import re", "label": "y"}\n',
+            [],
+            "too few texts of a class: 'x' 1, 'y' 1\n",
+        ),
+        ('{"text": "import os", "label": "x"}\n{"text": "import re", "label": "y"}\n', ["--context", "5k"], "reads at most"),
+        ('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n', ["--layer", "-3"], "no text has two tokens"),
         ("not json", [], "line 1: not JSON"),
     ],
 )
@@ -125,12 +135,16 @@ def test_bad_labelled_text_is_a_named_error(content, words, message, converted, 
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
     result = CliRunner().invoke(main, ["probe", str(converted.out), "--data", str(path), *words])
-    assert result.exit_code == 2 and message in result.stderr and "DataError" in result.stderr
+    kind = "RecipeError" if "--context" in words else "DataError"
+    assert result.exit_code == 2 and message in result.stderr and kind in result.stderr
 
 
 def test_wrong_layers_and_folders_are_named(converted, labelled, tmp_path):
     with pytest.raises(LayerSelectionError, match="holds no experts in layer 3"):
         mxdsurgery.probe(converted.out, data=str(labelled), layer=3)
+    with pytest.raises(LayerSelectionError, match="no experts in layer -4\nexpected: one of 1; or, from the end, -3"):
+        mxdsurgery.dissect(converted.out, layer=-4)
+    assert mxdsurgery.dissect(converted.out, layer=-3)["layer"] == 1
     (tmp_path / "frontier.json").write_text("{}")
     with pytest.raises(OutputError, match="no frontier.json that can be read"):
         mxdsurgery.probe(tmp_path, data=str(labelled))

@@ -123,6 +123,12 @@ def test_what_is_not_there_and_what_cannot_be_drawn_is_refused_by_name(tmp_path)
         plot(tmp_path)
     with pytest.raises(MetricsError, match="is no folder"):
         plot(tmp_path / "none")
+    with pytest.raises(MetricsError) as raised:
+        plot(tmp_path)
+    assert raised.value.fix is None  # it is no model of ours
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(MetricsError, match="an earlier version wrote none"):
+        plot(tmp_path)
     for rows, end in ([], '{"sta'), ([{"stage": "heal", "step": 1, "tokens": 5, "layers": {}}], ""):
         with pytest.raises(MetricsError, match="holds no figure of a training"):
             plot(written(tmp_path, rows, end))
