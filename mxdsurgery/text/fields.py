@@ -8,6 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from mxdsurgery.errors import DataError, first_line
 
+# Who speaks in chats of messages with from and value, as ShareGPT has them, and what templates call them.
+_ROLES = dict.fromkeys(("human", "user"), "user") | {"system": "system"}
+_ROLES |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call"), "assistant")
+_ROLES |= dict.fromkeys(("tool", "function", "function_response", "observation"), "tool")
 MOST_NAMES = 300  # characters of the names that an error lists
 
 
@@ -85,17 +89,35 @@ def text_in(row: Mapping[str, Any], name: str, where: str, tokenizer: PreTrained
         what, fix = "token ids", "give the text that they were made from: another tokenizer's ids say nothing to this model"
     elif isinstance(value, list):
         what = f"a list of {type(value[0]).__name__}" if value else "an empty list"
-        expected = "a column of text, or of chats: lists of messages, each with role and content"
+        expected = "a column of text, or of chats: lists of messages, each with role and content (or from and value)"
     raise DataError(f"{where} holds {what} in its column {name!r}", expected=expected, fix=fix)
 
 
 def _is_chat(value: object) -> bool:
-    """Whether a value is a list of messages."""
+    """Whether a value is a list of messages: with role and content, or with from and value."""
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(one, Mapping) and isinstance(one.get("role"), str) and "content" in one for one in value)
+        and all(
+            isinstance(one, Mapping)
+            and any(isinstance(one.get(who), str) and what in one for who, what in (("role", "content"), ("from", "value")))
+            for one in value
+        )
     )
+
+
+def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A message as chat templates know it; Parquet fills in what only other messages have."""
+    if isinstance(message.get("role"), str) and "content" in message:
+        return {key: value for key, value in message.items() if value is not None or key == "content"}
+    role = _ROLES.get(message["from"].strip().lower())
+    if role is None:
+        raise DataError(
+            f"{where} holds a message from {message['from']!r}",
+            expected=f"one of {', '.join(_ROLES)}",
+            fix="name the speakers so, or write the chat out as one string",
+        )
+    return {"role": role, "content": message["value"]}
 
 
 def _written_out(chat: list[dict[str, Any]], name: str, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
@@ -105,8 +127,7 @@ def _written_out(chat: list[dict[str, Any]], name: str, where: str, tokenizer: P
             expected="a tokenizer that says how a chat is written out, or a column of text",
             fix="write each chat out as one string, in a column of its own",
         )
-    # Parquet fills in what only other messages have.
-    messages = [{key: v for key, v in message.items() if v is not None or key == "content"} for message in chat]
+    messages = [_message(message, where) for message in chat]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # a template raises whatever it likes

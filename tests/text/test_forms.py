@@ -297,6 +297,22 @@ def test_chats_are_written_out_with_the_models_template_or_refused():
         assert "template refuses the chat in the column 'messages': roles must alternate" in said(spec, "messages", tokenizer)
 
 
+def test_chats_of_messages_with_from_and_value_are_the_same_chats():
+    turns = [("system", "be"), ("human", "hi"), ("GPT", "ho"), ("tool", "3"), ("user", "ha"), ("assistant", None)]
+    rows = [{"conversations": [{"from": who, "value": what, "weight": None} for who, what in turns]}]
+    rows += [{"conversations": [{"from": "human", "value": "a"}, {"role": "assistant", "content": "b"}]}]
+    written("t.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), "t.parquet")
+    tokenizer = load_tokenizer("demo-glu")
+    tokenizer.chat_template = TEMPLATE
+    first = "[system] be\n[user] hi\n[assistant] ho\n[tool] 3\n[user] ha\n[assistant] None\n"
+    for spec in ("t.jsonl", "t.parquet"):
+        assert read(spec, "conversations", tokenizer) == [first, "[user] a\n[assistant] b\n"]
+    written("t.jsonl", json.dumps({"conversations": [{"from": "alice", "value": "hi"}]}))
+    message = said("t.jsonl", "conversations", tokenizer)
+    assert "t.jsonl, line 1 holds a message from 'alice'" in message and "human, user, system, gpt" in message
+
+
 def test_labels_are_read_from_dotted_names_folders_and_tables():
     written("data/1.jsonl", '{"doc": {"text": "a"}, "meta": {"kind": 1}}\n{"doc": {"text": "c"}}\n')
     written("data/2.jsonl", '{"doc": {"text": "b"}, "meta": {"kind": 0}}\n')
