@@ -186,6 +186,11 @@ def heal_options(command: Callable) -> Callable:
 
     @functools.wraps(command)
     def with_given(*args: Any, **options: Any) -> Any:
+        if options["teacher"] != "cached":
+            refuse_typed("top_n", "goes with --teacher cached")
+        if options["mode"] in (None, "mxd"):
+            refuse_typed("lora_rank", "goes with --mode lora or --mode both")
+            refuse_typed("lora", "goes with --mode lora or --mode both")
         return command(*args, **{name: value for name, value in options.items() if value is not None})
 
     return functools.reduce(lambda made, option: option(made), reversed(options), with_given)

@@ -223,6 +223,9 @@ def test_sizes_of_files(tmp_path, monkeypatch):
         (["effect", "x", "--ablate", "0:1", "--contexts-per-expert", "3"], "--contexts-per-expert goes with --sweep"),
         (["generate", "x", "--prompt", "x", "--unit", "maximum"], "--unit goes with --steer or --clamp"),
         (["generate", "x", "--prompt", "x", "--factors", "1"], "go with --score"),
+        (["heal", "x", "--out", "y", "--top-n", "3"], "--top-n goes with --teacher cached"),
+        (["heal", "x", "--out", "y", "--lora-rank", "3"], "--lora-rank goes with --mode lora"),
+        (["heal", "x", "--out", "y", "--lora", "merged", "--mode", "mxd"], "--lora goes with --mode lora"),
     ],
 )
 def test_a_flag_that_would_have_no_say_is_refused(words, said):

@@ -255,8 +255,19 @@ def load_with_recipe(
 
 def saved_recipe(folder: str | Path, device: str | None = None) -> Recipe:
     """The recipe that a converted model was made with, to use it again: without its tracker; on ``device`` if given."""
+    _check_there(Path(folder), RECIPE_FILE)
     saved = Recipe(**load_recipe(Path(folder) / RECIPE_FILE))
     return dataclasses.replace(saved, device=device or saved.device, tracker="none")
+
+
+def _check_there(folder: Path, name: str) -> None:
+    """Raises NotConvertedError if a converted model's folder lacks what only mxdsurgery writes: a Trainer saves the rest."""
+    if (folder / "config.json").is_file() and not (folder / name).is_file():
+        raise NotConvertedError(
+            f"{str(folder)!r} holds a converted model without its {name}",
+            expected="the folder as mxdsurgery wrote it",
+            fix=f"if transformers saved it, as Trainer does, copy {PLAN_FILE} and {RECIPE_FILE} there from the model's folder",
+        )
 
 
 def chosen_dtype(converted: Converted, recipe: Recipe, rows: int | None = None) -> str:
@@ -330,6 +341,7 @@ def load(
     folder = Path(folder)
     adapter = None if base is None else read_adapter(folder)
     values = read_config(folder, of_adapter=adapter is not None)
+    _check_there(folder, PLAN_FILE)
     config_class, model_class = converted_classes(folder, values["mxd"], trust_remote_code, base)
     source, weights = (folder, {})
     if adapter is not None:

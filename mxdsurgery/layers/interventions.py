@@ -71,8 +71,10 @@ class Columns:
             )
         places = torch.arange(self.start, self.start + self.tokens, device=like.device)
         if isinstance(positions, Tensor) and positions.dtype == torch.bool:
-            if len(positions) != self.batch:
+            if len(positions) == 0 or self.batch % len(positions):
                 raise InterventionError(f"a mask of {len(positions)} rows for a batch of {self.batch}")
+            # generate() runs each row so many times, one after the other: beams, or several sequences.
+            positions = positions.repeat_interleave(self.batch // len(positions), dim=0)
             inside = places < positions.shape[1]
             mask = positions.to(like.device)[:, places.clamp_max(positions.shape[1] - 1)] & inside
         elif isinstance(positions, slice):

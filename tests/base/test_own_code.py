@@ -53,6 +53,18 @@ def test_such_a_model_is_converted_reloaded_and_used_once_its_code_is_trusted(tm
         mxdsurgery.generate(out, prompt="def", trust_remote_code=True)
 
 
+def test_such_a_model_is_compared_and_healed(tmp_path):
+    base = own_code_folder(tmp_path / "toy")
+    few = {name: value for name, value in FEW.items() if name not in ("layers", "k")}
+    made = mxdsurgery.frontier(base, layer=0, k=(4,), kinds=("mxd", "dense"), out=str(tmp_path / "frontier"), **few)
+    assert [row["kind"] for row in made.rows] == ["mxd", "dense"]
+    mxdsurgery.convert(base, out=str(tmp_path / "out"), **FEW)
+    result = mxdsurgery.heal(tmp_path / "out", out=tmp_path / "healed", tokens=512, trust_remote_code=True)
+    assert result["kl_after"] <= result["kl_before"]
+    assert {"modeling_toy.py", "configuration_toy.py"} <= {path.name for path in (tmp_path / "healed").iterdir()}
+    assert load(tmp_path / "healed", trust_remote_code=True).layers.keys() == {0}
+
+
 def test_an_adapter_of_such_a_model_is_rebuilt_with_its_bases_code(tmp_path):
     base = own_code_folder(tmp_path / "toy")
     mxdsurgery.convert(base, out=str(tmp_path / "adapter"), format="adapter", **FEW)

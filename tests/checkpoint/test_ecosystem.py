@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -13,9 +14,11 @@ from accelerate.hooks import AlignDevicesHook
 from running import ROOT
 from safetensors.torch import load_file
 from tiny import IDS, RECIPE, export_tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+from mxdsurgery import generate
 from mxdsurgery.base.config import model_source
+from mxdsurgery.errors import NotConvertedError
 
 EXAMPLES = ROOT / "examples"
 # As on a machine without mxdsurgery.
@@ -86,6 +89,34 @@ def test_lora_learns_is_reloaded_and_merged_and_leaves_the_experts_alone(convert
     same = {name for name in original if torch.equal(original[name].float(), merged[name])}
     assert {name for name in original if ".gate." in name or ".experts." in name} <= same
     assert not {name for name in original if ".decoder." in name or "q_proj" in name} & same
+
+
+def test_a_trainer_trains_saves_and_goes_on_and_what_it_saves_can_be_used_here(tmp_path):
+    folder = ROOT / "tests/fixtures/format_3"
+    row = {"input_ids": list(range(1, 9)), "labels": list(range(1, 9))}
+    how = {"per_device_train_batch_size": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_steps": 1}
+
+    def trainer(steps):
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        given = TrainingArguments(str(tmp_path / "runs"), max_steps=steps, learning_rate=1e-2, **how)
+        return Trainer(model=model, args=given, train_dataset=[row] * 8, processing_class=load(folder).tokenizer())
+
+    first = trainer(2)
+    first.train()
+    second = trainer(3)
+    second.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in second.state.log_history if "train_loss" in entry] == [3]
+    second.save_model(str(tmp_path / "saved"))
+    for run in (lambda: load(tmp_path / "saved"), lambda: generate(tmp_path / "saved", prompt="a")):
+        with pytest.raises(NotConvertedError, match="copy plan.json and recipe.yaml there"):
+            run()
+    for name in ("plan.json", "recipe.yaml"):
+        shutil.copy(folder / name, tmp_path / "saved")
+    trained = load(tmp_path / "saved").model
+    ids = torch.tensor([row["input_ids"]])
+    torch.testing.assert_close(trained(ids).logits, second.model.eval()(ids).logits)
+    assert not torch.allclose(trained(ids).logits, load(folder).model(ids).logits, atol=1e-2)
+    assert len(generate(tmp_path / "saved", prompt="a", max_new_tokens=2)) == 1
 
 
 def test_lora_on_a_module_that_is_not_there_is_refused(converted, tmp_path, monkeypatch, capsys):

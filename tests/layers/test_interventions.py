@@ -228,6 +228,21 @@ def test_a_mask_says_for_each_row_where(model):
     torch.testing.assert_close(after.a[:, expert] - before.a[:, expert], 2.0 * mask.flatten().float())
 
 
+def test_a_mask_holds_for_every_beam_and_sequence_of_its_row(model):
+    mask = torch.zeros(IDS.shape, dtype=torch.bool)
+    mask[0, 4] = mask[1, 9] = True
+    (expert,) = some_experts(Run(model), 1)
+    options = {"max_new_tokens": 3, "pad_token_id": 0, "attention_mask": torch.ones_like(IDS)}
+    with model.mxd.steer({LAYER: {expert: 30.0}}, positions=mask):
+        one, three = model(IDS).logits, model(IDS.repeat_interleave(3, 0)).logits
+        torch.testing.assert_close(three, one.repeat_interleave(3, 0), rtol=1e-4, atol=1e-4)
+        assert len(model.generate(IDS, num_beams=3, num_return_sequences=2, **options)) == 4
+        assert len(model.generate(IDS, do_sample=True, num_return_sequences=3, **options)) == 6
+        with pytest.raises(ValueError, match="a mask of 2 rows for a batch of 3"):
+            model(IDS[[0, 1, 0]])
+    assert not torch.allclose(model(IDS).logits, one, atol=1e-3)
+
+
 def test_a_compiled_model_follows_the_changes(model):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")

@@ -142,7 +142,7 @@ def test_bad_labelled_text_is_a_named_error(content, words, message, converted, 
 def test_wrong_layers_and_folders_are_named(converted, labelled, tmp_path):
     with pytest.raises(LayerSelectionError, match="holds no experts in layer 3"):
         mxdsurgery.probe(converted.out, data=str(labelled), layer=3)
-    with pytest.raises(LayerSelectionError, match="no experts in layer -4\nexpected: one of 1; or, from the end, -3"):
+    with pytest.raises(LayerSelectionError, match="no experts in layer -4\nexpected: one of 1, 2; or, from the end, -3, -2"):
         mxdsurgery.dissect(converted.out, layer=-4)
     assert mxdsurgery.dissect(converted.out, layer=-3)["layer"] == 1
     (tmp_path / "frontier.json").write_text("{}")
