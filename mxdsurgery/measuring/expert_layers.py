@@ -164,7 +164,7 @@ def _of_frontier(
     found = read_frontier(folder)
     rows = [row for row in found.rows if row["k"] is not None]
     index = _chosen(layer, sorted({row["layer"] for row in rows}), folder)
-    recipe = Recipe(**found.settings)
+    recipe = found.recipe
     recipe = dataclasses.replace(recipe, device=device or recipe.device, model=base or recipe.model)
     asked = {"layers": str(index), "k": 1, "device": recipe.device, "compute": compute or recipe.compute}
     asked["trust_remote_code"] = trusted

@@ -73,6 +73,11 @@ class Frontier:
             table.add_row(str(row["layer"]), row["kind"], *cells)
         return table
 
+    @property
+    def recipe(self) -> Recipe:
+        """What all rows were made with; k is the smallest of theirs."""
+        return Recipe(**self.settings | {"k": min((row["k"] for row in self.rows if row["k"] is not None), default=1)})
+
     def write(self) -> None:
         """Writes frontier.json, frontier.csv, recipe.yaml and the figure, frontier.png and frontier.svg."""
         kept = {"rows": self.rows, "tokens": self.tokens, "original": self.original, "settings": self.settings}
@@ -90,7 +95,7 @@ class Frontier:
         figure = frontier_chart(self.rows, Path(self.settings["model"]).name, self.original["ce"], self.tokens)
         for suffix in ("png", "svg"):
             figure.savefig(self.out / f"frontier.{suffix}", dpi=150, bbox_inches="tight")
-        (self.out / RECIPE_FILE).write_text(Recipe(**self.settings).to_yaml(), encoding="utf-8")
+        (self.out / RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
 
 
 def read_frontier(folder: str | Path) -> Frontier:

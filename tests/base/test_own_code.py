@@ -56,10 +56,10 @@ def test_such_a_model_is_converted_reloaded_and_used_once_its_code_is_trusted(tm
 def test_such_a_model_is_compared_and_healed(tmp_path):
     base = own_code_folder(tmp_path / "toy")
     few = {name: value for name, value in FEW.items() if name not in ("layers", "k")}
-    made = mxdsurgery.frontier(base, layer=0, k=(4,), kinds=("mxd", "dense"), out=str(tmp_path / "frontier"), **few)
-    assert [row["kind"] for row in made.rows] == ["mxd", "dense"]
+    made = mxdsurgery.frontier(base, layer=0, k=(4,), kinds=("mxd",), out=str(tmp_path / "frontier"), **few)
+    assert [(row["kind"], row["k"]) for row in made.rows] == [("mxd", 4)] and made.recipe.k == 4
     mxdsurgery.convert(base, out=str(tmp_path / "out"), **FEW)
-    result = mxdsurgery.heal(tmp_path / "out", out=tmp_path / "healed", tokens=512, trust_remote_code=True)
+    result = mxdsurgery.heal(tmp_path / "out", out=tmp_path / "healed", tokens=256, trust_remote_code=True)
     assert result["kl_after"] <= result["kl_before"]
     assert {"modeling_toy.py", "configuration_toy.py"} <= {path.name for path in (tmp_path / "healed").iterdir()}
     assert load(tmp_path / "healed", trust_remote_code=True).layers.keys() == {0}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny import IDS, RECIPE, export_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from mxdsurgery import generate
+import mxdsurgery
 from mxdsurgery.base.config import model_source
 from mxdsurgery.errors import NotConvertedError
 
@@ -99,7 +99,7 @@ def test_a_trainer_trains_saves_and_goes_on_and_what_it_saves_can_be_used_here(t
     def trainer(steps):
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         given = TrainingArguments(str(tmp_path / "runs"), max_steps=steps, learning_rate=1e-2, **how)
-        return Trainer(model=model, args=given, train_dataset=[row] * 8, processing_class=load(folder).tokenizer())
+        return Trainer(model=model, args=given, train_dataset=[row] * 8)
 
     first = trainer(2)
     first.train()
@@ -107,16 +107,16 @@ def test_a_trainer_trains_saves_and_goes_on_and_what_it_saves_can_be_used_here(t
     second.train(resume_from_checkpoint=True)
     assert [entry["step"] for entry in second.state.log_history if "train_loss" in entry] == [3]
     second.save_model(str(tmp_path / "saved"))
-    for run in (lambda: load(tmp_path / "saved"), lambda: generate(tmp_path / "saved", prompt="a")):
+    for run in (lambda: mxdsurgery.load(tmp_path / "saved"), lambda: mxdsurgery.generate(tmp_path / "saved", prompt="a")):
         with pytest.raises(NotConvertedError, match="copy plan.json and recipe.yaml there"):
             run()
-    for name in ("plan.json", "recipe.yaml"):
+    for name in ("plan.json", "recipe.yaml", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / name, tmp_path / "saved")
-    trained = load(tmp_path / "saved").model
+    trained = mxdsurgery.load(tmp_path / "saved").model
     ids = torch.tensor([row["input_ids"]])
     torch.testing.assert_close(trained(ids).logits, second.model.eval()(ids).logits)
-    assert not torch.allclose(trained(ids).logits, load(folder).model(ids).logits, atol=1e-2)
-    assert len(generate(tmp_path / "saved", prompt="a", max_new_tokens=2)) == 1
+    assert not torch.allclose(trained(ids).logits, mxdsurgery.load(folder).model(ids).logits, atol=1e-2)
+    assert len(mxdsurgery.generate(tmp_path / "saved", prompt="a", max_new_tokens=2)) == 1
 
 
 def test_lora_on_a_module_that_is_not_there_is_refused(converted, tmp_path, monkeypatch, capsys):
