@@ -5,16 +5,23 @@
 
 Layers and experts are numbered as in the model's config. Every method returns a new object with one more change, and changes
 nothing yet; the object is a context manager, and while it is open the changes are in force. Contexts nest; changes that
-were made first, or in an outer context, are applied first. On leaving, also by an exception, the gates are as they were.
-Changes are part of each layer's ``gate``: they work in batches, in ``generate`` with a KV cache and under ``torch.compile``,
-which recompiles for them.
+were made first, or in an outer context, are applied first. On leaving, also by an exception, the model is as it was.
 
-Shapes: B batch, T tokens, D model width, N experts; a gate gives (..., K) coefficients of K chosen experts.
+They are in force in the thread or asyncio task that entered them and in no other, so that requests to one server do not see
+each other's. A thread that is started inside a context begins without them; this one has them, for as long as it runs:
+
+    Thread(target=model.mxd.steer({9: {77: 8.0}}).bind(model.generate), kwargs=...).start()
+
+Changes are part of each layer's ``gate`` and ``experts``: they work in batches and in ``generate`` with a KV cache. Under
+``torch.compile``, changed gates run between pieces of compiled code.
+
+Shapes: B batch, T tokens, D model width, N experts.
 """
 
+import functools
+import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -22,171 +29,16 @@ from torch import Tensor, nn
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
-from .layer import Coefficients, Gate
+from .changes import Change, InterventionError, Positions, RunningPass
+from .in_force import Entered, changes_of, entered
+from .layer import Experts, Gate
 
 # By layer, each expert's largest coefficient: `mxdsurgery experts` writes it beside the model.
 MAXIMUM_FILE = "experts/maximum.safetensors"
 
 WHEN = ("always", "firing", "silent")
 UNITS = ("coefficient", "maximum")
-
-Positions = Iterable[int] | slice | Tensor
-
-
-class InterventionError(ValueError):
-    """An invalid layer, expert or number; the message says what was found and what is possible."""
-
-
-@dataclass(eq=False)
-class Columns:
-    """The positions in the text of the running forward pass's tokens; a hook on the model sets them.
-
-    Attributes:
-        batch: B.
-        tokens: T.
-        start: the first token's position, after the tokens that a KV cache holds; None outside of a forward pass.
-    """
-
-    batch: int = 0
-    tokens: int = 0
-    start: int | None = None
-
-    def enter(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A forward pre-hook of the model."""
-        given = next(v for v in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None)
-        cache = kwargs.get("past_key_values")
-        self.batch, self.tokens = given.shape[:2]
-        self.start = 0 if cache is None else int(cache.get_seq_length())
-
-    def leave(self, *_) -> None:
-        """A forward hook of the model."""
-        self.start = None
-
-    def chosen(self, positions: Positions, like: Tensor) -> Tensor:
-        """Which tokens are at the positions: bool, like (..., K) without its last dimension."""
-        if self.start is None:
-            raise InterventionError(
-                "positions are known inside the model's own forward pass only, and not where torch.compile skips its hooks: "
-                "open the context before the model is compiled, or leave positions out"
-            )
-        places = torch.arange(self.start, self.start + self.tokens, device=like.device)
-        if isinstance(positions, Tensor) and positions.dtype == torch.bool:
-            if len(positions) == 0 or self.batch % len(positions):
-                raise InterventionError(f"a mask of {len(positions)} rows for a batch of {self.batch}")
-            # generate() runs each row so many times, one after the other: beams, or several sequences.
-            positions = positions.repeat_interleave(self.batch // len(positions), dim=0)
-            inside = places < positions.shape[1]
-            mask = positions.to(like.device)[:, places.clamp_max(positions.shape[1] - 1)] & inside
-        elif isinstance(positions, slice):
-            step = positions.step or 1
-            mask = (places >= (positions.start or 0)) & ((places - (positions.start or 0)) % step == 0)
-            mask = mask if positions.stop is None else mask & (places < positions.stop)
-        else:
-            mask = torch.isin(places, torch.as_tensor(positions, device=like.device))
-        return mask.expand(self.batch, self.tokens).reshape(like.shape[:-1])
-
-
-@dataclass(frozen=True, eq=False)
-class Change:
-    """One kind of change to some experts of a layer.
-
-    Attributes:
-        kind: ``drop``, ``ablate``, ``scale``, ``steer``, ``clamp``, ``copy`` or ``merge``.
-        experts: (M,) int64.
-        amounts: (M,) float32, the numbers of ``scale``, ``steer`` and ``clamp``; (M,) int64, the source experts of ``copy``;
-            int64, the group sizes of ``merge``, whose groups follow each other in ``experts``.
-        when: for ``steer`` and ``clamp``: ``always``, or where the gate chose the expert (``firing``) or not (``silent``).
-        positions: where in the text; None: everywhere.
-        columns: where the tokens of the running pass stand, if ``positions`` needs to know.
-    """
-
-    kind: str
-    experts: Tensor
-    amounts: Tensor | None = None
-    when: str = "always"
-    positions: Positions | None = None
-    columns: Columns | None = None
-
-    def here(self, like: Tensor) -> Tensor | None:
-        """The tokens that it changes: bool, like (..., K) without its last dimension; None: all of them."""
-        return None if self.positions is None else self.columns.chosen(self.positions, like)
-
-    def on(self, device: torch.device) -> "Change":
-        """The same with its tensors on a device."""
-        if self.experts.device == device:
-            return self
-        amounts = None if self.amounts is None else self.amounts.to(device)
-        return replace(self, experts=self.experts.to(device), amounts=amounts)
-
-    def find(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """For each of the indices (..., K): its place in ``experts``, and whether it is among them at all; both (..., K)."""
-        order = self.experts.sort()
-        place = torch.searchsorted(order.values, indices).clamp_max(len(self.experts) - 1)
-        return order.indices[place], order.values[place] == indices
-
-    def apply(self, a: Coefficients, chosen: Coefficients) -> Coefficients:
-        """The changed coefficients; ``chosen`` are those that the gate gave."""
-        here = self.here(a.values)
-        if self.kind == "copy":
-            which, mine = self.find(a.indices)
-            return Coefficients(a.values, torch.where(mine & _every(here), self.amounts[which], a.indices))
-        if self.kind == "merge":
-            return self._merged(a, here)
-        if self.kind in ("ablate", "scale"):
-            which, mine = self.find(a.indices)
-            factors = 0 if self.kind == "ablate" else self.amounts.to(a.values)[which]
-            return Coefficients(a.values * torch.where(mine & _every(here), factors, 1), a.indices)
-        fires = ((chosen.indices[..., None] == self.experts) & (chosen.values > 0)[..., None]).any(-2)  # (..., M)
-        told = {"always": torch.ones_like(fires), "firing": fires, "silent": ~fires}[self.when]
-        told = told if here is None else told & here[..., None]
-        values = a.values
-        if self.kind == "clamp":
-            values = values.masked_fill(((a.indices[..., None] == self.experts) & told[..., None, :]).any(-1), 0)
-        added = self.amounts.to(values.dtype) * told
-        indices = self.experts.expand_as(added)
-        return Coefficients(torch.cat([values, added], -1), torch.cat([a.indices, indices], -1))
-
-    def _merged(self, a: Coefficients, here: Tensor | None) -> Coefficients:
-        """Splits each coefficient of a group's expert equally among all experts of the group."""
-        values, indices = [a.values], [a.indices]
-        for group in self.experts.split(self.amounts.tolist()):
-            member = torch.isin(a.indices, group) & _every(here)
-            summed = (a.values * member).sum(-1, keepdim=True) / len(group)  # (..., 1)
-            values[0] = values[0].masked_fill(member, 0)
-            values.append(summed.expand(*summed.shape[:-1], len(group)))
-            indices.append(group.expand_as(values[-1]))
-        return Coefficients(torch.cat(values, -1), torch.cat(indices, -1))
-
-
-class GateChanges:
-    """What a gate does while changes are in force: ``gate.interventions``. Never altered: a new one takes its place."""
-
-    def __init__(self, changes: Sequence[Change]) -> None:
-        self.changes = tuple(changes)
-
-    def __call__(self, gate: Gate, x: Tensor) -> Coefficients:
-        """Chooses without the experts that are dropped, and changes the coefficients of the chosen ones."""
-        changes = [change.on(x.device) for change in self.changes]  # an offloaded gate is on a device only while it runs
-        drops = [change for change in changes if change.kind == "drop"]
-        everywhere = [change.experts for change in drops if change.positions is None]
-        somewhere = [change for change in drops if change.positions is not None]
-        bias = gate.bias.index_fill(0, torch.cat(everywhere), -math.inf) if everywhere else gate.bias
-        chosen = gate.choose(x, bias, spare=sum(len(change.experts) for change in somewhere))
-        if somewhere:
-            values = chosen.values
-            for change in somewhere:
-                out = torch.isin(chosen.indices, change.experts) & change.here(values)[..., None]
-                values = values.masked_fill(out, 0)
-            values, best = values.topk(min(gate.active, values.shape[-1]), dim=-1)
-            chosen = Coefficients(values, chosen.indices.gather(-1, best))
-        a = chosen
-        for change in changes:
-            a = a if change.kind == "drop" else change.apply(a, chosen)
-        return a
-
-
-def _every(here: Tensor | None) -> Tensor | bool:
-    return torch.tensor(True) if here is None else here[..., None]
+_ONLY_BEGIN = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 
 
 class Interventions:
@@ -212,7 +64,7 @@ class Interventions:
         }
         self._changes = tuple(changes)
         self._rows = tuple(rows)
-        self._open: list[tuple[list[tuple[Gate, Change]], list[tuple[Tensor, int, Tensor]], list]] = []
+        self._open: list[Entered] = []  # of all threads
 
     def ablate(self, experts: Mapping[int, Iterable[int]], *, positions: Positions | None = None) -> "Interventions":
         """Sets coefficients to 0 after the choice: no other experts take their place. The same as zeroing ``c_n``.
@@ -301,8 +153,6 @@ class Interventions:
         found = []
         for layer, given in self._by_layer(rows).items():
             weight = self.layers[layer].experts.weight
-            if weight.is_meta:
-                raise InterventionError(f"layer {layer} is offloaded: its rows of C cannot be exchanged while the model runs")
             for expert, row in zip(self._experts(layer, given), given.values(), strict=True):
                 row = torch.as_tensor(row, dtype=torch.float32)
                 if row.shape != weight.shape[1:] or not row.isfinite().all():
@@ -310,41 +160,53 @@ class Interventions:
                         f"layer {layer}, expert {expert}: {tuple(row.shape)} numbers to replace c_n with; "
                         f"expected {weight.shape[1]} finite ones"
                     )
-                found.append((layer, expert, row.to(weight)))
+                found.append((layer, expert, row))
         return Interventions(self.model, self._changes, (*self._rows, *found))
 
+    def bind(self, function: Callable) -> Callable:
+        """The same function, during which the changes are in force in the thread that runs it: for a thread's target.
+
+        Raises:
+            InterventionError: it is a coroutine function or a generator function, which only begins when it is called.
+        """
+        if any(is_one(function) for is_one in _ONLY_BEGIN):
+            raise InterventionError(f"{function.__name__} only begins when it is called: enter the context inside of it")
+
+        @functools.wraps(function)
+        def bound(*args, **kwargs):
+            with self:
+                return function(*args, **kwargs)
+
+        return bound
+
+    def in_force(self, layer: int) -> tuple[Change, ...]:
+        """The changes of a layer's coefficients that are in force in this thread or task, the first that is applied first."""
+        self._by_layer({layer: ()})
+        return changes_of(_modules(self.layers[layer].gate, Gate)[0])
+
     def __enter__(self) -> "Interventions":
-        record: tuple = ([], [], [])
-        self._open.append(record)
-        placed, rows, handles = record
-        columns = Columns()
+        record = Entered(self)
+        for layer, expert, row in self._rows:
+            for experts in _modules(self.layers[layer].experts, Experts):
+                device = torch.device("cpu") if experts.weight.is_meta else experts.weight.device
+                record.rows.setdefault(experts, {})[expert] = row.to(device)
+        for layer, change in self._changes:
+            for gate in _modules(self.layers[layer].gate, Gate):
+                mine = change if gate.weight.is_meta else change.on(gate.weight.device)
+                record.changes[gate] = (*record.changes.get(gate, ()), mine)
         if any(change.positions is not None for _, change in self._changes):
             for module in {self.model, self.model.base_model}:  # either may be called, and the model may bypass its base model
-                handles.append(module.register_forward_pre_hook(columns.enter, with_kwargs=True))
-                handles.append(module.register_forward_hook(columns.leave, always_call=True))
-        for layer, expert, row in self._rows:
-            weight = self.layers[layer].experts.weight
-            rows.append((weight, expert, weight[expert].detach().clone()))
-            with torch.no_grad():
-                weight[expert] = row
-        for layer, change in self._changes:
-            for gate in _gates(self.layers[layer]):
-                mine = replace(change, columns=columns)
-                mine = mine if gate.weight.is_meta else mine.on(gate.weight.device)
-                placed.append((gate, mine))
-                gate.interventions = GateChanges((*_changes_of(gate), mine))
+                record.handles.append(module.register_forward_pre_hook(RunningPass.begins, with_kwargs=True))
+                record.handles.append(module.register_forward_hook(RunningPass.ends, always_call=True))
+        self._open.append(record)
+        record.enter()
         return self
 
     def __exit__(self, *_) -> None:
-        placed, rows, handles = self._open.pop()
-        for gate, mine in placed:
-            left = [change for change in _changes_of(gate) if change is not mine]
-            gate.interventions = GateChanges(left) if left else None
-        for weight, expert, row in reversed(rows):
-            with torch.no_grad():
-                weight[expert] = row
-        for handle in handles:
-            handle.remove()
+        here = [record for record in entered() if record.owner is self]
+        record = (here or self._open)[-1]  # it may have been entered in another task, as a test's fixture is
+        self._open.remove(record)
+        record.leave()
 
     def maximum(self, layer: int) -> Tensor:
         """Each expert's largest coefficient, (N,), as `mxdsurgery experts` observed it.
@@ -401,7 +263,7 @@ class Interventions:
         return given
 
     def _experts(self, layer: int, given: Iterable[int]) -> list[int]:
-        n_experts = _gates(self.layers[layer])[0].n_experts
+        n_experts = _modules(self.layers[layer].gate, Gate)[0].n_experts
         experts = list(given)
         for expert in experts:
             if isinstance(expert, bool) or not isinstance(expert, Integral) or not 0 <= expert < n_experts:
@@ -433,10 +295,6 @@ class Interventions:
         return found
 
 
-def _gates(layer: nn.Module) -> list[Gate]:
-    """A layer's gate; if PEFT wrapped the gate to train it, the original and the copies, any of which may run."""
-    return [module for module in layer.gate.modules() if isinstance(module, Gate)]
-
-
-def _changes_of(gate: Gate) -> tuple[Change, ...]:
-    return () if gate.interventions is None else gate.interventions.changes
+def _modules(module: nn.Module, kind: type[nn.Module]) -> list:
+    """A layer's gate or experts; if PEFT wrapped it to train it, the original and the copies, any of which may run."""
+    return [inner for inner in module.modules() if isinstance(inner, kind)]

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from .sparse import mix, sparse_gate
+from .sparse import is_transformed, mix, sparse_gate
 
 # With `batchtopk` no token keeps more than so many times K experts, which bounds the memory.
 BATCH_TOP_K_LIMIT = 4
@@ -95,7 +95,8 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Coefficients:
         """(..., D) -> coefficients (..., K), or with ``batchtopk`` (..., `active`), zero where not kept."""
-        return self.choose(x, self.bias) if self.interventions is None else self.interventions(self, x)
+        interventions = self.interventions  # another thread may take them away
+        return self.choose(x, self.bias) if interventions is None else interventions(self, x)
 
     def choose(self, x: Tensor, bias: Tensor, spare: int = 0) -> Coefficients:
         """As `forward`, with another bias (N,), and with the ``spare`` experts that rank next: (..., `active` + ``spare``)."""
@@ -111,6 +112,8 @@ class Gate(nn.Module):
     def _batch_threshold(self, values: Tensor) -> Tensor:
         """The (n K)-th largest of the values (n, `active`) of a batch; updates the moving average with it."""
         kept = values.flatten().topk(self.k * len(values), sorted=False).values.min()
+        if is_transformed():  # a derivative is no step of training, and torch.func has no room for the update
+            return kept
         first = self.threshold == 0
         self.threshold.copy_(torch.where(first, kept, torch.lerp(self.threshold, kept, 1 / _THRESHOLD_STEPS)))
         return kept
@@ -127,6 +130,7 @@ class Experts(nn.Module):
 
     def __init__(self, d_model: int, n_experts: int, bias: bool = False) -> None:
         super().__init__()
+        self.interventions: Callable[[Experts, Coefficients], Tensor] | None = None  # replaces rows of C
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))  # C
         self.bias = nn.Parameter(torch.empty(d_model)) if bias else None
         self.reset_parameters()
@@ -145,6 +149,11 @@ class Experts(nn.Module):
 
     def forward(self, a: Coefficients) -> Tensor:
         """``Cᵀ a``: coefficients (..., K) -> (..., D), touching only the K chosen rows of C."""
+        interventions = self.interventions
+        return self.mix(a) if interventions is None else interventions(self, a)
+
+    def mix(self, a: Coefficients) -> Tensor:
+        """As `forward`, with the module's own C whatever ``interventions`` says."""
         active = a.values.shape[-1]
         mixed = mix(a.values.reshape(-1, active), a.indices.reshape(-1, active), self.weight)
         mixed = mixed.view(*a.values.shape[:-1], -1)

@@ -1,8 +1,10 @@
 """Sparse products with the rows of a matrix: all that an MxD layer does with its experts, without a (tokens, N) gradient.
 
 Three functions are closed under differentiation: `mix` adds up weighted rows, `dots` takes inner products with rows, `scatter`
-adds weighted vectors to rows. The gradients of `mix` are `dots` and `scatter`; those of a gate's kept coefficients are `mix`
-and `scatter`. `select` says which rows: it ranks all N in low precision, and the candidates near the top exactly.
+adds weighted vectors to rows. The gradients of each are the other two, so that there are derivatives of any order; those of a
+gate's kept coefficients are `mix` and `scatter`. `select` says which rows: it ranks all N in low precision, and the candidates
+near the top exactly. Inside torch.func's transforms (vmap, jvp, jacrev, ...) and forward-mode differentiation, all of it is
+computed with gathered rows instead, (n, K, D), by operations that torch can transform.
 
 This file travels with every exported checkpoint: it imports torch only. Faster kernels for a device enter `KERNELS`
 (mxdsurgery.training.kernels does); without them everything runs in plain torch, on any device that torch knows.
@@ -18,6 +20,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # By device type, a module with `mix`, `dots` and `scatter` of its own.
 KERNELS: dict[str, ModuleType] = {}
@@ -32,6 +35,11 @@ EXTRA_CANDIDATES = 8
 TOP_K_GROUP = 4
 # Elements of rows gathered at once where there is no better way: 64 MiB in fp32.
 _GATHERED_ELEMENTS = 2**24
+# The two derivatives of `F.embedding_bag`, which are `dots` and `scatter`: operations of `torch.ops.aten`. Called by name they
+# work in inference mode too, where autograd does not.
+_BAG_DOTS = "_embedding_bag_per_sample_weights_backward"
+_BAG_SCATTER = "_embedding_bag_dense_backward"
+_SUM = 0  # their number for mode="sum"
 
 
 def sparse_gate(
@@ -49,49 +57,104 @@ def sparse_gate(
     Returns:
         values (n, K), non-negative, in float32 or wider; indices (n, K), each at most once per token, in no order.
     """
-    return _SparseGate.apply(x, weight, bias, k, selection)
+    if not is_transformed():
+        return _SparseGate.apply(x, weight, bias, k, selection)
+    indices = select(x, weight, bias, k, selection)[1]
+    kept = dots(x, indices, weight) + bias[indices]
+    return kept.relu(), indices
 
 
 def mix(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """``Σ_k values_k weight[indices_k]``: (n, K), (n, K), (N, D) -> (n, D) in weight's dtype. Differentiable."""
-    return _Mix.apply(values, indices, weight)
+    """``Σ_k values_k weight[indices_k]``: (n, K), (n, K), (N, D) -> (n, D) in weight's dtype."""
+    return (_mix_gathered if is_transformed(values, weight) else _Mix.apply)(values, indices, weight)
 
 
 def dots(x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """``weight[indices_k] · x``: (n, D), (n, K), (N, D) -> (n, K), summed in float32 or wider. No gradient."""
-    kernels = _kernels(weight)
-    if kernels is not None:
-        return kernels.dots(x, indices, weight)
-    if weight.device.type == "cpu" and indices.numel() > len(weight):
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # less work than widening every row that is taken
-    if weight.dtype in (torch.float32, torch.float64) and _sums_rows(weight.device.type, weight.dtype):
-        # The derivative of `mix` by its values; on a CPU eight times as fast as gathering the rows.
-        with torch.enable_grad():
-            values = torch.zeros(indices.shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
-            mixed = F.embedding_bag(indices, weight.detach(), per_sample_weights=values, mode="sum")
-            return torch.autograd.grad(mixed, values, x.to(weight.dtype))[0]
-    pairs = zip(*_parts(weight, indices, x, indices), strict=True)
-    return torch.cat([torch.einsum("nd,nkd->nk", some.float(), weight[chosen].float()) for some, chosen in pairs])
+    """``weight[indices_k] · x``: (n, D), (n, K), (N, D) -> (n, K), summed in float32 or wider."""
+    return (_dots_gathered if is_transformed(x, weight) else _Dots.apply)(x, indices, weight)
 
 
 def scatter(values: Tensor, indices: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Row i: ``Σ values x`` over the tokens that chose i: (n, K), (n, K), (n, D) -> (N, D), like weight. No gradient."""
+    """Row i: ``Σ values x`` over the tokens that chose i: (n, K), (n, K), (n, D) -> (N, D), like weight."""
+    return (_scatter_gathered if is_transformed(values, x) else _Scatter.apply)(values, indices, x, weight)
+
+
+def _mix(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    kernels = _kernels(weight)
+    if kernels is not None:
+        return kernels.mix(values, indices, weight)
+    if not _sums_rows(weight.device.type, weight.dtype):
+        return _mix_gathered(values, indices, weight)
+    return _mix_bags(values.to(weight.dtype), indices, weight)
+
+
+def _dots(x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    kernels = _kernels(weight)
+    if kernels is not None:
+        return kernels.dots(x, indices, weight)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if weight.device.type == "cpu" and indices.numel() > len(weight):
+        weight = weight.to(wide)  # less work than widening every row that is taken
+    if weight.dtype != wide or not _sums_rows(weight.device.type, wide):
+        return _dots_gathered(x, indices, weight)
+    return _dots_bags(x.to(wide), indices, weight)
+
+
+def _scatter(values: Tensor, indices: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     kernels = _kernels(weight)
     if kernels is not None:
         return kernels.scatter(values, indices, x, weight)
-    values, x = values.to(weight.dtype), x.to(weight.dtype)
-    if weight.device.type == "cpu" and torch.backends.mkl.is_available() and weight.dtype in (torch.float32, torch.float64):
-        out = torch.empty_like(weight)  # given, for otherwise torch makes and fills two
-        return torch.addmm(out, _transposed_coefficients(values, indices, len(weight)), x, beta=0, out=out)
     if not _sums_rows(weight.device.type, weight.dtype):
-        out = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        for value, chosen, some in zip(*_parts(weight, indices, values, indices, x), strict=True):
-            out.index_add_(0, chosen.flatten(), (value[:, :, None] * some[:, None]).flatten(0, 1).to(out.dtype))
-        return out.to(weight.dtype)
-    with torch.enable_grad():  # the derivative of `mix` by its rows
-        rows = weight.detach().requires_grad_()
-        mixed = F.embedding_bag(indices, rows, per_sample_weights=values, mode="sum")
-        return torch.autograd.grad(mixed, rows, x)[0]
+        return _scatter_gathered(values, indices, x, weight)
+    values, x = values.to(weight.dtype), x.to(weight.dtype)
+    sparse = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+    if not sparse or torch.compiler.is_compiling() or not torch.backends.mkl.is_available():  # no sparse tensors are compiled
+        return _scatter_bags(values, indices, x, len(weight))
+    out = torch.empty_like(weight)  # given, for otherwise torch makes and fills two
+    return torch.addmm(out, _transposed_coefficients(values, indices, len(weight)), x, beta=0, out=out)
+
+
+def _mix_gathered(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    pairs = zip(*_parts(weight, indices, values.to(weight.dtype), indices), strict=True)
+    with without_autocast(weight.device.type):
+        return torch.cat([torch.bmm(some[:, None], weight[chosen]).squeeze(1) for some, chosen in pairs])
+
+
+def _dots_gathered(x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    pairs = zip(*_parts(weight, indices, x.to(wide), indices), strict=True)
+    with without_autocast(weight.device.type):
+        return torch.cat([torch.bmm(weight[chosen].to(wide), some[:, :, None]).squeeze(2) for some, chosen in pairs])
+
+
+def _scatter_gathered(values: Tensor, indices: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    out = torch.zeros_like(weight, dtype=wide)
+    for value, chosen, some in zip(*_parts(weight, indices, values.to(wide), indices, x.to(wide)), strict=True):
+        out = out.index_add(0, chosen.flatten(), (value[:, :, None] * some[:, None]).reshape(-1, weight.shape[1]))
+    return out.to(weight.dtype)
+
+
+def _mix_bags(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    return F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
+
+
+def _dots_bags(x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    """On a CPU ten times as fast as with gathered rows."""
+    starts = torch.arange(0, indices.numel(), indices.shape[1], device=indices.device)
+    return getattr(torch.ops.aten, _BAG_DOTS)(x, weight, indices.flatten(), starts, _tokens(indices), _SUM).view(indices.shape)
+
+
+def _scatter_bags(values: Tensor, indices: Tensor, x: Tensor, n_rows: int) -> Tensor:
+    tokens = _tokens(indices)  # the sizes of bags and their maxima are for other modes than sums
+    return getattr(torch.ops.aten, _BAG_SCATTER)(
+        x, indices.flatten(), tokens, tokens, tokens, n_rows, False, _SUM, values.flatten()
+    )
+
+
+def _tokens(indices: Tensor) -> Tensor:
+    """Which token each of the flattened indices (n, K) is of: (n K,) int64."""
+    return torch.arange(indices.numel(), device=indices.device) // indices.shape[1]
 
 
 def _parts(weight: Tensor, indices: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -185,21 +248,31 @@ def without_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether vmap, torch.func or forward-mode differentiation follows what is computed now: only what torch knows itself."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    # Autograd's `is_grads_batched` has another kind of vmap, which only its tensors tell of.
+    return not torch.compiler.is_compiling() and any(torch._C._functorch.is_legacy_batchedtensor(one) for one in tensors)
+
+
 def _sums_rows(device: str, dtype: torch.dtype) -> bool:
-    """Whether torch's own `F.embedding_bag` does what `mix` is there for on a type of device, gradients included."""
+    """Whether torch's own `F.embedding_bag` and its derivatives do what `mix` is there for on a type of device."""
+    if not hasattr(torch.ops.aten, _BAG_DOTS) or not hasattr(torch.ops.aten, _BAG_SCATTER):
+        return False  # a torch that has them no longer
     return device in ("cpu", "cuda") or _tried_to_sum_rows(device, dtype)
 
 
 @functools.cache
 def _tried_to_sum_rows(device: str, dtype: torch.dtype) -> bool:
-    indices, values = torch.tensor([[0, 2], [2, 1]], device=device), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    values, rows = (part.to(device, dtype).requires_grad_() for part in (values, rows))
+    indices = torch.tensor([[0, 2], [2, 1]], device=device)
+    values, rows = [[1.0, 2.0], [3.0, 4.0]], [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    values, rows = (torch.tensor(numbers).to(device, dtype) for numbers in (values, rows))
+    ones = torch.ones_like(values)
     try:
-        with torch.enable_grad(), without_autocast(device):
-            mixed = F.embedding_bag(indices, rows, per_sample_weights=values, mode="sum")
-            by_value, by_row = torch.autograd.grad(mixed.sum(), (values, rows))
-        found = [part.tolist() for part in (mixed, by_value, by_row)]
+        with torch.no_grad(), without_autocast(device):
+            tried = _mix_bags(values, indices, rows), _dots_bags(ones, indices, rows), _scatter_bags(values, indices, ones, 3)
+        found = [part.tolist() for part in tried]
     except RuntimeError:  # it has no kernel for one of the three
         return False
     return found == [[[11, 14], [27, 34]], [[3, 11], [11, 7]], [[1, 1], [4, 4], [5, 5]]]
@@ -213,22 +286,42 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(values, indices, weight)
-        kernels = _kernels(weight)
-        if kernels is not None:
-            return kernels.mix(values, indices, weight)
-        values = values.to(weight.dtype)
-        if _sums_rows(weight.device.type, weight.dtype):
-            return F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
-        pairs = zip(*_parts(weight, indices, values, indices), strict=True)
-        return torch.cat([torch.einsum("nk,nkd->nd", some, weight[chosen]) for some, chosen in pairs])
+        return _mix(values, indices, weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         values, indices, weight = ctx.saved_tensors
         grad_values = dots(grad, indices, weight).to(values.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = scatter(values, indices, grad, weight) if ctx.needs_input_grad[2] else None
         return grad_values, None, grad_weight
+
+
+class _Dots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, indices, weight)
+        return _dots(x, indices, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        x, indices, weight = ctx.saved_tensors
+        grad_x = mix(grad, indices, weight).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = scatter(grad, indices, x, weight) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_weight
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, indices: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(values, indices, x)
+        return _scatter(values, indices, x, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        values, indices, x = ctx.saved_tensors
+        grad_values = dots(x, indices, grad).to(values.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = mix(values, indices, grad).to(x.dtype) if ctx.needs_input_grad[2] else None
+        return grad_values, None, grad_x, None
 
 
 class _SparseGate(torch.autograd.Function):
@@ -243,12 +336,11 @@ class _SparseGate(torch.autograd.Function):
         return values, indices
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_values: Tensor, _):
         x, weight, values, indices = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad = grad_values.to(weight.dtype) * (values > 0)
-        grad_x = mix(grad, indices, weight.detach()).to(x.dtype) if needs_x else None
+        grad_x = mix(grad, indices, weight).to(x.dtype) if needs_x else None
         grad_weight = scatter(grad, indices, x, weight) if needs_weight else None
-        grad_bias = torch.zeros_like(weight[:, 0]).index_add_(0, indices.flatten(), grad.flatten()) if needs_bias else None
+        grad_bias = torch.zeros_like(weight[:, 0]).index_add(0, indices.flatten(), grad.reshape(-1)) if needs_bias else None
         return grad_x, grad_weight, grad_bias, None, None

@@ -132,8 +132,8 @@ def test_texts_of_the_concept_count_as_strong_and_others_do_not(folder, expert, 
     """A model that says the expert's concept when it is steered, and something of its own when another one is."""
 
     def pretended(model, tokenizer, inputs, sampling, to_the_end):
-        changes = model.mxd.layers[1].gate.interventions
-        steered = None if changes is None else changes.changes[0].experts.tolist()
+        changes = model.mxd.in_force(1)
+        steered = changes[0].experts.tolist() if changes else None
         if steered == [expert]:
             rows = [(ids[at - 3 : at + 4] * 2)[: sampling.max_new_tokens] for ids, _, at in concept.windows if at > 2]
         else:

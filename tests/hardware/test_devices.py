@@ -59,7 +59,7 @@ def test_that_device_refuses_what_a_real_one_would(pretended):
     assert "on the same device" in said["two devices"] and "on the same device" in said["an index from elsewhere"]
     assert "float64" in said["float64"] and "float64" in said["float64 from nothing"]
     assert "_linalg_svd" in said["no kernel"] and not said["sparse"].startswith("gave")
-    assert {"aten::_fused_adam_", "aten::topk", "aten::_embedding_bag_backward"} <= {*pretended["operations"]}
+    assert {"aten::_fused_adam_", "aten::topk", "aten::_embedding_bag_dense_backward"} <= {*pretended["operations"]}
 
 
 @needs_python_backends
