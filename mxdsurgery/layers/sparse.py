@@ -265,13 +265,14 @@ def _sums_rows(device: str, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _tried_to_sum_rows(device: str, dtype: torch.dtype) -> bool:
-    indices = torch.tensor([[0, 2], [2, 1]], device=device)
-    values, rows = [[1.0, 2.0], [3.0, 4.0]], [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
-    values, rows = (torch.tensor(numbers).to(device, dtype) for numbers in (values, rows))
-    ones = torch.ones_like(values)
     try:
-        with torch.no_grad(), without_autocast(device):
-            tried = _mix_bags(values, indices, rows), _dots_bags(ones, indices, rows), _scatter_bags(values, indices, ones, 3)
+        with torch.inference_mode(False), torch.enable_grad(), without_autocast(device):  # as in training
+            indices = torch.tensor([[0, 2], [2, 1]], device=device)
+            values = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).to(device, dtype)
+            rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]).to(device, dtype)
+            ones = torch.ones_like(values)
+            mixed = _mix_bags(values, indices, rows.clone().requires_grad_()).detach()
+            tried = mixed, _dots_bags(ones, indices, rows), _scatter_bags(values, indices, ones, 3)
         found = [part.tolist() for part in tried]
     except RuntimeError:  # it has no kernel for one of the three
         return False
