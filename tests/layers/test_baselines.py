@@ -202,11 +202,8 @@ def test_a_baseline_is_converted_evaluated_and_described_like_an_mxd_model(kind,
     n_experts = {} if kind == "dense" else {"n_experts": 100}
     made = mxdsurgery.convert("demo-glu", layers="1", kind=kind, out=str(tmp_path / "out"), **keys, **n_experts)
     again = mxdsurgery.evaluate(made.out)
-    assert (
-        again["all"]
-        == made.evaluation["all"]
-        == {name: figure for name, figure in again["layers"][0].items() if name not in ("layer", "tokens")}
-    )
+    assert again["all"] == made.evaluation["all"]
+    assert again["all"].items() <= again["layers"][0].items()
     card = (made.out / "README.md").read_text()
     assert said in card and ("gate" in card) == (kind != "dense")
     assert type(load(made.out).layers[1]) is LAYER_KINDS[kind]
