@@ -67,7 +67,7 @@ class _NamedErrors(click.Group):
             say(masked(said, secrets_here(None)), err=True)
             sys.exit(2)
         except KeyboardInterrupt as interrupt:
-            say(f"\n{str(interrupt) or 'Interrupted. Nothing was written.'}", err=True)
+            say(f"\n{getattr(interrupt, 'said', '') or 'Interrupted. Nothing was written.'}", err=True)
             sys.exit(_INTERRUPTED)
 
 

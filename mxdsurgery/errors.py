@@ -24,19 +24,37 @@ class MxDError(Exception):
         fix: what to do next; several ways are separated by ``, or ``. Only here are settings named as flags: the command line
             leaves a way out that its command has no flag for (`for_command`), and in Python they are keywords (``str()``).
         keys: the recipe keys whose values are at odds; who knows where the values came from says so (`resolve.saying_whose`).
+        left: what the work that it ended leaves, and how to go on; flags are named here, too.
     """
 
-    def __init__(self, found: str, *, expected: str | None = None, fix: str | None = None, keys: Collection[str] = ()) -> None:
-        self.found, self.expected, self.fix, self.keys = found, expected, fix, keys
-        super().__init__(self._lines(None if fix is None else _with_keywords(fix)))
+    def __init__(
+        self,
+        found: str,
+        *,
+        expected: str | None = None,
+        fix: str | None = None,
+        keys: Collection[str] = (),
+        left: str | None = None,
+    ) -> None:
+        self.found, self.expected, self.fix, self.keys, self.left = found, expected, fix, keys, left
+        super().__init__(self._lines(_with_keywords(left or ""), _with_keywords(fix or "")))
 
     def for_command(self, flags: Collection[str]) -> str:
         """What a command says that has these flags."""
-        ways = [way for way in (self.fix or "").split(", or ") if flags_in(way) <= set(flags)]
-        return self._lines(", or ".join(ways))
+        return self._lines(self.left, self._ways(set(flags)))
 
-    def _lines(self, fix: str | None) -> str:
+    def in_python(self, names: Collection[str]) -> None:
+        """Lets ``str()`` say what a function has said that has arguments of these names: other ways are left out."""
+        ways = self._ways({f"--{name.replace('_', '-')}" for name in names})
+        self.args = (self._lines(_with_keywords(self.left or ""), _with_keywords(ways)),)
+
+    def _ways(self, flags: set[str]) -> str:
+        return ", or ".join(way for way in (self.fix or "").split(", or ") if flags_in(way) <= flags)
+
+    def _lines(self, left: str | None, fix: str | None) -> str:
         lines = [self.found]
+        if left:
+            lines.append(left)
         if self.expected:
             lines.append(f"expected: {self.expected}")
         if fix:
@@ -193,7 +211,15 @@ class DeviceError(MxDError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in long work; ``str()`` says where it stood and what was kept."""
+    """Ctrl-C in long work; ``str()`` says where it stood and what was kept, in Python's words.
+
+    Attributes:
+        said: the same in a command's words, with its flags.
+    """
+
+    def __init__(self, said: str) -> None:
+        self.said = said
+        super().__init__(_with_keywords(said))
 
 
 # Where another library begins to advise: its advice is for who calls it, and mostly wrong for who called us.

@@ -1,13 +1,20 @@
 """What to do next, as errors say it: only with flags that the command has, and in Python with keywords."""
 
 import ast
+import dataclasses
+import inspect
 import re
 
 import pytest
 from running import ROOT
 
+import mxdsurgery
+from mxdsurgery.choices import ONE_LAYER
 from mxdsurgery.cli import flags_of, main
-from mxdsurgery.errors import SWITCHES, MxDError, as_typed, flags_in
+from mxdsurgery.conversion.heal import Healing
+from mxdsurgery.errors import SWITCHES, DataError, Interrupted, MxDError, as_typed, flags_in
+from mxdsurgery.hardware.guard import guarded_with
+from mxdsurgery.recipe import RECIPE_KEYS
 
 COMMANDS = {name: flags_of(command) for name, command in main.commands.items()}
 SOURCES = [path for path in sorted((ROOT / "mxdsurgery").rglob("*.py")) if path.name not in ("cli.py", "options.py")]
@@ -116,3 +123,48 @@ def test_ways_that_a_command_lacks_are_left_out(fix, flags, command, python):
     error = MxDError("found", fix=fix)
     assert error.for_command(flags) == "found" + (f"\nto mend: {command}" if command else "")
     assert str(error) == f"found\nto mend: {python}" and error.fix == fix
+
+
+FUNCTIONS = [getattr(mxdsurgery, name) for name in mxdsurgery.__all__ if name[0].islower() and name != "register_family"]
+TAKES = {name: {*RECIPE_KEYS} for name in ("convert", "plan")} | {
+    "frontier": {*RECIPE_KEYS} - {"layers", *ONE_LAYER},
+    "heal": {field.name for field in dataclasses.fields(Healing)},
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_a_function_names_its_own_arguments(function):
+    has = set(inspect.signature(function).parameters) | TAKES.get(function.__name__, set())
+    for _, fix in FIXES:
+        error = MxDError("found", expected="expected", fix=fix)
+        wrapped = guarded_with(*TAKES.get(function.__name__, ()))(_raising(function, error))
+        with pytest.raises(MxDError):
+            wrapped()
+        named = {flag[2:].replace("-", "_") for flag in flags_in(fix)}
+        own = re.sub(r"mxdsurgery [a-z]+[^')]*", "", str(error))
+        assert {name for name in named if re.search(rf"(?<!\w){name}=", own)} <= has, fix
+        assert error.fix == fix and str(error).startswith("found\nexpected: expected")
+
+
+def _raising(function, error):
+    """A function with the arguments of another, that raises."""
+
+    def raises(*_, **__):
+        raise error
+
+    raises.__signature__ = inspect.signature(function)
+    return raises
+
+
+def test_the_functions_that_take_more_say_what():
+    with pytest.raises(MxDError, match="to mend: local=0, or teacher="):
+        mxdsurgery.heal("folder", out="out", teacher="cached", local=1.0)
+    with pytest.raises(MxDError, match=r"to mend: .*batch="):
+        mxdsurgery.plan("demo-glu", context=8_192)
+
+
+def test_what_is_left_is_said_in_python_s_words_and_in_the_command_s():
+    said = "A checkpoint of step 4 is in OUT.run; the same command with --resume goes on from there."
+    error, stopped = DataError("found", expected="expected", left=said), Interrupted(said)
+    assert "with resume=True goes on" in str(error) and "with resume=True goes on" in str(stopped)
+    assert said in error.for_command({"--resume"}) and stopped.said == said

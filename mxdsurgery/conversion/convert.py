@@ -18,13 +18,13 @@ from mxdsurgery.checkpoint.writing import check_output, check_room, write_json
 from mxdsurgery.conversion.shared_run import shared_run
 from mxdsurgery.conversion.train import Training, collect, train_groups
 from mxdsurgery.errors import CheckpointError, RecipeError, first_line
-from mxdsurgery.hardware.guard import guarded
+from mxdsurgery.hardware.guard import guarded_with
 from mxdsurgery.hardware.memory import PeakMemory
 from mxdsurgery.measuring.fidelity import Measurement
 from mxdsurgery.planning.effort import EVALUATION_SHARE, Alone
 from mxdsurgery.planning.plan import WORTH_PREDICTING, Plan, open_and_plan, read_plan, with_layers, with_time
 from mxdsurgery.planning.resolve import saying_whose
-from mxdsurgery.recipe import Recipe
+from mxdsurgery.recipe import RECIPE_KEYS, Recipe
 from mxdsurgery.runs.parallel import layer_shares, rank
 from mxdsurgery.runs.run_folder import RunFolder
 from mxdsurgery.terminal.console import Reporter, duration, size
@@ -55,7 +55,7 @@ class Conversion:
     seconds: float
 
 
-@guarded
+@guarded_with(*RECIPE_KEYS)
 def convert(
     model: str,
     *,

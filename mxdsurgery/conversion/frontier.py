@@ -18,7 +18,7 @@ from mxdsurgery.choices import DEFAULT_K, DEFAULT_KINDS, ONE_LAYER
 from mxdsurgery.conversion.train import Training, train_groups
 from mxdsurgery.errors import Interrupted, OutputError, RecipeError, first_line
 from mxdsurgery.hardware.device import check_device
-from mxdsurgery.hardware.guard import guarded
+from mxdsurgery.hardware.guard import guarded_with
 from mxdsurgery.measuring.fidelity import Measurement
 from mxdsurgery.measuring.frontier_table import FRONTIER_FILE, Frontier, read_frontier, row_key, save_layer
 from mxdsurgery.planning.plan import WORTH_PREDICTING, Plan, open_and_plan, plan_layer, with_layers, with_time
@@ -35,7 +35,7 @@ from mxdsurgery.training.distill import layer_key
 _FREE_KEYS = {"layers", "k", "kind", "out", "overwrite", "device", "memory", "threads", "tracker", *ONE_LAYER}
 
 
-@guarded
+@guarded_with(*(name for name in RECIPE_KEYS if name not in ("layers", *ONE_LAYER)))
 def frontier(
     model: str,
     *,
@@ -228,7 +228,9 @@ def _kept(out: Path, overwrite: bool) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         rows = len(read_frontier(out).rows) if (out / FRONTIER_FILE).is_file() else 0
         again = "the same command with --resume, and without --overwrite, goes on from there"
-        raise Interrupted(f"{str(interrupt) or 'Interrupted.'}\n{out} holds {rows} finished rows: {again}.") from None
+        raise Interrupted(
+            f"{getattr(interrupt, 'said', '') or 'Interrupted.'}\n{out} holds {rows} finished rows: {again}."
+        ) from None
     except OSError as error:
         raise OutputError(
             f"{str(out)!r} cannot be written: {first_line(error)}", fix="free some space, or give another --out"

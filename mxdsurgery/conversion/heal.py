@@ -29,7 +29,7 @@ from mxdsurgery.conversion.heal_text import healing_texts
 from mxdsurgery.conversion.shared_run import shared_run
 from mxdsurgery.conversion.train import start_kernels
 from mxdsurgery.errors import HealError
-from mxdsurgery.hardware.guard import guarded
+from mxdsurgery.hardware.guard import guarded_with
 from mxdsurgery.measuring.evaluate import check_before_loading, evaluate, load_original
 from mxdsurgery.planning.machine import settled_recipe
 from mxdsurgery.recipe import CHECKPOINT_KEYS, Recipe
@@ -135,7 +135,7 @@ class Healing:
         return dataclasses.replace(saved, **defaults | {name: value for name, value in given.items() if value is not None})
 
 
-@guarded
+@guarded_with(*(field.name for field in dataclasses.fields(Healing)))
 def heal(
     folder: str | Path,
     *,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 from mxdsurgery.arguments import given_number
+from mxdsurgery.errors import MxDError
 from mxdsurgery.paths import check_working_folder, given_path
 
 Given = ParamSpec("Given")
@@ -22,26 +23,41 @@ Made = TypeVar("Made")
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 
+def guarded_with(*more: str) -> Callable[[Callable[Given, Made]], Callable[Given, Made]]:
+    """As `guarded`, for a function that also takes keywords of these names, as ``**options``."""
+
+    def guard(function: Callable[Given, Made]) -> Callable[Given, Made]:
+        names = list(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def run(*args: Given.args, **options: Given.kwargs) -> Made:
+            try:
+                check_working_folder()
+                placed = [*map(given_path, names, args), *args[len(names) :]]
+                named = {name: given_path(name, value) for name, value in options.items()}
+                placed[: len(names)] = map(given_number, names, placed)
+                named = {name: given_number(name, value) if name in names else value for name, value in named.items()}
+                with _plain_torch():
+                    return function(*placed, **named)
+            except MxDError as error:
+                error.in_python({*names, *more})
+                raise
+
+        return run
+
+    return guard
+
+
 def guarded(function: Callable[Given, Made]) -> Callable[Given, Made]:
     """The function, run in the state of torch that it needs, its paths with ``~`` expanded and its numbers checked.
+
+    What its errors say is to be done names only arguments that it has.
 
     Raises:
         RecipeError: as `given_number`.
         PathError: as `given_path` and `check_working_folder`.
     """
-    names = list(inspect.signature(function).parameters)
-
-    @functools.wraps(function)
-    def run(*args: Given.args, **options: Given.kwargs) -> Made:
-        check_working_folder()
-        placed = [*map(given_path, names, args), *args[len(names) :]]
-        named = {name: given_path(name, value) for name, value in options.items()}
-        placed[: len(names)] = map(given_number, names, placed)
-        named = {name: given_number(name, value) if name in names else value for name, value in named.items()}
-        with _plain_torch():
-            return function(*placed, **named)
-
-    return run
+    return guarded_with()(function)
 
 
 @contextlib.contextmanager

@@ -16,14 +16,14 @@ from mxdsurgery.base.model import BaseModel, check_context
 from mxdsurgery.base.selection import write_layers
 from mxdsurgery.errors import MemoryBudgetError, RecipeError
 from mxdsurgery.hardware.device import devices
-from mxdsurgery.hardware.guard import guarded
+from mxdsurgery.hardware.guard import guarded_with
 from mxdsurgery.hardware.memory import free_memory
 from mxdsurgery.hardware.threads import use_threads
 from mxdsurgery.planning.budget import needed_bytes, refusal, stored
 from mxdsurgery.planning.calibrate import Calibration, calibrate, matmul_rate
 from mxdsurgery.planning.machine import this_machine
 from mxdsurgery.planning.resolve import base_shape, open_base, resolve_recipe, saying_whose
-from mxdsurgery.recipe import Recipe
+from mxdsurgery.recipe import RECIPE_KEYS, Recipe
 from mxdsurgery.terminal.console import Cost, compact, duration, size
 from mxdsurgery.training.cost import (
     DTYPE_BYTES,
@@ -304,7 +304,7 @@ def _layer_plan(row: dict[str, Any]) -> LayerPlan:
     return LayerPlan(**row | {"block": Block(**block)})
 
 
-@guarded
+@guarded_with(*RECIPE_KEYS)
 def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False, **overrides: Any) -> tuple[Plan, Recipe]:
     """Resolves a conversion without reading any weights, and says what it takes.
 

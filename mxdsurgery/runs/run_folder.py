@@ -368,7 +368,7 @@ class RunFolder:
             left = self._left()
             if not self.at:
                 raise
-            raise type(error)(f"{error.found}\n{left}", expected=error.expected, fix=error.fix) from None
+            raise type(error)(error.found, expected=error.expected, fix=error.fix, left=left) from None
         finally:
             if self.scratch is not None and not (self.owner is not None and self.owner.lost):
                 shutil.rmtree(self.scratch, ignore_errors=True)

@@ -186,7 +186,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(converted, la
         add(self, *args)
 
     monkeypatch.setattr(Tally, "add", interrupted)
-    with pytest.raises(Interrupted, match="with --resume goes on from there"):
+    with pytest.raises(Interrupted, match="with resume=True goes on from there"):
         experts(converted.recipe.out, out=tmp_path / "parts", **options)
     assert not (tmp_path / "parts").exists() and (tmp_path / "parts.run").is_dir()
     with pytest.raises(OutputError, match="holds an unfinished run"):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import mxdsurgery
+from mxdsurgery.aside import MARKER
 from mxdsurgery.cli import main
 from mxdsurgery.errors import BaseModelError, DataError, OutputError
 from mxdsurgery.terminal.console import duration
@@ -187,7 +188,7 @@ def test_ctrl_c_says_what_is_there_and_writes_no_model(tmp_path):
     assert "Traceback" not in rest and "with --resume goes on from there" in rest
     assert not out.exists()
     kept = tmp_path / "out.run"
-    assert {"checkpoints", "log.txt", "metrics.jsonl", "recipe.yaml", "plan.json"} == {path.name for path in kept.iterdir()}
+    assert {MARKER, "checkpoints", "log.txt", "metrics.jsonl", "recipe.yaml", "plan.json"} == {path.name for path in kept.iterdir()}
     (checkpoint,) = (kept / "checkpoints").iterdir()
     assert json.loads((checkpoint / "state.json").read_text())["finished"] == 0
 
@@ -199,7 +200,7 @@ def test_an_output_that_cannot_be_written_after_training_loses_no_layers(tmp_pat
     monkeypatch.setattr("mxdsurgery.checkpoint.export.write_code", full)
     options = {"layers": "0", "tokens": 5_000, "eval_tokens": 1_000, "n_experts": 64, "k": 4, "shuffle": 20_000}
     options["out"] = str(tmp_path / "out")
-    with pytest.raises(OutputError, match="No space left(.|\n)*out.run; the same command with --resume"):
+    with pytest.raises(OutputError, match="No space left(.|\n)*out.run; the same command with resume=True"):
         mxdsurgery.convert("demo-glu", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["out.run"]
     monkeypatch.undo()

@@ -93,7 +93,7 @@ def test_a_conversion_that_was_stopped_goes_on_bit_for_bit(way, tmp_path, stoppe
         with monkeypatch.context() as patch:
             patch.setattr("mxdsurgery.training.distill.train_step", distill.train_step)
             stopped(stop)
-            with pytest.raises(Interrupted, match="A checkpoint of step (.|\n)*--resume goes on"):
+            with pytest.raises(Interrupted, match="A checkpoint of step (.|\n)*resume=True goes on"):
                 mxdsurgery.convert("demo-glu", **SMALL, **keys, out=str(tmp_path / "parts"), resume=True)
         assert not (tmp_path / "parts").exists()
     mxdsurgery.convert("demo-glu", **SMALL, **keys, out=str(tmp_path / "parts"), resume=True)
