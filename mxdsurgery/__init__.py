@@ -59,6 +59,8 @@ __all__ = sorted(_MODULE_OF)
 def __getattr__(name: str) -> Any:
     """Loads a public name, or a room or module of ours, when it is first asked for."""
     if name in _MODULE_OF:
+        if _MODULE_OF[name] != "errors":  # named before torch is loaded, which ends the whole process there, without a word
+            importlib.import_module(f"{__name__}.paths").check_working_folder()
         value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
         setattr(sys.modules[__name__], name, value)
         return value

@@ -87,6 +87,19 @@ def test_a_working_folder_that_is_gone_is_a_named_error(tmp_path, monkeypatch):
     assert done.returncode == 2 and "cd to another folder" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_working_folder_that_is_gone_is_a_named_error_in_python_too(tmp_path):
+    (tmp_path / "gone").mkdir()
+    code = (
+        "import os, sys; sys.path[:0] = [sys.argv[1]]; os.chdir('gone'); os.rmdir('../gone'); import mxdsurgery\n"
+        "try: mxdsurgery.convert('demo-glu')\n"
+        "except mxdsurgery.MxDError as error: print(type(error).__name__, error)"
+    )
+    line = [sys.executable, "-I", "-c", code, str(ROOT)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("PathError the folder that"), done
+    assert "cd to another folder" in done.stdout and done.stderr == ""
+
+
 def test_a_cache_that_cannot_be_written_stops_nothing(monkeypatch):
     from mxdsurgery.hardware import compute
 
