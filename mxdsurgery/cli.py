@@ -1,10 +1,11 @@
 """The command line: each command reads its flags, calls the public function of its name and prints what it returns."""
 
+import io
 import json
 import os
 import sys
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
@@ -57,9 +58,17 @@ class _NamedErrors(click.Group):
         show_all_letters()
         return super().main(*args, **extra)
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **extra)
+        except click.ClickException as error:
+            _end_with(error)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.ClickException as error:
+            _end_with(error)
         except MxDError as error:
             one_of_several = int(os.environ.get("RANK", 0))
             time.sleep(_FIRST_SPEAKS * bool(one_of_several))  # the launcher ends this one meanwhile if the first says the same
@@ -69,6 +78,14 @@ class _NamedErrors(click.Group):
         except KeyboardInterrupt as interrupt:
             say(f"\n{getattr(interrupt, 'said', '') or 'Interrupted. Nothing was written.'}", err=True)
             sys.exit(_INTERRUPTED)
+
+
+def _end_with(error: click.ClickException) -> NoReturn:
+    """Prints click's own error with the letters that stderr has: click would write UTF-8 to any."""
+    text = io.StringIO()
+    error.show(text)
+    say(text.getvalue().rstrip("\n"), err=True)
+    sys.exit(error.exit_code)
 
 
 def _print_json(value: Any) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import mxdsurgery
 from mxdsurgery.base.surgery import replaced
 from mxdsurgery.checkpoint.converted import load
 from mxdsurgery.checkpoint.export import Reference, check_reload, reference_outputs
-from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room, written_whole
+from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room, write_json, written_whole
 from mxdsurgery.errors import ExportError, NotConvertedError, OutputError, WeightsError
 
 
@@ -296,6 +297,21 @@ def test_a_disk_that_is_too_small_is_named_before_the_work(tmp_path, monkeypatch
     with pytest.raises(OutputError, match="are free there"):
         mxdsurgery.convert("demo-glu", layers="0", tokens=5000, n_experts=64, k=4, out=str(tmp_path / "out"), device="cpu")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("umask", "folder", "file"), [(0o077, 0o700, 0o600), (0o002, 0o775, 0o664), (0o022, 0o755, 0o644)])
+def test_what_is_written_has_the_modes_that_the_umask_gives(umask, folder, file, tmp_path):
+    before = os.umask(umask)
+    try:
+        with written_whole(tmp_path / "made") as staging:
+            (staging / "inside").mkdir()
+            write_json(staging / "inside" / "a.json", {})
+        write_json(tmp_path / "new" / "b.json", {})
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(tmp_path).as_posix(): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    folders = dict.fromkeys(("made", "made/inside", "new"), folder)
+    assert modes == folders | dict.fromkeys(("made/inside/a.json", "new/b.json"), file)
 
 
 def test_check_output_refuses_what_exists(tmp_path):

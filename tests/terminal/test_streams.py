@@ -119,3 +119,14 @@ def test_work_goes_on_when_what_it_says_finds_no_room(monkeypatch):
     reporter = ConsoleReporter()
     reporter.say("one")
     assert reporter.console.quiet
+
+
+@pytest.mark.parametrize("words", [("evaluate", "x", "--tökens"), ("--bäd",), ("füg",)])
+def test_clicks_own_errors_have_the_letters_that_stderr_has(words, streams):
+    from mxdsurgery.cli import main
+
+    _, stderr = streams("ascii")
+    with pytest.raises(SystemExit) as ended:
+        main(list(words), prog_name="mxdsurgery")
+    said = stderr.buffer.getvalue()
+    assert ended.value.code == 2 and ascii(words[-1])[1:-1].encode() in said and said.startswith(b"Usage: mxdsurgery")
