@@ -1,19 +1,15 @@
 """The command line: each command reads its flags, calls the public function of its name and prints what it returns."""
 
-import io
 import json
-import os
 import sys
-import time
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 from rich.console import Console
 
 import mxdsurgery
 from mxdsurgery.choices import BY, DEFAULT_K, DEFAULT_KINDS, FORMS, ONE_LAYER, UNITS
-from mxdsurgery.disclosure import masked, secrets_here
-from mxdsurgery.errors import EditError, MemoryBudgetError, MxDError
+from mxdsurgery.errors import EditError, MemoryBudgetError
 from mxdsurgery.options import (
     AS_JSON,
     BASE,
@@ -37,55 +33,9 @@ from mxdsurgery.options import (
 )
 from mxdsurgery.recipe import RECIPE_KEYS
 from mxdsurgery.terminal.console import size
-from mxdsurgery.terminal.streams import can_show, say, show_all_letters, written
-from mxdsurgery.terminal.voice import Command, console_reporter, level_options
-
-_INTERRUPTED = 130  # what a shell expects of a process that Ctrl-C ended
-_FIRST_SPEAKS = 5.0  # seconds that the other processes of a run wait before they say what they found
-
-
-def flags_of(command: click.Command) -> set[str]:
-    """The flags that a command has."""
-    return {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
-
-
-class _NamedErrors(click.Group):
-    """Prints a user's mistake, also one in a flag, on stderr: exit code 2. For Ctrl-C, what was kept: exit code 130."""
-
-    command_class = Command
-
-    def main(self, *args: Any, **extra: Any) -> Any:
-        show_all_letters()
-        return super().main(*args, **extra)
-
-    def make_context(self, *args: Any, **extra: Any) -> click.Context:
-        try:
-            return super().make_context(*args, **extra)
-        except click.ClickException as error:
-            _end_with(error)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except click.ClickException as error:
-            _end_with(error)
-        except MxDError as error:
-            one_of_several = int(os.environ.get("RANK", 0))
-            time.sleep(_FIRST_SPEAKS * bool(one_of_several))  # the launcher ends this one meanwhile if the first says the same
-            said = f"{type(error).__name__}: {error.for_command(flags_of(self.commands.get(ctx.invoked_subcommand, self)))}"
-            say(masked(said, secrets_here(None)), err=True)
-            sys.exit(2)
-        except KeyboardInterrupt as interrupt:
-            say(f"\n{getattr(interrupt, 'said', '') or 'Interrupted. Nothing was written.'}", err=True)
-            sys.exit(_INTERRUPTED)
-
-
-def _end_with(error: click.ClickException) -> NoReturn:
-    """Prints click's own error with the letters that stderr has: click would write UTF-8 to any."""
-    text = io.StringIO()
-    error.show(text)
-    say(text.getvalue().rstrip("\n"), err=True)
-    sys.exit(error.exit_code)
+from mxdsurgery.terminal.ending import NamedErrors, flags_of
+from mxdsurgery.terminal.streams import can_show, say, written
+from mxdsurgery.terminal.voice import console_reporter, level_options
 
 
 def _print_json(value: Any) -> None:
@@ -102,7 +52,7 @@ def _print_table(*parts: Any) -> None:
             console.print(part, markup=not isinstance(part, str))  # a folder's name may look like markup
 
 
-@click.group(cls=_NamedErrors, params=level_options(), context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=NamedErrors, params=level_options(), context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mxdsurgery")
 def main() -> None:
     """Replace the MLP blocks of a language model by Mixtures of Decoders, and see what it costs."""

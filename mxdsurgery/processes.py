@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import psutil
-
 
 @dataclass(frozen=True)
 class Owner:
@@ -46,11 +44,15 @@ def machine() -> str:
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    import psutil
+
     return f"{socket.gethostname()} {psutil.boot_time():.0f}"
 
 
 def started(process: int) -> str | None:
     """When a process of this machine was started; None where it does not run any more."""
+    import psutil  # here: most commands end, or begin to read, without
+
     try:
         found = psutil.Process(process)
         if found.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):

@@ -188,7 +188,9 @@ def test_ctrl_c_says_what_is_there_and_writes_no_model(tmp_path):
     assert "Traceback" not in rest and "with --resume goes on from there" in rest
     assert not out.exists()
     kept = tmp_path / "out.run"
-    assert {MARKER, "checkpoints", "log.txt", "metrics.jsonl", "recipe.yaml", "plan.json"} == {path.name for path in kept.iterdir()}
+    assert {MARKER, "checkpoints", "log.txt", "metrics.jsonl", "recipe.yaml", "plan.json"} == {
+        path.name for path in kept.iterdir()
+    }
     (checkpoint,) = (kept / "checkpoints").iterdir()
     assert json.loads((checkpoint / "state.json").read_text())["finished"] == 0
 
