@@ -253,7 +253,7 @@ def is_transformed(*tensors: Tensor) -> bool:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     # Autograd's `is_grads_batched` has another kind of vmap, which only its tensors tell of.
-    return not torch.compiler.is_compiling() and any(torch._C._functorch.is_legacy_batchedtensor(one) for one in tensors)
+    return not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
 
 
 def _sums_rows(device: str, dtype: torch.dtype) -> bool:
