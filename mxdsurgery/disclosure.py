@@ -6,18 +6,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+# All patterns here run on texts of any length and of anyone's making: what one start has read in vain is not read again from
+# the next. So whether a value holds digits is not asked by a lookahead, but of a match, which goes on as far as the value.
+
 # Patterns that match nothing but secrets.
 _SECRETS = {
     "a Hugging Face token": r"(?<![A-Za-z0-9])(?:hf_|api_org_)[A-Za-z0-9]{20,}",
-    "an OpenAI key": r"(?<![A-Za-z0-9])sk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{20,}",
+    "an OpenAI key": r"(?<![A-Za-z0-9])(?P<value>sk-[A-Za-z0-9_-]{20,})(?P<rest>)",
     "an AWS access key": r"(?<![A-Za-z0-9])(?:AKIA|ASIA)[0-9A-Z]{16}(?![A-Za-z0-9])",
     "a GitHub token": r"(?<![A-Za-z0-9])(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,})",
     "a Google key": r"(?<![A-Za-z0-9])AIza[0-9A-Za-z_-]{35}",
     "a Slack token": r"(?<![A-Za-z0-9])xox[abeprs]-[0-9A-Za-z-]{10,}",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
-# Names that say that a secret follows; it has at least 12 characters, letters and digits.
-_VALUE = r"(?P<value>(?=[^\s\"']*[0-9])(?=[^\s\"']*[A-Za-z])[A-Za-z0-9_\-./+=]{12,})"
+# Names that say that a secret follows; it has at least 12 characters, letters and digits, with what stands right after it.
+_VALUE = r"(?P<value>[A-Za-z0-9_\-./+=]{12,})(?=(?P<rest>[^\s\"']{0,100}))"
 _ASSIGNMENTS = {
     "a secret by its name": (
         r"(?i)(?<![A-Za-z0-9_-])(?:[\w-]{0,30}(?:api[_-]?key|secret|passw(?:or)?d|(?:access|auth|hf|hub)[_-]?token)[\w-]{0,30}|token)"
@@ -89,12 +92,13 @@ def disclosures(text: str, known: Iterable[str] = (), vocabulary: bool = False) 
     found = [(start, end, what, True) for start, end, what in _secrets(text, known, vocabulary)]
     if not vocabulary:
         found += [(start, end, "a local path", False) for start, end in _local_paths(text)]
-    findings, reached = [], 0
+    findings, reached, line, counted = [], 0, 1, 0
     for start, end, what, secret in sorted(found, key=lambda one: one[0]):  # of two at one place, the more exact stays first
         if start >= reached:  # drops overlaps: a token may also follow the word "token"
             length = end - start
             shown = f"{text[start : start + length // 8][:4]}... ({length} characters)" if secret else text[start:end]
-            findings.append(Finding(text.count("\n", 0, start) + 1, what, shown, secret))
+            line, counted = line + text.count("\n", counted, start), start
+            findings.append(Finding(line, what, shown, secret))
             reached = end
     return findings
 
@@ -134,7 +138,12 @@ def _secrets(text: str, known: Iterable[str], vocabulary: bool) -> Iterator[tupl
             yield *match.span(), "a token in use here"
     for what, form in _FORMS if vocabulary else _FORMS + _NAMED:
         for match in form.finditer(text):
-            yield *match.span("value" if "value" in form.groupindex else 0), what
+            if "rest" not in form.groupindex or _mixed(text[match.start("value") : match.end("rest")]):
+                yield *match.span("value" if "value" in form.groupindex else 0), what
+
+
+def _mixed(value: str) -> bool:
+    return re.search("[0-9]", value) is not None and re.search("[A-Za-z]", value) is not None
 
 
 def _local_paths(text: str) -> Iterator[tuple[int, int]]:

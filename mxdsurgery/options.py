@@ -129,7 +129,7 @@ def labelled_options(required: bool) -> Callable[[Callable], Callable]:
         click.option("--layer", type=int, help="Negative: from the end; default: the first in DIR."),
         click.option("--text-column", default="text", show_default=True, help="The column or field that holds the text."),
         click.option("--label-column", default="label", show_default=True, help="The column or field that holds the class."),
-        number("samples", "Texts, drawn at random; default: all."),
+        number("samples", "Texts, drawn at random; default: all, but 20,000 at most."),
         number("context", "Tokens that each text is cut after; default: the recipe's."),
         BASE,
         machine_options,

@@ -1,9 +1,12 @@
 """For tests that run commands, scripts and examples: where files are, what a command printed, Ctrl-C at a chosen moment."""
 
 import os
+import random
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
 
 from mxdsurgery.terminal.console import Reporter
 
@@ -36,3 +39,9 @@ def shared_folder() -> Path | None:
     """The material beside the project: ../shared, or where MXD_SHARED points."""
     path = Path(os.environ.get("MXD_SHARED", ROOT.parent / "shared"))
     return path if (path / "models").is_dir() else None
+
+
+def random_states():
+    """Where the process's random numbers stand."""
+    name, keys, *rest = numpy.random.get_state()
+    return random.getstate(), (name, keys.tolist(), *rest), torch.get_rng_state().tolist()

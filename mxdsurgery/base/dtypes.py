@@ -1,6 +1,6 @@
 """A model that computes in another dtype than its weights are stored in, and the way back."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -100,9 +100,23 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
         held.data = held.data.to(dtype)
 
 
+def rounded(layer: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A layer's state dict ``tensors`` as it is stored in a dtype: what the layer keeps in float32 stays."""
+    exact = _in_float32(layer)
+    return {name: tensor if name in exact else tensor.to(dtype) for name, tensor in tensors.items()}
+
+
 def _floats(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """A model's parameters and buffers that have a floating dtype, with their names."""
-    return [(name, held) for name, held in (*model.named_parameters(), *model.named_buffers()) if held.is_floating_point()]
+    """A model's parameters and buffers that have a floating dtype and may get another one, with their names."""
+    exact = _in_float32(model)
+    held = (*model.named_parameters(), *model.named_buffers())
+    return [(name, tensor) for name, tensor in held if tensor.is_floating_point() and name not in exact]
+
+
+def _in_float32(model: nn.Module) -> set[str]:
+    """The names of what our layers keep in float32: see `Gate`."""
+    parts = ((path, getattr(part, "IN_FLOAT32", ())) for path, part in model.named_modules())
+    return {f"{path}.{name}".lstrip(".") for path, names in parts for name in names}
 
 
 def _entrances(model: PreTrainedModel) -> Iterator[nn.Module]:

@@ -1,7 +1,6 @@
 """The contexts on which experts are observed: drawn evenly from a text and kept as a file, with each token's class."""
 
 import json
-import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from mxdsurgery.errors import DataError
 from mxdsurgery.terminal.console import ProgressLine, Reporter
 from mxdsurgery.text.fields import value_in
 from mxdsurgery.text.packing import Packing
+from mxdsurgery.text.reservoir import Reservoir
 from mxdsurgery.text.sources import check_length, documents_with_fields
 
 CLASSES_FILE = "classes.json"
@@ -94,24 +94,19 @@ def draw_corpus(source: Source, packing: Packing, line: ProgressLine) -> Corpus:
     """Draws contexts by reservoir sampling: each of the first ``spread`` times as many has the same chance to be drawn."""
     names: dict[str, int] = {}
     wanted = max(1, source.tokens // packing.context)
-    held: list[tuple[Tensor, Tensor]] = []
-    draw, number = random.Random(source.seed), 0
-    for number, (ids, classes) in enumerate(packing.pack_labelled(_classed(source, names, packing), short=True)):
-        if number == wanted * source.spread:
+    drawn: Reservoir[tuple[Tensor, Tensor]] = Reservoir(wanted, source.seed)
+    for ids, classes in packing.pack_labelled(_classed(source, names, packing), short=True):
+        if drawn.offered == wanted * source.spread:
             break
         check_length(ids, source.data)
-        pair = (ids.int(), classes.short())
-        place = draw.randrange(number + 1)
-        if len(held) < wanted:
-            held.append(pair)
-        elif place < wanted:
-            held[place] = pair
-        if number % 256 == 0:
-            line.update(number, wanted * source.spread)
-    line.update(number + 1, number + 1)
-    if not held:
+        drawn.offer((ids.int(), classes.short()))
+        if drawn.offered % 256 == 1:
+            line.update(drawn.offered - 1, wanted * source.spread)
+    line.update(drawn.offered, drawn.offered)
+    if not drawn.offered:
         raise DataError(f"the text {source.data!r} holds no text", expected="more text", fix="give a longer text")
-    return Corpus(torch.stack([ids for ids, _ in held]), torch.stack([classes for _, classes in held]), list(names))
+    ids, classes = map(torch.stack, zip(*drawn.held(sort=False), strict=True))
+    return Corpus(ids, classes, list(names))
 
 
 def _classed(source: Source, names: dict[str, int], packing: Packing) -> Iterator[tuple[str, int]]:

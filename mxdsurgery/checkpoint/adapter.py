@@ -41,7 +41,7 @@ ABOUT += ("report-data", "metrics.png", "metrics.svg")
 # In the metadata of an adapter's safetensors file: the header of the checkpoint's file that it is a part of.
 _HEADER = "header"
 _DTYPES = ("float32", "bfloat16", "float16")
-_NOTE = re.compile(r"<!-- adapter -->\n.*?<!-- /adapter -->\n\n", re.DOTALL)
+_NOTE, _NOTE_END = "<!-- adapter -->\n", "<!-- /adapter -->\n\n"
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def folder_bytes(folder: Path, *without: Path) -> int:
 def _with_note(card: str, adapter: Adapter, count: int) -> str:
     """The card with a note under its title that it is an adapter's; `rebuild` takes it out again."""
     origin, sizes = adapter.origin().replace("'", "`"), f"{size(count)} instead of {size(adapter.checkpoint_bytes)}"
-    note = f"""<!-- adapter -->
+    note = f"""{_NOTE}\
 **This is an adapter.** It holds only what differs from {origin}: {sizes}. {len(adapter.from_base)} tensors are the
 base model's, unchanged, and not in here. With that model,
 
@@ -289,12 +289,16 @@ mxdsurgery apply "this folder" --base "{adapter.base_flag()}" --out "a new folde
 
 writes the whole checkpoint, bit for bit; `mxdsurgery.load("this folder", base="{adapter.base_flag()}")` has it in memory.
 The rest of this card is about that checkpoint: there, "this folder" is the new one.
-<!-- /adapter -->
-
-"""
+{_NOTE_END}"""
     title = re.compile(r"^# .*\n\n", re.MULTILINE).search(card, section_start(card))
     place = title.end() if title else 0
     return card[:place] + note + card[place:]
+
+
+def _without_note(card: str) -> str:
+    before, _, rest = card.partition(_NOTE)
+    _, ended, after = rest.partition(_NOTE_END)
+    return before + after if ended else card
 
 
 @contextmanager
@@ -412,7 +416,7 @@ def rebuild(
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, out / name)
     if CARD in adapter.files:
-        write_card(out / CARD, _NOTE.sub("", read_card(out / CARD), count=1))
+        write_card(out / CARD, _without_note(read_card(out / CARD)))
 
 
 def differing(adapter: Adapter, out: Path) -> list[str]:

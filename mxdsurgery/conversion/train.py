@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mxdsurgery.base.dtypes import cast, stored_in
+from mxdsurgery.base.dtypes import cast, rounded, stored_in
 from mxdsurgery.base.offload import execution_device, on_disk, weights_of
 from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.planning.plan import Plan
@@ -191,8 +191,8 @@ class _Work:
     def _weights(self, layers: Sequence[LayerPlan]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for plan in layers:
-            held, dtype = weights_of(self.training.layers[plan]), stored_in(self.base)
-            tensors |= prefixed({name: tensor.to(dtype) for name, tensor in held.items()}, layer_key(plan))
+            layer = self.training.layers[plan]
+            tensors |= prefixed(rounded(layer, weights_of(layer), stored_in(self.base)), layer_key(plan))
         return tensors
 
     def take_finished(self, number: int, layers: Sequence[LayerPlan]) -> bool:

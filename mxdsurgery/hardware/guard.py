@@ -7,6 +7,7 @@ work of a public function that is `guarded`, and nothing that it sets for itself
 import contextlib
 import functools
 import inspect
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -126,9 +127,7 @@ def _set_plain() -> list[Callable[[], Any]]:
     import torch
 
     dtype = torch.get_default_dtype()
-    undo: list[Callable[[], Any]] = [functools.partial(torch.set_rng_state, torch.get_rng_state())]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        undo.append(functools.partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    undo = _random_states()
     if dtype != torch.float32:
         torch.set_default_dtype(torch.float32)
         undo.append(functools.partial(torch.set_default_dtype, dtype))
@@ -138,6 +137,25 @@ def _set_plain() -> list[Callable[[], Any]]:
         torch.use_deterministic_algorithms(True, warn_only=True)
         undo.append(functools.partial(torch.use_deterministic_algorithms, True))
     return undo
+
+
+def _random_states() -> list[Callable[[], Any]]:
+    """What puts the random numbers of Python, numpy and torch back to where they are now.
+
+    Most of ours come from generators of our own; other libraries, and code that came with a model, may seed the process's.
+    """
+    import numpy
+    import torch
+
+    back = [functools.partial(random.setstate, random.getstate())]
+    back.append(functools.partial(numpy.random.set_state, numpy.random.get_state()))
+    back.append(functools.partial(torch.set_rng_state, torch.get_rng_state()))
+    for device in (torch.cuda, torch.xpu):
+        if device.is_available() and device.is_initialized():
+            back.append(functools.partial(device.set_rng_state_all, device.get_rng_state_all()))
+    if torch.backends.mps.is_available():
+        back.append(functools.partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    return back
 
 
 def _set_whole_precision() -> list[Callable[[], Any]]:

@@ -62,6 +62,9 @@ class Gate(nn.Module):
             ``BATCH_TOP_K_LIMIT`` K; afterwards, each token keeps those that reach the threshold from training.
     """
 
+    # Stays in float32 whatever the layer is cast to: rounded to bfloat16, the threshold keeps some per cent more or fewer.
+    IN_FLOAT32 = ("threshold",)
+
     def __init__(self, d_model: int, n_experts: int, k: int, sparsity: str = "topk") -> None:
         super().__init__()
         self.k = k
@@ -70,8 +73,16 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))  # G
         self.bias = nn.Parameter(torch.empty(n_experts))  # b_g
         # The smallest pre-activation that `batchtopk` keeps; None: each token keeps K.
-        self.register_buffer("threshold", torch.zeros(()) if sparsity == "batchtopk" else None)
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32) if sparsity == "batchtopk" else None)
         self.reset_parameters()
+
+    def _apply(self, fn, recurse=True):
+        """What ``.to()``, ``.half()`` and the like do with every module, without rounding the threshold."""
+        exact = self.threshold
+        super()._apply(fn, recurse)
+        if exact is not None and self.threshold.dtype != torch.float32:
+            self.threshold = exact.to(self.threshold.device, torch.float32)
+        return self
 
     def reset_parameters(self) -> None:
         """G as a default linear layer, uniform in +-1/sqrt(D); b_g zero."""
@@ -114,8 +125,8 @@ class Gate(nn.Module):
         kept = values.flatten().topk(self.k * len(values), sorted=False).values.min()
         if is_transformed():  # a derivative is no step of training, and torch.func has no room for the update
             return kept
-        first = self.threshold == 0
-        self.threshold.copy_(torch.where(first, kept, torch.lerp(self.threshold, kept, 1 / _THRESHOLD_STEPS)))
+        exact, first = kept.to(self.threshold.dtype), self.threshold == 0
+        self.threshold.copy_(torch.where(first, exact, torch.lerp(self.threshold, exact, 1 / _THRESHOLD_STEPS)))
         return kept
 
 

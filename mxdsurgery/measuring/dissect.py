@@ -51,7 +51,7 @@ def dissect(
         layer: default: the first layer in the folder.
         text_column: column or field that holds the text.
         label_column: column or field that holds the class.
-        samples: how many texts, drawn at random; default: all.
+        samples: how many texts, drawn at random; default: all, but 20,000 at most.
         context: each text is cut after so many tokens; default: the recipe's.
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
@@ -74,7 +74,10 @@ def dissect(
     kept = {"data": data, "kept_in": "dissection"}
     how = {"base": base, "device": device, "compute": compute, "trust_remote_code": trust_remote_code}
     opened = open_expert_layers(folder, layer, **kept, **how)
-    labelled = None if data is None else read_labelled(data, text_column, label_column, samples, opened.tokenizer)
+    labelled = None
+    if data is not None:
+        with reporter.progress("draw", "rows") as line:
+            labelled = read_labelled(data, text_column, label_column, samples, seed, opened.tokenizer, line.update)
     decoder = opened.block.decoder.weight(opened.model.base_model)
     result: dict[str, Any] = {"layer": opened.block.layer, "decoder_effective_rank": effective_rank(decoder)}
     result["subjects"] = [
@@ -82,11 +85,11 @@ def dissect(
         for name, made in opened.layers.items()
     ]
     if labelled is not None:
-        labelled = labelled.sample(samples, seed)
         batches = opened.batches(labelled, context)
         with reporter.progress("read", "texts") as line:
             result |= _used_on(opened, labelled, batches, seed, result["subjects"], line.update)
-        result |= {"data": data, "tokens": int(sum(batch.counted.sum() for batch in batches))}
+        result |= {"data": data, "texts": sum(len(batch.rows) for batch in batches), "drawn_from": labelled.drawn_from}
+        result["tokens"] = int(sum(batch.counted.sum() for batch in batches))
     keep_beside(folder, "dissection", data, opened.block.layer, result)
     return result
 

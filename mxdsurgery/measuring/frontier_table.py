@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mxdsurgery.base.dtypes import rounded
 from mxdsurgery.checkpoint.converted import RECIPE_FILE
 from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.errors import OutputError, first_line
@@ -175,8 +176,12 @@ def save_layer(layer: nn.Module, planned: LayerPlan, out: Path, dtype: str) -> N
     """Saves the weights in ``dtype``, with the layer's kind and shape in the file's header."""
     path = layer_file(out, *row_key(planned))
     path.parent.mkdir(exist_ok=True)
-    state = {name: tensor.to("cpu", getattr(torch, dtype)).contiguous() for name, tensor in layer.state_dict().items()}
-    save_file(state, path, metadata={"kind": planned.kind, "shape": json.dumps(layer_shape(planned))})
+    held = {name: tensor.cpu().contiguous() for name, tensor in layer.state_dict().items()}
+    save_file(
+        rounded(layer, held, getattr(torch, dtype)),
+        path,
+        metadata={"kind": planned.kind, "shape": json.dumps(layer_shape(planned))},
+    )
 
 
 def load_layer(path: Path) -> nn.Module:

@@ -68,7 +68,7 @@ def probe(
         layer: default: the first layer in the folder.
         text_column: column or field that holds the text.
         label_column: column or field that holds the class.
-        samples: how many texts, drawn at random; default: all.
+        samples: how many texts, drawn at random; default: all, but 20,000 at most.
         context: each text is cut after so many tokens; default: the recipe's.
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
@@ -78,7 +78,8 @@ def probe(
         reporter: where progress is reported; default: nowhere.
 
     Returns:
-        A JSON object, kept in the folder as ``probing/<data>-layer<layer>.json``: ``subjects``, each with its ``classes``
+        A JSON object, kept in the folder as ``probing/<data>-layer<layer>.json``: ``texts`` of two tokens or more, of those
+        that were drawn from ``drawn_from``, and ``subjects``, each with its ``classes``
         (``unit``, ``f1``, ``balanced_accuracy`` on held-out texts; ``best_f1``, the largest held-out F1 among all candidates,
         as the paper reports it; ``floor_f1`` and ``floor_balanced_accuracy`` with permuted labels) and their means.
 
@@ -91,8 +92,8 @@ def probe(
     kept = {"data": data, "kept_in": "probing"}
     how = {"base": base, "device": device, "compute": compute, "trust_remote_code": trust_remote_code}
     opened = open_expert_layers(folder, layer, **kept, **how)
-    labelled = read_labelled(data, text_column, label_column, samples, opened.tokenizer)
-    labelled = labelled.sample(samples, seed)
+    with reporter.progress("draw", "rows") as line:
+        labelled = read_labelled(data, text_column, label_column, samples, seed, opened.tokenizer, line.update)
     batches = opened.batches(labelled, context)
     read = torch.cat([batch.rows for batch in batches]) if batches else torch.empty(0, dtype=torch.int64)
     kept = np.sort(read.numpy())
@@ -109,6 +110,7 @@ def probe(
         "data": data,
         "layer": opened.block.layer,
         "texts": len(kept),
+        "drawn_from": labelled.drawn_from,
         "tokens": int(sum(batch.counted.sum() for batch in batches)),
         "classes": {name: int((labels == name).sum()) for name in labelled.classes},
         "subjects": subjects,
@@ -225,7 +227,8 @@ def _f1(said: np.ndarray, positive: np.ndarray) -> np.ndarray:
 
 def probe_tables(result: dict[str, Any]) -> list[Table]:
     """For a terminal: a row per subject, and where there are few of them, a row per class of each."""
-    rests_on = f"{result['texts']:,} texts ({result['tokens']:,} tokens) of {len(result['classes'])} classes"
+    of = f" of {result['drawn_from']:,}" if result["drawn_from"] > result["texts"] else ""
+    rests_on = f"{result['texts']:,}{of} texts ({result['tokens']:,} tokens) of {len(result['classes'])} classes"
     title = f"Layer {result['layer']}, {rests_on}"
     summary = Table("what", title=title)
     columns = ("units", "mean F1", "floor", "mean balanced accuracy", "floor")

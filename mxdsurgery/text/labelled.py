@@ -1,8 +1,8 @@
 """Labelled text: pieces of text with a class each, for probing and for seeing what experts prefer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +10,15 @@ from transformers import PreTrainedTokenizerBase
 from mxdsurgery.errors import DataError
 from mxdsurgery.text.fields import dotted_names, no_column, text_in, value_in
 from mxdsurgery.text.packing import Packing
+from mxdsurgery.text.reservoir import Reservoir
 from mxdsurgery.text.sources import rows, say_empty
+
+# So many texts are drawn where nobody says how many: what is found of them is kept in memory.
+MOST_TEXTS = 20_000
+# Of a data set on the hub so many rows are read.
+_MOST_ROWS = 1_000_000
+# Progress is reported after so many rows.
+_REPORTED = 4096
 
 
 @dataclass(frozen=True)
@@ -20,49 +28,54 @@ class Labelled:
     Attributes:
         texts: in their order.
         labels: the class of each text, by name.
+        drawn_from: how many texts they were drawn from at random; as many as there are: these are all.
     """
 
     texts: list[str]
     labels: list[str]
+    drawn_from: int
 
     @property
     def classes(self) -> list[str]:
         """The classes' names, in alphabetical order."""
         return sorted(set(self.labels))
 
-    def sample(self, count: int | None, seed: int) -> "Labelled":
-        """``count`` of the texts, drawn at random; all of them with None, or where there are no more."""
-        if count is None or count >= len(self.texts):
-            return self
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(self.texts))[:count])
-        return Labelled([self.texts[i] for i in chosen], [self.labels[i] for i in chosen])
-
 
 def read_labelled(
     spec: str,
     text_column: str = "text",
     label_column: str = "label",
-    limit: int | None = None,
+    samples: int | None = None,
+    seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    report: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Labelled:
-    """Reads labelled text. Rows without text or class (null) are left out, and an `MxDWarning` says how many.
+    """Draws labelled texts at random from a whole text, which may be sorted: by class, or by date.
+
+    Rows without text or class (null) are left out, and an `MxDWarning` says how many. Of a data set on the hub with more than
+    a million rows, so many are read, from files that are spread over it, which an `MxDWarning` says, too.
 
     Args:
         spec: a text with columns; see `mxdsurgery.text.sources`.
         text_column: column or field that holds the text.
         label_column: column or field that holds the class.
-        limit: rows to read of a data set on the hub; default: all.
+        samples: how many texts to draw; default: all, but ``MOST_TEXTS`` at most.
+        seed: of the draw.
         tokenizer: has the template by which chats are written out; None: chats are refused.
+        report: called with the rows that were read, and how many there may be.
 
     Raises:
-        DataError: it cannot be read, lacks a column, or has fewer than two classes.
+        DataError: it cannot be read, lacks a column, or fewer than two classes were drawn.
     """
-    texts, labels, read, names, has_labels = [], [], 0, [], False
+    drawn: Reservoir[tuple[str, str]] = Reservoir(samples or MOST_TEXTS, seed)
+    read, names, has_labels = 0, [], False
     empty = {text_column: 0, label_column: 0}
-    for entry in rows(spec, text_column, (label_column,), limit):
+    for entry in rows(spec, text_column, (label_column,), _MOST_ROWS):
         if entry.document is not None:
             raise DataError(f"{spec!r} is plain text", expected="rows with a column of text and one of classes")
         read += 1
+        if read % _REPORTED == 0:
+            report(read, max(read, _MOST_ROWS))
         text = text_in(entry.row, text_column, entry.where, tokenizer)
         names = names or list(dotted_names(entry.row))
         try:
@@ -75,20 +88,23 @@ def read_labelled(
         if text is None or label is None:
             empty[text_column if text is None else label_column] += 1
         elif text.strip():
-            texts.append(text)
-            labels.append(str(label))
+            drawn.offer((text, str(label)))
+    if read:
+        report(read, read)
     if read and not has_labels:
         raise no_column(label_column, names, repr(spec), "--label-column")
     for column, count in empty.items():
         say_empty(count, read, spec, column)
-    found = Labelled(texts, labels)
-    if not texts:
+    held = drawn.held()
+    found = Labelled([text for text, _ in held], [label for _, label in held], drawn.offered)
+    if not held:
         raise DataError(f"{spec!r} holds no labelled text", expected="rows with a text and a class", fix="give another --data")
     if len(found.classes) < 2:
+        among = f", {len(held):,} drawn of {drawn.offered:,} texts," if len(held) < drawn.offered else ""
         raise DataError(
-            f"{spec!r} has {len(found.classes)} classes in its column {label_column!r}",
+            f"{spec!r}{among} has {len(found.classes)} classes in its column {label_column!r}",
             expected="texts of at least two classes",
-            fix="name the right column with --label-column",
+            fix="name the right column with --label-column" + (", or raise --samples" if among else ""),
         )
     return found
 

@@ -35,6 +35,8 @@ Item = TypeVar("Item")
 
 # Held-out contexts are spread over so many times their own amount of text.
 _SPREAD = 32
+# Of so many files of a data set on the hub at most, a sample is drawn: each is a connection.
+_SHARDS = 64
 # No figure counts what is at position 0, and what comes after the last token is not known.
 _LEAST_TOKENS = 3
 
@@ -105,8 +107,11 @@ def say_empty(empty: int, read: int, spec: str, column: str) -> None:
         warnings.warn(f"{of} hold nothing (null) in the column {column!r}: they are left out", MxDWarning, stacklevel=2)
 
 
-def rows(spec: str, text_column: str, fields: Sequence[str] = (), limit: int | None = None) -> Iterator[Entry]:
-    """The rows of a text, or the documents of one without columns; of a data set on the hub, the first ``limit``.
+def rows(spec: str, text_column: str, fields: Sequence[str] = (), most: int | None = None) -> Iterator[Entry]:
+    """The rows of a text, or the documents of one without columns.
+
+    Of a data set on the hub with more than ``most`` rows, so many: the beginnings of files that are spread over it, and an
+    `MxDWarning` says so.
 
     Raises:
         DataError: as `documents`.
@@ -117,7 +122,7 @@ def rows(spec: str, text_column: str, fields: Sequence[str] = (), limit: int | N
     elif spec.startswith("stdlib:"):
         raise DataError(f"no text {spec!r}", expected="stdlib, stdlib:train or stdlib:heldout")
     elif on_hub(spec):
-        for row in _hub_rows(spec, limit):
+        for row in _hub_rows(spec, most):
             yield Entry(f"the data set {spec!r}", row)
     else:
         for path in text_files(spec):
@@ -149,11 +154,26 @@ def _open_stream(spec: str) -> Iterable[dict]:
         return load_dataset(name, config or None, revision="refs/convert/parquet", **options)
 
 
-def _hub_rows(spec: str, limit: int | None) -> Iterator[dict[str, Any]]:
+def _hub_rows(spec: str, most: int | None) -> Iterator[dict[str, Any]]:
     try:
-        yield from itertools.islice(_open_stream(spec), limit)
+        stream = _open_stream(spec)
+        yield from stream if most is None else _spread_rows(stream, spec, most)
     except Exception as error:  # each of the library's layers raises its own kinds, also in the middle of the stream
         raise _hub_error(spec, error) from None
+
+
+def _spread_rows(stream: Any, spec: str, most: int) -> Iterator[dict[str, Any]]:
+    """At most so many rows of a stream, evenly from the beginnings of at most ``_SHARDS`` of its files, spread over all."""
+    count = getattr(stream, "num_shards", 1)
+    shards = min(count, _SHARDS)
+    cut = shards < count
+    for index in range(shards):
+        shard = iter(stream if count == 1 else stream.shard(num_shards=count, index=index * count // shards))
+        yield from itertools.islice(shard, most // shards)
+        cut = next(shard, None) is not None or cut
+    if cut:
+        of = f"the beginnings of {shards} of its {count} files" if count > 1 else "its beginning"
+        warnings.warn(f"{spec!r} is long: at most {most:,} rows of it were read, {of}", MxDWarning, stacklevel=2)
 
 
 def _hub_error(spec: str, error: Exception) -> DataError:

@@ -4,7 +4,6 @@ import importlib.util
 import os
 from datetime import timedelta
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
@@ -39,7 +38,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         project_dir=None if recipe.tracker == "none" else f"{recipe.out}.runs",
     )
     _check_agrees(accelerator, device)
-    torch.manual_seed(recipe.seed)
     return accelerator
 
 

@@ -290,7 +290,7 @@ def run(names: list[str], shared: Path, tokens: int, eval_tokens: int) -> Iterat
 
 def probing(base: PreTrainedModel, block: Any, layers: dict, tokenizer: Any, shared: Path, data: str, count: int) -> dict:
     """Mean F1 of each layer's best single experts."""
-    labelled = read_labelled(str(shared / "probing" / f"{data}.jsonl")).sample(count, 0)
+    labelled = read_labelled(str(shared / "probing" / f"{data}.jsonl"), samples=count)
     pooled = pool(base, block, layers, token_batches(labelled.texts, Packing(tokenizer, 128), 2048), len(labelled.texts))
     return {one.name: probe_units(one.features, np.array(labelled.labels), 0)["mean_f1"] for one in pooled}
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 import mxdsurgery
 from mxdsurgery.base.config import model_source
+from mxdsurgery.base.dtypes import as_stored, compute_in
 from mxdsurgery.errors import NotConvertedError
 
 EXAMPLES = ROOT / "examples"
@@ -155,6 +156,32 @@ def test_blocks_on_disk_compute_the_same_with_less_in_memory(converted, run):
     assert numbers(r"model in memory by at most ([\d.e+-]+),", printed) == [0]
     assert numbers(r"all experts ablated by at most ([\d.e+-]+)", printed) == [0]
     assert numbers(r"changes them by up to ([\d.]+)\)", printed)[0] > 0.1
+
+
+def test_the_threshold_is_never_rounded_whatever_a_checkpoint_is_loaded_in(tmp_path, monkeypatch):
+    monkeypatch.setattr("mxdsurgery.checkpoint.export.check_reload", lambda *_: {})
+    wanted, ids, least = torch.tensor(0.3012), torch.randint(1, 64, (64, 64), generator=torch.Generator().manual_seed(5)), {}
+    for dtype in (torch.bfloat16, torch.float16):
+        out = tmp_path / str(dtype)
+        export_tiny("llama", out, dtype=dtype, recipe=dataclasses.replace(RECIPE, sparsity="batchtopk"))
+        model = load(out)
+        model.mxd.layers[0].gate.threshold.fill_(wanted)
+        model.save_pretrained(out)
+        model.mxd.layers[0].gate.register_forward_hook(lambda _module, _x, a: least.update(values=a.values))
+        logits(model, ids)
+        kept = least["values"]
+        assert kept[kept > 0].min() >= wanted and kept[kept > 0].min() < wanted * 1.001  # none is rounded either
+        for how in ({}, {"dtype": torch.bfloat16}, {"dtype": torch.float16}, {"dtype": torch.float32}, {"device_map": "cpu"}):
+            loaded = load(out, **how)
+            assert torch.equal(loaded.mxd.layers[0].gate.threshold, wanted), how
+            assert torch.equal(loaded.to(torch.bfloat16).mxd.layers[0].gate.threshold, wanted)
+        for name in ("auto", "float32", "bfloat16"):
+            ours = mxdsurgery.load(out, dtype=name)
+            assert torch.equal(ours.layers[0].gate.threshold, wanted)
+        for to in (torch.float32, torch.bfloat16, torch.float16):
+            compute_in(ours.model, to)
+            as_stored(ours.model)
+            assert torch.equal(ours.layers[0].gate.threshold, wanted)
 
 
 @pytest.mark.parametrize(

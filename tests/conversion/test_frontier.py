@@ -209,3 +209,4 @@ def test_batch_top_k_trains_and_is_measured(tmp_path):
         assert entry["sparsity"] == "batchtopk" and 2 < entry["l0"] < 10
         layer = load_layer(layer_file(made.out, 2, entry["kind"], 4))
         assert layer.gate.threshold > 0 and torch.isfinite(layer.gate.threshold)
+        assert layer.gate.weight.dtype == torch.bfloat16 and layer.gate.threshold != layer.gate.threshold.bfloat16()

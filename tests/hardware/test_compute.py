@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from running import Said, interrupt_layer_2
+from running import Said, interrupt_layer_2, random_states
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -253,10 +253,12 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_computes_in_what_is_fast(command, kind, folder, tmp_path):
+def test_every_command_computes_in_what_is_fast_and_leaves_random_numbers_alone(command, kind, folder, tmp_path):
     (tmp_path / "labelled.jsonl").write_text("\n".join(json.dumps(row) for row in LABELLED))
+    before = random_states()
     with Products() as products:
         COMMANDS[command](folder, tmp_path)
+    assert random_states() == before
     if kind == torch.float32:
         assert products.work[torch.bfloat16] == 0, products.work
     else:  # some things are exact on purpose: the ranking of the best experts, what vectors say of the next token

@@ -2,10 +2,14 @@
 
 import contextlib
 import inspect
+import random
+import shutil
 import threading
 
+import numpy
 import pytest
 import torch
+from running import random_states
 
 import mxdsurgery
 from mxdsurgery.errors import OutputError
@@ -106,17 +110,32 @@ def test_precision_set_for_one_kind_of_device_alone():
 
 
 def test_random_numbers_go_on_as_if_nothing_had_been_called():
+    def seed(number):
+        torch.manual_seed(number), random.seed(number), numpy.random.seed(number)
+
+    def drawn():
+        return [*torch.rand(3).tolist(), *numpy.random.rand(3), random.random()]
+
     @guarded
     def draws():
-        torch.manual_seed(0)
-        return torch.rand(3)
+        seed(0)
+        return drawn()
 
-    torch.manual_seed(5)
-    wanted = torch.rand(3)
-    torch.manual_seed(5)
+    seed(5)
+    wanted = drawn()
+    seed(5)
     first, second = draws(), draws()
-    assert torch.equal(first, second)
-    assert torch.equal(torch.rand(3), wanted)
+    assert first == second != wanted
+    assert drawn() == wanted
+
+
+def test_what_only_looks_leaves_random_numbers_alone(converted, tmp_path):
+    before = random_states()
+    mxdsurgery.analyze("demo-glu")
+    mxdsurgery.plan("demo-glu", measure=True, tokens=1_000, device="cpu")
+    mxdsurgery.load(converted.out)
+    mxdsurgery.dissect(shutil.copytree(converted.out, tmp_path / "out"))
+    assert random_states() == before
 
 
 def test_two_calls_in_threads_put_the_caller_s_state_back():
@@ -155,10 +174,11 @@ def test_every_public_function_that_works_is_guarded_and_looks_as_before():
 
 
 def test_convert_in_a_notebook_without_gradients(tmp_path):
+    numbers = random_states()
     with STATES["set_grad_enabled"]():
         made = mxdsurgery.convert("demo-glu", **TINY_RUN, layers="1", out=str(tmp_path / "made"), device="cpu")
         assert not torch.is_grad_enabled()
-    assert made.evaluation["layers"]
+    assert made.evaluation["layers"] and random_states() == numbers
 
 
 def test_heal_in_a_notebook_that_set_all_kinds_of_things(tmp_path, converted):

@@ -1,11 +1,13 @@
 """The layers beside MxDLayer: their formulas, starts, sparsity functions and the revival of dead experts."""
 
+import copy
 import dataclasses
 import warnings
 
 import pytest
 import torch
 from tiny import IDS, RECIPE, batches, export_tiny, nmse, tiny_model, train
+from torch import nn
 
 import mxdsurgery
 from mxdsurgery.base.finding import find_blocks
@@ -151,6 +153,43 @@ def test_batch_top_k_uses_the_threshold_of_training_afterwards_whatever_the_batc
     assert (a.values > 0).sum(-1).float().mean() == pytest.approx(4, rel=0.1)
     assert (a.values[a.values > 0] >= made.threshold).all()
     torch.testing.assert_close(made(x[:1]).values, a.values[:1])
+
+
+def inputs(n, seed):
+    return torch.randn(n, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def l0(made, x):
+    return (made.eval()(x).values > 0).sum(-1).float().mean().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_batch_top_k_gate_keeps_k_per_token_in_low_precision(dtype):
+    made, x = gate(k=8, n=512), inputs(20_000, 999)
+    for seed in range(300):
+        made(inputs(400, seed))
+    assert l0(made, x) == pytest.approx(8, rel=0.01)
+    made.threshold.mul_(2.0047 / made.threshold)  # rounds to 2 in bfloat16
+    exact, low = l0(made, x), copy.deepcopy(made).to(dtype)
+    assert low.weight.dtype == dtype and low.threshold.dtype == torch.float32 and torch.equal(low.threshold, made.threshold)
+    assert l0(low, x.to(dtype)) == pytest.approx(exact, rel=0.002)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert l0(made, x) == pytest.approx(exact, rel=0.002)
+        assert l0(low, x[:300].to(dtype)) == l0(low, x[:300].to(dtype))
+    low.threshold = made.threshold.to(torch.bfloat16)
+    assert abs(l0(low, x.to(dtype)) / exact - 1) > 0.01  # what rounding it did
+
+
+def test_nothing_casts_the_threshold_of_a_batch_top_k_gate():
+    made = gate()
+    made(inputs(200, 0))
+    for cast in (nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.bfloat16), lambda m: m.to("meta")):
+        layer = nn.Sequential(copy.deepcopy(made))
+        cast(layer)
+        assert layer[0].threshold.dtype == torch.float32 and layer[0].threshold.device == layer[0].weight.device
+        assert layer[0].threshold.is_meta or torch.equal(layer[0].threshold, made.threshold)
+    made.double()(inputs(200, 1).double())
+    assert made.threshold.dtype == torch.float32
 
 
 def test_a_topk_gate_has_no_threshold_in_its_state():

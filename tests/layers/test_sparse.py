@@ -179,3 +179,15 @@ def test_the_kernels_are_plain_torch_in_tritons_interpreter():
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("n", [20, 400])  # fewer rows chosen than there are, and more
+def test_autocast_does_not_reach_what_is_ranked_exactly(n):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((n, 32), (512, 32), (512,)))
+    values, indices = select(x, weight, bias, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        again, chosen = select(x, weight, bias, 8)
+    assert torch.equal(again, values) and torch.equal(chosen, indices) and values.dtype == torch.float32
+    exact = x.float() @ weight.float().T + bias.float()
+    torch.testing.assert_close(values, exact.gather(1, indices))

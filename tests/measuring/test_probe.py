@@ -107,7 +107,7 @@ def test_labelled_text_is_read_from_every_form(form, labelled, tmp_path):
         table.to_json(path, orient="records", lines=True)
     read, plain = read_labelled(str(path), "body", "kind"), read_labelled(str(labelled))
     assert (read.texts, read.labels, read.classes) == (plain.texts, plain.labels, sorted(PIECES))
-    assert read.sample(10, 0) == read.sample(10, 0) and len(read.sample(10, 0).texts) == 10 and read.sample(None, 0) is read
+    assert read.drawn_from == len(read.texts) == 120
 
 
 def test_numbers_as_labels_are_names(tmp_path):
