@@ -199,10 +199,10 @@ def select(x: Tensor, weight: Tensor, bias: Tensor, k: int, selection: torch.dty
         ranking, offset = weight.to(selection), bias.to(selection)
         rows = max(1, chunk_bytes(x.device.type) // (len(weight) * ranking.element_size()))
         chosen = [top_k(F.linear(chunk.to(selection), ranking, offset), candidates) for chunk in x.split(rows)]
-        indices = torch.cat([indices for _, indices in chosen])
-        if not coarse:
-            return torch.cat([values for values, _ in chosen]), indices
-        exact = dots(x, indices, weight) + bias[indices].to(torch.promote_types(bias.dtype, torch.float32))
+    indices = torch.cat([indices for _, indices in chosen])
+    if not coarse:
+        return torch.cat([values for values, _ in chosen]), indices
+    exact = dots(x, indices, weight) + bias[indices].to(torch.promote_types(bias.dtype, torch.float32))
     if candidates > k:
         exact, best = torch.topk(exact, k, dim=-1, sorted=False)
         indices = indices.gather(1, best)
