@@ -1,8 +1,9 @@
 """What replacing blocks costs, against the original model: every figure of an evaluation.
 
-For each converted layer alone and for all together, the model runs with the new layers and with four things to compare them
-with: the original blocks, nothing (zero-ablation), their mean output (mean-ablation), and the new layers with the experts'
-term ``Cᵀ a`` frozen at its best constant. All of them use one model, in which blocks are replaced and restored.
+For each converted layer alone and for all together, the model runs with the new layers and with what to compare them with:
+the original blocks, nothing (zero-ablation), their mean output (mean-ablation), the new layers with the experts' term ``Cᵀ a``
+frozen at its best constant, and with the `controls` of their choice of experts. All of them use one model, in which blocks are
+replaced and restored.
 
 All variants share the hidden states below the first replaced layer, and the original's predictions. Predictions over a
 large vocabulary are never held for a whole batch. All layers together are measured on all contexts. The work of measuring
@@ -13,7 +14,7 @@ Shapes: S contexts, B of them at a time, T tokens, D model width, N experts.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,19 +31,12 @@ from mxdsurgery.base.running import hidden_states
 from mxdsurgery.base.surgery import ConstantOutput, FrozenExperts, modules_replaced, replaced, resumed_at
 from mxdsurgery.errors import DataError
 from mxdsurgery.hardware.device import synchronise, widest
+from mxdsurgery.measuring import controls
+from mxdsurgery.measuring.controls import Usage
 from mxdsurgery.measuring.intervals import Sums, Table, error_sums, frequency_decades, scored_predictions, with_interval
 from mxdsurgery.measuring.scoring import Original, prediction_sums, run_original
-from mxdsurgery.planning.effort import ON_ALL, Alone, Rates, Runs, evaluation_runs
+from mxdsurgery.planning.effort import ON_ALL, RUN_LAYERS, Alone, Rates, Runs, evaluation_runs, fitted_together
 from mxdsurgery.terminal.console import duration
-
-
-@dataclass
-class _Usage:
-    """How one layer uses its experts on original inputs, position 0 left out."""
-
-    best_constant: Tensor  # (D,), in place of their term Cᵀ a
-    fired: Tensor  # (N,), tokens on which each expert fired
-    tokens: int
 
 
 def measure(
@@ -104,7 +98,8 @@ class Measurement:
         self.size = max(1, batch // length)  # B
         self.depth = len(decoder_layers(model)[1])
         self.rates = _rates(model, blocks, candidates[0], self.input_ids[: self.size])
-        runs = evaluation_runs([block.layer for block in blocks], self.depth, len(candidates), bool(self.maps))
+        kinds = [controls.kind_of(layers[blocks[0].layer]) for layers in candidates]
+        runs = evaluation_runs(blocks, self.depth, kinds, bool(self.maps))
         together, single = map(self.rates.seconds, runs)
         self.contexts_alone = alone.contexts(together, single, contexts, length)
         self.seconds = contexts * together + self.contexts_alone * single
@@ -132,11 +127,15 @@ class Measurement:
         whole: int | str = self.blocks[0].layer
         if len(self.blocks) > 1 or self.maps:
             whole, subsets["all"] = "all", list(self.blocks)
-        variants = {key: _variants(subset, self.candidates, outputs, used) for key, subset in subsets.items()}
+        retrained = _retrained(self, used, progress)
+        stand_ins = _stand_ins(self, outputs, used, retrained)
+        variants = {
+            key: {n: {b.layer: of[b.layer] for b in some} for n, of in stand_ins.items()} for key, some in subsets.items()
+        }
         work = _Work(self, subsets, variants, outputs, progress)
-        columns = work.columns([whole], self.input_ids)
-        columns |= work.columns([key for key in subsets if key != whole], _spread(self.input_ids, self.contexts_alone))
         scored, (contexts, length) = scored_predictions(self.input_ids), self.input_ids.shape
+        columns = work.columns([whole], torch.arange(contexts))
+        columns |= work.columns([key for key in subsets if key != whole], _spread(contexts, self.contexts_alone))
         rests_on = {"tokens": scored * contexts, "sequences": contexts, "context": length}
         rests_on |= {"original": with_interval("ce", columns[whole]["original.ce"], columns[whole]["tokens"])}
         return [
@@ -145,7 +144,7 @@ class Measurement:
 
 
 def _evaluation(
-    number: int, blocks: Sequence[Block], columns: dict[int | str, Sums], whole: Sums, usage: dict[int, "_Usage"]
+    number: int, blocks: Sequence[Block], columns: dict[int | str, Sums], whole: Sums, usage: dict[int, Usage]
 ) -> dict[str, Any]:
     """One candidate's figures, of all layers together and of each."""
     return {
@@ -166,7 +165,7 @@ def _statistics(
     candidates: Sequence[dict[int, nn.Module]],
     batches: Sequence[Tensor],
     progress: "_Passes",
-) -> tuple[dict[int, Tensor], list[dict[int, "_Usage"]]]:
+) -> tuple[dict[int, Tensor], list[dict[int, Usage]]]:
     """One pass over the text with the original model: each block's mean output (D,), and each candidate's use of experts.
 
     The best constant for the experts' term s of a layer ``s * m + r`` is the least-squares one of each dimension,
@@ -181,22 +180,31 @@ def _statistics(
             sums[index, "y"] = sums[index, "y"] + y.sum(0)
             for number, layers in enumerate(candidates):
                 m, r = (part.to(wide).expand_as(y) for part in layers[index].dense_path(x))
-                for name, value in (
-                    ("my", (m * (y - r)).sum(0)),
-                    ("mm", m.square().sum(0)),
-                    ("fired", firings(layers[index], x)),
-                ):
+                new = {"my": (m * (y - r)).sum(0), "mm": m.square().sum(0)} | _use(layers[index], x)
+                for name, value in new.items():
                     sums[index, number, name] = sums[index, number, name] + value
         progress.add(len(ids), Runs(max(b.layer for b in blocks) + 1, len(candidates) * len(blocks), 0))
     outputs = {block.layer: sums[block.layer, "y"] / tokens for block in blocks}
-    used = [
-        {
-            i: _Usage(sums[i, number, "my"] / sums[i, number, "mm"].clamp_min(1e-30), sums[i, number, "fired"], tokens)
-            for i in outputs
-        }
-        for number in range(len(candidates))
-    ]
+    used = [{i: _usage(sums, i, number, tokens) for i in outputs} for number in range(len(candidates))]
     return outputs, used
+
+
+def _usage(sums: dict[tuple, Tensor], index: int, number: int, tokens: int) -> Usage:
+    """What the sums over so many tokens say of one layer."""
+    my, mm, fired, amount, ss = (sums[index, number, name] for name in ("my", "mm", "fired", "amount", "ss"))
+    return Usage(my / mm.clamp_min(1e-30), controls.main_direction(ss, mm) if len(fired) else None, fired, amount, tokens)
+
+
+@torch.no_grad()
+def _use(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """How a layer uses experts on tokens x (n, D): `firings`, their coefficients' sums, and ``Σ s sᵀ`` of ``s = Cᵀ a``."""
+    fired, wide = firings(layer, x), widest(x.device)
+    if not len(fired):
+        return {"fired": fired, "amount": fired, "ss": fired}
+    a = layer.coefficients(x)
+    s = layer.experts(a).to(wide)
+    amount = torch.bincount(a.indices.flatten(), a.values.flatten().to(wide), minlength=len(fired))
+    return {"fired": fired, "amount": amount, "ss": s.T @ s}
 
 
 def firings(layer: nn.Module, x: Tensor) -> Tensor:
@@ -207,22 +215,51 @@ def firings(layer: nn.Module, x: Tensor) -> Tensor:
     return torch.bincount(a.indices[a.values > 0], minlength=layer.gate.n_experts)
 
 
-def _variants(
-    subset: Sequence[Block],
-    candidates: Sequence[dict[int, nn.Module]],
+def _retrained(
+    of: Measurement, used: Sequence[dict[int, Usage]], progress: "_Passes"
+) -> dict[tuple[int, int], controls.RetrainedDensePath]:
+    """By candidate and layer, the layers with their dense path fitted anew; in as many passes over the text as memory asks."""
+    of_quarter, retrained = controls.quarters(len(of.input_ids)), {}
+    fitting = [n for n, layers in enumerate(of.candidates) if controls.dense_features(layers[of.blocks[0].layer]) is not None]
+    kinds = [controls.kind_of(of.candidates[number][of.blocks[0].layer]) for number in fitting]
+    for group in fitted_together(of.blocks, kinds):
+        fits = {
+            (number, block.layer): controls.DenseFit(_frozen(of.candidates[number][block.layer], used[number][block.layer]))
+            for number in fitting
+            for block in group
+        }
+        for quarter in range(4):
+            for ids in of.input_ids[of_quarter == quarter].split(of.size):
+                recorded = record_activations(of.model, group, ids)
+                for (_, layer), fit in fits.items():
+                    fit.add(quarter, *(part[:, 1:].flatten(0, 1) for part in recorded[layer]))
+                progress.add(len(ids), Runs(max(block.layer for block in group) + 1 + len(fits), 0, 0))
+        retrained |= {key: fit.retrained(of.model.dtype) for key, fit in fits.items()}
+    return retrained
+
+
+def _frozen(layer: nn.Module, usage: Usage) -> FrozenExperts:
+    return FrozenExperts(layer, usage.best_constant)
+
+
+def _stand_ins(
+    of: Measurement,
     outputs: dict[int, Tensor],
-    used: Sequence[dict[int, "_Usage"]],
+    used: Sequence[dict[int, Usage]],
+    retrained: dict[tuple[int, int], controls.RetrainedDensePath],
 ) -> dict[str, dict[int, nn.Module]]:
     """What stands in the blocks' places in each run: ``converted 0``, ``frozen 0`` (its experts), ..., ``zero``, ``mean``."""
-    variants: dict[str, dict[int, nn.Module]] = {"zero": {}, "mean": {}}
-    for block in subset:
-        index = block.layer
-        variants["zero"][index] = ConstantOutput(torch.zeros_like(outputs[index]))
-        variants["mean"][index] = ConstantOutput(outputs[index])
-        for number, layers in enumerate(candidates):
-            frozen = FrozenExperts(layers[index], used[number][index].best_constant)
-            variants.setdefault(f"converted {number}", {})[index] = layers[index]
-            variants.setdefault(f"frozen {number}", {})[index] = frozen
+    length, variants = of.input_ids.shape[1], defaultdict(dict)
+    for index, mean in outputs.items():
+        variants["zero"][index], variants["mean"][index] = ConstantOutput(torch.zeros_like(mean)), ConstantOutput(mean)
+        for number, layers in enumerate(of.candidates):
+            layer, usage = layers[index], used[number][index]
+            made = {"converted": layer, "frozen": _frozen(layer, usage)}
+            made |= controls.stand_ins(layer, usage, length, seed=index) if hasattr(layer, "gate") else {}
+            if (number, index) in retrained:
+                made["retrained"] = retrained[number, index]
+            for name, module in made.items():
+                variants[f"{name} {number}"][index] = module
     return variants
 
 
@@ -268,10 +305,10 @@ class _Work:
     outputs: dict[int, Tensor]
     progress: _Passes
 
-    def columns(self, keys: Sequence[int | str], input_ids: Tensor) -> dict[int | str, Sums]:
-        """Per-context sums of some subsets on contexts (S, T)."""
+    def columns(self, keys: Sequence[int | str], contexts: Tensor) -> dict[int | str, Sums]:
+        """Per-context sums of some subsets on some of the contexts, by their numbers, ascending."""
         tables = {key: Table() for key in keys}
-        for ids in input_ids.split(self.of.size) if keys else ():
+        for ids in self._batches(contexts) if keys else ():
             original = run_original(self.of.model, self.of.blocks, ids)
             self.progress.add(len(ids), Runs(self.of.depth, 0, 1))
             runs = (
@@ -285,8 +322,18 @@ class _Work:
                     tables[name[0]].add(name[1], sums)
         columns = {key: table.columns() for key, table in tables.items()}
         for column in columns.values():
-            column["tokens"] = torch.full((len(input_ids),), float(scored_predictions(input_ids)), dtype=torch.float64)
+            column["tokens"] = torch.full((len(contexts),), float(scored_predictions(self.of.input_ids)), dtype=torch.float64)
         return columns
+
+    def _batches(self, contexts: Tensor) -> Iterator[Tensor]:
+        """The contexts in batches, each from one half of the text, for which the retrained layers are told so."""
+        of_half = controls.quarters(len(self.of.input_ids))[contexts] // 2
+        modules = [m for names in self.variants.values() for of in names.values() for m in of.values()]
+        for half in range(2):
+            for module in modules:
+                if isinstance(module, controls.RetrainedDensePath):
+                    module.half = half
+            yield from self.of.input_ids[contexts[of_half == half].to(self.of.input_ids.device)].split(self.of.size)
 
     def _run(self, key: int | str, name: str, ids: Tensor, original: Original, table: Table) -> Tensor:
         """One variant's hidden states; the errors of its blocks' outputs go into the table."""
@@ -304,15 +351,14 @@ class _Work:
             hidden = hidden_states(of.model, ids)
         for layer, activations in recorded.items() if not ablated else ():
             table.add(f"{name} at {layer}", error_sums(activations.y, original.y[layer], self.outputs[layer]))
-        converted = name.startswith("converted")
-        self.progress.add(len(ids), Runs(of.depth - first, len(subset) if converted else 0, 1))
+        new = len(subset) if name.partition(" ")[0] in RUN_LAYERS else 0
+        self.progress.add(len(ids), Runs(of.depth - first, new, 1))
         return hidden
 
 
-def _spread(input_ids: Tensor, contexts: int) -> Tensor:
-    """``contexts`` of the contexts (S, T), evenly spread over all of them."""
-    chosen = (torch.arange(contexts) + 0.5).mul(len(input_ids) / contexts).long()
-    return input_ids[chosen.to(input_ids.device)]
+def _spread(contexts: int, fewer: int) -> Tensor:
+    """The numbers of ``fewer`` of the contexts, evenly spread over all of them."""
+    return (torch.arange(fewer) + 0.5).mul(contexts / fewer).long()
 
 
 def _errors(columns: Sums, name: str, layers: Sequence[int], size: str) -> tuple[Tensor, Tensor]:
@@ -346,10 +392,26 @@ def _figures(columns: Sums, number: int, layers: Sequence[int]) -> dict[str, Any
         result |= with_interval(name, *parts)
     for name, parts in shares.items():
         result |= with_interval(name, *parts, signed=True)
+    return result | _control_figures(columns, number)
+
+
+def _control_figures(columns: Sums, number: int) -> dict[str, Any]:
+    """What each of the controls costs, and the share of the layer's worth that is lost; all are None where nothing is chosen."""
+    result: dict[str, Any] = {}
+    for control, share in controls.SHARES.items():
+        name = f"{control} {number}"
+        if f"permuted {number}.ce" not in columns:
+            result |= dict.fromkeys((f"{control}_delta_ce", f"{control}_delta_ce_ci", share, f"{share}_ci"))
+            continue
+        if f"{name}.ce" not in columns:  # the dense path is a constant: with its experts frozen the layer is at its best
+            name = f"frozen {number}"
+        ce, converted = columns[f"{name}.ce"], columns[f"converted {number}.ce"]
+        result |= with_interval(f"{control}_delta_ce", ce - columns["original.ce"], columns["tokens"])
+        result |= with_interval(share, ce - converted, columns["zero.ce"] - converted, signed=True)
     return result
 
 
-def _usage_figures(usage: Sequence[_Usage]) -> dict[str, Any]:
+def _usage_figures(usage: Sequence[Usage]) -> dict[str, Any]:
     """How the experts are used on these tokens: L0, the share that never fired, firing frequencies by decade.
 
     All are None where there are no experts.

@@ -134,9 +134,11 @@ class Calibration:
         self, layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, training_seconds: float
     ) -> float:
         """Seconds to evaluate the layers, several of which may replace the same block, after so many seconds of training."""
-        indices, contexts = sorted({layer.block.layer for layer in layers}), max(1, recipe.eval_tokens // recipe.context)
-        rates = self.rates(largest_layer(layers), base, indices[-1], recipe.batch // recipe.context)
-        runs = evaluation_runs(indices, len(base.layer_parameters), len(layers) // len(indices))
+        blocks = {layer.block.layer: layer.block for layer in layers}
+        last, contexts = max(blocks), max(1, recipe.eval_tokens // recipe.context)
+        kinds = [layer.kind for layer in layers if layer.block.layer == last]
+        rates = self.rates(largest_layer(layers), base, last, recipe.batch // recipe.context)
+        runs = evaluation_runs(list(blocks.values()), len(base.layer_parameters), kinds)
         together, single = map(rates.seconds, runs)
         alone = Alone(recipe.eval_tokens_single, EVALUATION_SHARE * training_seconds)
         return contexts * together + alone.contexts(together, single, contexts, recipe.context) * single

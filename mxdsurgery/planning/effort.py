@@ -6,6 +6,9 @@ All layers together are measured on all contexts. Measuring each alone grows wit
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mxdsurgery.base.blocks import Block
+from mxdsurgery.training.cost import FIT_BYTES, fit_bytes
+
 # By default, evaluation takes at most this share of the training time: single layers are measured on fewer contexts.
 EVALUATION_SHARE = 0.2
 # But not on fewer tokens than these, nor on fewer contexts, over which the intervals are taken.
@@ -34,29 +37,70 @@ class Rates:
         return runs.decoder_layers * self.decoder_layer + runs.new_layers * self.new_layer + runs.heads * self.head
 
 
-def evaluation_runs(layers: Sequence[int], n_layers: int, candidates: int = 1, more: bool = False) -> tuple[Runs, Runs]:
-    """The runs for a context on which all layers are measured together, and for one on which each is measured alone.
+# What is measured of a candidate, by kind: the layers themselves, with their experts frozen, and the `controls`.
+_ALL_VARIANTS = ("converted", "frozen", "permuted", "shuffled", "random_gate", "single_expert", "retrained")
+_VARIANTS = {"dense": _ALL_VARIANTS[:2], "transcoder": _ALL_VARIANTS[:-1], "topk-sae": _ALL_VARIANTS[:-1]}
+# Variants that take as long as the layers themselves; the others cost next to nothing beside the decoder layers.
+RUN_LAYERS = frozenset({"converted", "permuted", "shuffled", "random_gate", "single_expert"})
 
-    A variant runs from the first replaced layer on. Each candidate has two variants: converted, and with its experts frozen.
-    All candidates share two: the blocks' outputs zero, and at their mean. A pass for statistics of the original comes first.
+
+def variants_of(kind: str) -> tuple[str, ...]:
+    """The variants that evaluation measures of layers of a kind."""
+    return _VARIANTS.get(kind, _ALL_VARIANTS)
+
+
+def fitted_together(blocks: Sequence[Block], kinds: Sequence[str]) -> list[list[Block]]:
+    """The blocks whose dense paths are fitted anew in the same pass, as many as memory allows; none if no kind has one.
 
     Args:
-        layers: the converted layers, by index.
+        blocks: that are replaced.
+        kinds: of the candidates that replace them.
+    """
+    groups: list[list[Block]] = []
+    held = 0
+    for block in blocks:
+        needed = sum(fit_bytes(block, kind) for kind in kinds)
+        if not needed:
+            continue
+        if not groups or held + needed > FIT_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append(block)
+        held += needed
+    return groups
+
+
+def evaluation_runs(
+    blocks: Sequence[Block], n_layers: int, kinds: Sequence[str] = ("mxd",), more: bool = False
+) -> tuple[Runs, Runs]:
+    """The runs for a context on which all layers are measured together, and for one on which each is measured alone.
+
+    A variant runs from the first replaced layer on. Each candidate has those of its kind; all share two: the blocks' outputs
+    zero, and at their mean. Passes of the original come first: one for statistics, and those in which dense paths are fitted
+    anew, which takes about as long as a decoder layer for each.
+
+    Args:
+        blocks: that are converted.
         n_layers: decoder layers of the model.
-        candidates: how many sets of layers replace the same blocks.
+        kinds: of the sets of layers that replace the same blocks.
         more: whether other modules changed, too: then even a single layer alone differs from all changes together.
     """
-    variants, first = 2 * candidates + 2, 0 if more else min(layers)
+    layers = [block.layer for block in blocks]
+    names = [name for kind in kinds for name in variants_of(kind)]
+    variants, first = len(names) + 2, 0 if more else min(layers)
+    new = sum(name in RUN_LAYERS for name in names)
+    groups, fits = fitted_together(blocks, kinds), names.count("retrained")
+    fitting = sum(max(block.layer for block in group) + 1 + fits * len(group) for group in groups)
     together = Runs(
-        decoder_layers=max(layers) + 1 + n_layers + variants * (n_layers - first),
-        new_layers=2 * candidates * len(layers),
+        decoder_layers=max(layers) + 1 + fitting + n_layers + variants * (n_layers - first),
+        new_layers=(len(kinds) + new) * len(layers),
         heads=1 + variants,
     )
     if len(layers) == 1 and not more:
         return together, Runs(0, 0, 0)
     alone = Runs(
         decoder_layers=n_layers + variants * sum(n_layers - layer for layer in layers),
-        new_layers=candidates * len(layers),
+        new_layers=new * len(layers),
         heads=1 + variants * len(layers),
     )
     return together, alone

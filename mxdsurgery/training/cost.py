@@ -23,6 +23,8 @@ GIB = 2**30
 _WEIGHT, _GRADIENT, _ADAM = 4, 4, 8
 # Evaluation holds the final hidden states of variants up to so many bytes; then it compares their predictions at once.
 HELD_BYTES = 2**28
+# Evaluation fits the dense paths of so many layers anew in one pass as need no more than so many bytes, or of one.
+FIT_BYTES = 2**32
 # Bytes of a token in the buffer that shuffles the text: an int64, and its share of Python's overhead for a context.
 TEXT_BYTES = 13
 
@@ -398,18 +400,41 @@ def evaluation_bytes(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recip
     """Peak bytes of evaluation and export: the base model and all new layers in its dtype, and the larger of two things.
 
     Evaluation needs the logits of as many tokens as go through the head together, with about five tensors of the same shape
-    in fp32; the final hidden states of several variants of a batch; and what decoder layers and blocks gave. Export reloads
-    the checkpoint in another process. With weights on disk, only what is computing is in memory, and a shard of the
-    checkpoint while it is written.
+    in fp32; the final hidden states of several variants of a batch; and what decoder layers and blocks gave. Before that it
+    holds what the controls of the choice of experts are made from. Export reloads the checkpoint in another process. With
+    weights on disk, only what is computing is in memory, and a shard of the checkpoint while it is written.
     """
     batch, widest = tokens_per_step(recipe), max(layer.block.d_hidden for layer in layers)
     rows = min(batch, max(1, chunk_bytes(machine.device) // (4 * base.vocabulary)))
-    variants = 4 * (len(layers) + 1) * batch * base.d_model * base.element_bytes
+    variants = 9 * (len(layers) + 1) * batch * base.d_model * base.element_bytes
     logits = rows * base.vocabulary * (base.element_bytes + 5 * 4) + min(HELD_BYTES, variants)
     kept = batch * base.d_model * base.element_bytes * (len(base.layer_parameters) + len(layers))
-    figures = logits + kept + forward_bytes(base, widest, batch)
+    figures = max(logits + kept, _fitting_bytes(layers)) + _control_bytes(layers, base) + forward_bytes(base, widest, batch)
     if base.offloaded:
         largest = base.element_bytes * max(layer.all_parameters for layer in layers)
         return max(base.held_bytes, largest) + max(figures, SHARD_BYTES)
     new = base.element_bytes * sum(layer.all_parameters for layer in layers)
     return base.weight_bytes + new + max(figures, checkpoint_bytes(layers, base))
+
+
+def _features(block: Block, kind: str) -> int:
+    """F, in how many features of the input the dense path of such a layer is linear."""
+    return {"mxd": block.d_hidden, "skip-transcoder": block.d_model}.get(kind, 0)
+
+
+def fit_bytes(block: Block, kind: str) -> int:
+    """Bytes of the sums from which a layer's dense path is fitted anew: its features' products, of four parts of the text."""
+    features = _features(block, kind)
+    return 4 * 8 * (features + 1) * (features + 1 + block.d_model) if features else 0
+
+
+def _fitting_bytes(layers: Sequence[LayerPlan]) -> int:
+    """The most that is held while dense paths are fitted anew, with two copies of the sums of one layer while it is solved."""
+    each = [fit_bytes(layer.block, layer.kind) for layer in layers]
+    return max(max(each), min(sum(each), FIT_BYTES)) + max(each)
+
+
+def _control_bytes(layers: Sequence[LayerPlan], base: BaseShape) -> int:
+    """The fitted maps, one for each half of the text, and the products (D, D) of what the experts of each layer give."""
+    maps = sum(2 * _features(layer.block, layer.kind) * layer.block.d_model for layer in layers)
+    return maps * base.element_bytes + sum(8 * layer.block.d_model**2 for layer in layers if layer.n_experts)

@@ -14,6 +14,7 @@ from mxdsurgery.base.finding import find_blocks
 from mxdsurgery.base.scores import likeliest
 from mxdsurgery.base.surgery import ConstantOutput, replaced, resumed_at
 from mxdsurgery.layers.sparse import CHUNK_BYTES
+from mxdsurgery.measuring.controls import SHARES
 from mxdsurgery.measuring.fidelity import Measurement, measure
 from mxdsurgery.measuring.scoring import run_original
 from mxdsurgery.planning.effort import Alone
@@ -121,11 +122,12 @@ def test_every_figure_has_an_interval_around_it_and_says_its_tokens(measured):
     result = measured[3]
     assert result["tokens"] == IDS.shape[0] * (IDS.shape[1] - 2)
     for entry in [result["all"], *result["layers"]]:
+        shares = {"expert_share", "loss_recovered", *SHARES.values()}
         figures = [name for name in entry if f"{name}_ci" in entry]
-        assert {"delta_ce", "kl", "top1_agreement", "nmse", "constant_gate_delta_ce", "expert_share"} <= set(figures)
+        assert {"delta_ce", "kl", "top1_agreement", "nmse", "constant_gate_delta_ce", *shares} <= set(figures)
         for name in figures:
             if entry[name] is None:
-                assert name in ("expert_share", "loss_recovered") and entry[f"{name}_ci"] is None
+                assert name in shares and entry[f"{name}_ci"] is None
             else:
                 low, high = entry[f"{name}_ci"]
                 assert low <= entry[name] <= high
@@ -220,7 +222,8 @@ def test_position_0_does_not_count():
 class _SpoilsPosition0(torch.nn.Module):
     def __init__(self, layer):
         super().__init__()
-        self.layer, self.gate, self.dense_path, self.coefficients = layer, layer.gate, layer.dense_path, layer.coefficients
+        self.layer, self.gate, self.experts = layer, layer.gate, layer.experts
+        self.dense_path, self.coefficients, self.combine = layer.dense_path, layer.coefficients, layer.combine
 
     def forward(self, x):
         y = self.layer(x).clone()

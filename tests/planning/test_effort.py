@@ -1,28 +1,46 @@
 """What evaluation takes and how much of the text it uses, with given times; and a run's remaining time, with a fake clock."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from mxdsurgery.planning.calibrate import Calibration
-from mxdsurgery.planning.effort import Alone, Rates, Runs, evaluation_runs, fewest_contexts_alone
+from mxdsurgery.planning.effort import Alone, Rates, Runs, evaluation_runs, fewest_contexts_alone, fitted_together
 from mxdsurgery.terminal.console import Pace
-from mxdsurgery.training.cost import Group
+from mxdsurgery.training.cost import Group, fit_bytes
 from mxdsurgery.training.distill import active_experts
 
 
+def blocks(*layers, d_hidden=32):
+    return [SimpleNamespace(layer=layer, d_model=8, d_hidden=d_hidden) for layer in layers]
+
+
 def test_runs_are_those_of_the_variants_counted_one_by_one():
-    together, alone = evaluation_runs([1, 3], n_layers=4)
-    # Statistics up to layer 3; the original; converted, frozen, zero and mean from layer 1 on.
-    assert together == Runs(4 + 4 + 4 * 3, 2 * 2, 1 + 4)
-    # The original; four variants from layer 1 on, and four from layer 3 on.
-    assert alone == Runs(4 + 4 * 3 + 4 * 1, 2, 1 + 4 + 4)
-    assert evaluation_runs([3], n_layers=4)[1] == Runs(0, 0, 0)  # a single layer is all of them
-    with_maps = evaluation_runs([3], n_layers=4, more=True)
-    assert with_maps[0].decoder_layers == 4 + 4 + 4 * 4 and with_maps[1].heads == 1 + 4
-    several = evaluation_runs([2], n_layers=4, candidates=5)[0]
-    assert several == Runs(3 + 4 + 12 * 2, 10, 13)
+    together, alone = evaluation_runs(blocks(1, 3), n_layers=4)
+    # Statistics up to layer 3; dense paths fitted, up to there too, two of them; the original; nine variants from layer 1 on:
+    # converted, frozen, permuted, shuffled, random gate, single expert, retrained, zero and mean. Five of them run the layers.
+    assert together == Runs(4 + 4 + 2 + 4 + 9 * 3, (1 + 5) * 2, 1 + 9)
+    # The original; the variants from layer 1 on, and from layer 3 on.
+    assert alone == Runs(4 + 9 * 3 + 9 * 1, 5 * 2, 1 + 9 + 9)
+    assert evaluation_runs(blocks(3), n_layers=4)[1] == Runs(0, 0, 0)  # a single layer is all of them
+    with_maps = evaluation_runs(blocks(3), n_layers=4, more=True)
+    assert with_maps[0].decoder_layers == 4 + 5 + 4 + 9 * 4 and with_maps[1].heads == 1 + 9
+    several = evaluation_runs(blocks(2), 4, ["mxd", "mxd", "transcoder", "topk-sae", "dense"])[0]
+    variants = 2 + 7 + 7 + 6 + 6 + 2  # a transcoder's dense path is a constant, and a dense layer has no choice of experts
+    assert several == Runs(3 + 3 + 2 + 4 + variants * 2, 5 + 4 * 5 + 1, 1 + variants)
     assert Rates(2.0, 3.0, 5.0).seconds(Runs(10, 1, 4)) == 43.0
+
+
+def test_dense_paths_are_fitted_in_as_many_passes_as_memory_asks(monkeypatch):
+    monkeypatch.setattr("mxdsurgery.planning.effort.FIT_BYTES", 2 * fit_bytes(blocks(0)[0], "mxd"))
+    groups = fitted_together(blocks(0, 1, 2, 3, 4), ["mxd"])
+    assert [[block.layer for block in group] for group in groups] == [[0, 1], [2, 3], [4]]
+    assert [len(group) for group in fitted_together(blocks(0, 1, d_hidden=500), ["mxd"])] == [1, 1]  # too large for two
+    assert fitted_together(blocks(0, 1), ["transcoder", "topk-sae", "dense"]) == []
+    runs, _ = evaluation_runs(blocks(0, 1, 2, 3, 4), 5)
+    monkeypatch.undo()
+    assert runs.decoder_layers - evaluation_runs(blocks(0, 1, 2, 3, 4), 5)[0].decoder_layers == 2 + 4
 
 
 @pytest.mark.parametrize(

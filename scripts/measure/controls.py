@@ -1,0 +1,163 @@
+"""Measures `expert_share` and its controls on trained layers and on built ones, and prints docs/controls.md.
+
+    python scripts/measure/controls.py measure --shared ../shared --runs runs/controls   # about half an hour on two cores
+    python scripts/measure/controls.py page > docs/controls.md
+
+What is measured is kept in docs/controls/. Layers that are in --runs already are not trained again: delete them to begin anew.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from constructed_layers import BUILDERS
+from material import BOOKS, STORIES, shared_option
+from pages import DOCS, cells, machine, read_json, read_lines, table, write_lines
+
+import mxdsurgery
+from mxdsurgery.base.activations import record_activations
+from mxdsurgery.base.finding import find_blocks
+from mxdsurgery.base.model import load_tokenizer, open_model
+from mxdsurgery.checkpoint.writing import write_json
+from mxdsurgery.measuring.fidelity import measure as measured
+from mxdsurgery.recipe import Recipe
+from mxdsurgery.terminal.console import ConsoleReporter, compact
+from mxdsurgery.text.sources import open_texts
+
+KEPT = DOCS / "controls"
+RESULTS, SETTINGS = KEPT / "rows.jsonl", KEPT / "settings.json"
+K, TOKENS, EVAL_TOKENS = 16, 200_704, 12_288
+STDLIB = ("stdlib:train", "stdlib:heldout")
+# Model, its texts, a middle layer.
+SUBJECTS = (
+    ("demo-glu", STDLIB, 2),
+    ("demo-mlp", STDLIB, 2),
+    ("books-llama-6m", BOOKS, 3),
+    ("tinystories-chat-gpt2-3M", STORIES, 4),
+    ("stories260K", STORIES, 2),
+)
+# What is trained: its name on the page, the kinds, and what differs from the default.
+VARIANTS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
+    ("", ("mxd", "transcoder", "skip-transcoder", "topk-sae", "dense"), {}),
+    (", no penalty", ("mxd",), {"specialise": 0.0}),
+    (", specialise 0.03", ("mxd",), {"specialise": 0.03}),
+    (", init random", ("mxd",), {"init": "random"}),
+)
+# Built layers stand where a block is worth the most.
+BUILT_ON, BUILT_LAYER, BUILT_CONTEXTS = "demo-glu", 0, 96
+SHARES = ("expert_share", "permuted_share", "shuffled_share", "random_gate_share", "single_expert_share", "earned_share")
+
+
+def trained(shared: Path, runs: Path, only: str | None) -> None:
+    """Rows of all models."""
+    for model, (data, eval_data), layer in SUBJECTS:
+        if only is not None and only not in model:
+            continue
+        of_shared = data != STDLIB[0]
+        for name, kinds, changes in VARIANTS:
+            made = mxdsurgery.frontier(
+                str(shared / "models" / model) if of_shared else model,
+                layer=layer,
+                k=(K,),
+                kinds=kinds,
+                data=str(shared / "text" / data) if of_shared else data,
+                eval_data=str(shared / "text" / eval_data) if of_shared else eval_data,
+                tokens=TOKENS,
+                eval_tokens=EVAL_TOKENS,
+                dtype="float32",
+                device="cpu",
+                out=str(runs / f"{model}{name.replace(', ', '-').replace(' ', '-')}"),
+                reporter=ConsoleReporter(),
+                **changes,
+            )
+            keep({"model": model, "name": row["kind"] + name, **row} for row in made.rows)
+
+
+def built() -> None:
+    """Rows of the layers that are built."""
+    model = open_model(BUILT_ON).load(dtype="float32", compute="float32")
+    recipe = Recipe(model=BUILT_ON, data=STDLIB[0], eval_data=STDLIB[1], eval_tokens=BUILT_CONTEXTS * 128)
+    ids = open_texts(recipe, load_tokenizer(BUILT_ON))[1]
+    block = find_blocks(model)[BUILT_LAYER].block
+    x = record_activations(model, [block], ids[:64])[BUILT_LAYER].x[:, 1:].flatten(0, 1)
+    with torch.no_grad():
+        for name, build in BUILDERS.items():
+            figures = measured(model, [block], {BUILT_LAYER: build(model, block, x)}, ids, recipe.batch)
+            keep([{"model": BUILT_ON, "name": name, "built": True, "train_tokens": None, **figures["layers"][0]}])
+
+
+def keep(rows) -> None:
+    """Adds rows to those that are kept, in place of earlier ones of the same model and name."""
+    known = {(row["model"], row["name"]): row for row in read_lines(RESULTS)}
+    for row in rows:
+        known[row["model"], row["name"]] = row
+        click.echo(f"{row['model']:26} {row['name']:24} " + "  ".join(share(row, name) for name in SHARES))
+    write_lines(RESULTS, known.values())
+    write_json(SETTINGS, {"machine": machine()})
+
+
+def share(row: dict[str, Any], name: str) -> str:
+    """A share with its interval, or n/a."""
+    value, ends = row[name], row.get(f"{name}_ci")
+    if value is None:
+        return "n/a"
+    return f"{value:.2f}" + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends and None not in ends else "")
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command()
+@shared_option
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs/controls"), show_default=True)
+@click.option("--only", help="Only models whose name contains this; 'built': only the layers that are built.")
+def measure(shared: Path, runs: Path, only: str | None) -> None:
+    """Train and measure."""
+    if only in (None, "built"):
+        built()
+    if only != "built":
+        trained(shared, runs, only)
+
+
+@main.command()
+def page() -> None:
+    """Print docs/controls.md."""
+    rows = read_lines(RESULTS)
+    heading = "layer | ΔCE | ΔCE if zeroed | NMSE | expert share | permuted | shuffled | random gate | single expert | earned"
+    order = [model for model, _, _ in SUBJECTS]
+    click.echo((KEPT / "introduction.md").read_text(encoding="utf-8").replace("MACHINE", read_json(SETTINGS)["machine"]))
+    for title, some in (
+        (f"Built layers, in place of layer {BUILT_LAYER} of {BUILT_ON}", [row for row in rows if row.get("built")]),
+        *((model, [row for row in rows if row["model"] == model and not row.get("built")]) for model in order),
+    ):
+        if not some:
+            continue
+        first = some[0]
+        how = (
+            ""
+            if first.get("built")
+            else f"Layer {first['layer']}, K = {K}, {compact(first['train_tokens'])} training tokens; "
+        )
+        click.echo(f"\n## {title}\n\n{how}{first['tokens']:,} held-out tokens.\n")
+        click.echo(
+            table(
+                heading,
+                (
+                    cells(
+                        row["name"],
+                        f"{row['delta_ce']:+.4f}",
+                        f"{row['zero_delta_ce']:+.4f}",
+                        f"{row['nmse']:.3f}",
+                        *(share(row, name) for name in SHARES),
+                    )
+                    for row in some
+                ),
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()
