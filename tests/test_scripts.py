@@ -64,6 +64,7 @@ def test_a_conversion_is_timed_alone_and_beside_a_busy_process():
         ("scale.py", "scale.md"),
         ("reliability.py", "reliability.md"),
         ("families.py", "families.md"),
+        ("controls.py", "controls.md"),
     ],
 )
 def test_a_page_of_figures_is_what_its_script_prints(script, page, monkeypatch, capsys):

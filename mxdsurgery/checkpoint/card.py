@@ -1,5 +1,6 @@
 """The model card, and the short table of figures that ends a conversion and an evaluation."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,17 @@ FIGURES = (
     ("expert_share", "expert share", ".2f"),
     ("dead_share", "unused experts", ".1%"),
 )
+# The share that the experts carry, and those that are lost under its controls.
+SHARES = (
+    ("expert_share", "expert share"),
+    ("permuted_share", "permuted"),
+    ("shuffled_share", "shuffled"),
+    ("random_gate_share", "random gate"),
+    ("single_expert_share", "beyond one expert"),
+    ("earned_share", "earned"),
+)
+# Those of them that a terminal shows beside the first.
+_SHORT_SHARES = ("single_expert_share", "earned_share")
 # Those that are printed with their intervals: what the conversion cost, and the shares.
 _WITH_RANGE = ("delta_ce", "loss_recovered", "expert_share")
 # The figures that a terminal shows: enough to see whether a layer is faithful and its experts matter.
@@ -51,6 +63,18 @@ In brackets: 95 % intervals. A share of nothing is n/a: where it is not certain,
 better with the layer (loss recovered: with the original's block) than without any."""
 
 
+_SHARES_LEGEND = """\
+Each is the part of the layer's worth (what it predicts better by than no block) that is lost if the choice of experts is
+replaced: by a constant (expert share); by the same choice with each expert another one (permuted), that of another token with
+as large a gate (shuffled), or one drawn by chance (random gate); by a single expert of any size and sign (beyond one expert);
+by a constant, with the dense path fitted anew (earned). The share that the experts can claim is the least of them."""
+
+
+_SHORT_LEGEND = """\
+Beyond one expert, earned: what is left of the expert share against a single expert of any size and sign, and against a dense
+path fitted anew. Where one of them is near 0, this choice of experts was not needed."""
+
+
 def figure_rows(evaluation: dict[str, Any]) -> list[list[str]]:
     """One row per converted layer and one for all together, as printed."""
     entries = [(str(entry["layer"]), entry) for entry in evaluation["layers"]] + [("all", evaluation["all"])]
@@ -61,6 +85,14 @@ def figure_rows(evaluation: dict[str, Any]) -> list[list[str]]:
     if len(rows) > 2 and "nmse_together" not in evaluation["layers"][0]:  # older versions: Σ error of all layers / Σ size
         rows[-1][1 + [key for key, _, _ in FIGURES].index("nmse")] += " (pooled)"
     return rows
+
+
+def share_rows(evaluation: dict[str, Any]) -> list[list[str]]:
+    """As `figure_rows`, of the shares; none if an older version measured, or if there are no experts."""
+    entries = [(str(entry["layer"]), entry) for entry in evaluation["layers"]] + [("all", evaluation["all"])]
+    if entries[-1][1].get("permuted_delta_ce") is None:
+        return []
+    return [[name, *(with_range(entry, key, ".2f") for key, _ in SHARES)] for name, entry in entries]
 
 
 def computed_in(figures: dict[str, Any]) -> str:
@@ -77,7 +109,14 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
     shown = [0, *(1 + column for column, (name, _, _) in enumerate(FIGURES) if name in _SHORT)]
     for column in shown[1:]:
         table.add_column(FIGURES[column - 1][1], justify="right", no_wrap=FIGURES[column - 1][0] in _WITH_RANGE)
-    *single, every = ([row[column] for column in shown] for row in figure_rows(evaluation))
+    rows = [[row[column] for column in shown] for row in figure_rows(evaluation)]
+    for column, heading in SHARES if share_rows(evaluation) else ():
+        if column in _SHORT_SHARES:
+            table.add_column(heading, justify="right")
+            for row, entry in zip(rows, [*evaluation["layers"], evaluation["all"]], strict=True):
+                row.append(value_of(entry, column, ".2f"))
+            table.caption, table.caption_justify = _SHORT_LEGEND, "left"
+    *single, every = rows
     for row in single:
         table.add_row(*row)
     table.add_section()
@@ -136,6 +175,8 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
             "",
             LEGEND,
             "",
+            *_share_lines(evaluation),
+            "",
             "## How it was made",
             "",
             *_training_lines(evaluation.get("training", {})),
@@ -146,6 +187,24 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
         ]
     )
     return whole_card(header, body)
+
+
+def _share_lines(evaluation: dict[str, Any]) -> list[str]:
+    """The controls of the expert share, where they were measured."""
+    rows = share_rows(evaluation)
+    if not rows:
+        return []
+    columns = ["layer", *(heading for _, heading in SHARES)]
+    return [
+        "## What the experts' share is worth",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + " --- |" * len(columns),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+        *textwrap.wrap(_SHARES_LEGEND, 125),
+        "",
+    ]
 
 
 def _training_lines(record: dict[str, Any]) -> list[str]:

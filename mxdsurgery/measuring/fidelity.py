@@ -396,7 +396,7 @@ def _figures(columns: Sums, number: int, layers: Sequence[int]) -> dict[str, Any
 
 
 def _control_figures(columns: Sums, number: int) -> dict[str, Any]:
-    """What each of the controls costs, and the share of the layer's worth that is lost; all are None where nothing is chosen."""
+    """What each control costs, and the share of the layer's worth that is lost under it; all None where nothing is chosen."""
     result: dict[str, Any] = {}
     for control, share in controls.SHARES.items():
         name = f"{control} {number}"

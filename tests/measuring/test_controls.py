@@ -1,5 +1,6 @@
 """The controls of `expert_share`: which of them exposes which way to win that share without earning it."""
 
+import copy
 import dataclasses
 import inspect
 
@@ -12,6 +13,7 @@ from mxdsurgery.base.activations import record_activations
 from mxdsurgery.base.finding import find_blocks
 from mxdsurgery.base.model import load_tokenizer, open_model
 from mxdsurgery.base.surgery import FrozenExperts
+from mxdsurgery.checkpoint.card import evaluation_table, share_rows
 from mxdsurgery.layers.layer import MxDLayer
 from mxdsurgery.measuring.controls import (
     SHARES,
@@ -199,3 +201,16 @@ def test_with_too_little_text_the_dense_path_stays_as_it_is():
         retrained = fitted(layer, x[:contexts], y[:contexts])
         for retrained.half in range(2):
             torch.testing.assert_close(retrained(x), retrained.frozen(x))
+
+
+def test_tables_have_the_shares_where_there_are_experts_and_an_evaluation_of_an_older_version_is_printed_without(kinds):
+    evaluation = {kind: copy.deepcopy(once) for kind, (once, _) in kinds.items()}
+    headings = {kind: [column.header for column in evaluation_table(figures).columns] for kind, figures in evaluation.items()}
+    assert headings["mxd"][-2:] == headings["transcoder"][-2:] == ["beyond one expert", "earned"]
+    assert headings["dense"] == headings["mxd"][:-2] and share_rows(evaluation["dense"]) == []
+    rows = share_rows(evaluation["mxd"])
+    assert [row[0] for row in rows] == ["0", "1", "all"] and {len(row) for row in rows} == {1 + 1 + len(SHARES)}
+    for entry in [evaluation["mxd"]["all"], *evaluation["mxd"]["layers"]]:
+        for control, share in SHARES.items():
+            del entry[f"{control}_delta_ce"], entry[share]
+    assert [column.header for column in evaluation_table(evaluation["mxd"]).columns] == headings["dense"]
