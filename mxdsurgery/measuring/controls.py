@@ -265,9 +265,9 @@ class _Products:
 
     def solved(self, ridge: float) -> Tensor:
         """The map W (F + 1, D) with the least ``Σ ‖Wᵀz - e‖² + ridge ‖W‖²``, but for its last row; zero if there is none."""
-        penalty = torch.full_like(self.gram[0], ridge)
-        penalty[-1] = 0.0
-        factor, failed = torch.linalg.cholesky_ex(self.gram + penalty.diag())
+        gram = self.gram.clone()
+        gram.diagonal()[:-1] += ridge
+        factor, failed = torch.linalg.cholesky_ex(gram)
         return torch.zeros_like(self.cross) if failed else torch.cholesky_solve(self.cross, factor)
 
     def loss(self, w: Tensor) -> float:

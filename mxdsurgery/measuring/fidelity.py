@@ -109,6 +109,11 @@ class Measurement:
         """Tokens in ``contexts_alone``, as `Alone` counts them."""
         return self.contexts_alone * self.input_ids.shape[1]
 
+    def batches(self, chosen: Tensor) -> Sequence[Tensor]:
+        """Some of the contexts, chosen by number or by mask, (B, T) at a time; none where there are none."""
+        ids = self.input_ids[chosen.to(self.input_ids.device)]
+        return ids.split(self.size) if len(ids) else ()
+
     def announcement(self) -> str:
         """For people: what is measured on how many tokens, and how long it will take."""
         scored, contexts = scored_predictions(self.input_ids), len(self.input_ids)
@@ -229,7 +234,7 @@ def _retrained(
             for block in group
         }
         for quarter in range(4):
-            for ids in of.input_ids[of_quarter == quarter].split(of.size):
+            for ids in of.batches(of_quarter == quarter):
                 recorded = record_activations(of.model, group, ids)
                 for (_, layer), fit in fits.items():
                     fit.add(quarter, *(part[:, 1:].flatten(0, 1) for part in recorded[layer]))
@@ -333,7 +338,7 @@ class _Work:
             for module in modules:
                 if isinstance(module, controls.RetrainedDensePath):
                     module.half = half
-            yield from self.of.input_ids[contexts[of_half == half].to(self.of.input_ids.device)].split(self.of.size)
+            yield from self.of.batches(contexts[of_half == half])
 
     def _run(self, key: int | str, name: str, ids: Tensor, original: Original, table: Table) -> Tensor:
         """One variant's hidden states; the errors of its blocks' outputs go into the table."""

@@ -24,7 +24,7 @@ _WEIGHT, _GRADIENT, _ADAM = 4, 4, 8
 # Evaluation holds the final hidden states of variants up to so many bytes; then it compares their predictions at once.
 HELD_BYTES = 2**28
 # Evaluation fits the dense paths of so many layers anew in one pass as need no more than so many bytes, or of one.
-FIT_BYTES = 2**32
+FIT_BYTES = 2**29
 # Bytes of a token in the buffer that shuffles the text: an int64, and its share of Python's overhead for a context.
 TEXT_BYTES = 13
 
@@ -429,9 +429,9 @@ def fit_bytes(block: Block, kind: str) -> int:
 
 
 def _fitting_bytes(layers: Sequence[LayerPlan]) -> int:
-    """The most that is held while dense paths are fitted anew, with two copies of the sums of one layer while it is solved."""
+    """The most that is held while dense paths are fitted anew; solving one layer takes three matrices (F, F) more."""
     each = [fit_bytes(layer.block, layer.kind) for layer in layers]
-    return max(max(each), min(sum(each), FIT_BYTES)) + max(each)
+    return max(max(each), min(sum(each), FIT_BYTES)) + max(each) * 3 // 4
 
 
 def _control_bytes(layers: Sequence[LayerPlan], base: BaseShape) -> int:
