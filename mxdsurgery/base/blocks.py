@@ -5,7 +5,9 @@ blocks in a model, `mxdsurgery.base.proof` makes sure that they compute what is 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -91,6 +93,17 @@ class Block:
     decoder_bias: bool
     parameters: int
     activation_path: str | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Block":
+        """From what `dataclasses.asdict` gave, by way of JSON."""
+        read = dict(values) | {"bypass": tuple(values["bypass"])}
+        for name in ("encoder", "encoder_up", "decoder"):
+            part = values[name]
+            if part is not None:
+                outputs = part["outputs"]
+                read[name] = Part(part["path"], part["transposed"], outputs and tuple(outputs))
+        return cls(**read)
 
     @property
     def output_path(self) -> str:

@@ -270,11 +270,9 @@ def _run(
     done, passes = _restored(run, tallies)
     rows, model = max(1, _BATCH // corpus.ids.shape[1]), converted.model
 
-    def kept() -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
+    def kept() -> Iterator[dict[str, Tensor]]:
         for layer, tally in tallies.items():
-            tensors |= prefixed(tally.state(), str(layer))
-        return tensors
+            yield prefixed(tally.state(), str(layer))
 
     with recorded_coefficients(converted, settings.layers) as seen:
         while done < len(corpus.ids):

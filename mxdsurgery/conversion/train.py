@@ -3,7 +3,7 @@
 import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,12 +188,10 @@ class _Work:
         """The layers of each finished group."""
         return {_group_file(number): functools.partial(self._weights, layers) for number, layers in enumerate(self.finished)}
 
-    def _weights(self, layers: Sequence[LayerPlan]) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
+    def _weights(self, layers: Sequence[LayerPlan]) -> Iterator[dict[str, Tensor]]:
         for plan in layers:
             layer = self.training.layers[plan]
-            tensors |= prefixed(rounded(layer, weights_of(layer), stored_in(self.base)), layer_key(plan))
-        return tensors
+            yield prefixed(rounded(layer, weights_of(layer), stored_in(self.base)), layer_key(plan))
 
     def take_finished(self, number: int, layers: Sequence[LayerPlan]) -> bool:
         """Takes a group's layers from the checkpoint that the run resumes from, if the group is finished there."""

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mxdsurgery.base.analyze import analysis_of
-from mxdsurgery.base.blocks import Block, Part
+from mxdsurgery.base.blocks import Block
 from mxdsurgery.base.config import model_name
 from mxdsurgery.base.model import BaseModel, check_context
 from mxdsurgery.base.selection import write_layers
@@ -21,6 +21,7 @@ from mxdsurgery.hardware.memory import free_memory
 from mxdsurgery.hardware.threads import use_threads
 from mxdsurgery.planning.budget import needed_bytes, refusal, stored
 from mxdsurgery.planning.calibrate import Calibration, calibrate, matmul_rate
+from mxdsurgery.planning.host import host_bytes, host_refusal
 from mxdsurgery.planning.machine import this_machine
 from mxdsurgery.planning.resolve import base_shape, open_base, resolve_recipe, saying_whose
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
@@ -64,6 +65,7 @@ class Plan:
         groups: the layers that are trained together, in order; each group is one pass over the text. Empty in what an older
             version wrote, as are the entries below.
         evaluation_bytes: peak of evaluation and export.
+        host_bytes: peak of host memory beside a device that has its own, of training or loading; 0 where it shares the host's.
         disk_bytes: needed on disk while the result is written; with ``overwrite``, that includes an old result of this size.
         calibration: the measurements that the times rest on.
         unmeasured: why there is no time.
@@ -89,6 +91,7 @@ class Plan:
     machine: Machine | None = None
     groups: list[Group] = field(default_factory=list)
     evaluation_bytes: int = 0
+    host_bytes: int = 0
     disk_bytes: int = 0
     calibration: Calibration | None = None
     unmeasured: str | None = None
@@ -191,7 +194,7 @@ class Plan:
     def from_dict(cls, values: dict[str, Any]) -> "Plan":
         """The plan from what `to_dict` gave, also in an older version, which had no groups."""
         read = {name: value for name, value in values.items() if name != "totals"}
-        read["layers"] = [_layer_plan(row) for row in values["layers"]]
+        read["layers"] = [LayerPlan(**row | {"block": Block.from_dict(row["block"])}) for row in values["layers"]]
         names = [f.name for f in dataclasses.fields(Group)]
         read["groups"] = [Group(**{name: row[name] for name in names if name in row}) for row in values.get("groups", ())]
         for name, kind in (("machine", Machine), ("calibration", Calibration)):
@@ -261,6 +264,7 @@ class Plan:
             *self._time(),
             f"memory     {size(self.peak_bytes)} to train, {size(self.evaluation_bytes)} to evaluate and export; {budget}, "
             f"{self.machine.memory_source}",
+            *([f"host       {size(self.host_bytes)} of host memory beside that"] if self.host_bytes else []),
             *self._kept_lines(),
             f"checkpoint {size(self.checkpoint_bytes)}; {size(self.disk_bytes)} of disk while it is written",
         ]
@@ -291,17 +295,6 @@ class Plan:
             f"time       about {words}{total}",
             f"           from {step} and a {self.calibration.base_from} for the base model",
         ]
-
-
-def _layer_plan(row: dict[str, Any]) -> LayerPlan:
-    block = dict(row["block"])
-    for name in ("encoder", "encoder_up", "decoder"):
-        part = block[name]
-        if part is not None:
-            outputs = part["outputs"]
-            block[name] = Part(part["path"], part["transposed"], outputs and tuple(outputs))
-    block["bypass"] = tuple(block["bypass"])
-    return LayerPlan(**row | {"block": Block(**block)})
 
 
 @guarded_with(*RECIPE_KEYS)
@@ -369,7 +362,8 @@ def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base_model:
     """The plan with other layers, several of which may replace the same block, and what they take."""
     base = stored(layers, base_shape(base_model, made.dtype, made.machine.compute), recipe, made.machine)
     groups = make_groups(layers, base, recipe, made.machine)
-    refused = refusal(layers, groups, base, recipe, made.machine)
+    host = host_bytes(layers, base, recipe, made.machine)
+    refused = refusal(layers, groups, base, recipe, made.machine) or host_refusal(host, base, recipe, made.machine)
     states = states_bytes(base, recipe)
     on_disk = dataclasses.replace(base, dtype=made.dtype)
     finished = on_disk.element_bytes * sum(layer.all_parameters for layer in layers) if base.offloaded else 0
@@ -378,6 +372,7 @@ def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base_model:
         layers=layers,
         groups=groups,
         evaluation_bytes=evaluation_bytes(layers, base, recipe, made.machine),
+        host_bytes=host,
         disk_bytes=checkpoint_bytes(layers, on_disk) * (2 if recipe.overwrite else 1)
         + (states if base.states_on_disk else 0)
         + finished,

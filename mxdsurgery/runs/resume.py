@@ -2,34 +2,41 @@
 
 A checkpoint is a folder that is written under another name, synced to disk and renamed: whatever ends the process, it is
 there whole or not at all. Its manifest has every file's size and SHA-256; a checkpoint that differs from it is refused.
+What a training goes on from is in several files, a layer in each: one at a time is in the host's memory when they are written,
+and what is resumed from is read tensor by tensor.
 """
 
+import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mxdsurgery.aside import sync
 from mxdsurgery.base.digest import file_digest
 from mxdsurgery.errors import CheckpointError, OutputError, first_line
 
-# The version of checkpoints that is written, and the only one that is read.
-CHECKPOINT_VERSION = 1
+# The version of checkpoints that is written. Version 1 had one file where there are now several.
+CHECKPOINT_VERSION = 2
+_READ_VERSIONS = (1, 2)
 _MANIFEST, _STATE, _ASIDE = "manifest.json", "state.json", ".writing"
 # Writing checkpoints never takes more than this share of the time, unless a number of steps is asked for.
 _LARGEST_SHARE = 0.05
 
-# By the name of each file of a checkpoint, what gives its tensors; called when the file is written.
-Files = dict[str, Callable[[], Mapping[str, Tensor]]]
+# Tensors part by part: what is written after another is not held with it. No name is in two parts.
+Parts = Iterable[Mapping[str, Tensor]]
+# By the name of what a checkpoint holds, what gives its tensors; called when they are written. The first part is in the file
+# of that name, and each other has a number before the suffix.
+Files = dict[str, Callable[[], Parts]]
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,29 @@ class Checkpoint:
     folder: Path
     state: dict[str, Any]
 
-    def tensors(self, file: str) -> dict[str, Tensor]:
-        """The tensors in one of its files, on the CPU."""
-        return load_file(self.folder / file)
+    def tensors(self, file: str) -> "Stored":
+        """The tensors of what was saved under a name, each read when it is asked for."""
+        return Stored(_files_of(self.folder, file))
+
+
+class Stored(Mapping[str, Tensor]):
+    """Tensors in files, by name; on the CPU. Each is read when it is asked for, and not kept."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.places: dict[str, Path] = {}
+        for path in files:
+            with safe_open(path, "pt") as opened:
+                self.places |= dict.fromkeys(opened.keys(), path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.places[name], "pt") as opened:
+            return opened.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 class Checkpoints:
@@ -87,11 +114,12 @@ class Checkpoints:
         try:
             shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
             aside.mkdir(parents=True)
-            for name, tensors in (files | unchanging).items():
+            for name, parts in (files | unchanging).items():
                 if name in unchanging and before is not None and (before / name).is_file():
-                    _link(before / name, aside / name)
+                    for path in _files_of(before, name):
+                        _link(path, aside / path.name)
                 else:
-                    save_file({key: value.detach().cpu().contiguous() for key, value in tensors().items()}, aside / name)
+                    _write(parts(), aside / name)
             (aside / _STATE).write_text(json.dumps(state), encoding="utf-8")
             written = {path.name: _described(path) for path in sorted(aside.iterdir())}
             manifest = {"format_version": CHECKPOINT_VERSION, "step": step, "files": written}
@@ -130,10 +158,10 @@ class Checkpoints:
         try:
             manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
             version, files = manifest["format_version"], manifest["files"]
-            if version != CHECKPOINT_VERSION:
+            if version not in _READ_VERSIONS:
                 raise CheckpointError(
                     f"{str(path)!r} is of checkpoint version {version!r}",
-                    expected=f"version {CHECKPOINT_VERSION}",
+                    expected="version " + " or ".join(map(str, _READ_VERSIONS)),
                     fix=f"go on with the version of mxdsurgery that wrote it, or begin anew: {anew}",
                 )
             missing = [name for name in files if not (path / name).is_file()]
@@ -159,6 +187,27 @@ class Checkpoints:
 
     def _newest(self) -> Path | None:
         return next(reversed(self._all()), None)
+
+
+def _write(parts: Parts, first: Path) -> None:
+    """Writes each part to a file of its own, the first even if there is none, and frees it."""
+    count = 0
+    for tensors in parts:
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, _numbered(first, count))
+        del tensors
+        count += 1
+    if count == 0:
+        save_file({}, first)
+
+
+def _numbered(first: Path, number: int) -> Path:
+    return first.with_suffix(f".{number}{first.suffix}") if number else first
+
+
+def _files_of(folder: Path, name: str) -> list[Path]:
+    """The files of what was saved under a name, in order."""
+    numbered = (_numbered(folder / name, number) for number in itertools.count())
+    return list(itertools.takewhile(Path.is_file, numbered))
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -190,7 +239,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with ``prefix.``, by the rest of the name."""
-    return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}
+    return {name[len(prefix) + 1 :]: tensors[name] for name in tensors if name.startswith(prefix + ".")}
 
 
 def prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

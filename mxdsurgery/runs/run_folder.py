@@ -29,10 +29,10 @@ from mxdsurgery.recipe import CHECKPOINT_KEYS, COMPUTE_KEYS, Recipe
 from mxdsurgery.runs.journal import LOG_FILE, METRICS_FILE, Journal, Recording
 from mxdsurgery.runs.owner import OWNER_FILE, Ownership, read_owner
 from mxdsurgery.runs.parallel import any_of, first_ones, rank, text_shares, wait
-from mxdsurgery.runs.resume import Checkpoint, Checkpoints, Files
+from mxdsurgery.runs.resume import Checkpoint, Checkpoints, Files, Parts
 from mxdsurgery.terminal.console import Reporter
 
-# The file of a checkpoint with what is in training.
+# What is in training, in a checkpoint.
 TRAINING_FILE = "training.safetensors"
 # A run may go on with other values of these: they do not change what is trained; for threads, `keep_threads` sees to that.
 _FREE_KEYS = {
@@ -321,8 +321,9 @@ class RunFolder:
         if self.checkpoints is None or self.checkpoints.keep == 0 or step <= self.at:
             return
         if not self.writes:
-            for tensors in files.values():
-                tensors()  # a collective operation: it merges what all processes know
+            for parts in files.values():
+                for _ in parts():  # a collective operation: it merges what all processes know
+                    pass
             self.at = step
             return
         if self.owner is not None:
@@ -422,21 +423,21 @@ class Keeper:
     step: Callable[[], int] = int
     state: Callable[[], Mapping[str, Any]] = dict
     unchanging: Files = field(default_factory=dict)
-    resumed: dict[str, Tensor] | None = None
+    resumed: Mapping[str, Tensor] | None = None
 
-    def after(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
-        """To be called after a step; ``tensors`` gives all that the training goes on from, and is called only if needed.
+    def after(self, parts: Callable[[], Parts]) -> None:
+        """To be called after a step; ``parts`` gives all that the training goes on from, and is called only if needed.
 
         Raises:
             Interrupted: the run was asked to stop.
         """
         if self.run is not None:
-            self.run.after(self.step(), {TRAINING_FILE: tensors}, self.unchanging, self.state)
+            self.run.after(self.step(), {TRAINING_FILE: parts}, self.unchanging, self.state)
 
-    def finished(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
+    def finished(self, parts: Callable[[], Parts]) -> None:
         """To be called at the end: writes a checkpoint, since what follows, measuring and writing, may be interrupted too."""
         if self.run is not None:
-            self.run.save(self.step(), {TRAINING_FILE: tensors}, self.unchanging, self.state())
+            self.run.save(self.step(), {TRAINING_FILE: parts}, self.unchanging, self.state())
 
 
 # For a training without checkpoints.

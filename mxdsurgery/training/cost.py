@@ -20,7 +20,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 2**30
 
 # New layers are trained in fp32: 4 bytes for a parameter, 4 for its gradient, 8 for Adam's two moments.
-_WEIGHT, _GRADIENT, _ADAM = 4, 4, 8
+WEIGHT, _GRADIENT, ADAM = 4, 4, 8
 # Evaluation holds the final hidden states of variants up to so many bytes; then it compares their predictions at once.
 HELD_BYTES = 2**28
 # Evaluation fits the dense paths of so many layers anew in one pass as need no more than so many bytes, or of one.
@@ -357,9 +357,9 @@ def make_group(
         parameters=parameters,
         base_bytes=base.held_bytes,
         finished_bytes=0 if on_host or base.offloaded else base.element_bytes * sum(old.all_parameters for old in finished),
-        new_bytes=_WEIGHT * parameters,
+        new_bytes=WEIGHT * parameters,
         gradient_bytes=_GRADIENT * (parameters if whole else max(layer.parameters for layer in layers)),
-        adam_bytes=_ADAM * parameters,
+        adam_bytes=ADAM * parameters,
         activation_bytes=recorded * (1 + room) + working,
         text_bytes=0 if on_host else recipe.shuffle * TEXT_BYTES,
         flops={"base_forward": fed_flops(layers, base, recipe)} | flops,

@@ -310,12 +310,12 @@ def distill(
     begun, before = time.perf_counter(), progress.seconds
     looked_at = max(progress.step - progress.step % _CHECK_EVERY, min(1, progress.step))
 
-    def state() -> dict[str, Tensor]:
-        tensors = prefixed(mixed.state(), "mixed")
+    def state() -> Iterator[dict[str, Tensor]]:
+        for name, tensor in mixed.state().items():
+            yield {f"mixed.{name}": tensor}
         for plan, job in jobs.items():
             job.agree()
-            tensors |= prefixed(job.state(), layer_key(plan))
-        return tensors
+            yield prefixed(job.state(), layer_key(plan))
 
     for step in range(progress.step, progress.steps):
         progress.lr = learning_rate(step, progress.steps, recipe)

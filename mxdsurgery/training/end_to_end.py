@@ -318,18 +318,17 @@ class _Trainer:
             if job.unit_norm:
                 job.experts.normalize()
 
-    def kept(self) -> dict[str, Tensor]:
+    def kept(self) -> Iterator[dict[str, Tensor]]:
         """All that training goes on from: layers and adapters, as they are now and as they were at the best step."""
         agree(self.kl_sum, self.shares, mean=True)
-        tensors = {"kl_sum": self.kl_sum, "looked_at": torch.tensor(self.looked_at)}
+        yield {"kl_sum": self.kl_sum, "looked_at": torch.tensor(self.looked_at)}
         for plan, job in self.jobs.items():
             job.agree()
-            tensors |= prefixed(job.state(), f"layer {layer_key(plan)}")
-            tensors |= prefixed(self.state.best[plan], f"best {layer_key(plan)}")
+            yield prefixed(job.state(), f"layer {layer_key(plan)}")
+            yield prefixed(self.state.best[plan], f"best {layer_key(plan)}")
         if self.adapters is not None:
-            tensors |= prefixed(self.adapters.state(), "adapters") | prefixed(self.state.best_adapters, "best adapters")
-            tensors |= prefixed(optimizer_state(self.optimizers[-1]), "adapters' adam")
-        return tensors
+            yield prefixed(self.adapters.state(), "adapters") | prefixed(self.state.best_adapters, "best adapters")
+            yield prefixed(optimizer_state(self.optimizers[-1]), "adapters' adam")
 
     def resume(self, tensors: Mapping[str, Tensor]) -> None:
         """Goes on from what `kept` gave."""

@@ -128,6 +128,7 @@ def test_a_plan_for_another_machines_device_knows_whose_memory_the_text_takes(ma
     made = {kind: mxdsurgery.plan("demo-glu", device=kind, memory=4)[0] for kind in ("cpu", "cuda", "mps", "xpu")}
     assert {kind for kind, plan in made.items() if plan.groups[0].text_bytes} == {"cpu", "mps"}
     assert mxdsurgery.plan("demo-glu", device="mps", measure=True)[0].unmeasured == "there is no mps here"
+    assert {kind for kind, plan in made.items() if plan.host_bytes} == {"cuda", "xpu"}
     unknown, _ = mxdsurgery.plan("demo-glu", device="xpu")
     assert unknown.machine.memory is None and unknown.machine.memory_source == "there is no xpu here: name one with --memory"
 

@@ -216,3 +216,29 @@ def test_layers_that_learn_jointly_are_one_group_or_are_refused(tmp_path):
     refused = sequential(tmp_path, inputs="joint", memory=plan.peak_bytes / 2 / 2**30)
     assert "training layers 0-11 jointly" in refused.refusal["found"]
     assert "--inputs converted" in refused.refusal["fix"]
+
+
+def test_the_host_s_memory_by_hand(tmp_path):
+    options = {"layers": "all", "n_experts": 8192, "dtype": "bfloat16", "batch": 4096, "context": 128, "memory": 1000}
+    options |= {"compute": "bfloat16", "device": "cuda", "shuffle": 10**9}
+    layer, base = 3 * 8192 * 3072 + 3072 + 8192 * (2 * 3072 + 1), 2 * 3_212_749_824
+    plan = plan_real(tmp_path, LLAMA, **options)
+    assert plan.host_bytes == 13 * 10**9 + 2 * 28 * layer + 12 * layer  # the text, all finished layers, one with Adam's state
+    assert plan_real(tmp_path, LLAMA, **options | {"shuffle": 0, "layers": "0"}).host_bytes == base  # while it is loaded
+    assert plan_real(tmp_path, LLAMA, **options | {"device": "cpu", "shuffle": 0}).host_bytes == 0
+    buffer = plan_real(tmp_path, LLAMA, **options | {"activation_buffer": 2**20}).host_bytes
+    assert buffer == 13 * 10**9 + 2 * 28 * layer + 2**20 * 3072 * 2  # more than one layer's state
+
+
+def test_what_the_host_has_no_room_for_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("mxdsurgery.planning.host.devices", lambda: ["cpu", "cuda"])
+    monkeypatch.setattr("mxdsurgery.planning.host.free_memory", lambda device: 100 * 2**20)
+    made, recipe = mxdsurgery.plan("demo-glu", device="cuda", memory=4)
+    assert made.host_bytes > 90 * 2**20 > made.host_bytes - 13 * recipe.shuffle
+    with pytest.raises(MemoryBudgetError, match="of host memory are needed beside cuda's own") as refused:
+        made.check_budget()
+    smaller = int(re.search(r"--shuffle (\d+)", refused.value.fix)[1])
+    assert mxdsurgery.plan("demo-glu", device="cuda", memory=4, shuffle=smaller)[0].refusal is None
+    assert mxdsurgery.plan("demo-glu", device="cuda", memory=4, shuffle=smaller + 1000)[0].refusal is not None
+    printed = CliRunner().invoke(main, ["plan", "demo-glu", "--device", "cuda", "--memory", "4"]).output
+    assert f"host       {size(made.host_bytes)} of host memory" in printed

@@ -284,7 +284,7 @@ def test_a_run_that_was_taken_over_stops_and_leaves_the_other_one_s_folder(tmp_p
     run.open({}, resume=False, overwrite=False)
     with pytest.raises(RunInUseError), run.working(Reporter()):
         put(run.path, host="node7", token="other")
-        run.after(1, {"x": dict}, {}, dict)
+        run.after(1, {"x": list}, {}, dict)
     assert (run.path / OWNER_FILE).is_file() and not any(run.path.glob("checkpoints/step-*"))
 
 
@@ -339,7 +339,7 @@ def test_a_run_folder_of_an_earlier_version_has_no_marker_and_goes_on(left, tmp_
     with pytest.raises(OutputError), run.working(Reporter()) as reporter:
         reporter.say("train      a line")
         if left == "checkpoint":
-            run.after(1, {"x": dict}, {}, dict)
+            run.after(1, {"x": list}, {}, dict)
         else:
             run.journal.metrics("distil", step=1)
         raise OutputError("it ends too soon")

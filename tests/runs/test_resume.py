@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import mxdsurgery
 from mxdsurgery.base.model import BaseModel
 from mxdsurgery.errors import CheckpointError, Interrupted, OutputError
 from mxdsurgery.recipe import Recipe
-from mxdsurgery.runs.resume import Checkpoints, optimizer_state, restore_optimizer
+from mxdsurgery.runs.resume import Checkpoints, optimizer_state, part, restore_optimizer
 from mxdsurgery.runs.run_folder import RunFolder, stoppable
 from mxdsurgery.training import distill, end_to_end
 
@@ -228,8 +229,8 @@ def checkpoints(folder, **options):
 def test_the_last_ones_stay_and_what_is_finished_is_written_once(tmp_path):
     kept, asked = checkpoints(tmp_path / "c"), []
     for step in (1, 2, 3):
-        finished = {"done.safetensors": lambda: asked.append(1) or {"x": torch.ones(3)}}
-        tensors = {"training.safetensors": lambda step=step: {"x": torch.full((2,), step)}}
+        finished = {"done.safetensors": lambda: asked.append(1) or [{"x": torch.ones(3)}, {"y": torch.ones(1)}]}
+        tensors = {"training.safetensors": lambda step=step: [{"x": torch.full((2,), step)}]}
         kept.save(step, tensors, finished, {"step": step})
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step-000000002", "step-000000003"]
     assert len(asked) == 1
@@ -237,6 +238,52 @@ def test_the_last_ones_stay_and_what_is_finished_is_written_once(tmp_path):
     assert found.state == {"step": 3}
     assert found.tensors("training.safetensors")["x"].tolist() == [3, 3]
     assert found.tensors("done.safetensors")["x"].tolist() == [1, 1, 1]
+    assert set(found.tensors("done.safetensors")) == {"x", "y"}
+
+
+def test_one_part_at_a_time_is_held(tmp_path):
+    held = []
+
+    def parts():
+        for number in range(3):
+            assert not any(one() is not None for one in held)  # the part before is freed
+            tensor = torch.full((4,), float(number))
+            held.append(weakref.ref(tensor))
+            yield {f"{number}.x": tensor}
+            del tensor
+
+    checkpoints(tmp_path).save(1, {"training.safetensors": parts}, {}, {})
+    found = checkpoints(tmp_path).latest()
+    names = {"training.safetensors", "training.1.safetensors", "training.2.safetensors"}
+    assert {path.name for path in found.folder.iterdir()} == {*names, "state.json", "manifest.json"}
+    tensors = found.tensors("training.safetensors")
+    assert part(tensors, "2")["x"].tolist() == [2.0] * 4 and list(tensors) == ["0.x", "1.x", "2.x"]
+    # Earlier versions wrote all of it to one file.
+    save_file(dict(tensors), found.folder / "whole.safetensors")
+    assert part(found.tensors("whole.safetensors"), "2")["x"].tolist() == [2.0] * 4
+    (found.folder / "training.2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"training\.2\.safetensors is missing"):
+        checkpoints(tmp_path).latest()
+
+
+def test_what_ends_between_two_parts_leaves_the_checkpoint_before(tmp_path):
+    def ends():
+        yield {"x": torch.ones(1)}
+        raise OSError(28, "No space left on device")
+
+    kept = checkpoints(tmp_path)
+    kept.save(1, {"training.safetensors": lambda: [{"x": torch.zeros(1)}]}, {}, {"step": 1})
+    with pytest.raises(OutputError, match="No space left"):
+        kept.save(2, {"training.safetensors": ends}, {}, {"step": 2})
+    assert kept.latest().state == {"step": 1} and [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+
+
+def test_a_checkpoint_of_version_1_is_read(tmp_path):
+    kept = checkpoints(tmp_path)
+    kept.save(1, {"training.safetensors": lambda: [{"0.x": torch.ones(1), "1.x": torch.ones(2)}]}, {}, {"step": 1})
+    manifest = tmp_path / "step-000000001" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 1'))
+    assert set(kept.latest().tensors("training.safetensors")) == {"0.x", "1.x"}
 
 
 def test_the_one_before_a_damaged_one_is_offered(tmp_path):
@@ -254,7 +301,7 @@ def test_one_of_a_later_version_is_refused(tmp_path):
     kept = checkpoints(tmp_path)
     kept.save(1, {}, {}, {})
     manifest = tmp_path / "step-000000001" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 9'))
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 9'))
     with pytest.raises(CheckpointError, match="version 9"):
         kept.latest()
 
