@@ -41,6 +41,7 @@ from mxdsurgery.checkpoint.export import (
 from mxdsurgery.checkpoint.readme import keep_words
 from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room_for_copy, write_json, written_whole
 from mxdsurgery.editing.edits import Edits, baked, check_for
+from mxdsurgery.editing.predictions import fewer_for_logits
 from mxdsurgery.editing.sampling import Sampling, sample
 from mxdsurgery.errors import DataError, EditError, MxDWarning, UnsupportedModelError, first_line
 from mxdsurgery.hardware.guard import guarded
@@ -305,7 +306,7 @@ def _compare(
 ) -> dict[str, Any]:
     """What edits do to the predictions of contexts (S, T)."""
     table, done = Table(), 0
-    for part in in_batches(ids.to(before.device), batch):
+    for part in in_batches(ids.to(before.device), fewer_for_logits(batch, before)):
         old, new = (logits_of(model, part) for model in (before, after))
         table.add("before", next_token_sums(old, old, part))
         table.add("after", next_token_sums(new, old, part))

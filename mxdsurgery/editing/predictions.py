@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mxdsurgery.base.decoder import decoder_layers
+from mxdsurgery.base.decoder import decoder_layers, vocabulary_size
 from mxdsurgery.checkpoint.converted import Converted, load_with_recipe
 from mxdsurgery.hardware.device import widest
 from mxdsurgery.measuring.evaluate import held_out
@@ -19,6 +19,8 @@ from mxdsurgery.measuring.intervals import scored_predictions
 from mxdsurgery.text.packing import in_batches
 from mxdsurgery.text.places import check_there, text_name
 
+# What passes through a model together may take so many bytes of logits, or of what is copied for it.
+HELD_BYTES = 2**30
 # exp of this still fits float32.
 _LARGEST_SHIFT = 80.0
 
@@ -50,8 +52,8 @@ class Opened:
         return decoder_layers(self.model)[1]
 
     def batches(self) -> tuple[Tensor, ...]:
-        """The contexts, as many at a time as ``batch`` holds: (B, T) each."""
-        return in_batches(self.input_ids, self.batch)
+        """The contexts, as many at a time as ``batch`` and the memory for two models' logits hold: (B, T) each."""
+        return in_batches(self.input_ids, fewer_for_logits(self.batch, self.model))
 
     def rests_on(self) -> dict[str, Any]:
         """What figures rest on: the text, and how many predictions are scored on it."""
@@ -81,6 +83,11 @@ def open_on_text(
     converted, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     ids = held_out(converted, recipe, data, tokens, text_column).to(converted.model.device)
     return Opened(converted, ids, recipe.batch, text_name(data or recipe.eval_data or recipe.data))
+
+
+def fewer_for_logits(batch: int, model: PreTrainedModel) -> int:
+    """So many tokens a pass, or fewer where the logits of two passes (tokens, V) would take more than `HELD_BYTES`."""
+    return max(1, min(batch, HELD_BYTES // (2 * vocabulary_size(model) * model.dtype.itemsize)))
 
 
 def widened(logits: Tensor) -> Tensor:

@@ -26,11 +26,12 @@ from mxdsurgery.base.running import hooked, own_code_named
 from mxdsurgery.base.surgery import resumed_at
 from mxdsurgery.catalogue.experts import layers_with_experts, recorded_coefficients
 from mxdsurgery.checkpoint.writing import check_file, write_json
+from mxdsurgery.editing.held import SweepBytes
 from mxdsurgery.editing.predictions import Opened, open_on_text, prediction_shifts, widened
 from mxdsurgery.errors import UnsupportedBlockError
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.layers.layer import Coefficients
-from mxdsurgery.terminal.console import ProgressLine, Reporter
+from mxdsurgery.terminal.console import ProgressLine, Reporter, size
 from mxdsurgery.text.sources import token_strings
 
 # Counts of (expert, token) are merged whenever so many more have come in.
@@ -88,6 +89,7 @@ def sweep(
         LayerSelectionError: it has no experts in that layer.
         DataError: the text cannot be read or is too short.
         OutputError: the result cannot be kept in the folder.
+        MemoryBudgetError: what it holds beside the model does not fit.
         UnsupportedBlockError: a pass of the model cannot start at a layer in the middle.
     """
     reporter = reporter or Reporter()
@@ -103,7 +105,11 @@ def sweep(
     )
     opened = dataclasses.replace(opened, batch=batch or opened.batch)
     (index,) = layers_with_experts(opened.converted, str(layer))
-    draw = torch.Generator().manual_seed(seed)
+    draw, held = torch.Generator().manual_seed(seed), SweepBytes.of(opened, index)
+    held.check(opened.batch, opened.model.device.type)
+    reporter.say(
+        f"memory     {size(held.peak(opened.batch))} beside the model, for {held.contexts(opened.batch)} contexts at a time"
+    )
     with reporter.progress("read", "contexts") as line:
         survey = survey_layer(opened, index, contexts_per_expert, draw, line)
     with reporter.progress("sweep", "pairs") as line:
@@ -235,10 +241,11 @@ class Sums:
 @torch.no_grad()
 def ablate_each(opened: Opened, layer: int, survey: Survey, line: ProgressLine) -> Sums:
     """Measures, for all pairs of a survey, what ablating only that expert does in that context."""
+    held = SweepBytes.of(opened, layer)
     sums = Sums(*(torch.zeros(len(survey.fired), dtype=torch.float64) for _ in range(4)))
-    done, midway, last = 0, None, opened.input_ids.shape[1] - 2
+    done, midway = 0, None
     contexts = survey.context.unique_consecutive()
-    groups = contexts.split(max(1, opened.batch // opened.input_ids.shape[1])) if len(contexts) else ()
+    groups = contexts.split(held.contexts(opened.batch)) if len(contexts) else ()
     for group in groups:
         run = _Unedited(opened, layer, opened.input_ids[group.to(opened.input_ids.device)])
         midway = run.resumes_midway() if midway is None else midway
@@ -249,7 +256,7 @@ def ablate_each(opened: Opened, layer: int, survey: Survey, line: ProgressLine) 
         at = 0
         while at < len(expert):
             start = int(first[at]) if midway else 0
-            some = slice(at, at + max(1, opened.batch // (last + 2 - start)))
+            some = slice(at, at + held.pairs(opened.batch, start))
             sums.add(expert[some], *run.without(expert[some], row[some], first[some], start))
             at += len(expert[some])
             line.update(done + at, len(survey.expert))
@@ -275,11 +282,13 @@ class _Unedited:
             calls.setdefault(module, []).append((layer in seen, output))
 
         modules = (*decoder[max(0, layer - 1) : layer], *decoder[layer].children(), self.module)
-        self.cache = DynamicCache()
+        cache = DynamicCache()
         hooks = [module.register_forward_hook(keep) for module in {*modules}]
         with hooked(*hooks), recorded_coefficients(opened.converted, [layer]) as seen:
             with own_code_named(self.model, "a sweep needs past_key_values, use_cache and logits_to_keep"):
-                logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits
+                logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        # The first tells the length of the past; other layers below do not run again.
+        self.cached = [(i, held.keys, held.values) for i, held in enumerate(cache.layers) if i == 0 or i >= layer]
         ((_, y),) = calls.pop(self.module)
         a, m = seen[layer]
         self.flat = y.ndim == 2  # some families flatten (B, T) before the block
@@ -353,9 +362,8 @@ class _Unedited:
         past = None
         if start:
             past = DynamicCache()
-            for index, layer in enumerate(self.cache.layers):
-                if index == 0 or index >= self.layer:  # the first tells the length; other layers below do not run
-                    past.update(layer.keys[rows, :, :start], layer.values[rows, :, :start], index)
+            for index, keys, values in self.cached:
+                past.update(keys[rows, :, :start], values[rows, :, :start], index)
         outputs = [_of_rows(output, rows, start) for output in self.outputs]
         outputs.append(y.flatten(0, 1) if self.flat else y)
         scored = torch.arange(max(start, 1), self.ids.shape[1] - 1, device=y.device) - start

@@ -21,10 +21,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mxdsurgery.base.blocks import Block
-from mxdsurgery.errors import DataError
+from mxdsurgery.errors import DataError, MemoryBudgetError
 from mxdsurgery.hardware.guard import guarded
+from mxdsurgery.hardware.memory import free_memory
 from mxdsurgery.measuring.expert_layers import HIDDEN_UNITS, block_inputs, keep_beside, open_expert_layers
-from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.planning.budget import BUDGET_SHARE
+from mxdsurgery.terminal.console import Reporter, size
 from mxdsurgery.text.labelled import TokenBatch, read_labelled
 
 # Units per class that get a regression, share of texts that are scored, and shuffles of the labels for the floor.
@@ -149,10 +151,15 @@ def pool(
         batches: all texts.
         texts: how many there are; rows of texts that are in no batch stay zero.
         report: called with the texts done and to do.
+
+    Raises:
+        MemoryBudgetError: the hidden units of so many texts do not fit.
     """
-    parts: dict[str, list[sparse.coo_matrix]] = {name: [] for name in (*layers, HIDDEN_UNITS)}
+    _check_room(texts, block.d_hidden)
+    parts: dict[str, list[sparse.coo_matrix]] = {name: [] for name in layers}
+    hidden = torch.zeros(texts, block.d_hidden)  # few of them are 0
     for x, owner in block_inputs(model, block, batches, report):
-        texts_here, at, counts = owner.unique(return_inverse=True, return_counts=True)
+        _, at, counts = owner.unique(return_inverse=True, return_counts=True)
         share = 1.0 / counts[at].float()
         for name, layer in layers.items():
             a = layer.coefficients(x)
@@ -162,11 +169,26 @@ def pool(
             shape = (texts, layer.gate.n_experts)
             summed = sparse.coo_matrix((values[found], (rows[found], columns[found])), shape)
             parts[name].append(summed.tocsr().tocoo())  # adds up a text's tokens
-        z = block.hidden(model.base_model, x).float().cpu() * share[:, None]
-        sums = torch.zeros(len(texts_here), z.shape[1]).index_add_(0, at, z)
-        rows, columns = np.repeat(texts_here.numpy(), z.shape[1]), np.tile(np.arange(z.shape[1]), len(texts_here))
-        parts[HIDDEN_UNITS].append(sparse.coo_matrix((sums.flatten().numpy(), (rows, columns)), (texts, z.shape[1])))
-    return [Pooled(name, sum(found[1:], start=found[0].tocsc()).tocsc()) for name, found in parts.items()]
+        hidden.index_add_(0, owner, block.hidden(model.base_model, x).float().cpu() * share[:, None])
+    pooled = [Pooled(name, _joined(found)) for name, found in parts.items()]
+    return [*pooled, Pooled(HIDDEN_UNITS, sparse.csc_matrix(hidden.numpy()))]
+
+
+def _check_room(texts: int, hidden: int) -> None:
+    """Raises MemoryBudgetError if the hidden units of all texts do not fit: once as numbers, once with the text of each."""
+    needed, free = texts * hidden * (4 + 8), free_memory("cpu")
+    if needed > BUDGET_SHARE * free:
+        raise MemoryBudgetError(
+            f"the means of {hidden:,} hidden units over each of {texts:,} texts take {size(needed)}; {size(free)} are free",
+            expected="room for them in the host's memory",
+            fix="look at fewer texts: --samples",
+        )
+
+
+def _joined(parts: list[sparse.coo_matrix]) -> sparse.csc_matrix:
+    """The sum of matrices, (texts, units) each, in one step: added one after the other, each sum is written anew."""
+    data, rows, columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("data", "row", "col"))
+    return sparse.csc_matrix((data, (rows, columns)), parts[0].shape)
 
 
 def probe_units(features: sparse.csc_matrix, labels: np.ndarray, seed: int) -> dict[str, Any]:

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from tiny import FAMILIES, N, S, T, coefficients, tiny_opened
 
+from mxdsurgery.base.decoder import vocabulary_size
 from mxdsurgery.checkpoint.converted import load
+from mxdsurgery.editing.held import SweepBytes
 from mxdsurgery.editing.sweep import _Counts, _ranked, _Unedited, ablate_each, survey_layer, sweep, sweep_table
-from mxdsurgery.errors import LayerSelectionError, UnsupportedBlockError
+from mxdsurgery.errors import LayerSelectionError, MemoryBudgetError, UnsupportedBlockError
 from mxdsurgery.measuring.evaluate import held_out
 from mxdsurgery.terminal.console import ProgressLine, Reporter
 
@@ -286,3 +288,58 @@ def test_an_interrupted_sweep_leaves_the_model_as_it_was():
     assert torch.equal(opened.model(input_ids=opened.input_ids).logits, before)
     assert not any(module._forward_hooks or "forward" in vars(module) for module in opened.model.modules())
     assert F.cross_entropy(before.flatten(0, 1), opened.input_ids.flatten()).isfinite()
+
+
+def bytes_of(*tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_it_holds_is_bounded_and_as_the_arithmetic_says(family, monkeypatch):
+    """With few positions left, many pairs would fit a batch: each of them needs all that is cached of its context."""
+    opened = tiny_opened(family, batch=1000 * T)
+    held, resumed, kept, run, starts = SweepBytes.of(opened, 1), _Unedited._resumed, [], [], set()
+
+    def recording(self, y, rows, start):
+        cached = [tensor for _, *pair in self.cached if start for tensor in pair]
+        copied = sum(bytes_of(tensor) // len(tensor) * len(rows) * start // T for tensor in cached)
+        logits = resumed(self, y, rows, start)
+        run.append((copied + bytes_of(logits), len(rows) * held.pair_bytes(start)))
+        kept.append((bytes_of(self.logits, self.p), len(self.ids)))
+        starts.add(start)
+        return logits
+
+    monkeypatch.setattr(_Unedited, "_resumed", recording)
+    monkeypatch.setattr("mxdsurgery.editing.held.HELD_BYTES", 40 * T * held.run)
+    _, wanted = swept(tiny_opened(family), 1)
+    run.clear()
+    _, found = swept(opened, 1)
+    torch.testing.assert_close(found.kl, wanted.kl, rtol=1e-7, atol=1e-12)
+    assert all(real <= said for real, said in run) and max(starts) > T // 2
+    unbounded = max(1000 * T // (T - start) * held.pair_bytes(start) for start in starts)
+    assert max(said for _, said in run) <= 40 * T * held.run < unbounded
+    assert all(logits <= contexts * held.kept * T <= 40 * T * held.run for logits, contexts in kept)
+
+
+def test_a_large_model_s_cache_and_vocabulary_bound_a_pass():
+    """Llama-3.2-3B's shape: 28 layers with 8 heads of 128 for keys and values, contexts of 1,024, a batch of 8,192."""
+    cached, logits = 2 * 8 * 128 * 2, 128_256 * 2
+    shape = SweepBytes(1024, 128_256 * 10 + 28 * cached, 28 * cached, logits + 28 * cached, 6 * 128_256 * 4)
+    assert 8192 * shape.copied * 1023 > 900e9  # what a batch of last positions would have copied
+    assert shape.pairs(8192, 1023) == 2**30 // shape.pair_bytes(1023) == 9
+    assert shape.contexts(8192) == 1 and shape.peak(8192) < 6 * 2**30
+    assert dataclasses.replace(shape, kept=2**10).contexts(8192) == 8
+
+
+def test_what_does_not_fit_is_refused_before_the_text_is_run(converted, monkeypatch):
+    monkeypatch.setattr("mxdsurgery.editing.held.free_memory", lambda device: 2**20)
+    monkeypatch.setattr("mxdsurgery.editing.sweep.survey_layer", None)
+    with pytest.raises(MemoryBudgetError, match="beside the model, and 1 MiB are free on cpu"):
+        sweep(converted.out, layer=1, device="cpu")
+
+
+def test_logits_bound_a_pass_over_the_text(monkeypatch):
+    opened = tiny_opened("gpt2", batch=3 * T)
+    assert {len(ids) for ids in opened.batches()} <= {3, S % 3}
+    monkeypatch.setattr("mxdsurgery.editing.predictions.HELD_BYTES", 2 * 2 * T * vocabulary_size(opened.model) * 8)
+    assert {len(ids) for ids in opened.batches()} <= {2, S % 2}

@@ -13,9 +13,9 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 import mxdsurgery
 from mxdsurgery.base.activations import record_activations
 from mxdsurgery.cli import main
-from mxdsurgery.errors import DataError, LayerSelectionError, OutputError
+from mxdsurgery.errors import DataError, LayerSelectionError, MemoryBudgetError, OutputError
 from mxdsurgery.measuring.expert_layers import open_expert_layers
-from mxdsurgery.measuring.probe import HIDDEN_UNITS, _best_unit, pool, probe_units
+from mxdsurgery.measuring.probe import HIDDEN_UNITS, _best_unit, _joined, pool, probe_units
 from mxdsurgery.text.labelled import read_labelled, token_batches
 from mxdsurgery.text.sources import Packing
 
@@ -164,3 +164,23 @@ def test_all_kinds_of_a_frontier_are_probed_and_dissected(labelled, tmp_path):
     assert [subject["name"] for subject in found["subjects"]] == names
     printed = CliRunner().invoke(main, ["dissect", str(out)])
     assert printed.exit_code == 0 and "effective rank" in printed.stdout and "topk-sae" in printed.stdout
+
+
+def test_adding_up_batches_is_linear_in_what_they_hold(monkeypatch):
+    """Each batch's entries are touched once, and texts that two batches share are added up."""
+    touched, join = [], np.concatenate
+    monkeypatch.setattr(np, "concatenate", lambda parts: touched.append(sum(map(len, parts))) or join(parts))
+    monkeypatch.setattr(sparse.csc_matrix, "__add__", None)  # each sum would be written anew
+    monkeypatch.setattr(sparse.coo_matrix, "__add__", None)
+    for count in (10, 20):
+        touched.clear()
+        parts = [sparse.coo_matrix(([1.0, 2.0], ([at, at + 1], [0, 3])), (count + 1, 5)) for at in range(count)]
+        joined = _joined(parts)
+        assert sum(touched) == 3 * 2 * count
+        assert joined.toarray().sum(0).tolist() == [count, 0, 0, 2 * count, 0] and joined.nnz == 2 * count
+
+
+def test_hidden_units_that_do_not_fit_are_refused_before_a_pass(converted, labelled, monkeypatch):
+    monkeypatch.setattr("mxdsurgery.measuring.probe.free_memory", lambda device: 1000)
+    with pytest.raises(MemoryBudgetError, match="hidden units over each of 120 texts take"):
+        mxdsurgery.probe(converted.out, data=str(labelled))
