@@ -1,7 +1,6 @@
 """``frontier``: what sparsity costs. Kinds of layers at several K, trained on the same activations and measured alike."""
 
 import dataclasses
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from mxdsurgery.errors import Interrupted, OutputError, RecipeError, first_line
 from mxdsurgery.hardware.device import check_device
 from mxdsurgery.hardware.guard import guarded_with
 from mxdsurgery.measuring.fidelity import Measurement
-from mxdsurgery.measuring.frontier_table import FRONTIER_FILE, Frontier, read_frontier, row_key, save_layer
+from mxdsurgery.measuring.frontier_table import FRONTIER_FILE, Frontier, read_frontier, remove_frontier, row_key, save_layer
 from mxdsurgery.planning.plan import WORTH_PREDICTING, Plan, open_and_plan, plan_layer, with_layers, with_time
 from mxdsurgery.planning.resolve import saying_whose
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
@@ -222,7 +221,7 @@ def _kept(out: Path, overwrite: bool) -> Iterator[None]:
     """
     try:
         if overwrite and (out / FRONTIER_FILE).is_file():
-            shutil.rmtree(out)
+            remove_frontier(out)
         out.mkdir(parents=True, exist_ok=True)
         yield
     except KeyboardInterrupt as interrupt:

@@ -18,6 +18,7 @@ from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.errors import OutputError, first_line
 from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.runs.journal import METRICS_FILE
 from mxdsurgery.terminal.console import compact
 from mxdsurgery.terminal.figures import interval, times, value_of, with_range
 from mxdsurgery.training.cost import LayerPlan
@@ -25,6 +26,7 @@ from mxdsurgery.training.initialize import layer_shape
 
 FRONTIER_FILE = "frontier.json"
 _LAYERS_FOLDER = "layers"
+_WRITTEN = ("frontier.csv", "frontier.png", "frontier.svg")
 
 # frontier.csv: what a row is, its figures, and after them the ends of the figures' intervals.
 _COLUMNS = ("layer", "kind", "k", "sparsity", "n_experts", "params", "train_tokens")
@@ -97,6 +99,15 @@ class Frontier:
         for suffix in ("png", "svg"):
             figure.savefig(self.out / f"frontier.{suffix}", dpi=150, bbox_inches="tight")
         (self.out / RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
+
+
+def remove_frontier(folder: Path) -> None:
+    """Removes what `frontier` wrote into a folder; what others put there stays. OSError if it cannot."""
+    ours = [folder / name for name in (*_WRITTEN, RECIPE_FILE, METRICS_FILE)]
+    for path in (*ours, *(folder / _LAYERS_FOLDER).glob("layer*.safetensors"), folder / FRONTIER_FILE):
+        path.unlink(missing_ok=True)
+    if (folder / _LAYERS_FOLDER).is_dir() and not any((folder / _LAYERS_FOLDER).iterdir()):
+        (folder / _LAYERS_FOLDER).rmdir()
 
 
 def read_frontier(folder: str | Path) -> Frontier:

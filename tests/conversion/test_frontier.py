@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -13,7 +14,7 @@ import mxdsurgery
 from mxdsurgery.base.activations import record_activations
 from mxdsurgery.cli import main
 from mxdsurgery.errors import Interrupted, OutputError, RecipeError
-from mxdsurgery.measuring.frontier_table import layer_file, load_layer, read_frontier, verdict
+from mxdsurgery.measuring.frontier_table import layer_file, load_layer, read_frontier, remove_frontier, verdict
 
 SMALL = {"tokens": 12_000, "eval_tokens": 2_000, "expansion": 6, "batch": 1024, "device": "cpu", "shuffle": 0}
 
@@ -137,6 +138,15 @@ def test_ctrl_c_keeps_the_rows_of_finished_groups(tmp_path, monkeypatch):
 def test_rows_of_other_settings_are_not_mixed(made):
     with pytest.raises(OutputError, match="other settings: tokens 12000, now 24000"):
         mxdsurgery.frontier("demo-glu", layer=2, k=(4,), kinds=("mxd",), out=str(made.out), **SMALL | {"tokens": 24_000})
+
+
+def test_begun_anew_only_its_own_files_are_removed(made, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(made.out, out)
+    (out / "notes.txt").write_text("mine")
+    (out / "layers" / "mine.safetensors").write_text("mine")
+    remove_frontier(out)
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*")} == {"notes.txt", "layers", "layers/mine.safetensors"}
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
