@@ -308,7 +308,7 @@ def test_one_of_a_later_version_is_refused(tmp_path):
 
 def test_a_full_disk_leaves_the_checkpoints_before_as_they_were(tmp_path, monkeypatch):
     kept = checkpoints(tmp_path)
-    kept.save(1, {"a.safetensors": lambda: {"x": torch.ones(1)}}, {}, {"step": 1})
+    kept.save(1, {"a.safetensors": lambda: [{"x": torch.ones(1)}]}, {}, {"step": 1})
 
     def full(tensors, path):
         path.write_bytes(b"half of ")
@@ -317,7 +317,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_as_they_were(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr("mxdsurgery.runs.resume.save_file", full)
         with pytest.raises(OutputError, match="checkpoint of step 2 cannot be written(.|\n)*No space left"):
-            kept.save(2, {"a.safetensors": lambda: {"x": torch.ones(1)}}, {}, {"step": 2})
+            kept.save(2, {"a.safetensors": lambda: [{"x": torch.ones(1)}]}, {}, {"step": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
     assert kept.latest().state == {"step": 1}
 
@@ -408,7 +408,7 @@ def test_a_run_without_a_folder_writes_nothing(tmp_path, monkeypatch):
 def test_a_checkpoint_keeps_every_dtype_bit_for_bit(tmp_path):
     tensors = {str(d): torch.randn(7).to(d) for d in (torch.float32, torch.bfloat16, torch.float64)}
     kept = checkpoints(tmp_path)
-    kept.save(1, {"a.safetensors": lambda: tensors}, {}, {})
+    kept.save(1, {"a.safetensors": lambda: [tensors]}, {}, {})
     save_file(tensors, tmp_path / "again.safetensors")
     found = kept.latest().tensors("a.safetensors")
     assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items())
