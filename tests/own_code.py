@@ -121,8 +121,7 @@ def own_code_folder(
     given = takes.split(",")[0]
     run = f"x = self.wte({given})\n        for block in self.h:\n            x = block(x)"
     taken = f"output = self.model({given})\n        x = output if isinstance(output, torch.Tensor) else output[0]"
-    own = f"# Of {folder}: transformers keeps one model class for one config class.\n"
-    (folder / "configuration_toy.py").write_text(_CONFIG.replace("{names}", names) + own)
+    (folder / "configuration_toy.py").write_text(_CONFIG.replace("{names}", names))
     values = {
         "first": first,
         "prefix": "" if flat else "model",

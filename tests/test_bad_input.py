@@ -342,6 +342,13 @@ def test_a_text_of_which_nothing_is_left_to_train_on(refused_conversion):
     assert "that are held out" in message and "fewer --eval-tokens" in message
 
 
+def test_a_text_that_is_shorter_than_the_recipes_own_held_out_part(refused, tmp_path):
+    (tmp_path / "short.txt").write_text("def f(x):\n    return x + 1\n" * 100)
+    few = [flag for flag in QUICK if "--eval" not in flag]
+    message = refused("DataError", "convert", "demo-glu", *few, "--data=short.txt", "--out=out")
+    assert "eval_tokens 20000: from the recipe demo.yaml" in message and "fewer --eval-tokens" in message
+
+
 # The output
 
 

@@ -33,6 +33,7 @@ NO_TEXT, NO_BASE, IN_A_FILE = {"data": "missing.txt"}, {"base": "missing/folder/
 MISTAKES = [
     (mxdsurgery.evaluate, NO_TEXT, DataError),
     (mxdsurgery.evaluate, NO_BASE, BaseModelError),
+    (mxdsurgery.evaluate, {"base": "made"}, BaseModelError),
     (mxdsurgery.growth, NO_TEXT, DataError),
     (mxdsurgery.growth, NO_BASE, BaseModelError),
     (mxdsurgery.heal, {"out": "new"} | NO_TEXT, DataError),

@@ -24,6 +24,7 @@ FOUNDATION = {
     "paths",
     "keys",
     "recipe",
+    "once",
     "choices",
     "demo",
 }

@@ -3,6 +3,8 @@
 import re
 import traceback
 
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
 from mxdsurgery.errors import UnknownFamilyError, first_line
 
 # Where transformers copies such code to, as a package.
@@ -12,6 +14,16 @@ _PACKAGE = "transformers_modules"
 def came_with_the_model(made: type) -> bool:
     """Whether a class, or one that it is made from, is code that came with its model, and was trusted."""
     return any(base.__module__.split(".")[0] == _PACKAGE for base in made.__mro__)
+
+
+def forget_code_of(config: PreTrainedConfig) -> None:
+    """Makes transformers look for a model's code beside the model, not in what it remembers.
+
+    It remembers one model class for each config class, and folders of one name with the same code of the config share that
+    class: without this, the second of them would be run by the first one's model code.
+    """
+    if came_with_the_model(type(config)):
+        AutoModelForCausalLM._model_mapping._extra_content.pop(type(config), None)
 
 
 def raised(error: BaseException) -> str:

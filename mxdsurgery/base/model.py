@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from mxdsurgery.base.agreement import make_config_agree
+from mxdsurgery.base.agreement import holds_own_head, make_config_agree, untie
 from mxdsurgery.base.blocks import Block
 from mxdsurgery.base.config import TOKENIZERS, load_config, model_source, own_code
 from mxdsurgery.base.dtypes import compute_in
@@ -32,7 +32,7 @@ from mxdsurgery.base.examination import (
     other_shape,
     pickled,
 )
-from mxdsurgery.base.foreign import code_error
+from mxdsurgery.base.foreign import code_error, forget_code_of
 from mxdsurgery.base.offload import compute_on, move
 from mxdsurgery.base.running import check_runs
 from mxdsurgery.errors import (
@@ -80,8 +80,13 @@ class BaseModel:
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device; see `model_skeleton`."""
-        return model_skeleton(copy.deepcopy(self.config))
+        """The model on the meta device, with a head of its own where its files hold one; see `model_skeleton`."""
+        config = copy.deepcopy(self.config)
+        skeleton = model_skeleton(config)
+        if holds_own_head(skeleton, self.source):
+            untie(config)
+            skeleton = model_skeleton(config)
+        return skeleton
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer; see `load_tokenizer`."""
@@ -138,6 +143,7 @@ class BaseModel:
     def _read(self, dtype: str, device: str | torch.device, offload: Path | None) -> PreTrainedModel:
         """The model in the dtype asked for: its weights in host memory, or on disk, to be computed with on the device."""
         check_files(self.name, self.source, self.revision, self.skeleton.num_parameters())
+        forget_code_of(self.config)
         try:
             loaded, info = AutoModelForCausalLM.from_pretrained(
                 self.source,
@@ -214,6 +220,7 @@ def model_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         UnknownFamilyError: transformers cannot build it from this config.
     """
+    forget_code_of(config)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=own_code(config))

@@ -18,7 +18,7 @@ from mxdsurgery.checkpoint.adapter import (
     write_adapter,
 )
 from mxdsurgery.checkpoint.converted import PLAN_FILE, load, read_config, saved_recipe, settle
-from mxdsurgery.checkpoint.export import check_reload, is_as_written, reference_outputs, write_code
+from mxdsurgery.checkpoint.export import check_reload, reference_outputs, write_code
 from mxdsurgery.checkpoint.readme import CARD, keep_words
 from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room, written_whole
 from mxdsurgery.demo import DEMO_MODELS
@@ -97,7 +97,7 @@ def apply(
         vocabulary = converted.model.get_input_embeddings().weight.shape[0]
         ids = (torch.arange(_CHECKED[0] * _CHECKED[1]) * 7919 % vocabulary).view(_CHECKED)
         differences = check_reload(staging, reference_outputs(converted.model, ids))
-        keep_words(target, staging, is_as_written(target))
+        keep_words(target, staging)
     for name in differs:
         reporter.say(f"differs    {name}: written by another version of mxdsurgery, or edited since")
     return {
@@ -144,7 +144,7 @@ def make_adapter(
     plan = read_plan(folder / PLAN_FILE)
     with written_whole(target) as staging:
         made = write_adapter(folder, staging, plan.model, plan.revision, base, trust_remote_code)
-        keep_words(target, staging, is_as_written(target))
+        keep_words(target, staging)
     return {
         "out": str(target),
         "base_model": made.base_model,

@@ -39,13 +39,11 @@ from mxdsurgery.checkpoint.converted import (
     converted_config,
     converted_model_class,
     read_config,
-    saved_recipe,
 )
-from mxdsurgery.checkpoint.readme import CARD, keep_words, merged, read_card, without_section, write_card
+from mxdsurgery.checkpoint.readme import CARD, keep_words, merged, read_card, write_card
 from mxdsurgery.checkpoint.writing import write_json, written_whole
-from mxdsurgery.errors import ExportError, MxDError, OutputError, first_line
-from mxdsurgery.outside import read_json
-from mxdsurgery.planning.plan import Plan, read_plan
+from mxdsurgery.errors import ExportError, OutputError, first_line
+from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.owner import my_turn
 
@@ -187,23 +185,12 @@ def write_evaluation(folder: Path, evaluation: dict[str, Any], plan: Plan, recip
     card = folder / CARD
     try:
         with my_turn(folder / ".evaluation.turn"):
-            text = merged(read_card(card), new, is_as_written(folder)) if card.is_file() else new
+            text = merged(read_card(card), new) if card.is_file() else new
             write_json(folder / EVALUATION_FILE, evaluation)
             with file_aside(card) as file:
                 write_card(file, text)
     except OSError as error:
         raise OutputError(f"{str(card)!r} cannot be written: {error.strerror or first_line(error)}") from None
-
-
-def is_as_written(folder: Path) -> bool:
-    """Whether a card of an earlier version, without a section, is what its folder's other files give: it is nobody's."""
-    try:
-        steps, card = read_config(folder)["mxd"].get("edits", []), read_card(folder / CARD)
-        evaluation, plan, recipe = read_json(folder / EVALUATION_FILE), read_plan(folder / PLAN_FILE), saved_recipe(folder)
-        made = (model_card(plan, recipe, evaluation, known) for known in (steps, steps[:-1]))  # the last is being written
-        return any(without_section(one) == card for one in made)
-    except (MxDError, OSError, ValueError, TypeError, KeyError, AttributeError):
-        return False
 
 
 def _save_weights(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
@@ -358,4 +345,4 @@ def written_as(
             yield checkpoint
             write_adapter(checkpoint, staging, model, revision, trust_remote_code=trust_remote_code)
             shutil.rmtree(checkpoint)
-        keep_words(out, staging, is_as_written(out))
+        keep_words(out, staging)

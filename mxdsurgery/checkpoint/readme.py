@@ -1,8 +1,9 @@
 """README.md of a folder: the section that is ours, and what people wrote around it, which stays.
 
-Our card is between two comments. Only that section is ever rewritten, and of the front matter only the keys that we set. A
-card without the comments, as earlier versions wrote it, is replaced only if it is what its folder's own files give; else
-somebody changed it: it is kept, and the section is added below.
+Our card is between two comments. Only that section is ever rewritten, and of the front matter only the keys that we set.
+Earlier versions wrote their card without the comments. It is known by its parts (`_PARTS`), whatever their words and figures
+were: the section takes its place, and all from the first to the last of the parts is kept, folded, below a line that says what
+it is, since somebody may have written between them. Any other text stays as it is, and the section follows it.
 """
 
 import re
@@ -19,8 +20,24 @@ _END = f"{_WORD} end -->\n"
 _FRONT = re.compile(r"\A---\r?\n(.*?)^---[ \t]*\r?\n", re.DOTALL | re.MULTILINE)
 # The keys of the front matter that are ours.
 _OURS = ("library_name", "pipeline_tag", "base_model", "tags")
-# What earlier text is kept with, where it has no section.
+# What somebody's text is followed by, where it has no section.
 _KEPT = "\n<!-- The text above was here before, and may speak of an earlier state of the model. -->\n"
+# What the cards of all earlier versions are made of: how they begin, their figures, how they end.
+_PARTS = re.compile(
+    r"""(?:^\#\ [^\n]*\n\s*)?^Made\ from\ `[^\n]*\ by\ mxdsurgery\.[^\n]*\n
+    | ^\#\#\ What\ it\ cost\s*\n
+    | ^\|\ layer\ \|\ ΔCE\ [^\n]*\n (?:\|[^\n]*\n)*
+    | ^\#\#\ How\ it\ was\ made\s*\n (?:(?!```)[^\n]*\n)* ```yaml\s*\n (?:(?!```)[^\n]*\n)* ```[^\n]*\n?""",
+    re.MULTILINE | re.VERBOSE,
+)
+_EARLIER = """
+<details>
+<summary>From before, written by an earlier version of mxdsurgery: these are not the present figures.</summary>
+
+{}
+
+</details>
+"""
 
 
 def whole_card(front: Mapping[str, Any], body: str) -> str:
@@ -28,44 +45,43 @@ def whole_card(front: Mapping[str, Any], body: str) -> str:
     return f"---\n{_dumped(front)}---\n{_BEGIN}{body.replace(_WORD, '<!- mxdsurgery:')}{_END}"
 
 
-def merged(there: str, new: str, replaceable: bool = False) -> str:
+def merged(there: str, new: str) -> str:
     """A README.md with the section, and the keys of the front matter, of a new one; all else in it stays as it is.
 
     Args:
         there: the text that is there.
         new: what `whole_card` made.
-        replaceable: whether ``there``, if it has no section, is nobody's.
     """
     begin, end = _section(there)
-    if (begin is None and replaceable) or not there.strip():
+    if not there.strip():
         return new
     if begin is not None and not _words(there):
         return _with_keys(new, _front(there))
     first, last = _section(new)
     body = new[_FRONT.match(new).end() if _FRONT.match(new) else 0 :]
     section = f"{_BEGIN}{body}{_END}" if first is None else new[first:last]  # of an earlier version's card
-    text = f"{there.rstrip()}\n{_KEPT}{section}" if begin is None else there[:begin] + section + there[end:]
+    if begin is not None:
+        text = there[:begin] + section + there[end:]
+    elif parts := list(_PARTS.finditer(there)):
+        begin, end = parts[0].start(), parts[-1].end()
+        text = there[:begin] + section + _EARLIER.format(there[begin:end].strip()) + there[end:]
+    else:
+        text = f"{there.rstrip()}\n{_KEPT}{section}"
     return _with_keys(text, _front(new), set(_OURS))
 
 
-def without_section(card: str) -> str:
-    """The card as an earlier version would have written it: the same text without the comments around it."""
-    return card.replace(_BEGIN, "").replace(_END, "")
-
-
-def keep_words(there: Path, staging: Path, replaceable: bool) -> None:
+def keep_words(there: Path, staging: Path) -> None:
     """Before a folder takes another's place: puts what people wrote into that one's README.md into the new one's.
 
     Args:
         there: the folder that is there, if there is one.
         staging: the folder that will have its place.
-        replaceable: see `merged`.
 
     Raises:
         OSError: it cannot be read or written.
     """
     if (there / CARD).is_file() and (staging / CARD).is_file():
-        write_card(staging / CARD, merged(read_card(there / CARD), read_card(staging / CARD), replaceable))
+        write_card(staging / CARD, merged(read_card(there / CARD), read_card(staging / CARD)))
 
 
 def read_card(path: Path) -> str:

@@ -32,7 +32,6 @@ from mxdsurgery.checkpoint.converted import (
 )
 from mxdsurgery.checkpoint.export import (
     check_reload,
-    is_as_written,
     reference_outputs,
     write_code,
     write_evaluation,
@@ -280,7 +279,7 @@ def _undo(folder: Path, out: str | Path, overwrite: bool, trusted: bool) -> dict
         for path in _small_files(kept):
             shutil.copy2(path, staging / path.name)
         for earlier in (folder, target):
-            keep_words(earlier, staging, is_as_written(earlier))
+            keep_words(earlier, staging)
         shutil.rmtree(staging / EDITS_FOLDER / str(len(steps)))
         if len(steps) == 1:
             (staging / EDITS_FOLDER).rmdir()

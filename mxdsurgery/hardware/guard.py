@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from mxdsurgery.arguments import given_number
 from mxdsurgery.errors import MxDError
+from mxdsurgery.once import one_call
 from mxdsurgery.paths import check_working_folder, given_path
 
 Given = ParamSpec("Given")
@@ -38,7 +39,7 @@ def guarded_with(*more: str) -> Callable[[Callable[Given, Made]], Callable[Given
                 named = {name: given_path(name, value) for name, value in options.items()}
                 placed[: len(names)] = map(given_number, names, placed)
                 named = {name: given_number(name, value) if name in names else value for name, value in named.items()}
-                with _plain_torch():
+                with one_call, _plain_torch():
                     return function(*placed, **named)
             except MxDError as error:
                 error.in_python({*names, *more})

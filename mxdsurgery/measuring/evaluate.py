@@ -149,11 +149,12 @@ def held_out(
     tokenizer = converted.tokenizer()
     packing = Packing(tokenizer, recipe.context, recipe.prepend_bos)
     if data is not None:
-        return TextStream(data, packing, recipe.text_column).spread(recipe.eval_tokens, short=True)
+        return TextStream(data, packing, recipe.text_column).spread(recipe.eval_tokens, short=True, asked=tokens is not None)
     _check_held_out(saved, tokens)
     with recipes_text(converted.folder):
         if recipe.eval_data is not None:  # the training text need not be on this machine
-            return TextStream(recipe.eval_data, packing, recipe.text_column).spread(recipe.eval_tokens)
+            stream = TextStream(recipe.eval_data, packing, recipe.text_column)
+            return stream.spread(recipe.eval_tokens, asked=tokens is not None)
         return open_texts(recipe, tokenizer)[1]
 
 

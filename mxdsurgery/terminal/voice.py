@@ -10,6 +10,7 @@ import click
 
 from mxdsurgery.disclosure import masked, secrets_here
 from mxdsurgery.errors import MxDWarning
+from mxdsurgery.once import one_call
 from mxdsurgery.paths import check_working_folder
 from mxdsurgery.terminal.console import ConsoleReporter, event_line
 from mxdsurgery.terminal.streams import say
@@ -45,7 +46,8 @@ class Command(click.Command):
         """Runs it, with the libraries' warnings shown or not, as asked for. Raises PathError if the working folder is gone."""
         check_working_folder()
         _hear_libraries(_level() == "debug")
-        return super().invoke(ctx)
+        with one_call:
+            return super().invoke(ctx)
 
 
 def console_reporter() -> ConsoleReporter:

@@ -11,7 +11,6 @@ import queue
 import random
 import re
 import threading
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from textwrap import shorten
@@ -23,8 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mxdsurgery.demo import stdlib_documents
-from mxdsurgery.errors import DataError, MxDWarning, first_line
+from mxdsurgery.errors import DataError, first_line
 from mxdsurgery.hardware.device import copies_from_pinned_memory
+from mxdsurgery.once import warn_once
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.text.fields import MOST_NAMES, text_in
 from mxdsurgery.text.forms import Entry, entries
@@ -101,10 +101,10 @@ def documents_with_fields(
 
 
 def say_empty(empty: int, read: int, spec: str, column: str) -> None:
-    """Warns of rows that were left out."""
+    """Warns of rows that were left out, once for each text and column: a text is read several times."""
     if empty:
         of = f"{empty:,} of {read:,} rows that were read of {spec!r}"
-        warnings.warn(f"{of} hold nothing (null) in the column {column!r}: they are left out", MxDWarning, stacklevel=2)
+        warn_once(("empty", spec, column), f"{of} hold nothing (null) in the column {column!r}: they are left out")
 
 
 def rows(spec: str, text_column: str, fields: Sequence[str] = (), most: int | None = None) -> Iterator[Entry]:
@@ -299,13 +299,20 @@ class TextStream:
             first = first[: len(first) // 2]
         return first, dataclasses.replace(self, skip=self.skip + len(first))
 
-    def spread(self, tokens: int, short: bool = False) -> Tensor:
+    def spread(self, tokens: int, short: bool = False, asked: bool = False) -> Tensor:
         """As `first`, but evenly spread over the first ``_SPREAD`` times as much text: several documents, not one.
 
-        With ``short``, a text of less than one context is one of its own length: (1, T).
+        Args:
+            tokens: how many, in whole contexts; all that the text holds, if it holds fewer.
+            short: a text of less than one context is one of its own length: (1, T).
+            asked: whether somebody asked for so many: an `MxDWarning` then says how many there are, if they are fewer.
         """
         wanted = max(1, tokens // self.packing.context)
         rows = list(itertools.islice(self.contexts(short), wanted * _SPREAD))
+        if asked and len(rows) < wanted:
+            held = f"{sum(len(row) for row in rows):,} in contexts of {len(rows[0])}"
+            words = f"{tokens:,} tokens of {self.spec!r} were asked for, and it holds {held}: figures rest on these"
+            warn_once(("fewer", self.spec, tokens), words)
         wanted = min(wanted, len(rows))
         return torch.stack([rows[index * len(rows) // wanted] for index in range(wanted)])
 
@@ -371,7 +378,8 @@ def open_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Text
     packing = Packing(tokenizer, recipe.context, recipe.prepend_bos)
     train = TextStream(recipe.data, packing, recipe.text_column, shuffle=recipe.shuffle, seed=recipe.seed)
     if recipe.eval_data is not None:
-        heldout = TextStream(recipe.eval_data, packing, recipe.text_column).spread(recipe.eval_tokens)
+        asked = recipe.eval_tokens != Recipe.eval_tokens
+        heldout = TextStream(recipe.eval_data, packing, recipe.text_column).spread(recipe.eval_tokens, asked=asked)
     else:
         heldout, train = train.split(recipe.eval_tokens)
     next(train.contexts())  # fails now, not after the model is loaded

@@ -1,9 +1,11 @@
 """Folders of base models as people have them: what is in the files counts, and what is missing is said."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from mxdsurgery.sharing.contents import pack
 
 FEW = {"data": "stdlib", "device": "cpu", "layers": "0", "tokens": 1024, "eval_tokens": 256, "batch": 256, "context": 16}
 FEW |= {"n_experts": 16, "k": 4, "shuffle": 0}
+FIND = importlib.util.find_spec
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
@@ -59,6 +62,20 @@ def test_a_head_of_its_own_under_a_config_that_ties_it_is_kept(base, tmp_path, f
     assert there.config.tie_word_embeddings is False
 
 
+def test_a_head_of_its_own_is_in_the_plan_before_weights_are_read(base):
+    tied, _ = mxdsurgery.plan(str(base), **FEW)
+    with_weights(base, lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"].clone()})  # the same twice
+    assert mxdsurgery.plan(str(base), **FEW)[0].original_parameters == tied.original_parameters
+    with_weights(base, lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"] * 0.5 + 0.01})
+    own, _ = mxdsurgery.plan(str(base), **FEW)
+    head = load_file(base / "model.safetensors")["lm_head.weight"].numel()
+    assert own.original_parameters == tied.original_parameters + head == open_model(str(base)).load().num_parameters()
+    assert own.groups[0].base_bytes == tied.groups[0].base_bytes + 4 * head
+    assert mxdsurgery.analyze(str(base)).parameters == own.original_parameters
+    (base / "model.safetensors").write_bytes(b"damaged")  # said where weights are needed
+    assert mxdsurgery.analyze(str(base)).parameters == tied.original_parameters
+
+
 def test_a_head_that_is_the_embeddings_stays_tied(base):
     with_weights(base, lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"].clone()})
     assert open_model(str(base)).load().config.tie_word_embeddings is True
@@ -77,6 +94,16 @@ def test_an_attention_that_is_not_installed_gives_way_to_torchs(base):
     with pytest.warns(MxDWarning, match="prefers the attention 'flash_attention_2'.*'sdpa' now"):
         opened = open_model(str(base))
     assert opened.load()(IDS).logits.isfinite().all()
+
+
+def test_a_base_that_was_moved_is_asked_for_and_taken_from_where_it_is_now(base, tmp_path):
+    out, moved = tmp_path / "out", tmp_path / "moved to"
+    mxdsurgery.convert(str(base), out=str(out), **FEW)
+    there = json.loads((out / "evaluation.json").read_text())
+    base.rename(moved)
+    with pytest.raises(BaseModelError, match="is needed to compare with: no folder(.|\n)*say where it is now with base="):
+        mxdsurgery.evaluate(out)
+    assert mxdsurgery.evaluate(out, base=str(moved))["all"] == there["all"]
 
 
 def test_terms_travel_with_the_model_its_adapter_and_a_push(base, tmp_path):
@@ -136,9 +163,14 @@ def test_a_folder_of_models_names_them(base, tmp_path):
         open_model(str(tmp_path))
 
 
-def test_a_tokenizer_that_is_missing_or_needs_a_package_is_said(base):
+def test_a_tokenizer_that_is_missing_or_needs_a_package_is_said(base, monkeypatch):
     (base / "tokenizer.json").unlink()
     with pytest.raises(ModelNotFoundError, match="holds no tokenizer"):
+        load_tokenizer(str(base))
+    (base / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # wherever it is installed
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "sentencepiece" else FIND(name))
+    with pytest.raises(ModelNotFoundError, match="needs a package that is not installed here(.|\n)*pip install sentencepiece"):
         load_tokenizer(str(base))
 
 

@@ -38,13 +38,30 @@ def test_a_model_runs_as_its_code_wants_to_be_called(tmp_path, what):
     assert (layer_count(model), width(model)) == (2, 16)
 
 
+def test_two_models_with_the_same_code_of_the_config_are_each_run_by_their_own(tmp_path):
+    one = own_code_folder(tmp_path / "one" / "toy")
+    other = own_code_folder(tmp_path / "other" / "toy", returns="CausalLMOutput(logits=-logits)")
+    opened = [open_model(name, trust_remote_code=True) for name in (one, other)]
+    assert type(opened[0].config) is type(opened[1].config)
+    for _ in range(2):
+        logits = [logits_of(each.load(), IDS) for each in opened]
+        torch.testing.assert_close(logits[1], -logits[0])
+    assert type(opened[0].skeleton) is not type(opened[1].skeleton)
+
+
 @pytest.mark.parametrize("what", ["its config names no number of layers", "it has no base model and cannot generate"])
 def test_such_a_model_is_converted_reloaded_and_used_once_its_code_is_trusted(tmp_path, what):
     out = tmp_path / "out"
     mxdsurgery.convert(own_code_folder(tmp_path / "toy", **RUNS[what]), out=str(out), **FEW)
-    for use in (lambda **how: mxdsurgery.evaluate(out, **how), lambda **how: mxdsurgery.edit(
-        out, edits=mxdsurgery.edits_from_flags(None, ablate=("0:3",)), out=tmp_path / "edited", **how
-    )):  # fmt: skip
+    uses = [
+        lambda **how: mxdsurgery.evaluate(out, **how),
+        lambda **how: mxdsurgery.edit(
+            out, edits=mxdsurgery.edits_from_flags(None, ablate=("0:3",)), out=tmp_path / "edited", **how
+        ),
+        lambda **how: mxdsurgery.experts(out, **how),
+        lambda **how: mxdsurgery.report(out, **how),
+    ]
+    for use in uses:
         with pytest.raises(NotConvertedError, match="give trust_remote_code=True"):
             use()
         use(trust_remote_code=True)

@@ -1,16 +1,18 @@
 """What people write into a model card stays, whatever command writes the card anew; our section is what the figures say."""
 
 import json
+import re
 import shutil
 
 import pytest
 import yaml
+from running import ROOT
 
 from mxdsurgery import Edits, apply, edit, evaluate
 from mxdsurgery.checkpoint.apply import make_adapter
 from mxdsurgery.checkpoint.converted import EVALUATION_FILE, PLAN_FILE, saved_recipe
-from mxdsurgery.checkpoint.export import is_as_written, write_evaluation, written_as
-from mxdsurgery.checkpoint.readme import CARD, merged, read_card, whole_card, without_section, write_card
+from mxdsurgery.checkpoint.export import write_evaluation, written_as
+from mxdsurgery.checkpoint.readme import CARD, merged, read_card, whole_card, write_card
 from mxdsurgery.planning.plan import read_plan
 from mxdsurgery.sharing.contents import pack
 
@@ -72,11 +74,10 @@ def test_a_front_matter_that_cannot_be_read_is_left_to_its_writer(front):
     assert merged(there, NEW).startswith(there.rstrip())
 
 
-def test_a_card_without_our_section_is_kept_unless_it_is_nobody_s():
-    card = without_section(OLD)
-    assert merged(card, NEW, replaceable=True) == NEW
-    kept = merged(card + "mine\n", NEW)
-    assert kept.startswith((card + "mine\n").rstrip()) and kept.endswith(NEW.split("---\n", 2)[2])
+def test_a_text_without_our_section_stays_and_the_section_follows_it():
+    there = "---\nlicense: mit\n---\n# Mine\n\nmine\n"
+    kept = merged(there, NEW)
+    assert there[len("---\nlicense: mit\n") :].rstrip() in kept and kept.endswith(NEW.split("---\n", 2)[2])
     again = merged(kept, OLD)
     assert again == kept.replace("new figures", "old figures")
     assert merged("only words, no front matter", NEW).startswith("---\nlibrary_name") and "only words" in merged(
@@ -99,17 +100,32 @@ def test_figures_measured_anew_leave_the_words(folder):
     assert json.loads((folder / EVALUATION_FILE).read_text())["tokens"] == 123_456
 
 
-@pytest.mark.parametrize("mine", ["", "my words\n"])
-def test_a_card_of_an_earlier_version_is_replaced_only_if_nobody_changed_it(mine, converted, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(converted.out, folder)
-    old = without_section(read_card(folder / CARD)) + mine
-    write_card(folder / CARD, old)
-    assert is_as_written(folder) == (not mine)
-    measured(folder, tokens=123_456)
-    card = read_card(folder / CARD)
-    assert card.count("# demo-glu, ") == (2 if mine else 1) and "Measured on 123,456 tokens" in card
-    assert card.startswith(old.rstrip()) == bool(mine)
+@pytest.fixture(params=[*sorted((ROOT / "tests" / "fixtures").glob("format_?")), "half"], ids=lambda one: str(one)[-8:])
+def earlier(request, converted, tmp_path):
+    """A folder whose card has no section: of each earlier format, and one of now where somebody deleted a comment."""
+    copy = tmp_path / "earlier"
+    shutil.copytree(converted.out if request.param == "half" else request.param, copy)
+    if request.param == "half":
+        write_card(copy / CARD, read_card(copy / CARD).replace("<!-- mxdsurgery: end -->\n", ""))
+    return copy
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_the_figures_of_an_earlier_version_s_card_are_folded_and_nothing_is_lost(earlier, line_end):
+    card = read_card(earlier / CARD)
+    table = "".join(re.findall(r"^\|.*\n", card, re.MULTILINE)).replace("\n", line_end)
+    card = card.replace("## What it cost", "Mine, in between.\n\n## What it cost")
+    front, body = card[4:].split("---\n", 1)
+    write_card(earlier / CARD, f"---\n{front}---\nMine above.\n\n{body}\nMine below.\n".replace("\n", line_end))
+    measured(earlier, tokens=123_456)
+    now = read_card(earlier / CARD)
+    above, section, below = re.split("<!-- mxdsurgery: begin -->\n(?=.*\n#)|<!-- mxdsurgery: end -->\n", now)
+    folded = re.search(r"<details>\n<summary>From before,.*</summary>\n(.*)</details>", below, re.DOTALL)[1]
+    assert "Measured on 123,456 tokens" in section and now.count("Measured on 123,456 tokens") == 1
+    assert "Mine above." in above and "Measured" not in above and now.endswith(f"Mine below.{line_end}")
+    assert "Mine, in between." in folded and all(line in folded for line in table.splitlines()) and table
+    measured(earlier, tokens=234_567)  # from now on there is a section
+    assert read_card(earlier / CARD) == now.replace("123,456", "234,567")
 
 
 def test_commands_keep_the_words(folder, tmp_path, converted):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 from click.testing import CliRunner
@@ -11,6 +12,7 @@ from mxdsurgery.cli import main
 from mxdsurgery.editing.edits import edits_from_flags
 from mxdsurgery.errors import DataError
 from mxdsurgery.recipe import load_recipe
+from mxdsurgery.terminal.console import Reporter
 
 SENTENCE = "def f(x):\n    return x + 1"
 
@@ -58,6 +60,38 @@ def test_a_small_text_heals_with_half_of_it_for_validation(folder, tmp_path):
     data = str(tmp_path / "shards")
     healed = mxdsurgery.heal(folder, out=tmp_path / "out", data=data, text_column="doc.text", tokens=2000, batch=512)
     assert 0 < healed["validation_tokens"] < 1500 and healed["data"] == "shards"
+
+
+def test_more_tokens_than_a_text_holds_are_said_with_what_it_holds_before_anything_is_measured(folder, tmp_path):
+    path, said = tmp_path / "text.txt", []
+    path.write_text(f"{SENTENCE}\n" * 60)
+
+    class Listening(Reporter):
+        def say(self, text, **_):
+            said.append(text)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: said.append(str(message))
+        tokens = mxdsurgery.evaluate(folder, data=str(path), tokens=10**9, reporter=Listening())["tokens"]
+        warned, announced = [line for line in said if "1,000,000,000 tokens" in line or line.startswith("evaluate")]
+        held = tokens + tokens // 127  # position 0 of each context counts in none of the figures
+        assert (
+            announced.startswith("evaluate") and f"'{path}' were asked for, and it holds {held:,} in contexts of 128" in warned
+        )
+        said.clear()
+        mxdsurgery.evaluate(folder, data=str(path))  # the recipe's number: nobody asked for it
+    assert not any("asked for" in line for line in said)
+
+
+def test_rows_that_hold_nothing_are_said_once_in_a_call_that_reads_a_text_often(folder, tmp_path):
+    rows = [{"text": f"{SENTENCE}\n" * 60}, {"text": None}, {"text": f"{SENTENCE}\n" * 60}]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for out in ("out", "again"):  # each call says it anew
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            mxdsurgery.heal(folder, out=tmp_path / out, data=str(tmp_path / "text.jsonl"), tokens=8000, batch=512)
+        assert sum("hold nothing (null)" in str(one.message) for one in caught) == 1
 
 
 def test_every_command_with_a_text_has_the_column():
