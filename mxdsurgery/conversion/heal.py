@@ -23,7 +23,7 @@ from mxdsurgery.base.lora import ADAPTER_FOLDER, Adapters, check_peft, healed_ma
 from mxdsurgery.checkpoint.adapter import ABOUT
 from mxdsurgery.checkpoint.converted import Converted, chosen_dtype, load, saved_recipe
 from mxdsurgery.checkpoint.export import check_reload, reference_outputs, write_code, written_as
-from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room_for_copy
+from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room, check_room_for_copy
 from mxdsurgery.choices import HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
 from mxdsurgery.conversion.heal_text import healing_texts
 from mxdsurgery.conversion.shared_run import shared_run
@@ -331,6 +331,7 @@ def _texts_with_answers(
         return _Texts(original_examples(original, blocks, mine), looked_at, read)
     wanted = state.steps * size * how.accumulate
     vocabulary = vocabulary_size(original)
+    check_room(scratch, KeptPredictions.bytes(wanted + len(validation), recipe.context, min(how.top_n, vocabulary)))
     read = Read(itertools.islice(train.contexts(), wanted))
     made = []
     for name, contexts, count in (("train", read, wanted), ("validation", iter(validation), len(validation))):

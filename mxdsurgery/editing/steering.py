@@ -15,6 +15,7 @@ are measured, and a judge may be asked as well:
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from mxdsurgery.editing.effect import draw_control
 from mxdsurgery.editing.generate import in_coefficients, maximum_of
 from mxdsurgery.editing.judge import RATINGS, Judge
 from mxdsurgery.editing.sampling import Sampling, prompt_ids, sample
-from mxdsurgery.errors import EditError
+from mxdsurgery.errors import EditError, JudgeError, MxDWarning
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.evaluate import check_before_loading, load_original
 from mxdsurgery.measuring.intervals import with_interval
@@ -110,7 +111,8 @@ def steering(
         ``steered``, for each factor: ``in_maximum`` and ``amount`` (a coefficient), the same figures, ``strength`` with its
         interval, and ``controls``: for each ``expert`` its ``amount``, ``strength`` and ``perplexity``. ``own_contexts``: the
         mean similarity of a top context with the concept of the others. Figures of texts rest on ``tokens`` tokens each. With
-        a judge also its mean ratings, ``judged_concept`` and ``judged_fluency``, with intervals.
+        a judge also its mean ratings, ``judged_concept`` and ``judged_fluency``, with intervals, and ``judge_failed``:
+        None, or why it stopped; an `MxDWarning` says so, and rows that it has not wholly rated have null.
 
     Raises:
         NotConvertedError, CatalogueError: the folder or its catalogue is missing, or they do not belong together.
@@ -289,21 +291,28 @@ def _steered(unsteered: _Texts, runs: list[tuple[int, float, _Texts]]) -> dict[s
 
 
 def _judged(judge: Judge, result: dict[str, Any], passages: list[str], reporter: Reporter) -> dict[str, Any]:
-    """The result's rows with the judge's ratings, and the judge's name."""
+    """The result's rows with the judge's ratings, and the judge's name; what it has not rated when it fails has none."""
     rows = [result["unsteered"], *result["steered"]]
-    judged = []
+    texts, ratings, failed = [text for row in rows for text in row["texts"]], [], None
     with reporter.progress("judge", "texts") as line:
-        for number, row in enumerate(rows):
-            ratings = []
-            for at, text in enumerate(row["texts"]):
+        try:
+            for text in texts:
                 ratings.append(judge.rate(passages, text))
-                line.update(number * len(row["texts"]) + at + 1, len(rows) * len(row["texts"]))
-            made = dict(row)
-            for name in RATINGS:
-                values = torch.tensor([rating[name] for rating in ratings], dtype=torch.float64)
-                made |= with_interval(f"judged_{name}", values, torch.ones_like(values))
-            judged.append(made)
-    return {"unsteered": judged[0], "steered": judged[1:], "judge": judge.model}
+                line.update(len(ratings), len(texts))
+        except JudgeError as error:  # the texts, and what was paid for, are not lost for it
+            failed = f"{error.found}; {len(ratings)} of {len(texts)} texts were rated"
+            warnings.warn(f"{failed}: rows that are not wholly rated have no ratings", MxDWarning, stacklevel=3)
+    judged = []
+    for row in rows:
+        mine, ratings = ratings[: len(row["texts"])], ratings[len(row["texts"]) :]
+        whole = len(mine) == len(row["texts"])
+        made = dict(row)
+        for name in RATINGS:
+            values = torch.tensor([rating[name] for rating in mine], dtype=torch.float64)
+            figure = with_interval(f"judged_{name}", values, torch.ones_like(values)) if whole else {f"judged_{name}": None}
+            made |= {f"judged_{name}_ci": None} | figure
+        judged.append(made)
+    return {"unsteered": judged[0], "steered": judged[1:], "judge": judge.model, "judge_failed": failed}
 
 
 def steering_table(result: dict[str, Any]) -> Table:

@@ -123,6 +123,11 @@ class KeptPredictions:
         vocabulary: V.
     """
 
+    @staticmethod
+    def bytes(contexts: int, length: int, top_n: int) -> int:
+        """How much disk that takes at most."""
+        return contexts * (4 * length + (length - 1) * (4 * top_n + 2 * (top_n + 1)))
+
     def __init__(self, folder: Path, contexts: int, length: int, top_n: int, vocabulary: int) -> None:
         self.top_n, columns = min(top_n, vocabulary), min(top_n + 1, vocabulary)
 

@@ -23,6 +23,7 @@ from mxdsurgery.errors import BaseModelError, DataError, HealError, LoRAError, O
 from mxdsurgery.measuring.evaluate import evaluate, load_original
 from mxdsurgery.recipe import Recipe, load_recipe
 from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.training.teacher import KeptPredictions
 
 QUICK = {"tokens": 4096, "batch": 1024, "device": "cpu"}
 VALIDATION = 1024
@@ -260,6 +261,14 @@ def test_a_mistake_is_named_before_anything_is_trained(source, tmp_path, options
     with pytest.raises(error, match=words):
         heal(source, out=tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_cached_teacher_keeps_is_known_to_have_room_before_anything_is_trained(source, tmp_path):
+    kept = KeptPredictions(tmp_path, 3, 16, 8, 100)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) == KeptPredictions.bytes(3, 16, 8) and not kept.contexts
+    with pytest.raises(OutputError, match="takes .* TiB of disk while it is written(.|\n)*free some space"):
+        heal(source, out=tmp_path / "out", teacher="cached", tokens=10**12)
+    assert {path.name for path in tmp_path.iterdir()} == {"ids", "tokens", "log_p"}
 
 
 def test_the_folder_itself_the_held_out_text_and_a_kept_adapter_are_refused(source, adapter, tmp_path):

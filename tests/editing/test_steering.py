@@ -17,7 +17,7 @@ from mxdsurgery.editing.edits import Edits
 from mxdsurgery.editing.judge import Judge, judge_from_flags
 from mxdsurgery.editing.sampling import Sampling, prompt_ids
 from mxdsurgery.editing.steering import _BESIDE, _Concept, _Writer, steering, steering_table
-from mxdsurgery.errors import CatalogueError, EditError, JudgeError, RecipeError
+from mxdsurgery.errors import CatalogueError, EditError, JudgeError, MxDWarning, RecipeError
 
 SHORT = {"samples": 3, "max_new_tokens": 8, "controls": 2, "device": "cpu"}
 KEY = "sk-test-0123456789abcdef"
@@ -300,3 +300,18 @@ def test_a_judges_ratings_stand_beside_the_figures(server, folder, expert):
     shown = capture.get()
     assert f"expert {expert}: 3 texts of 8 tokens" in shown and "2 × maximum" in shown and "[bold]not markup" in shown
     assert "0.75" in shown and "concept, judged" in shown and "its own contexts" in shown
+    assert found["judge_failed"] is None
+
+
+def test_a_judge_that_fails_halfway_loses_neither_texts_nor_ratings(server, folder, expert):
+    server.answers += [GOOD] * 5 + [(400, "no more")]
+    with pytest.warns(MxDWarning, match="no more; 4 of 6 texts were rated"):
+        found = steering(folder, edits=Edits(steer={1: {expert: 2.0}}), unit="maximum", judge=server.judge, **SHORT)
+    steered = found["steered"][0]
+    assert "no more; 4 of 6" in found["judge_failed"] and len(steered["texts"]) == 3 and steered["strength"] is not None
+    assert found["unsteered"]["judged_concept"] == 0.25 and found["unsteered"]["judged_concept_ci"] == [0.25, 0.25]
+    assert (steered["judged_concept"], steered["judged_concept_ci"]) == (None, None)
+    console = Console(width=240)
+    with console.capture() as capture:
+        console.print(steering_table(found))
+    assert "n/a" in capture.get()
