@@ -111,8 +111,7 @@ def steering(
         ``steered``, for each factor: ``in_maximum`` and ``amount`` (a coefficient), the same figures, ``strength`` with its
         interval, and ``controls``: for each ``expert`` its ``amount``, ``strength`` and ``perplexity``. ``own_contexts``: the
         mean similarity of a top context with the concept of the others. Figures of texts rest on ``tokens`` tokens each. With
-        a judge also its mean ratings, ``judged_concept`` and ``judged_fluency``, with intervals, and ``judge_failed``:
-        None, or why it stopped; an `MxDWarning` says so, and rows that it has not wholly rated have null.
+        a judge also its mean ratings, ``judged_concept`` and ``judged_fluency``, and ``judge_failed``: why it stopped.
 
     Raises:
         NotConvertedError, CatalogueError: the folder or its catalogue is missing, or they do not belong together.

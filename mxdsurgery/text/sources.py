@@ -173,7 +173,7 @@ def _spread_rows(stream: Any, spec: str, most: int) -> Iterator[dict[str, Any]]:
         cut = next(shard, None) is not None or cut
     if cut:
         of = f"the beginnings of {shards} of its {count} files" if count > 1 else "its beginning"
-        warnings.warn(f"{spec!r} is long: at most {most:,} rows of it were read, {of}", MxDWarning, stacklevel=2)
+        warn_once(("long", spec, most), f"{spec!r} is long: at most {most:,} rows of it were read, {of}")
 
 
 def _hub_error(spec: str, error: Exception) -> DataError:
