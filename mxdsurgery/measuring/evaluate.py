@@ -28,7 +28,7 @@ from mxdsurgery.checkpoint.converted import (
 from mxdsurgery.checkpoint.export import write_evaluation
 from mxdsurgery.checkpoint.writing import check_file
 from mxdsurgery.demo import DEMO_MODELS
-from mxdsurgery.errors import BaseModelError, DataError, MxDError
+from mxdsurgery.errors import BaseModelError, DataError, MxDError, UnknownFamilyError
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.fidelity import Measurement
 from mxdsurgery.planning.effort import EVALUATION_SHARE, Alone
@@ -239,7 +239,8 @@ def _original_needed(folder: Path, plan: Plan, error: MxDError) -> BaseModelErro
     return BaseModelError(
         f"the original model of {str(folder)!r} is needed to compare with: {error.found}",
         expected=f"the model that it was made from, {plan.model}",
-        fix="say where it is now with --base",
+        # One that is there and is not run, as its code is not trusted, is not mended by another place.
+        fix=(error.fix if isinstance(error, UnknownFamilyError) else None) or "say where it is now with --base",
     )
 
 
