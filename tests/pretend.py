@@ -196,7 +196,7 @@ def main() -> None:
     print(json.dumps({"refusals": refusals(), "without sums of rows": without_sums_of_rows()}))
     import check_device
 
-    for module in ("checkpoint.export", "editing.edit", "conversion.heal"):  # no fresh process has the device
+    for module in ("checkpoint.export", "editing.edit", "conversion.heal_record"):  # no fresh process has the device
         importlib.import_module(f"mxdsurgery.{module}").check_reload = lambda *_, **__: {"logits": 0.0, "hidden": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         for row in check_device.compared(Path(folder), "auto", 2_048):

@@ -22,7 +22,7 @@ from mxdsurgery.conversion.heal import Healing
 from mxdsurgery.editing.edits import Edits
 from mxdsurgery.editing.generate import generate
 from mxdsurgery.errors import HealError, MxDError, RecipeError
-from mxdsurgery.measuring.evaluate import _check_held_out
+from mxdsurgery.measuring.held_out import _check_held_out
 from mxdsurgery.measuring.probe import _check_classes
 from mxdsurgery.options import Number, RecipeValue, RecipeValues
 from mxdsurgery.outside import read_json, read_text

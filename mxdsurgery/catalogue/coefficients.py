@@ -30,7 +30,7 @@ from mxdsurgery.checkpoint.writing import check_place, check_room, write_json, w
 from mxdsurgery.choices import FORMS
 from mxdsurgery.errors import OutputError
 from mxdsurgery.hardware.guard import guarded
-from mxdsurgery.measuring.evaluate import held_out
+from mxdsurgery.measuring.held_out import held_out, trained_share
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.packing import in_batches
 from mxdsurgery.text.places import check_there, text_name
@@ -89,7 +89,7 @@ def coefficients(
     check_there(data)
     converted, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     chosen = layers_with_experts(converted, layers)
-    ids = held_out(converted, recipe, data, tokens, text_column)
+    ids = held_out(converted, recipe, data, tokens, text_column, any_text=True)
     active = [converted.layers[layer].gate.active for layer in chosen]
     check_room(out, ids.numel() * (_TOKEN_BYTES + _FIRING_BYTES * sum(active)))
     parts = in_batches(ids, PART)
@@ -99,6 +99,7 @@ def coefficients(
         "data": text_name(data or recipe.eval_data or recipe.data),
         "context": ids.shape[1],
         "tokens": ids.numel(),
+        **trained_share(converted, ids),
         "layers": {
             str(layer): {"n_experts": converted.layers[layer].gate.n_experts, "active": count}
             for layer, count in zip(chosen, active, strict=True)

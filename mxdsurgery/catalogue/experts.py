@@ -30,7 +30,7 @@ from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.hardware.memory import PeakMemory, free_memory
 from mxdsurgery.layers.interventions import MAXIMUM_FILE
 from mxdsurgery.layers.layer import Coefficients, MxDLayer
-from mxdsurgery.measuring.evaluate import recipes_text
+from mxdsurgery.measuring.held_out import recipes_text
 from mxdsurgery.runs.resume import part, prefixed
 from mxdsurgery.runs.run_folder import RunFolder
 from mxdsurgery.terminal.console import ProgressLine, Reporter, size

@@ -38,6 +38,7 @@ from mxdsurgery.checkpoint.writing import written_whole
 from mxdsurgery.errors import CatalogueError, NotConvertedError, OutputError, as_typed, first_line
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.text.fingerprints import tokens_in_words
 from mxdsurgery.text.sources import token_strings
 
 REPORT_FILE = "report.html"
@@ -265,7 +266,7 @@ def _figures(folder: Path, edits: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "headings": ["layer", *(heading for _, heading, _ in FIGURES)],
             "rows": figure_rows(evaluation),
-            "rests_on": f"{evaluation['tokens']:,} held-out tokens; original cross-entropy "
+            "rests_on": f"{tokens_in_words(evaluation)}; original cross-entropy "
             f"{evaluation['original']['ce']:.4f} nats per token{older}",
             "legend": " ".join(LEGEND.split()),
         }

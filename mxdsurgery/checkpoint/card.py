@@ -13,6 +13,7 @@ from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import compact, duration, size
 from mxdsurgery.terminal.figures import range_of, value_of, with_range
+from mxdsurgery.text.fingerprints import tokens_in_words
 from mxdsurgery.text.places import text_name
 from mxdsurgery.training.cost import LayerPlan
 
@@ -103,7 +104,7 @@ def computed_in(figures: dict[str, Any]) -> str:
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
     """For a terminal."""
     ce = evaluation["original"]["ce"]
-    rests_on = f"{evaluation['tokens']:,} held-out tokens{_alone(evaluation)}{computed_in(evaluation)}"
+    rests_on = f"{tokens_in_words(evaluation)}{_alone(evaluation)}{computed_in(evaluation)}"
     title = f"On {rests_on};\noriginal cross-entropy {ce:.4f} nats per token"
     table = Table("layer", title=title)
     shown = [0, *(1 + column for column, (name, _, _) in enumerate(FIGURES) if name in _SHORT)]
@@ -166,7 +167,7 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
             "## What it cost",
             "",
             *_unedited(edits, evaluation),
-            f"Measured on {evaluation['tokens']:,} tokens of held-out text ({evaluation['sequences']} contexts of "
+            f"Measured on {tokens_in_words(evaluation)} ({evaluation['sequences']} contexts of "
             f"{evaluation['context']}, position 0 left out){_alone(evaluation)}{computed_in(evaluation)}, against the "
             f"original model, whose cross-entropy there is {evaluation['original']['ce']:.4f} nats per token. Intervals of "
             "all figures are in evaluation.json.",
@@ -271,8 +272,8 @@ def _healed_lines(steps: Sequence[dict[str, Any]]) -> list[str]:
             what += f" of rank {step['lora_rank']} on {len(step['maps'])} linear maps of the attention{lora}"
         lines += [
             f"Step {number}: {what}, trained end to end toward the original's predictions on {step['tokens']:,} tokens of "
-            f"{step['data']} in {duration(step['seconds'])}. KL(original ‖ converted) on {step['validation_tokens']:,} "
-            f"tokens beside them went from {step['kl_before']:.4f} to {step['kl_after']:.4f} nats per token.",
+            f"{step['data']} in {duration(step['seconds'])}. KL(original ‖ converted) on {_reported_on(step)} went from "
+            f"{step['kl_before']:.4f} to {step['kl_after']:.4f} nats per token.",
             "",
         ]
     if any(step["lora"] == "adapter" for step in steps):
@@ -282,6 +283,13 @@ def _healed_lines(steps: Sequence[dict[str, Any]]) -> list[str]:
             "",
         ]
     return lines
+
+
+def _reported_on(step: dict[str, Any]) -> str:
+    """The text that the KL of a healing was measured on; older versions reported the best of several looks at one text."""
+    if "heldout_tokens" in step:
+        return f"{step['heldout_tokens']:,} tokens, on which nothing was trained or chosen,"
+    return f"{step['validation_tokens']:,} tokens, on which the weights were chosen and the conversion may have been trained,"
 
 
 def _sparsity(layer: LayerPlan) -> str:

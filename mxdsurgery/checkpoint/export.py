@@ -41,6 +41,7 @@ from mxdsurgery.checkpoint.converted import (
     read_config,
 )
 from mxdsurgery.checkpoint.readme import CARD, keep_words, merged, read_card, write_card
+from mxdsurgery.checkpoint.trained_on import TrainedOn
 from mxdsurgery.checkpoint.writing import write_json, written_whole
 from mxdsurgery.errors import ExportError, OutputError, first_line
 from mxdsurgery.planning.plan import Plan
@@ -131,6 +132,7 @@ def export(
     out: Path,
     within: Path | None = None,
     terms: Sequence[Path] = (),
+    trained_on: TrainedOn | None = None,
 ) -> dict[str, float]:
     """Writes the converted model's folder, whole or not at all.
 
@@ -145,6 +147,7 @@ def export(
         out: the folder to write; see `check_output`.
         within: see `written_whole`.
         terms: the base model's licence and what belongs to it, which go with the result.
+        trained_on: the record of what the layers were trained on.
 
     Returns:
         The largest absolute difference of the reloaded model's ``logits`` and ``hidden`` states from the ones in memory.
@@ -163,6 +166,8 @@ def export(
         write_code(model, staging)
         for path in terms:
             shutil.copyfile(path, staging / path.name)
+        if trained_on is not None:
+            trained_on.write(staging)
         whole = dataclasses.replace(recipe, format="checkpoint")  # an adapter rebuilds to one
         (staging / RECIPE_FILE).write_text(whole.to_yaml(), encoding="utf-8")
         write_json(staging / PLAN_FILE, plan.to_dict())

@@ -14,6 +14,7 @@ from mxdsurgery.base.offload import move
 from mxdsurgery.base.terms import terms_of
 from mxdsurgery.checkpoint.converted import PLAN_FILE, RECIPE_FILE
 from mxdsurgery.checkpoint.export import export
+from mxdsurgery.checkpoint.trained_on import TrainedOn, text_used
 from mxdsurgery.checkpoint.writing import check_output, check_room, write_json
 from mxdsurgery.conversion.shared_run import shared_run
 from mxdsurgery.conversion.train import Training, collect, train_groups
@@ -28,7 +29,7 @@ from mxdsurgery.recipe import RECIPE_KEYS, Recipe
 from mxdsurgery.runs.parallel import layer_shares, rank
 from mxdsurgery.runs.run_folder import RunFolder
 from mxdsurgery.terminal.console import Reporter, duration, size
-from mxdsurgery.text.sources import open_texts
+from mxdsurgery.text.sources import TextStream, open_texts
 from mxdsurgery.training.accelerator import make_accelerator
 from mxdsurgery.training.cost import LayerPlan
 
@@ -96,7 +97,7 @@ def convert(
             reporter.say(line)
         tokenizer = base_model.tokenizer()
         with saying_whose(resolved.to_dict(), overrides, made.recipe_file):
-            train, heldout = open_texts(resolved, tokenizer)
+            texts = open_texts(resolved, tokenizer)
         memory = PeakMemory(accelerator.device.type)
         training = Training(len(mine.groups))
         base, found_out = base_model.load_examined(
@@ -109,7 +110,7 @@ def convert(
         run.confirm(base=found_out.digest)
         proven = f"{len(mine.blocks)} blocks recomputed from their weights, largest relative error {found_out.error:.1e}"
         reporter.say(f"proof      {proven}")
-        train_groups(base, mine, train, settled, accelerator, training, reporter, run)
+        train_groups(base, mine, texts, settled, accelerator, training, reporter, run)
         collect(training, shares, base, accelerator.device)
         if rank():
             accelerator.end_training()
@@ -118,11 +119,14 @@ def convert(
         layers = {planned.block.layer: layer for planned, layer in training.layers.items()}
         for layer in layers.values():
             move(layer, accelerator.device)
-        made, evaluation, seconds = _evaluated(base, layers, heldout, made, resolved, training.seconds, run, reporter)
+        made, evaluation, seconds = _evaluated(base, layers, texts.heldout, made, resolved, training.seconds, run, reporter)
         record = _training_record(made, training, peak, seconds)
         evaluation |= {"compute": settled.compute, "data": resolved.eval_data or resolved.data, "training": record}
-        check, terms = heldout[:_CHECK_CONTEXTS], terms_of(base_model.source, base_model.commit)
-        differences = export(base, layers, made, resolved, evaluation, tokenizer, check, out, run.scratch, terms)
+        trained_on = _trained_on(training, texts.train)
+        if trained_on is not None:
+            evaluation |= trained_on.share_of(texts.heldout)
+        check, terms = texts.heldout[:_CHECK_CONTEXTS], terms_of(base_model.source, base_model.commit)
+        differences = export(base, layers, made, resolved, evaluation, tokenizer, check, out, run.scratch, terms, trained_on)
         reporter.say(
             f"exported   {resolved.out}; reloaded without mxdsurgery, logits differ by at most {differences['logits']:.1g}"
         )
@@ -240,6 +244,13 @@ def _training_record(made: Plan, training: Training, peak_bytes: int | None, eva
             "peak_bytes": peak_bytes,
         },
     }
+
+
+def _trained_on(training: Training, text: TextStream) -> TrainedOn | None:
+    """The record of what the layers were trained on; None where the run was begun by a version that kept none."""
+    if training.trained_on is None:
+        return None
+    return TrainedOn(training.trained_on, [text_used(text, training.contexts, training.times_read)])
 
 
 def _comparison(record: dict[str, Any]) -> list[str]:

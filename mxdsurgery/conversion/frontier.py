@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxdsurgery.base.blocks import Block
@@ -25,7 +24,7 @@ from mxdsurgery.planning.resolve import saying_whose
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
 from mxdsurgery.runs.run_folder import RunFolder, depends_on
 from mxdsurgery.terminal.console import Reporter
-from mxdsurgery.text.sources import TextStream, open_texts
+from mxdsurgery.text.sources import Texts, open_texts
 from mxdsurgery.training.accelerator import alone, make_accelerator, start_processes
 from mxdsurgery.training.cost import DTYPE_BYTES, LayerPlan, layer_parameters, matched_n_experts, transcoder_parameters
 from mxdsurgery.training.distill import layer_key
@@ -111,12 +110,12 @@ def _filled(
     todo: list[LayerPlan],
     resolved: Recipe,
     base_model: BaseModel,
-    texts: tuple[TextStream, Tensor],
+    texts: Texts,
     resume: bool,
     reporter: Reporter,
 ) -> Frontier:
     """The table with the rows that it lacked, trained and measured group by group."""
-    out, (train, heldout) = found.out, texts
+    out = found.out
     settled = RunFolder(out, resolved).as_begun(made.settled(resolved), reporter.say, resume)
     how = {"dtype": made.dtype, "compute": settled.compute, "device": check_device(resolved.device)}
     base, found_out = base_model.load_examined(made.blocks[:1], **how)
@@ -131,7 +130,7 @@ def _filled(
             with run.working(reporter) as recording:
                 settled = run.as_begun(settled, recording.say)
                 accelerator = make_accelerator(settled)
-                found = _run_group(found, base, part, train, heldout, settled, accelerator, recording, run)
+                found = _run_group(found, base, part, texts, settled, accelerator, recording, run)
                 found.write()
             run.finish(out)
     return found
@@ -165,8 +164,7 @@ def _run_group(
     found: Frontier,
     base: PreTrainedModel,
     made: Plan,
-    train: TextStream,
-    heldout: Tensor,
+    texts: Texts,
     recipe: Recipe,
     accelerator: Accelerator,
     reporter: Reporter,
@@ -174,12 +172,12 @@ def _run_group(
 ) -> Frontier:
     """Trains one group of layers, saves their weights, measures them, and returns the table with their rows."""
     training = Training(1)
-    train_groups(base, made, train, recipe, accelerator, training, reporter, run=run)
+    train_groups(base, made, texts, recipe, accelerator, training, reporter, run=run)
     for planned, layer in training.layers.items():
         save_layer(layer.to(accelerator.device), planned, found.out, made.dtype)
     candidates = [{planned.block.layer: layer} for planned, layer in training.layers.items()]
     with reporter.progress("evaluate", "passes") as line:
-        evaluations = Measurement(base, made.blocks[:1], candidates, heldout, recipe.batch).run(line.update)
+        evaluations = Measurement(base, made.blocks[:1], candidates, texts.heldout, recipe.batch).run(line.update)
     rows = list(found.rows)
     for planned, evaluation in zip(training.layers, evaluations, strict=True):
         layer, kind, k = row_key(planned)

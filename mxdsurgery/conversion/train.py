@@ -20,21 +20,24 @@ from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.journal import Journal
-from mxdsurgery.runs.parallel import my_contexts, rank, receive, receive_values, send, send_values
+from mxdsurgery.runs.parallel import first_ones, my_contexts, rank, receive, receive_values, send, send_values
 from mxdsurgery.runs.resume import Files, part, prefixed
 from mxdsurgery.runs.run_folder import TRAINING_FILE, Keeper, RunFolder
 from mxdsurgery.terminal.console import ProgressLine, Reporter, compact, duration
-from mxdsurgery.text.sources import TextStream
-from mxdsurgery.training.accelerator import choose_kernels
+from mxdsurgery.text.fingerprints import Fingerprints
+from mxdsurgery.text.sources import Texts, TextStream, check_validation
+from mxdsurgery.training.accelerator import choose_kernels, kernels_used, use_kernels
 from mxdsurgery.training.cost import LayerPlan, tokens_per_step
 from mxdsurgery.training.distill import Progress, batches_taken, distill, layer_key
-from mxdsurgery.training.end_to_end import VALIDATION_TOKENS, EndToEnd, Settings, train_end_to_end
+from mxdsurgery.training.end_to_end import EndToEnd, Settings, train_end_to_end
 from mxdsurgery.training.initialize import initial_layers, layer_shape
 from mxdsurgery.training.inputs import ConvertedInputs, OriginalInputs, Read
 from mxdsurgery.training.teacher import original_examples
 
 # The weight of each layer's own loss beside the KL, where layers are trained jointly from their start.
 JOINT_LOCAL = 1.0
+# What a finished group was trained on, among its tensors.
+_TEXT = "text"
 
 
 @dataclass
@@ -47,6 +50,8 @@ class Training:
         layers: finished layers, rounded to the dtype that they will be stored in, and layers in training, in fp32.
         times_read: how many times a pass began the text; more than once where the text is shorter than the training.
         seconds_feeding: time spent on statistics and hidden states, before the layers' own steps.
+        trained_on: fingerprints of the contexts that a group was trained on; all groups are trained on the same.
+        contexts: how many these are.
     """
 
     groups: int
@@ -54,6 +59,8 @@ class Training:
     layers: dict[LayerPlan, nn.Module] = field(default_factory=dict)
     times_read: int = 0
     seconds_feeding: float = 0.0
+    trained_on: Fingerprints | None = None
+    contexts: int = 0
 
     @property
     def seconds(self) -> float:
@@ -84,7 +91,7 @@ class Training:
 def train_groups(
     base: PreTrainedModel,
     made: Plan,
-    train: TextStream,
+    texts: Texts,
     recipe: Recipe,
     accelerator: Accelerator,
     training: Training,
@@ -97,7 +104,7 @@ def train_groups(
     Args:
         base: the unmodified model, on the accelerator's device, or with its weights on disk.
         made: which layers, in which groups.
-        train: the text; each group reads it from its beginning.
+        texts: to train on, each group from the beginning; and to choose the best weights on, with ``inputs: joint``.
         recipe: how to train.
         accelerator: device, precision and trackers.
         training: is kept up to date.
@@ -114,18 +121,20 @@ def train_groups(
         Interrupted: the run was asked to stop.
     """
     run = run or RunFolder(None, recipe)
+    if recipe.inputs == "joint":
+        check_validation(texts.validation, texts.train)
     if recipe.tracker != "none":
         settings = {name: value for name, value in recipe.to_dict().items() if value is not None}
         accelerator.init_trackers("mxdsurgery", config=settings)
     start_kernels(accelerator, made.layers, tokens_per_step(recipe), reporter)
     start = time.perf_counter()
-    source = _source(base, train, recipe, accelerator.device, reporter, run.scratch if made.states_on_disk else None)
+    source = _source(base, texts.train, recipe, accelerator.device, reporter, run.scratch if made.states_on_disk else None)
     training.seconds_feeding += time.perf_counter() - start
     with ExitStack() as stack:
         # One line for all groups; it counts from when the first of them is ready to train.
         line = functools.cache(lambda: stack.enter_context(reporter.progress("distil", "tokens", made.training_cost(recipe))))
         stack.enter_context(run.watching(reporter.say))
-        work = _Work(base, made.steps, source, recipe, accelerator, training, run, line)
+        work = _Work(base, made.steps, source, texts.validation, recipe, accelerator, training, run, line)
         remaining = iter(made.layers)
         for number, group in enumerate(made.groups):
             layers = list(itertools.islice(remaining, len(group.layers)))
@@ -144,10 +153,15 @@ def train_groups(
 
 
 def start_kernels(accelerator: Accelerator, layers: Sequence[LayerPlan], tokens: int, reporter: Reporter) -> None:
-    """Uses the Triton kernels if they are faster for the largest of the layers on ``tokens`` tokens; reports the choice."""
+    """Uses the Triton kernels if they are faster for the largest of the layers on ``tokens`` tokens; reports the choice.
+
+    The first process tries them, and decides for all: they then compute alike.
+    """
     largest = max(layers, key=lambda layer: layer.n_experts)
     shape = {"d_model": largest.block.d_model, "n_experts": largest.n_experts, "k": largest.k}
-    kernels = choose_kernels(accelerator, **shape, tokens=tokens)
+    tried = None if rank() else choose_kernels(accelerator, **shape, tokens=tokens)
+    kernels, used = first_ones([tried, kernels_used(accelerator)])
+    use_kernels(accelerator, used)
     if kernels is not None:
         reporter.say(f"kernels    {kernels}")
 
@@ -173,6 +187,7 @@ class _Work:
     base: PreTrainedModel
     steps: int
     source: OriginalInputs | ConvertedInputs
+    validation: Tensor
     recipe: Recipe
     accelerator: Accelerator
     training: Training
@@ -185,13 +200,16 @@ class _Work:
         return self.training.state() | {"finished": len(self.finished), "text": self.source.read.digest()}
 
     def finished_files(self) -> Files:
-        """The layers of each finished group."""
+        """The layers of each finished group, and what of the text it was trained on."""
         return {_group_file(number): functools.partial(self._weights, layers) for number, layers in enumerate(self.finished)}
 
     def _weights(self, layers: Sequence[LayerPlan]) -> Iterator[dict[str, Tensor]]:
         for plan in layers:
             layer = self.training.layers[plan]
             yield prefixed(rounded(layer, weights_of(layer), stored_in(self.base)), layer_key(plan))
+        if self.training.trained_on is not None:
+            met, count = self.training.trained_on.tensor(), torch.tensor(self.training.contexts)
+            yield prefixed({"met": met, "contexts": count}, _TEXT)
 
     def take_finished(self, number: int, layers: Sequence[LayerPlan]) -> bool:
         """Takes a group's layers from the checkpoint that the run resumes from, if the group is finished there."""
@@ -203,6 +221,9 @@ class _Work:
             layer = LAYER_KINDS[plan.kind](**layer_shape(plan)).to(self.base.dtype)
             layer.load_state_dict(part(tensors, layer_key(plan)))
             self.training.layers[plan] = layer
+        if text := part(tensors, _TEXT):
+            self.training.trained_on = Fingerprints.from_tensor(self.recipe.context, text["met"])
+            self.training.contexts = int(text["contexts"])
         self._progress(number).restore(saved.state["passes"][number], layers)
         self.training.times_read = saved.state["times_read"]
         self.training.seconds_feeding = saved.state["seconds_feeding"]
@@ -234,10 +255,13 @@ class _Work:
             training.layers |= started
             report = _report_to(self.line(), training, self.run.journal)
             if joint:
-                _train_jointly(self.base, started, self.source, self.recipe, self.accelerator, progress, report, keeper)
+                given = (self.source, self.validation, self.recipe, self.accelerator, progress, report, keeper)
+                _train_jointly(self.base, started, *given)
             else:
                 distill(started, feed.batches, self.recipe, self.accelerator, progress, report, keeper)
         training.times_read = self.source.times_read
+        read = self.source.read
+        training.trained_on, training.contexts = read.fingerprints(), read.contexts
 
 
 def _group_file(number: int) -> str:
@@ -248,6 +272,7 @@ def _train_jointly(
     base: PreTrainedModel,
     layers: dict[LayerPlan, nn.Module],
     source: OriginalInputs,
+    validation: Tensor,
     recipe: Recipe,
     accelerator: Accelerator,
     progress: EndToEnd,
@@ -257,9 +282,8 @@ def _train_jointly(
     """Trains all layers at once, end to end, each also toward its block's output: fresh layers give nothing useful yet."""
     contexts = recipe.batch // recipe.context
     blocks = [layer.block for layer in layers]
-    validation, text = source.text.split(VALIDATION_TOKENS, leave=True)
     settings = Settings(local=JOINT_LOCAL, anneal=True)
-    with closing(text.batches(contexts)) as batches:
+    with closing(source.text.batches(contexts)) as batches:
         source.read = Read(batches)
         source.read.skip(progress.step)
         if keeper.resumed is not None:

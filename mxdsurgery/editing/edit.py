@@ -44,11 +44,12 @@ from mxdsurgery.editing.predictions import fewer_for_logits
 from mxdsurgery.editing.sampling import Sampling, sample
 from mxdsurgery.errors import DataError, EditError, MxDWarning, UnsupportedModelError, first_line
 from mxdsurgery.hardware.guard import guarded
-from mxdsurgery.measuring.evaluate import held_out
+from mxdsurgery.measuring.held_out import held_out, trained_share
 from mxdsurgery.measuring.intervals import Table, next_token_sums, scored_predictions, with_interval
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.terminal.figures import range_of, value_of
+from mxdsurgery.text.fingerprints import tokens_in_words
 from mxdsurgery.text.packing import in_batches
 from mxdsurgery.text.places import check_there, text_name
 
@@ -99,9 +100,10 @@ def edit(
         reporter: where progress is reported; default: nowhere.
 
     Returns:
-        ``edits`` (in words), ``tokens``, ``ce_before``, ``ce_after``, ``delta_ce`` and ``kl`` (before ‖ after) in nats per
-        token, each with its interval, ``samples`` (prompt, before, after), ``fingerprint`` and ``out``; without a text to
-        compare on, ``unmeasured`` says why, in place of the figures; with ``undo``, ``undone`` and ``out``.
+        ``edits`` (in words), ``tokens``, ``sequences``, ``trained_on`` (as `evaluate`), ``ce_before``, ``ce_after``,
+        ``delta_ce`` and ``kl`` (before ‖ after) in nats per token, each with its interval, ``samples`` (prompt, before,
+        after), ``fingerprint`` and ``out``; without a text to compare on, ``unmeasured`` says why, in place of the figures;
+        with ``undo``, ``undone`` and ``out``.
 
     Raises:
         NotConvertedError: the folder is not one of ours.
@@ -133,6 +135,7 @@ def edit(
         result: dict[str, Any] = {"edits": edits.words()}
         if unmeasured is None:
             result |= {"data": text_name(data or recipe.eval_data or recipe.data)}
+            result |= trained_share(before, ids) | {"sequences": len(ids)}
             result |= _compared(before, after, ids, recipe.batch, reporter)
         _note(staging, [*steps, result], after, recipe)
         check = ids[: max(1, min(4, len(ids)))]
@@ -363,7 +366,7 @@ def edit_table(result: dict[str, Any]) -> list[Any]:
     if "unmeasured" in result:
         why = f"What this changed was not measured: {result['unmeasured']}. Another text can be given with --data."
         return [Text("\n".join([*result["edits"], "", why]))]
-    table = RichTable(title=f"On {result['tokens']:,} held-out tokens")
+    table = RichTable(title=f"On {tokens_in_words(result)}")
     for heading in ("", "value", "95 % interval"):
         table.add_column(heading, justify="right" if heading else "left")
     for label, name, form in (

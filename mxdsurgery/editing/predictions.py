@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from mxdsurgery.base.decoder import decoder_layers, vocabulary_size
 from mxdsurgery.checkpoint.converted import Converted, load_with_recipe
 from mxdsurgery.hardware.device import widest
-from mxdsurgery.measuring.evaluate import held_out
+from mxdsurgery.measuring.held_out import held_out, trained_share
 from mxdsurgery.measuring.intervals import scored_predictions
 from mxdsurgery.text.packing import in_batches
 from mxdsurgery.text.places import check_there, text_name
@@ -34,12 +34,14 @@ class Opened:
         input_ids: contexts, (S, T) int64.
         batch: tokens per forward pass.
         data: the text's name.
+        trained_on: how many of the contexts the model was trained on; None: that is not recorded.
     """
 
     converted: Converted
     input_ids: Tensor
     batch: int
     data: str
+    trained_on: int | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -56,10 +58,11 @@ class Opened:
         return in_batches(self.input_ids, fewer_for_logits(self.batch, self.model))
 
     def rests_on(self) -> dict[str, Any]:
-        """What figures rest on: the text, and how many predictions are scored on it."""
+        """What figures rest on: the text, how many predictions are scored, and how many contexts were trained on."""
         sequences, context = self.input_ids.shape
         tokens = sequences * scored_predictions(self.input_ids)
-        return {"data": self.data, "tokens": tokens, "sequences": sequences, "context": context}
+        rests_on = {"data": self.data, "tokens": tokens, "sequences": sequences, "context": context}
+        return rests_on | {"trained_on": self.trained_on}
 
 
 def open_on_text(
@@ -81,8 +84,9 @@ def open_on_text(
     """
     check_there(data)
     converted, recipe = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
-    ids = held_out(converted, recipe, data, tokens, text_column).to(converted.model.device)
-    return Opened(converted, ids, recipe.batch, text_name(data or recipe.eval_data or recipe.data))
+    ids = held_out(converted, recipe, data, tokens, text_column, any_text=True).to(converted.model.device)
+    name = text_name(data or recipe.eval_data or recipe.data)
+    return Opened(converted, ids, recipe.batch, name, **trained_share(converted, ids))
 
 
 def fewer_for_logits(batch: int, model: PreTrainedModel) -> int:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +26,15 @@ from mxdsurgery.checkpoint.converted import (
 from mxdsurgery.checkpoint.export import write_evaluation
 from mxdsurgery.checkpoint.writing import check_file
 from mxdsurgery.demo import DEMO_MODELS
-from mxdsurgery.errors import BaseModelError, DataError, MxDError, UnknownFamilyError
+from mxdsurgery.errors import BaseModelError, MxDError, UnknownFamilyError
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.fidelity import Measurement
+from mxdsurgery.measuring.held_out import held_out, trained_share
 from mxdsurgery.planning.effort import EVALUATION_SHARE, Alone
 from mxdsurgery.planning.plan import Plan, read_plan
 from mxdsurgery.recipe import Recipe, load_recipe
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.places import check_there
-from mxdsurgery.text.sources import Packing, TextStream, open_texts
 from mxdsurgery.training.accelerator import make_accelerator
 
 
@@ -57,6 +55,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures a converted model against its original on held-out text; saves the figures in its folder.
 
+    Contexts that the model was trained on are left out; that is known of every text, whatever it is named, from the record
+    that `convert` and `heal` keep in the folder.
+
     Args:
         folder: what ``convert`` wrote.
         data: the text; default: the recipe's held-out text.
@@ -72,12 +73,13 @@ def evaluate(
         reporter: where progress is reported; default: nowhere.
 
     Returns:
-        The JSON object that evaluation.json holds; ``mxdsurgery.measuring.fidelity.measure`` says what is in it.
+        The JSON object that evaluation.json holds; ``mxdsurgery.measuring.fidelity.measure`` says what is in it. Besides,
+        ``trained_on``: how many of the contexts were trained on after all; None where the folder does not record it.
 
     Raises:
         NotConvertedError: the folder is not one of ours.
         BaseModelError: the original model is missing, or is not the one that the folder was made from.
-        DataError: the text cannot be read or is too short.
+        DataError: the text cannot be read, is too short, or all of it was trained on.
         OutputError: the folder cannot be written.
     """
     reporter = reporter or Reporter()
@@ -102,6 +104,7 @@ def evaluate(
     reporter.say(f"evaluate   {measurement.announcement()}")
     with reporter.progress("evaluate", "passes") as line:
         evaluation = measurement.run(line.update)[0]
+    evaluation |= trained_share(converted, heldout)
     evaluation["compute"] = settled.compute
     evaluation["data"] = data or recipe.eval_data or recipe.data
     edits = converted.model.config.mxd.get("edits", [])
@@ -128,65 +131,6 @@ def _changed_maps(converted: Converted) -> dict[str, nn.Module]:
     if beside:
         with_adapter(converted.model, converted.folder)
     return {path: converted.model.base_model.get_submodule(path) for path in {*merged, *beside}}
-
-
-def held_out(
-    converted: Converted,
-    saved: Recipe,
-    data: str | None = None,
-    tokens: int | None = None,
-    text_column: str | None = None,
-) -> Tensor:
-    """Contexts to measure a converted model on, (S, T): from the text ``data``, or else from the recipe's held-out text.
-
-    A text ``data`` that is shorter than one context is one of its own length. ``text_column``: by default the recipe's.
-
-    Raises:
-        DataError: the text cannot be read, or more tokens are asked for than were held out.
-    """
-    given = {"eval_tokens": tokens or saved.eval_tokens, "text_column": text_column or saved.text_column}
-    recipe = dataclasses.replace(saved, **given)
-    tokenizer = converted.tokenizer()
-    packing = Packing(tokenizer, recipe.context, recipe.prepend_bos)
-    if data is not None:
-        return TextStream(data, packing, recipe.text_column).spread(recipe.eval_tokens, short=True, asked=tokens is not None)
-    _check_held_out(saved, tokens)
-    with recipes_text(converted.folder):
-        if recipe.eval_data is not None:  # the training text need not be on this machine
-            stream = TextStream(recipe.eval_data, packing, recipe.text_column)
-            return stream.spread(recipe.eval_tokens, asked=tokens is not None)
-        return open_texts(recipe, tokenizer)[1]
-
-
-@contextmanager
-def recipes_text(folder: Path, given: str | None = None) -> Iterator[None]:
-    """While open, what is wrong with a text is said to be so of the recipe's text, unless a text was ``given``.
-
-    Raises:
-        DataError: in place of another, with the way out: another text.
-    """
-    try:
-        yield
-    except DataError as error:
-        if given is not None:
-            raise
-        ways = [] if error.fix is None else [error.fix]
-        ways += [] if "--data" in (error.fix or "") else ["give another text with --data"]
-        raise DataError(
-            f"{error.found}; that is the text which the recipe in {str(folder)!r} names",
-            expected=error.expected,
-            fix=", or ".join(ways),
-        ) from None
-
-
-def _check_held_out(saved: Recipe, tokens: int | None) -> None:
-    """Raises DataError if more tokens are asked for than the conversion held out of its training text."""
-    if saved.eval_data is None and tokens is not None and tokens > saved.eval_tokens:
-        raise DataError(
-            f"{tokens:,} tokens were asked for, but only the first {saved.eval_tokens:,} of {saved.data!r} were held out",
-            expected="text that was not trained on",
-            fix=f"ask for fewer: --tokens {saved.eval_tokens}, or give another text with --data",
-        )
 
 
 def _training_record(folder: Path) -> dict[str, Any]:

@@ -27,11 +27,13 @@ from mxdsurgery.checkpoint.converted import Converted, load, saved_recipe, settl
 from mxdsurgery.errors import BaseModelError
 from mxdsurgery.hardware.device import check_device, widest
 from mxdsurgery.hardware.guard import guarded
-from mxdsurgery.measuring.evaluate import check_before_loading, held_out, load_original
+from mxdsurgery.measuring.evaluate import check_before_loading, load_original
+from mxdsurgery.measuring.held_out import held_out, trained_share
 from mxdsurgery.measuring.intervals import Sums, Table, error_sums, scored_predictions, with_interval
 from mxdsurgery.measuring.scoring import Original, prediction_sums, run_original
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.terminal.figures import interval, range_of, value_of
+from mxdsurgery.text.fingerprints import tokens_in_words
 from mxdsurgery.text.packing import in_batches
 from mxdsurgery.text.places import text_name
 
@@ -75,13 +77,13 @@ def growth(
         reporter: where progress is reported; default: nowhere.
 
     Returns:
-        A JSON object. ``data``, ``tokens``, ``sequences`` and ``context`` that it rests on, ``original`` (``ce``).
-        ``bottom``, ``top`` and ``alone``: rows with the ``layers`` in place, ``delta_ce`` and ``kl`` (original ‖ converted) in
-        nats per token, ``top1_agreement``, ``singles_delta_ce`` and ``singles_kl`` (what these layers cost alone, added up)
-        and ``excess_delta_ce`` (ΔCE less that sum). ``stream``: for every decoder ``layer`` of the model with all of them in
-        place ``error``, Σ‖ĥ-h‖²/Σ‖h‖² of its output h, ``fvu``, the same over Σ‖h-h̄‖², and ``own_error``, with this layer
-        alone in place (None where it is not converted). ``verdict``: in words. Each figure has its 95 % interval over
-        contexts as ``<figure>_ci``. Position 0 is left out.
+        A JSON object. ``data``, ``tokens``, ``sequences``, ``context`` and ``trained_on`` (as `evaluate`) that it rests on,
+        ``original`` (``ce``). ``bottom``, ``top`` and ``alone``: rows with the ``layers`` in place, ``delta_ce`` and ``kl``
+        (original ‖ converted) in nats per token, ``top1_agreement``, ``singles_delta_ce`` and ``singles_kl`` (what these
+        layers cost alone, added up) and ``excess_delta_ce`` (ΔCE less that sum). ``stream``: for every decoder ``layer`` of
+        the model with all of them in place ``error``, Σ‖ĥ-h‖²/Σ‖h‖² of its output h, ``fvu``, the same over Σ‖h-h̄‖², and
+        ``own_error``, with this layer alone in place (None where it is not converted). ``verdict``: in words. Each figure has
+        its 95 % interval over contexts as ``<figure>_ci``. Position 0 is left out.
 
     Raises:
         NotConvertedError: the folder is not one of ours.
@@ -103,6 +105,7 @@ def growth(
     scored = scored_predictions(ids)
     columns["tokens"] = torch.full((len(ids),), float(scored), dtype=torch.float64)
     rests_on = {"tokens": scored * len(ids), "sequences": len(ids), "context": ids.shape[1]}
+    rests_on |= trained_share(converted, ids)
     rows = {name: [_figures(columns, which) for which in sets] for name, sets in _sets(sorted(layers)).items()}
     return {
         "compute": recipe.compute,
@@ -267,7 +270,7 @@ def _verdict(joint: dict[str, Any]) -> str:
 
 def growth_table(result: dict[str, Any]) -> list[Any]:
     """What `growth` returns, for a terminal."""
-    predictions = RichTable(title=f"On {result['tokens']:,} held-out tokens{computed_in(result)}; layers in place")
+    predictions = RichTable(title=f"On {tokens_in_words(result)}{computed_in(result)}; layers in place")
     for heading in ("", "layers", "ΔCE", "95 % interval", "KL", "same top-1", "sum", "difference"):
         predictions.add_column(heading, justify="left" if heading in ("", "layers") else "right")
     for part, words in PARTS:

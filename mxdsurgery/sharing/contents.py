@@ -21,6 +21,7 @@ from mxdsurgery.checkpoint.adapter import ADAPTER_FILE, Adapter, is_adapter, is_
 from mxdsurgery.checkpoint.converted import EVALUATION_FILE, PLAN_FILE, RECIPE_FILE, read_config
 from mxdsurgery.checkpoint.export import TRAVELLING
 from mxdsurgery.checkpoint.readme import CARD
+from mxdsurgery.checkpoint.trained_on import TRAINED_ON_FILE
 from mxdsurgery.disclosure import Finding, disclosures, redacted
 from mxdsurgery.errors import DataError, PushError, WeightsError, first_line
 
@@ -43,6 +44,7 @@ _KNOWN = (
     "lora/adapter_model*.safetensors",
     f"lora/{CARD}",
     *(f"edits/*/{name}" for name in _KEPT_BY_EDIT),
+    TRAINED_ON_FILE,
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",

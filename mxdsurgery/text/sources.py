@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from textwrap import shorten
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,12 +27,15 @@ from mxdsurgery.hardware.device import copies_from_pinned_memory
 from mxdsurgery.once import warn_once
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.text.fields import MOST_NAMES, text_in
+from mxdsurgery.text.fingerprints import Fingerprints
 from mxdsurgery.text.forms import Entry, entries
 from mxdsurgery.text.packing import Packing
 from mxdsurgery.text.places import FORMS, on_hub, text_files
 
 Item = TypeVar("Item")
 
+# Tokens of the training text that are set aside to choose on, and the largest share of the text that they may be.
+VALIDATION_TOKENS, _VALIDATION_SHARE = 8192, 8
 # Held-out contexts are spread over so many times their own amount of text.
 _SPREAD = 32
 # Of so many files of a data set on the hub at most, a sample is drawn: each is a connection.
@@ -211,18 +214,24 @@ class TextStream:
         packing: how its documents become contexts.
         text_column: see `documents`.
         skip: contexts at the start that are left out in every pass (they are held out).
+        without: contexts that are left out wherever they occur.
+        begin: contexts after these that `batches` leaves out in the first pass only: it goes on where another training ended.
         shuffle: tokens in the buffer that `batches` draws contexts from at random; 0 keeps the text's order.
         seed: of the shuffling.
         passes: how many times the text was begun for the batches taken so far.
+        left_out: contexts that were left out so far, because they are among those ``without``.
     """
 
     spec: str
     packing: Packing
     text_column: str = "text"
     skip: int = 0
+    without: Fingerprints | None = None
+    begin: int = 0
     shuffle: int = 0
     seed: int = 0
     passes: int = field(default=0, init=False)
+    left_out: int = field(default=0, init=False)
 
     def contexts(self, short: bool = False) -> Iterator[Tensor]:
         """One pass over the text: yields int64 (T,).
@@ -233,12 +242,22 @@ class TextStream:
         Raises:
             DataError: the text does not fill one context; with ``short``, not three tokens.
         """
-        filled = False
+        whole = filled = False
         packed = self.packing.pack(documents(self.spec, self.text_column, self.packing.tokenizer), short)
         for context in itertools.islice(packed, self.skip, None):
             check_length(context, self.spec)
+            whole = True
+            if self.without is not None and self.without.known(context[None]):
+                self.left_out += 1
+                continue
             filled = True
             yield context
+        if whole and not filled:
+            raise DataError(
+                f"every context of the text {self.spec!r} was trained on before, or is held out",
+                expected="text that is neither",
+                fix="give another text",
+            )
         if not filled and short:
             raise DataError(f"the text {self.spec!r} holds no text", expected="more text", fix="give a longer text")
         if not filled:
@@ -270,9 +289,9 @@ class TextStream:
 
     def _shuffled(self, number: int) -> Iterator[Tensor]:
         """One pass in random order: each context is drawn from a full buffer, the next of the text takes its place."""
-        room = self.shuffle // self.packing.context
+        room = self.room()
         buffer: list[Tensor] = []
-        contexts = self.contexts()
+        contexts = itertools.islice(self.contexts(), self.begin if number == 1 else 0, None)
         if room < 2:
             yield from contexts
             return
@@ -292,12 +311,21 @@ class TextStream:
         wanted = max(1, tokens // self.packing.context)
         return torch.stack(list(itertools.islice(self.contexts(), wanted)))
 
-    def split(self, tokens: int, leave: bool = False) -> tuple[Tensor, "TextStream"]:
-        """`first`, and the text that leaves these contexts out. With ``leave``, of a text of no more than that, half stays."""
-        first = self.first(tokens)
-        if leave and sum(1 for _ in itertools.islice(self.contexts(), len(first) + 1)) == len(first) > 1:
-            first = first[: len(first) // 2]
-        return first, dataclasses.replace(self, skip=self.skip + len(first))
+    def once(self) -> Iterator[Tensor]:
+        """Each context once, in the text's order, those after ``begin`` first: yields int64 (T,)."""
+        yield from itertools.islice(self.contexts(), self.begin, None)
+        yield from itertools.islice(self.contexts(), self.begin)
+
+    def room(self) -> int:
+        """How many contexts `batches` may have read beyond those that it gave."""
+        return self.shuffle // self.packing.context
+
+    def for_validation(self, tokens: int) -> Tensor:
+        """As `first`, but at most an eighth of the text; none of a text of one context."""
+        wanted = max(1, tokens // self.packing.context)
+        rows = list(itertools.islice(self.contexts(), wanted * _VALIDATION_SHARE))
+        least = min(1, len(rows) - 1)
+        return torch.stack(rows)[: min(wanted, max(least, len(rows) // _VALIDATION_SHARE))]
 
     def spread(self, tokens: int, short: bool = False, asked: bool = False) -> Tensor:
         """As `first`, but evenly spread over the first ``_SPREAD`` times as much text: several documents, not one.
@@ -315,6 +343,17 @@ class TextStream:
             warn_once(("fewer", self.spec, tokens), words)
         wanted = min(wanted, len(rows))
         return torch.stack([rows[index * len(rows) // wanted] for index in range(wanted)])
+
+
+def check_validation(validation: Tensor, train: TextStream) -> None:
+    """Raises DataError where there is nothing to choose the best weights on: validation (0, T)."""
+    if not len(validation):
+        raise DataError(
+            f"the text {train.spec!r} is too short: beyond what is held out, it is one context",
+            expected="one to train on, and one to choose the best weights on",
+            fix="give a longer text, or a smaller --context",
+            keys=("context",),
+        )
 
 
 def check_length(context: Tensor, spec: str) -> None:
@@ -369,11 +408,27 @@ def run_ahead(items: Iterator[Item], depth: int = 8) -> Iterator[Item]:
         thread.join(timeout=5.0)  # it may hang in a connection; a daemon does not keep the process alive
 
 
-def open_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[TextStream, Tensor]:
-    """The training text, and the held-out contexts (S, T): of ``eval_data``, or else the first ones of ``data``.
+class Texts(NamedTuple):
+    """The texts of a recipe; no context is in two of them.
+
+    Attributes:
+        train: to train on.
+        heldout: contexts (S, T) that figures are reported on; nothing is trained or chosen on them.
+        validation: contexts (S, T) to choose on, the best weights for example; none where the text is but one context.
+    """
+
+    train: TextStream
+    heldout: Tensor
+    validation: Tensor
+
+
+def open_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Texts:
+    """The texts of a recipe. Held-out contexts are those of ``eval_data``, or else the first ones of ``data``.
+
+    A context that occurs in the training text, too, is left out there: `Fingerprints` says what is the same.
 
     Raises:
-        DataError: either cannot be read or is too short.
+        DataError: one cannot be read, or is too short.
     """
     packing = Packing(tokenizer, recipe.context, recipe.prepend_bos)
     train = TextStream(recipe.data, packing, recipe.text_column, shuffle=recipe.shuffle, seed=recipe.seed)
@@ -381,6 +436,21 @@ def open_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Text
         asked = recipe.eval_tokens != Recipe.eval_tokens
         heldout = TextStream(recipe.eval_data, packing, recipe.text_column).spread(recipe.eval_tokens, asked=asked)
     else:
-        heldout, train = train.split(recipe.eval_tokens)
+        heldout = train.first(recipe.eval_tokens)
+        train = dataclasses.replace(train, skip=len(heldout))
+    validation, train = set_aside(train, heldout)
     next(train.contexts())  # fails now, not after the model is loaded
-    return train, heldout
+    return Texts(train, heldout, validation)
+
+
+def set_aside(train: TextStream, heldout: Tensor, trained_on: Fingerprints | None = None) -> tuple[Tensor, TextStream]:
+    """Contexts to choose on, (S, T), the first that were not trained on before; and the text without these and held-out ones.
+
+    Raises:
+        DataError: the text cannot be read, or there is nothing left of it.
+    """
+    context = train.packing.context
+    aside = Fingerprints.of(heldout, context)
+    fresh = dataclasses.replace(train, without=aside if trained_on is None else aside | trained_on)
+    validation = fresh.for_validation(VALIDATION_TOKENS)
+    return validation, dataclasses.replace(train, without=aside | Fingerprints.of(validation, context))

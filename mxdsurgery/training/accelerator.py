@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState, PartialState
 from mxdsurgery.errors import DeviceError, RecipeError
 from mxdsurgery.hardware.compute import training_dtype
 from mxdsurgery.hardware.device import check_device
+from mxdsurgery.layers import sparse
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.parallel import processes
 
@@ -99,6 +100,31 @@ def choose_kernels(accelerator: Accelerator, *, d_model: int, n_experts: int, k:
     from mxdsurgery.training.kernels import install_if_faster
 
     return str(install_if_faster(d_model, n_experts, k, tokens, device))
+
+
+def kernels_used(accelerator: Accelerator) -> bool:
+    """Whether the Triton kernels are in use on the run's device."""
+    return accelerator.device.type in sparse.KERNELS
+
+
+def use_kernels(accelerator: Accelerator, use: bool) -> None:
+    """Puts the Triton kernels to use on the run's device, or plain torch, whatever was in use before.
+
+    Raises:
+        DeviceError: Triton is not installed here.
+    """
+    if not use:
+        sparse.KERNELS.pop(accelerator.device.type, None)
+    elif not kernels_used(accelerator):
+        if importlib.util.find_spec("triton") is None:
+            raise DeviceError(
+                "the first process uses Triton kernels, and triton is not installed where another one runs",
+                expected="the same packages for all processes",
+                fix="install triton there, or uninstall it here",
+            )
+        from mxdsurgery.training.kernels import install
+
+        install(accelerator.device.type)
 
 
 def computes_in_bf16(recipe: Recipe, d_model: int = 512, d_hidden: int = 2048) -> bool:

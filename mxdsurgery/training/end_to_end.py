@@ -31,7 +31,7 @@ from mxdsurgery.base.surgery import answering, replaced
 from mxdsurgery.errors import DivergedError
 from mxdsurgery.hardware.device import widest
 from mxdsurgery.recipe import Recipe
-from mxdsurgery.runs.parallel import agree, average_gradients, text_shares
+from mxdsurgery.runs.parallel import agree, average_gradients, first_ones, rank, text_shares
 from mxdsurgery.runs.resume import optimizer_state, part, prefixed, restore_optimizer
 from mxdsurgery.runs.run_folder import UNKEPT, Keeper
 from mxdsurgery.training.cost import LayerPlan, first_k
@@ -47,8 +47,6 @@ from mxdsurgery.training.distill import (
 )
 from mxdsurgery.training.teacher import Example, parts
 
-# Tokens of the training text that are not trained on: the best weights are chosen on them.
-VALIDATION_TOKENS = 8192
 # Losses are looked at every so many steps: looking waits for the device.
 _CHECK_EVERY = 10
 # An expert is dead when it has not fired for this share of the training tokens.
@@ -197,7 +195,7 @@ def kl_and_gradient(
 
 
 @torch.no_grad()
-def validation_kl(model: PreTrainedModel, examples: Sequence[Example]) -> float:
+def validation_kl(model: PreTrainedModel, examples: Iterable[Example]) -> float:
     """KL(original ‖ model as it is), nats per token over positions but 0."""
     total, tokens = 0.0, 0
     for example in examples:
@@ -390,7 +388,8 @@ class _Trainer:
         written = {plan: _as_written(plan, job.layer, self.model) for plan, job in self.jobs.items()}
         merged = contextlib.nullcontext() if self.adapters is None else self.adapters.as_written()
         with replaced(self.model, self.blocks, {plan.block.layer: layer for plan, layer in written.items()}), merged:
-            kl = validation_kl(self.model, validation)
+            # The first process decides which weights are best, and when to stop: to rounding, the others may find otherwise.
+            kl = first_ones(None if rank() else validation_kl(self.model, validation))
         if not state.validation or kl < state.best_kl:
             state.best_step = state.step
             state.best = {plan: _on_cpu(layer.state_dict()) for plan, layer in written.items()}

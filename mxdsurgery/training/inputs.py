@@ -34,6 +34,7 @@ from mxdsurgery.errors import UnsupportedBlockError
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.parallel import agree, my_contexts, text_shares
 from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.text.fingerprints import Fingerprints
 from mxdsurgery.text.sources import TextStream
 from mxdsurgery.training.cost import LayerPlan, kept_batches
 from mxdsurgery.training.initialize import Statistics, measure_statistics, statistics_of
@@ -45,14 +46,23 @@ _STREAM_TOLERANCE = 1e-3
 
 
 class Read(Iterator[Tensor]):
-    """Batches of ids (B, T), with a digest of all that were taken: a resumed run checks with it that its text is the same."""
+    """Batches of ids (B, T), or contexts (T,), and what is to be remembered of all that were taken.
+
+    Attributes:
+        contexts: how many were taken.
+    """
 
     def __init__(self, batches: Iterator[Tensor]) -> None:
         self.batches, self.sha256 = batches, hashlib.sha256()
+        self.contexts = 0
+        self._met: list[Fingerprints] = []
 
     def __next__(self) -> Tensor:
         batch = next(self.batches)
         self.sha256.update(batch.contiguous().numpy())
+        contexts = batch.view(-1, batch.shape[-1])
+        self.contexts += len(contexts)
+        self._met.append(Fingerprints.of(contexts, contexts.shape[1]))
         return batch
 
     def skip(self, count: int) -> None:
@@ -61,8 +71,13 @@ class Read(Iterator[Tensor]):
             next(self)
 
     def digest(self) -> str:
-        """SHA-256 of the batches taken so far."""
+        """SHA-256 of the batches taken so far: a resumed run checks with it that its text is the same."""
         return self.sha256.hexdigest()
+
+    def fingerprints(self) -> Fingerprints:
+        """Of the contexts taken so far; at least one was."""
+        self._met = [Fingerprints.union(self._met)]
+        return self._met[0]
 
 
 class Feed(NamedTuple):

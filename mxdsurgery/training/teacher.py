@@ -5,7 +5,7 @@ held instead, and go through it some tokens at a time.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -156,18 +156,27 @@ class KeptPredictions:
             tokens[rows], log_p[rows] = chosen.to("cpu", torch.int32), top.to("cpu", torch.float16)
         self.contexts += len(ids)
 
-    def examples(self, size: int, device: torch.device, seed: int = 0) -> Iterator[Example]:
-        """Endless batches of ``size`` contexts: all of them, again and again, each time in a new random order."""
+    def examples(
+        self, size: int, device: torch.device, seed: int = 0, mine: Callable[[Tensor], Tensor] = lambda rows: rows
+    ) -> Iterator[Example]:
+        """Endless batches of ``size`` contexts: all of them, again and again, each time in a new random order.
+
+        Args:
+            size: B.
+            device: where they go.
+            seed: of the order.
+            mine: what of a batch's numbers (B,) is wanted: a process's share, where several have the same orders.
+        """
         generator = torch.Generator().manual_seed(seed)
         orders = (torch.randperm(self.contexts, generator=generator).tolist() for _ in itertools.count())
         drawn = itertools.chain.from_iterable(orders)
         while True:
-            yield self._example(list(itertools.islice(drawn, size)), device)
+            yield self._example(mine(torch.tensor(list(itertools.islice(drawn, size)))), device)
 
-    def in_order(self, size: int, device: torch.device) -> list[Example]:
+    def in_order(self, size: int, device: torch.device) -> Iterator[Example]:
         """Batches of ``size`` contexts: all of them once, in the order in which they were added."""
-        return [self._example(rows.tolist(), device) for rows in torch.arange(self.contexts).split(size)]
+        return (self._example(rows, device) for rows in torch.arange(self.contexts).split(size))
 
-    def _example(self, rows: list[int], device: torch.device) -> Example:
+    def _example(self, rows: Tensor, device: torch.device) -> Example:
         log_p, tokens = (kept[rows].flatten(0, 1).to(device) for kept in (self._log_p, self._tokens))
         return Example(self._ids[rows].to(device, torch.int64), TopTargets(log_p, tokens))

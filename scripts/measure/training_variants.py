@@ -256,7 +256,7 @@ def run(names: list[str], shared: Path, tokens: int, eval_tokens: int) -> Iterat
     common = {"layers": str(LAYER), "k": K, "tokens": tokens, "eval_tokens": eval_tokens, "device": "cpu", "dtype": "float32"}
     made, recipe = plan(**Subject(MODEL, *BOOKS, eval_tokens).paths(shared), **common)
     accelerator, tokenizer, block = make_accelerator(recipe), load_tokenizer(recipe.model), made.blocks[0]
-    train, heldout = open_texts(recipe, tokenizer)
+    train, heldout, _ = open_texts(recipe, tokenizer)
     base = open_model(recipe.model).load(dtype=made.dtype)
     reporter = ConsoleReporter()
     with closing(train.batches(recipe.batch // recipe.context)) as batches:

@@ -20,7 +20,8 @@ from mxdsurgery.cli import main
 from mxdsurgery.editing.edit import edit, edit_table
 from mxdsurgery.editing.edits import KINDS, Edits, baked, check_for, edits_from, edits_from_flags, read_edits
 from mxdsurgery.errors import EditError, NotConvertedError, OutputError
-from mxdsurgery.measuring.evaluate import evaluate, held_out
+from mxdsurgery.measuring.evaluate import evaluate
+from mxdsurgery.measuring.held_out import held_out
 from mxdsurgery.recipe import Recipe, load_recipe
 
 ROW = [0.25, -0.5] * 96  # D of the demo model

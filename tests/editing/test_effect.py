@@ -15,7 +15,7 @@ from mxdsurgery.editing.edits import Edits, edits_from_flags
 from mxdsurgery.editing.effect import _firings, _measure, _rows, draw_control, effect, effect_tables
 from mxdsurgery.editing.predictions import prediction_shifts
 from mxdsurgery.errors import EditError
-from mxdsurgery.measuring.evaluate import held_out
+from mxdsurgery.measuring.held_out import held_out
 from mxdsurgery.measuring.intervals import next_token_sums
 
 

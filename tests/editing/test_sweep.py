@@ -14,7 +14,7 @@ from mxdsurgery.checkpoint.converted import load
 from mxdsurgery.editing.held import SweepBytes
 from mxdsurgery.editing.sweep import _Counts, _ranked, _Unedited, ablate_each, survey_layer, sweep, sweep_table
 from mxdsurgery.errors import LayerSelectionError, MemoryBudgetError, UnsupportedBlockError
-from mxdsurgery.measuring.evaluate import held_out
+from mxdsurgery.measuring.held_out import held_out
 from mxdsurgery.terminal.console import ProgressLine, Reporter
 
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from mxdsurgery.base.model import open_model
 from mxdsurgery.checkpoint.converted import load, settle
 from mxdsurgery.errors import BaseModelError
-from mxdsurgery.measuring.evaluate import held_out
 from mxdsurgery.measuring.growth import _sets, _verdict, growth, growth_table
+from mxdsurgery.measuring.held_out import held_out
 from mxdsurgery.recipe import Recipe, load_recipe
 
 FIGURES = ("delta_ce", "kl", "top1_agreement")

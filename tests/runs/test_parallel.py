@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 import mxdsurgery
-from mxdsurgery.errors import DeviceError, RecipeError
+from mxdsurgery.conversion.heal import _contexts_per_pass
+from mxdsurgery.conversion.healing import Healing
+from mxdsurgery.errors import DeviceError, HealError, RecipeError
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs import parallel
 
@@ -97,7 +99,7 @@ def test_sharing_the_text_gives_the_same_to_rounding(alone, tmp_path):
 
 
 def test_healing_shares_the_text(alone, tmp_path):
-    options = {"tokens": 4_096, "batch": 1_024, "seed": 3}
+    options = {"tokens": 4_096, "batch": 1_024, "seed": 3, "accumulate": 4}  # one context in each pass of each process
     mxdsurgery.heal(alone, out=tmp_path / "one", **options)
     finished("heal", alone, "--out", tmp_path / "two", *flags(options))
     assert_close(tmp_path / "one", tmp_path / "two")
@@ -172,6 +174,19 @@ def test_shares_of_the_text_cover_a_batch(three, monkeypatch):
 def test_what_they_cannot_do_together_is_named(three, keys, message):
     with pytest.raises(RecipeError, match=message):
         parallel.check_parallel(Recipe(**keys))
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "batch", "fix"),
+    [(2, 1_152, "accumulate=1"), (4, 1_152, "accumulate=3"), (9, 1_152, "accumulate=3(.|\n)*batch=3456")],
+)
+def test_every_process_has_as_many_contexts_in_each_pass(three, accumulate, batch, fix):
+    recipe = Recipe(batch=batch, context=128)
+    assert [_contexts_per_pass(recipe, Healing(accumulate=fits)) for fits in (1, 3)] == [9, 3]
+    with pytest.raises(
+        HealError, match=f"accumulate is {accumulate}, and a step has 9 contexts .* in 3 processes(.|\n)*{fix}"
+    ):
+        _contexts_per_pass(recipe, Healing(accumulate=accumulate))
 
 
 def test_a_frontier_is_made_by_one(monkeypatch):

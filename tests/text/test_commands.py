@@ -17,6 +17,11 @@ from mxdsurgery.terminal.console import Reporter
 SENTENCE = "def f(x):\n    return x + 1"
 
 
+def functions(number, count):
+    """Text that never repeats: what is held out of a text is not trained on, wherever it stands."""
+    return "".join(f"def f{n}(x):\n    return x + {n}\n" for n in range(1_000 * number, 1_000 * number + count))
+
+
 @pytest.fixture(scope="module")
 def folder(converted, tmp_path_factory):
     """A copy: `evaluate`, `sweep` and `experts` write into it."""
@@ -53,10 +58,10 @@ def test_a_single_sentence_can_be_looked_at_and_one_token_cannot(command, folder
     assert not list(tmp_path.glob("again*"))
 
 
-def test_a_small_text_heals_with_half_of_it_for_validation(folder, tmp_path):
+def test_a_small_text_heals_with_an_eighth_of_it_for_validation(folder, tmp_path):
     (tmp_path / "shards").mkdir()
     for number in range(2):
-        (tmp_path / "shards" / f"{number}.jsonl").write_text(json.dumps({"doc": {"text": f"{SENTENCE}\n" * 60}}))
+        (tmp_path / "shards" / f"{number}.jsonl").write_text(json.dumps({"doc": {"text": functions(number, 60)}}))
     data = str(tmp_path / "shards")
     healed = mxdsurgery.heal(folder, out=tmp_path / "out", data=data, text_column="doc.text", tokens=2000, batch=512)
     assert 0 < healed["validation_tokens"] < 1500 and healed["data"] == "shards"
@@ -104,7 +109,7 @@ def test_a_folder_or_pattern_is_kept_in_the_recipe_from_the_root(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
     for number in range(3):
-        (tmp_path / "texts" / f"{number}.txt").write_text(f"{SENTENCE}\n" * 300)
+        (tmp_path / "texts" / f"{number}.txt").write_text(functions(number, 300))
     few = {"layers": "1", "tokens": 4096, "eval_tokens": 512, "n_experts": 64, "k": 4, "batch": 512, "device": "cpu"}
     out = mxdsurgery.convert("demo-glu", data="texts", eval_data="texts/[12].txt", out="out", **few).out
     kept = load_recipe(out / "recipe.yaml")
