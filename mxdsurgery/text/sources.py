@@ -7,10 +7,8 @@ library; or a data set on the hub as ``user/name[:config[:split]]``, which is st
 
 import dataclasses
 import itertools
-import queue
 import random
 import re
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from textwrap import shorten
@@ -26,6 +24,7 @@ from mxdsurgery.errors import DataError, first_line
 from mxdsurgery.hardware.device import copies_from_pinned_memory
 from mxdsurgery.once import warn_once
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.text.ahead import run_ahead
 from mxdsurgery.text.fields import MOST_NAMES, text_in
 from mxdsurgery.text.fingerprints import Fingerprints
 from mxdsurgery.text.forms import Entry, entries
@@ -364,48 +363,6 @@ def check_length(context: Tensor, spec: str) -> None:
             expected=f"at least {_LEAST_TOKENS}: figures rest on what is predicted from the second token on",
             fix="give a longer text",
         )
-
-
-def run_ahead(items: Iterator[Item], depth: int = 8) -> Iterator[Item]:
-    """The same items, made in a thread up to ``depth`` of them before they are asked for.
-
-    What the thread raises is raised here, in its place; when the consumer stops, so does the thread. A thread and not a
-    process: the tokenizer computes without holding the GIL, and must not be forked once it has run.
-    """
-    made: queue.Queue = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(entry: tuple[str, Any]) -> bool:
-        while not stopped.is_set():
-            try:
-                made.put(entry, timeout=0.1)
-                return True
-            except queue.Full:
-                pass
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put(("item", item)):
-                    return
-            put(("end", None))
-        except BaseException as error:
-            put(("error", error))
-
-    thread = threading.Thread(target=work, name="run_ahead", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, content = made.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise content
-            yield content
-    finally:
-        stopped.set()
-        thread.join(timeout=5.0)  # it may hang in a connection; a daemon does not keep the process alive
 
 
 class Texts(NamedTuple):

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mxdsurgery.base.model import load_tokenizer
 from mxdsurgery.errors import DataError
-from mxdsurgery.text.sources import Packing, TextStream, documents, run_ahead
+from mxdsurgery.text.ahead import run_ahead
+from mxdsurgery.text.sources import Packing, TextStream, documents
 
 BOS, EOS = 0, 1
 
