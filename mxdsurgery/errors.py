@@ -76,7 +76,7 @@ def _with_keywords(text: str) -> str:
         if command is not None:
             pieces.append(command[0])
             end = command.end()
-    return "".join(pieces)
+    return "".join(pieces).replace("the same command", "the same call")
 
 
 def _keyword(flag: re.Match) -> str:

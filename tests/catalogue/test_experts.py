@@ -206,7 +206,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(converted, labelled, 
     with monkeypatch.context() as patch:
         full = OSError(28, "No space left on device")
         patch.setattr("mxdsurgery.catalogue.experts.write_tables", lambda *_: (_ for _ in ()).throw(full))
-        with pytest.raises(OutputError, match="No space left on device(.|\n)*with --resume goes on"):
+        with pytest.raises(OutputError, match="No space left on device(.|\n)*same call with resume=True goes on"):
             experts(converted.recipe.out, **options)
     assert not (tmp_path / "out").exists()
     experts(converted.recipe.out, resume=True, **options)

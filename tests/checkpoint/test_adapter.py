@@ -274,7 +274,7 @@ def test_commands_for_converted_models_say_that_it_is_an_adapter(made, tmp_path)
             command(made / "adapter")
         assert "mxdsurgery apply" in refused.value.fix
     for command in (apply, load):
-        with pytest.raises(NotConvertedError, match=f"not a folder with a {ADAPTER_FILE}"):
+        with pytest.raises(NotConvertedError, match="is a whole model: there is nothing to apply"):
             command(made / "whole", base=str(made / "base"), **({"out": tmp_path / "out"} if command is apply else {}))
 
 
