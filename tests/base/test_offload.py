@@ -78,7 +78,7 @@ def test_a_conversion_gives_the_same_bits_wherever_the_base_models_weights_are(t
 
 def test_an_interrupted_conversion_keeps_the_layers_that_lie_on_disk(tmp_path, interrupted_in_layer_2):
     options = {"layers": "1-2", "tokens": 10_000, "eval_tokens": 2_000, "n_experts": 64, "k": 4, "shuffle": 100_000}
-    with pytest.raises(KeyboardInterrupt, match="with --resume goes on"):
+    with pytest.raises(KeyboardInterrupt, match="the same call with resume=True goes on"):
         mxdsurgery.convert("demo-glu", **options, inputs="converted", offload="disk", device="cpu", out=str(tmp_path / "out"))
     kept = load_file(next((tmp_path / "out.run" / "checkpoints").iterdir()) / "group_0.safetensors")
     assert kept["1 mxd k4.decoder.weight"].any() and kept["1 mxd k4.gate.weight"].shape == (64, 192)

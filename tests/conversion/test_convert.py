@@ -48,7 +48,7 @@ def test_evaluate_measures_the_folder_as_convert_did_and_takes_another_text(conv
     other = mxdsurgery.evaluate(folder, data=str(text), tokens=1000)
     assert other["data"] == str(text) and other["tokens"] != again["tokens"]
     assert json.loads((folder / "evaluation.json").read_text()) == other
-    assert f"{other['tokens']:,} tokens of held-out text" in (folder / "README.md").read_text()
+    assert f"Measured on {other['tokens']:,} held-out tokens" in (folder / "README.md").read_text()
 
 
 def test_single_layers_can_be_measured_on_fewer_tokens_and_every_row_says_on_how_many(converted, tmp_path):

@@ -134,7 +134,7 @@ def test_healing_that_ended_is_not_done_again_when_only_writing_failed(converted
     with monkeypatch.context() as patch:
         full = OSError(28, "No space left on device")
         patch.setattr("mxdsurgery.conversion.heal_record.write_code", lambda *_: (_ for _ in ()).throw(full))
-        with pytest.raises(OutputError, match="No space left(.|\n)*with --resume goes on"):
+        with pytest.raises(OutputError, match="No space left(.|\n)*the same call with resume=True goes on"):
             mxdsurgery.heal(converted.out, out=tmp_path / "parts", **options)
     monkeypatch.setattr(end_to_end._Trainer, "step", lambda *_: steps.append(1))
     mxdsurgery.heal(converted.out, out=tmp_path / "parts", resume=True, **options)
