@@ -201,6 +201,27 @@ def test_a_run_of_other_settings_model_or_text_is_not_resumed(unfinished, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "out"}
 
 
+@pytest.mark.parametrize("data", ["texts", "texts/*.txt"])
+def test_a_run_on_a_folder_or_pattern_goes_on_from_elsewhere_unless_its_files_are_others(data, tmp_path, stopped, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for number in (1, 2, 3):
+        text = "\n".join(f"def f{i}(x):\n    return x + {number}\n" * 20 for i in range(70))
+        (tmp_path / "texts" / f"{number}.txt").write_text(text)
+    options = SMALL | {"layers": "1", "out": str(tmp_path / "out")}
+    with monkeypatch.context():
+        stopped(3)
+        with pytest.raises(Interrupted):
+            mxdsurgery.convert("demo-glu", **options, data=data)
+    (tmp_path / "texts" / "0.txt").write_text(text)
+    with pytest.raises(CheckpointError, match="the training text is not what it was"):
+        mxdsurgery.convert("demo-glu", **options, data=data, resume=True)
+    (tmp_path / "texts" / "0.txt").unlink()
+    monkeypatch.chdir("/")
+    mxdsurgery.convert("demo-glu", **options, data=str(tmp_path / data), resume=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"texts", "out"}
+
+
 def test_overwrite_begins_anew(unfinished, tmp_path):
     mxdsurgery.convert("demo-glu", **unfinished, overwrite=True)
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
