@@ -7,6 +7,7 @@ mxdsurgery, compared with the model in memory, and only then renamed.
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,7 @@ from mxdsurgery.checkpoint.readme import CARD, keep_words, merged, read_card, wr
 from mxdsurgery.checkpoint.trained_on import TrainedOn
 from mxdsurgery.checkpoint.writing import write_json, written_whole
 from mxdsurgery.errors import ExportError, OutputError, first_line
+from mxdsurgery.hardware.device import empty_cache
 from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.owner import my_turn
@@ -92,6 +94,8 @@ class MxD{causal}(MxDSurgeryMixin, {causal}):
     config_class = MxD{config}
 '''
 
+# What a process says that had not enough memory, in lower case: torch on a device, on the CPU, Python, the system.
+_NO_MEMORY = ("outofmemoryerror", "out of memory", "not enough memory", "memoryerror", "cannot allocate memory")
 # Runs in a fresh interpreter that cannot import mxdsurgery, as on a machine without it.
 _RELOAD = (
     RUN
@@ -281,32 +285,53 @@ def _run_reload(words: Sequence[str], environment: Mapping[str, str], folder: st
     )
 
 
-def check_reload(folder: Path, reference: Reference, offloaded: bool = False) -> dict[str, float]:
-    """Loads the folder in a fresh process without mxdsurgery and compares outputs, on the reference's device and in its dtype.
+def _ended_for_memory(process: subprocess.CompletedProcess[str]) -> bool:
+    """Whether a process ended because there was not enough memory: it said so, or the system killed it."""
+    said = process.stderr.lower()
+    return process.returncode == -signal.SIGKILL or any(words in said for words in _NO_MEMORY)
 
-    With ``offloaded``, for models too large for the memory, that process also reads weights only as it needs them.
 
-    Raises:
-        ExportError: the folder does not load, or outputs differ by more than the dtype's rounding.
-    """
+def _reloaded(folder: Path, reference: Reference, offloaded: bool) -> tuple[dict[str, Tensor], str]:
+    """What a fresh process without mxdsurgery computes, and on which device: the reference's, or the CPU if it is too full."""
+    empty_cache(reference.device.type)  # of the device's memory, this process still holds what it does not use
     with tempfile.TemporaryDirectory() as scratch:
         given, result = Path(scratch) / "given.safetensors", Path(scratch) / "result.safetensors"
         save_file({"input_ids": reference.ids.contiguous()}, given)
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "TQDM_DISABLE": "1"}
-        words = [str(folder), str(given), str(result), str(reference.device), str(reference.dtype).removeprefix("torch.")]
-        process = _run_reload([*words, *(["offloaded"] if offloaded else [])], environment, scratch)
-        if process.returncode != 0:
-            reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ExportError(
-                f"the exported checkpoint does not load without mxdsurgery: {reason}",
-                fix="this is a fault of mxdsurgery: please report it with the model's name",
-            )
-        reloaded = load_file(result)
+        for device in dict.fromkeys((str(reference.device), "cpu")):
+            words = [str(folder), str(given), str(result), device, str(reference.dtype).removeprefix("torch.")]
+            process = _run_reload([*words, *(["offloaded"] if offloaded else [])], environment, scratch)
+            if process.returncode == 0:
+                return load_file(result), device
+            if not _ended_for_memory(process):
+                reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
+                raise ExportError(
+                    f"the exported checkpoint does not load without mxdsurgery: {reason}",
+                    fix="this is a fault of mxdsurgery: please report it with the model's name",
+                )
+    raise ExportError(
+        "there is not enough memory to load the exported checkpoint beside the model in memory, to compare them",
+        expected="room for both on this machine, on the device or in the host's memory",
+        fix="end other programs, and give the same command again",
+    )
+
+
+def check_reload(folder: Path, reference: Reference, offloaded: bool = False) -> dict[str, float]:
+    """Loads the folder in a fresh process without mxdsurgery and compares outputs, on the reference's device and in its dtype.
+
+    Where the device has no room for a second model, it is loaded on the CPU, whose products are rounded otherwise. With
+    ``offloaded``, for models too large for the memory, that process also reads weights only as it needs them.
+
+    Raises:
+        ExportError: the folder does not load, there is no memory for it, or outputs differ by more than the dtype's rounding.
+    """
+    reloaded, device = _reloaded(folder, reference, offloaded)
     differences = {}
+    roundings = 8 if torch.device(device).type == reference.device.type else 64
     for name, wanted in reference.outputs.items():
         difference = (reloaded[name].float() - wanted.float()).abs().max().item()
         differences[name] = difference
-        limit = 8 * torch.finfo(reference.dtype).eps * wanted.float().abs().max().item()
+        limit = roundings * torch.finfo(reference.dtype).eps * wanted.float().abs().max().item()
         if not difference <= limit:
             raise ExportError(
                 f"the exported checkpoint, reloaded, gives other {name}: they differ by {difference:.3g}",

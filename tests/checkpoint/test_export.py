@@ -335,3 +335,34 @@ def test_importing_the_exported_code_does_not_import_mxdsurgery(folder):
         "assert not any(m.startswith('mxdsurgery') for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-I", "-c", code, str(folder.parent), folder.name], check=True, cwd=folder)
+
+
+OUT_OF_MEMORY = {
+    "a device": (1, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "the CPU": (1, "RuntimeError: [enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+    "the system": (-9, ""),
+}
+
+
+@pytest.mark.parametrize("ended", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY)
+def test_where_the_device_has_no_room_for_a_second_model_the_cpu_compares(ended, tmp_path, monkeypatch):
+    outputs = {name: torch.linspace(-1, 1, 8) for name in ("logits", "hidden")}
+    reference = Reference(IDS, outputs, torch.device("cuda"), torch.float32)
+    freed, asked = [], []
+
+    def run(words, environment, folder, ends=("cuda",)):
+        asked.append(words[3])
+        if words[3] in ends:
+            return subprocess.CompletedProcess(words, *ended[:1], stdout="", stderr=ended[1])
+        save_file({name: value + 2e-6 for name, value in outputs.items()}, words[2])  # other kernels round otherwise
+        return subprocess.CompletedProcess(words, 0, stdout="", stderr="")
+
+    monkeypatch.setattr("mxdsurgery.checkpoint.export.empty_cache", freed.append)
+    monkeypatch.setattr("mxdsurgery.checkpoint.export._run_reload", run)
+    differences = check_reload(tmp_path, reference)
+    assert asked == ["cuda", "cpu"] and freed == ["cuda"]
+    assert 0 < differences["logits"] < 3e-6
+    monkeypatch.setattr("mxdsurgery.checkpoint.export._run_reload", lambda *words: run(*words, ends=("cuda", "cpu")))
+    with pytest.raises(ExportError, match="not enough memory") as refused:
+        check_reload(tmp_path, reference)
+    assert "fault of mxdsurgery" not in str(refused.value)
