@@ -43,6 +43,7 @@ def step(device: str, _folder: Path, _out: Path, _tokens: int) -> dict[str, floa
     """Three steps of one layer on random numbers: the sparse products, their gradients and Adam."""
     recipe = Recipe(model="demo-glu", device=device, auxk=0.1, specialise=0.1, **EXACT)
     accelerator, generator = make_accelerator(recipe), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)  # of the layer's start
     layer = MxDLayer(n_experts=300, k=6, d_model=48, d_hidden=96, kind="glu", activation="silu", encoder_bias=True)
     x, y = (torch.randn(512, 48, generator=generator).to(accelerator.device) for _ in range(2))
     job = LayerInTraining("layer", layer.to(accelerator.device), recipe, dead_after=600)

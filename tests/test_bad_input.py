@@ -374,7 +374,7 @@ def test_an_output_that_cannot_be_written(refused_conversion, tmp_path):
     (tmp_path / "file").write_text("")
     for out in ("file/out", "file/deeper/out", "x" * 300):
         message = refused_conversion("OutputError", out=out)
-        assert f"{out!r} cannot be written" in message and "give another --out" in message
+        assert f"{out}' cannot be written" in message and "give another --out" in message
 
 
 def test_an_output_that_is_a_link_to_nowhere_is_checked_where_it_leads(refused_conversion, tmp_path):

@@ -83,6 +83,8 @@ def test_what_a_result_could_not_be_kept_in_is_named_before(function, options, k
         (folder / "evaluation.json").unlink()
         (folder / "evaluation.json").mkdir()
     else:
+        if (folder / kept).is_dir():  # of another test
+            shutil.rmtree(folder / kept)
         (folder / kept).write_text("a file of this name")
     with pytest.raises(OutputError, match="cannot be written"):
         function(folder, **options)

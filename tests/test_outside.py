@@ -469,7 +469,7 @@ def exported_code(place):
 # What a value may consist of, and calls that only make a type or a mark.
 _LITERAL = (ast.Constant, ast.Tuple, ast.List, ast.Dict, ast.Set, ast.Name, ast.Load, ast.UnaryOp, ast.USub, ast.BinOp)
 _LITERAL += (ast.operator, ast.Attribute, ast.Subscript, ast.Slice)
-_MARKS = {"dataclass", "field", "no_grad", "TypeVar"}
+_MARKS = {"dataclass", "field", "no_grad", "TypeVar", "disable", "local", "ContextVar", "Lock"}
 
 
 def is_plain(node):

@@ -55,11 +55,12 @@ def test_recipe_keys_in_files_and_in_python(home):
 
 def test_commands_and_functions(home, tmp_path):
     (home / "r.yaml").write_text("data: ~/t.txt\n")
+    (home / "other.txt").write_text("\n".join(f"class Thing{i}:\n    size = {i * i}" for i in range(400)))
     result = CliRunner().invoke(main, ["convert", "demo-glu", "--recipe=~/r.yaml", "--out=~/made", *FLAGS])
     assert result.exit_code == 0, result.output
     for words in (
-        ["evaluate", "~/made", "--data=~/t.txt", "--tokens", "500", "--base", "demo-glu"],
-        ["edit", "~/made", "--out=~/edited", "--ablate", "1:3", "--data=~/t.txt", "--tokens", "500"],
+        ["evaluate", "~/made", "--data=~/other.txt", "--tokens", "500", "--base", "demo-glu"],
+        ["edit", "~/made", "--out=~/edited", "--ablate", "1:3", "--data=~/other.txt", "--tokens", "500"],
         ["plot", "~/made", "--out=~/figure.png"],
         ["experts", "~/made", "--data=~/t.txt", "--tokens", "500", "--out=~/catalogue"],
         ["coefficients", "~/made", "--out=~/coefficients", "--tokens", "500"],

@@ -252,7 +252,7 @@ class TextStream:
             filled = True
             yield context
         if whole and not filled:
-            raise DataError(
+            raise NoFreshTextError(
                 f"every context of the text {self.spec!r} was trained on before, or is held out",
                 expected="text that is neither",
                 fix="give another text",
@@ -365,6 +365,10 @@ def check_length(context: Tensor, spec: str) -> None:
         )
 
 
+class NoFreshTextError(DataError):
+    """All that a text holds is to be left out."""
+
+
 class Texts(NamedTuple):
     """The texts of a recipe; no context is in two of them.
 
@@ -395,9 +399,15 @@ def open_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Texts:
     else:
         heldout = train.first(recipe.eval_tokens)
         train = dataclasses.replace(train, skip=len(heldout))
-    validation, train = set_aside(train, heldout)
-    next(train.contexts())  # fails now, not after the model is loaded
-    return Texts(train, heldout, validation)
+    try:
+        validation, apart = set_aside(train, heldout)
+        next(apart.contexts())  # fails now, not after the model is loaded
+    except NoFreshTextError:
+        words = "also occurs in its held-out part: it is trained on all the same, and figures say so"
+        warn_once(("same", recipe.data), f"all of the text {recipe.data!r} {words}")
+        next(train.contexts())
+        return Texts(train, heldout, heldout[:0])
+    return Texts(apart, heldout, validation)
 
 
 def set_aside(train: TextStream, heldout: Tensor, trained_on: Fingerprints | None = None) -> tuple[Tensor, TextStream]:

@@ -90,7 +90,7 @@ def test_more_tokens_than_a_text_holds_are_said_with_what_it_holds_before_anythi
 
 
 def test_rows_that_hold_nothing_are_said_once_in_a_call_that_reads_a_text_often(folder, tmp_path):
-    rows = [{"text": f"{SENTENCE}\n" * 60}, {"text": None}, {"text": f"{SENTENCE}\n" * 60}]
+    rows = [{"text": functions(1, 200)}, {"text": None}, {"text": functions(2, 200)}]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for out in ("out", "again"):  # each call says it anew
         with warnings.catch_warnings(record=True) as caught:
