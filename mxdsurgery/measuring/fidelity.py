@@ -31,6 +31,7 @@ from mxdsurgery.base.running import hidden_states
 from mxdsurgery.base.surgery import ConstantOutput, FrozenExperts, modules_replaced, replaced, resumed_at
 from mxdsurgery.errors import DataError
 from mxdsurgery.hardware.device import synchronise, widest
+from mxdsurgery.layers.layer import Coefficients
 from mxdsurgery.measuring import controls
 from mxdsurgery.measuring.controls import Usage
 from mxdsurgery.measuring.intervals import Sums, Table, error_sums, frequency_decades, scored_predictions, with_interval
@@ -203,11 +204,11 @@ def _usage(sums: dict[tuple, Tensor], index: int, number: int, tokens: int) -> U
 @torch.no_grad()
 def _use(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """How a layer uses experts on tokens x (n, D): `firings`, their coefficients' sums, and ``Σ s sᵀ`` of ``s = Cᵀ a``."""
-    fired, wide = firings(layer, x), widest(x.device)
-    if not len(fired):
-        return {"fired": fired, "amount": fired, "ss": fired}
-    a = layer.coefficients(x)
+    if not hasattr(layer, "gate"):
+        return dict.fromkeys(("fired", "amount", "ss"), firings(layer, x))
+    a, wide = layer.coefficients(x), widest(x.device)
     s = layer.experts(a).to(wide)
+    fired = _fired(a, layer.gate.n_experts)
     amount = torch.bincount(a.indices.flatten(), a.values.flatten().to(wide), minlength=len(fired))
     return {"fired": fired, "amount": amount, "ss": s.T @ s}
 
@@ -216,8 +217,12 @@ def firings(layer: nn.Module, x: Tensor) -> Tensor:
     """On how many of the tokens x (n, D) each expert fires: (N,) int64; empty without experts."""
     if not hasattr(layer, "gate"):
         return torch.zeros(0, dtype=torch.int64, device=x.device)
-    a = layer.coefficients(x)
-    return torch.bincount(a.indices[a.values > 0], minlength=layer.gate.n_experts)
+    return _fired(layer.coefficients(x), layer.gate.n_experts)
+
+
+def _fired(a: Coefficients, n_experts: int) -> Tensor:
+    """How many of the coefficients of each expert are above zero: (N,) int64."""
+    return torch.bincount(a.indices[a.values > 0], minlength=n_experts)
 
 
 def _retrained(
