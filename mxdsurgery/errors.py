@@ -138,6 +138,10 @@ class DataError(MxDError):
     """Text that is missing, empty, too short or of a form that cannot be read."""
 
 
+class NoFreshTextError(DataError):
+    """Text all of which was trained on before, or is held out."""
+
+
 class OutputError(MxDError):
     """An output folder that exists already or cannot be written."""
 

@@ -89,9 +89,8 @@ class Ownership:
         self.depth = 0  # how often it was taken and not given back: what takes it may use others that do
         self.lost = False  # another process has taken it over
         self.before: Owner | None = None  # who had it and is gone, without having given it back
-        self.made: list[
-            Path
-        ] = []  # the folder, unless it was there and empty, and parents that were not there, the lowest first
+        # The folder, unless it was there and empty, and parents that were not there, the lowest first.
+        self.made: list[Path] = []
 
     def take(self) -> "Ownership":
         """Makes the folder this process's own; returns what holds it, which is another one if this thread has it already.

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mxdsurgery.demo import stdlib_documents
-from mxdsurgery.errors import DataError, first_line
+from mxdsurgery.errors import DataError, NoFreshTextError, first_line
 from mxdsurgery.hardware.device import copies_from_pinned_memory
 from mxdsurgery.once import warn_once
 from mxdsurgery.recipe import Recipe
@@ -363,10 +363,6 @@ def check_length(context: Tensor, spec: str) -> None:
             expected=f"at least {_LEAST_TOKENS}: figures rest on what is predicted from the second token on",
             fix="give a longer text",
         )
-
-
-class NoFreshTextError(DataError):
-    """All that a text holds is to be left out."""
 
 
 class Texts(NamedTuple):
