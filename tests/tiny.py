@@ -14,6 +14,7 @@ from mxdsurgery.checkpoint.converted import converted_config_class, converted_mo
 from mxdsurgery.checkpoint.export import export
 from mxdsurgery.editing.predictions import Opened
 from mxdsurgery.layers.layer import MxDLayer
+from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.measuring.fidelity import measure
 from mxdsurgery.planning.plan import Plan, plan_layer
 from mxdsurgery.recipe import Recipe
@@ -100,6 +101,19 @@ def nmse(model, blocks, layers):
     for layer, (x, y) in recorded.items():
         errors[layer] = ((layers[layer](x) - y).square().sum() / y.square().sum()).item()
     return errors
+
+
+def busy_layer(kind, sparsity, *, d_model, d_hidden, n_experts, k, std):
+    """An untrained layer in fp32, all of whose parameters matter; of a GLU block where its kind has a block's hidden units."""
+    torch.manual_seed(0)
+    block = {"d_hidden": d_hidden, "kind": "glu", "activation": "silu", "encoder_bias": False}
+    shape = {"d_model": d_model, "n_experts": n_experts, "k": k, "sparsity": sparsity}
+    layer = LAYER_KINDS[kind](**shape | (block if kind in ("mxd", "topk-sae") else {}))
+    for parameter in layer.parameters():
+        parameter.data.normal_(std=std)
+    if sparsity == "batchtopk":
+        layer.gate.threshold.fill_(0.7)
+    return layer.eval()
 
 
 def export_tiny(family, out, layers=(0, 1), dtype=torch.float32, recipe=RECIPE, **changes):

@@ -23,6 +23,7 @@ from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.measuring.fidelity import measure as measured
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import ConsoleReporter, compact
+from mxdsurgery.terminal.figures import with_range
 from mxdsurgery.text.sources import open_texts
 
 KEPT = DOCS / "controls"
@@ -92,17 +93,9 @@ def keep(rows) -> None:
     known = {(row["model"], row["name"]): row for row in read_lines(RESULTS)}
     for row in rows:
         known[row["model"], row["name"]] = row
-        click.echo(f"{row['model']:26} {row['name']:24} " + "  ".join(share(row, name) for name in SHARES))
+        click.echo(f"{row['model']:26} {row['name']:24} " + "  ".join(with_range(row, name, ".2f") for name in SHARES))
     write_lines(RESULTS, known.values())
     write_json(SETTINGS, {"machine": machine()})
-
-
-def share(row: dict[str, Any], name: str) -> str:
-    """A share with its interval, or n/a."""
-    value, ends = row[name], row.get(f"{name}_ci")
-    if value is None:
-        return "n/a"
-    return f"{value:.2f}" + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends and None not in ends else "")
 
 
 @click.group(help=__doc__)
@@ -151,7 +144,7 @@ def page() -> None:
                         f"{row['delta_ce']:+.4f}",
                         f"{row['zero_delta_ce']:+.4f}",
                         f"{row['nmse']:.3f}",
-                        *(share(row, name) for name in SHARES),
+                        *(with_range(row, name, ".2f") for name in SHARES),
                     )
                     for row in some
                 ),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_opened
+from tiny import busy_layer, tiny_opened
 from torch.autograd.functional import hessian, jacobian, jvp
 from torch.func import functional_call, grad, jacfwd, jacrev, linearize, vmap
 from torch.func import hessian as hessian_by_func
@@ -15,15 +15,7 @@ D = 7
 
 
 def made(kind, sparsity="topk", n_experts=20, k=3):
-    block = {"d_hidden": 9, "kind": "glu", "activation": "silu", "encoder_bias": False}
-    torch.manual_seed(0)
-    shape = {"d_model": D, "n_experts": n_experts, "k": k, "sparsity": sparsity}
-    layer = LAYER_KINDS[kind](**shape | (block if kind in ("mxd", "topk-sae") else {}))
-    for parameter in layer.parameters():
-        parameter.data.normal_(std=0.6)
-    if sparsity == "batchtopk":
-        layer.gate.threshold.fill_(0.7)
-    return layer.eval().double()
+    return busy_layer(kind, sparsity, d_model=D, d_hidden=9, n_experts=n_experts, k=k, std=0.6).double()
 
 
 def finite_differences(function, x, v, step=1e-6):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import tiny_opened
+from tiny import busy_layer, tiny_opened
 
 from mxdsurgery.layers import sparse
 from mxdsurgery.layers.replacement import LAYER_KINDS
@@ -19,15 +19,7 @@ DTYPES = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.4, torch.
 
 
 def made(kind, sparsity="topk", dtype=torch.float64):
-    block = {"d_hidden": 24, "kind": "glu", "activation": "silu", "encoder_bias": False}
-    torch.manual_seed(0)
-    shape = {"d_model": D, "n_experts": N, "k": K, "sparsity": sparsity}
-    layer = LAYER_KINDS[kind](**shape | (block if kind in ("mxd", "topk-sae") else {}))
-    for parameter in layer.parameters():
-        parameter.data.normal_(std=0.4)
-    if sparsity == "batchtopk":
-        layer.gate.threshold.fill_(0.7)
-    return layer.eval().to(dtype)
+    return busy_layer(kind, sparsity, d_model=D, d_hidden=24, n_experts=N, k=K, std=0.4).to(dtype)
 
 
 def inputs(tokens, dtype=torch.float64):
