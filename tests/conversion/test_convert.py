@@ -202,7 +202,7 @@ def test_an_output_that_cannot_be_written_after_training_loses_no_layers(tmp_pat
     monkeypatch.setattr("mxdsurgery.checkpoint.export.write_code", full)
     options = {"layers": "0", "tokens": 5_000, "eval_tokens": 1_000, "n_experts": 64, "k": 4, "shuffle": 20_000}
     options["out"] = str(tmp_path / "out")
-    with pytest.raises(OutputError, match="No space left(.|\n)*out.run; the same command with resume=True"):
+    with pytest.raises(OutputError, match="No space left(.|\n)*out.run; the same call with resume=True"):
         mxdsurgery.convert("demo-glu", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["out.run"]
     monkeypatch.undo()
