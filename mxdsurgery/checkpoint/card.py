@@ -23,6 +23,7 @@ FIGURES = (
     ("kl", "KL", ".4f"),
     ("top1_agreement", "same top-1", ".1%"),
     ("nmse", "NMSE", ".4f"),
+    ("jacobian_nmse", "Jacobian NMSE", ".3f"),
     ("zero_delta_ce", "ΔCE if zeroed", "+.4f"),
     ("loss_recovered", "loss recovered", ".1%"),
     ("constant_gate_delta_ce", "ΔCE, experts frozen", "+.4f"),
@@ -43,7 +44,7 @@ _SHORT_SHARES = ("single_expert_share", "earned_share")
 # Those that are printed with their intervals: what the conversion cost, and the shares.
 _WITH_RANGE = ("delta_ce", "loss_recovered", "expert_share")
 # The figures that a terminal shows: enough to see whether a layer is faithful and its experts matter.
-_SHORT = ("delta_ce", "kl", "top1_agreement", "nmse", "zero_delta_ce", "expert_share", "dead_share")
+_SHORT = ("delta_ce", "kl", "nmse", "jacobian_nmse", "zero_delta_ce", "expert_share", "dead_share")
 
 # In a heading, and in a sentence.
 _KINDS = {
@@ -57,9 +58,10 @@ _KINDS = {
 LEGEND = """\
 ΔCE: nats per token that next-token prediction got worse by; if zeroed: with the block removed altogether. KL: from the
 original's predictions. Same top-1: how often the likeliest next token is the original's. NMSE: squared error of the block's
-output over its squared size (all: the mean over layers, all in place). Expert share: how much of the layer's worth the
-token-by-token choice of experts carries (0: the dense path does it all; measured by freezing the experts' say at its best
-constant). Unused: never fired on these tokens.
+output over its squared size (all: the mean over layers, all in place); of its Jacobian: of how the output changes with the
+input, in random directions (1: as a constant; all: the mean over layers, each alone). Expert share: how much of the layer's
+worth the token-by-token choice of experts carries (0: the dense path does it all; measured by freezing the experts' say at its
+best constant). Unused: never fired on these tokens.
 In brackets: 95 % intervals. A share of nothing is n/a: where it is not certain, by the 95 % interval, that the model predicts
 better with the layer (loss recovered: with the original's block) than without any."""
 

@@ -26,8 +26,8 @@ from mxdsurgery.editing.predictions import Opened, open_on_text, prediction_shif
 from mxdsurgery.errors import EditError
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.layers.layer import Coefficients
-from mxdsurgery.measuring.fidelity import firings
 from mxdsurgery.measuring.intervals import Table, with_interval
+from mxdsurgery.measuring.usage import firings
 from mxdsurgery.terminal.console import ProgressLine, Reporter
 from mxdsurgery.terminal.figures import value_of, with_range
 from mxdsurgery.text.sources import token_strings

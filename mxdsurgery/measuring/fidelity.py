@@ -31,11 +31,12 @@ from mxdsurgery.base.running import hidden_states
 from mxdsurgery.base.surgery import ConstantOutput, FrozenExperts, modules_replaced, replaced, resumed_at
 from mxdsurgery.errors import DataError
 from mxdsurgery.hardware.device import synchronise, widest
-from mxdsurgery.layers.layer import Coefficients
 from mxdsurgery.measuring import controls
 from mxdsurgery.measuring.controls import Usage
-from mxdsurgery.measuring.intervals import Sums, Table, error_sums, frequency_decades, scored_predictions, with_interval
+from mxdsurgery.measuring.intervals import Sums, Table, error_sums, scored_predictions, with_interval
+from mxdsurgery.measuring.jacobian import JacobianErrors
 from mxdsurgery.measuring.scoring import Original, prediction_sums, run_original
+from mxdsurgery.measuring.usage import usage_figures, usage_from, use
 from mxdsurgery.planning.effort import ON_ALL, RUN_LAYERS, Alone, Rates, Runs, evaluation_runs, fitted_together
 from mxdsurgery.terminal.console import duration
 
@@ -128,7 +129,8 @@ class Measurement:
         """The figures of each candidate; ``report`` is called with the forward passes done and to do."""
         progress = _Passes(self, report)
         batches = self.input_ids.split(self.size)
-        outputs, used = _statistics(self.model, self.blocks, self.candidates, batches, progress)
+        nearby = JacobianErrors(self.blocks, self.model.base_model, self.candidates, *self.input_ids.shape)
+        outputs, used = _statistics(self.model, self.blocks, self.candidates, batches, nearby, progress)
         subsets: dict[int | str, list[Block]] = {block.layer: [block] for block in self.blocks}
         whole: int | str = self.blocks[0].layer
         if len(self.blocks) > 1 or self.maps:
@@ -144,22 +146,31 @@ class Measurement:
         columns |= work.columns([key for key in subsets if key != whole], _spread(contexts, self.contexts_alone))
         rests_on = {"tokens": scored * contexts, "sequences": contexts, "context": length}
         rests_on |= {"original": with_interval("ce", columns[whole]["original.ce"], columns[whole]["tokens"])}
+        rests_on |= {"jacobian_inputs": nearby.inputs}
         return [
-            rests_on | _evaluation(number, self.blocks, columns, columns[whole], usage) for number, usage in enumerate(used)
+            rests_on | _evaluation(number, self.blocks, columns, columns[whole], usage, nearby)
+            for number, usage in enumerate(used)
         ]
 
 
 def _evaluation(
-    number: int, blocks: Sequence[Block], columns: dict[int | str, Sums], whole: Sums, usage: dict[int, Usage]
+    number: int,
+    blocks: Sequence[Block],
+    columns: dict[int | str, Sums],
+    whole: Sums,
+    usage: dict[int, Usage],
+    nearby: JacobianErrors,
 ) -> dict[str, Any]:
     """One candidate's figures, of all layers together and of each."""
+    every = [block.layer for block in blocks]
     return {
-        "all": _figures(whole, number, [block.layer for block in blocks]) | _usage_figures(list(usage.values())),
+        "all": _figures(whole, number, every) | nearby.figure(number, every) | usage_figures(list(usage.values())),
         "layers": [
             {"layer": block.layer, "tokens": int(columns[block.layer]["tokens"].sum())}
             | _figures(columns[block.layer], number, [block.layer])
+            | nearby.figure(number, [block.layer])
             | with_interval("nmse_together", *_errors(whole, f"converted {number}", [block.layer], "power"))
-            | _usage_figures([usage[block.layer]])
+            | usage_figures([usage[block.layer]])
             for block in blocks
         ],
     }
@@ -170,9 +181,12 @@ def _statistics(
     blocks: Sequence[Block],
     candidates: Sequence[dict[int, nn.Module]],
     batches: Sequence[Tensor],
+    nearby: JacobianErrors,
     progress: "_Passes",
 ) -> tuple[dict[int, Tensor], list[dict[int, Usage]]]:
     """One pass over the text with the original model: each block's mean output (D,), and each candidate's use of experts.
+
+    The derivatives of all layers are taken in the same pass.
 
     The best constant for the experts' term s of a layer ``s * m + r`` is the least-squares one of each dimension,
     ``c = Σ m (y - r) / Σ m²``; in a Mixture of Decoders, ``s = Cᵀ a``, ``m = D z`` and ``r = b``.
@@ -181,48 +195,20 @@ def _statistics(
     tokens, wide = 0, widest(batches[0].device)
     for ids in batches:
         tokens += ids[:, 1:].numel()
-        for index, (x, y) in record_activations(model, blocks, ids).items():
+        recorded = record_activations(model, blocks, ids)
+        nearby.add(recorded)
+        for index, (x, y) in recorded.items():
             x, y = x[:, 1:].flatten(0, 1), y[:, 1:].flatten(0, 1).to(wide)
             sums[index, "y"] = sums[index, "y"] + y.sum(0)
             for number, layers in enumerate(candidates):
                 m, r = (part.to(wide).expand_as(y) for part in layers[index].dense_path(x))
-                new = {"my": (m * (y - r)).sum(0), "mm": m.square().sum(0)} | _use(layers[index], x)
+                new = {"my": (m * (y - r)).sum(0), "mm": m.square().sum(0)} | use(layers[index], x)
                 for name, value in new.items():
                     sums[index, number, name] = sums[index, number, name] + value
         progress.add(len(ids), Runs(max(b.layer for b in blocks) + 1, len(candidates) * len(blocks), 0))
     outputs = {block.layer: sums[block.layer, "y"] / tokens for block in blocks}
-    used = [{i: _usage(sums, i, number, tokens) for i in outputs} for number in range(len(candidates))]
+    used = [{i: usage_from(sums, i, number, tokens) for i in outputs} for number in range(len(candidates))]
     return outputs, used
-
-
-def _usage(sums: dict[tuple, Tensor], index: int, number: int, tokens: int) -> Usage:
-    """What the sums over so many tokens say of one layer."""
-    my, mm, fired, amount, ss = (sums[index, number, name] for name in ("my", "mm", "fired", "amount", "ss"))
-    return Usage(my / mm.clamp_min(1e-30), controls.main_direction(ss, mm) if len(fired) else None, fired, amount, tokens)
-
-
-@torch.no_grad()
-def _use(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """How a layer uses experts on tokens x (n, D): `firings`, their coefficients' sums, and ``Σ s sᵀ`` of ``s = Cᵀ a``."""
-    if not hasattr(layer, "gate"):
-        return dict.fromkeys(("fired", "amount", "ss"), firings(layer, x))
-    a, wide = layer.coefficients(x), widest(x.device)
-    s = layer.experts(a).to(wide)
-    fired = _fired(a, layer.gate.n_experts)
-    amount = torch.bincount(a.indices.flatten(), a.values.flatten().to(wide), minlength=len(fired))
-    return {"fired": fired, "amount": amount, "ss": s.T @ s}
-
-
-def firings(layer: nn.Module, x: Tensor) -> Tensor:
-    """On how many of the tokens x (n, D) each expert fires: (N,) int64; empty without experts."""
-    if not hasattr(layer, "gate"):
-        return torch.zeros(0, dtype=torch.int64, device=x.device)
-    return _fired(layer.coefficients(x), layer.gate.n_experts)
-
-
-def _fired(a: Coefficients, n_experts: int) -> Tensor:
-    """How many of the coefficients of each expert are above zero: (N,) int64."""
-    return torch.bincount(a.indices[a.values > 0], minlength=n_experts)
 
 
 def _retrained(
@@ -419,18 +405,3 @@ def _control_figures(columns: Sums, number: int) -> dict[str, Any]:
         result |= with_interval(f"{control}_delta_ce", ce - columns["original.ce"], columns["tokens"])
         result |= with_interval(share, ce - converted, columns["zero.ce"] - converted, signed=True)
     return result
-
-
-def _usage_figures(usage: Sequence[Usage]) -> dict[str, Any]:
-    """How the experts are used on these tokens: L0, the share that never fired, firing frequencies by decade.
-
-    All are None where there are no experts.
-    """
-    frequency = torch.cat([layer.fired.cpu().double() / layer.tokens for layer in usage])
-    if len(frequency) == 0:
-        return {"l0": None, "dead_share": None, "firing_frequency": None}
-    return {
-        "l0": sum(layer.fired.sum().item() / layer.tokens for layer in usage) / len(usage),
-        "dead_share": (frequency == 0).double().mean().item(),
-        "firing_frequency": frequency_decades(frequency),
-    }

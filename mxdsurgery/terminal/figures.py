@@ -10,8 +10,8 @@ NONE = "n/a"
 
 
 def value_of(row: dict[str, Any], name: str, form: str) -> str:
-    """A figure without its interval."""
-    return NONE if row[name] is None else format(row[name], form)
+    """A figure without its interval; an older version may not have measured it."""
+    return NONE if row.get(name) is None else format(row[name], form)
 
 
 def interval(row: dict[str, Any], name: str) -> tuple[float, float] | None:

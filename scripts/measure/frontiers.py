@@ -23,7 +23,7 @@ from mxdsurgery.checkpoint.card import LEGEND
 from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.measuring.frontier_table import Frontier
 from mxdsurgery.terminal.console import ConsoleReporter, compact
-from mxdsurgery.terminal.figures import NONE, range_of, times, with_range
+from mxdsurgery.terminal.figures import NONE, range_of, times, value_of, with_range
 
 KEPT = DOCS / "frontier"
 KINDS = ("mxd", "transcoder", "skip-transcoder", "dense")
@@ -103,6 +103,7 @@ def rows_of(measured: Frontier) -> Iterator[str]:
         yield (
             f"{row['kind']} | {row['k'] or '-'} | {row['n_experts'] or '-'} | {compact(row['params'])} "
             f"| {row['delta_ce']:+.4f} | {range_of(row, 'delta_ce', '+.4f')} | {row['kl']:.4f} | {row['nmse']:.4f} "
+            f"| {value_of(row, 'jacobian_nmse', '.3f')} "
             f"| {row['constant_gate_delta_ce']:+.4f} | {with_range(row, 'expert_share', '.2f')} | {unused(row)}"
         )
 
@@ -134,8 +135,8 @@ def frontier_section(name: str, read: dict[str, Any]) -> Iterator[str]:
     every = sorted({row["k"] for row in measured.rows if row["kind"] == "mxd"})
     yield table(cells("K", *every), ratios(measured, every))
     yield ""
-    names = "kind | K | N | parameters | ΔCE | 95 % interval | KL | NMSE | ΔCE, experts frozen | expert share | unused"
-    yield table(names, rows_of(measured))
+    names = "kind | K | N | parameters | ΔCE | 95 % interval | KL | NMSE | Jacobian NMSE"
+    yield table(f"{names} | ΔCE, experts frozen | expert share | unused", rows_of(measured))
     yield ""
 
 

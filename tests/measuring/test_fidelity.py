@@ -44,6 +44,7 @@ def test_the_original_blocks_put_back_cost_exactly_nothing():
     result = measure(model, blocks, layers, IDS, batch=256)
     for entry in [result["all"], *result["layers"]]:
         assert entry["delta_ce"] == entry["kl"] == entry["nmse"] == 0.0
+        assert entry["jacobian_nmse"] < 1e-9
         assert entry["top1_agreement"] == 1.0
         assert entry["delta_ce_ci"] == [0.0, 0.0]
         assert entry["loss_recovered"] in (1.0, None) and entry["loss_recovered_ci"] in ([1.0, 1.0], None)
@@ -257,3 +258,23 @@ def test_an_exception_while_replaced_leaves_the_model_whole():
 def test_finding_blocks_twice_is_the_same():
     model = tiny_model("llama")
     assert find_blocks(model) == find_blocks(model)
+
+
+def test_the_jacobians_error_is_that_of_whole_jacobians(measured):
+    """Of every token's (D, D) Jacobian, by autograd through the block itself; `jacobian_nmse` takes some directions."""
+    model, blocks, layers, result = measured
+    assert result["jacobian_inputs"] == IDS.shape[0] * (IDS.shape[1] - 1)  # all that there are
+    for entry in result["layers"]:
+        block = blocks[entry["layer"]]
+        x = record_activations(model, [block], IDS[:16])[block.layer].x[:, 1:].flatten(0, 1)
+        module = model.base_model.get_submodule(block.path)
+        if block.bypass:  # it is no module of its own
+            decoder = model.base_model.get_submodule(block.holder_path)
+            module = torch.nn.Sequential(decoder.fc1, decoder.activation_fn, decoder.fc2)
+        own, new = (torch.func.vmap(torch.func.jacrev(one))(x) for one in (module, layers[block.layer]))
+        whole = (new - own).square().sum() / own.square().sum()
+        assert entry["jacobian_nmse"] == pytest.approx(whole.item(), rel=0.1)
+        low, high = entry["jacobian_nmse_ci"]
+        assert 0 < low < entry["jacobian_nmse"] < high and high - low < 0.2 * high
+    every = [entry["jacobian_nmse"] for entry in result["layers"]]
+    assert result["all"]["jacobian_nmse"] == pytest.approx(sum(every) / len(every))

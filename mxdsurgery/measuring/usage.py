@@ -1,0 +1,61 @@
+"""How a layer uses its experts on a text: how often each fires, how strongly, and what their sum looks like.
+
+Shapes: n tokens, D model width, N experts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mxdsurgery.hardware.device import widest
+from mxdsurgery.layers.layer import Coefficients
+from mxdsurgery.measuring import controls
+from mxdsurgery.measuring.controls import Usage
+from mxdsurgery.measuring.intervals import frequency_decades
+
+
+def usage_from(sums: dict[tuple, Tensor], index: int, number: int, tokens: int) -> Usage:
+    """What the sums over so many tokens say of one layer."""
+    my, mm, fired, amount, ss = (sums[index, number, name] for name in ("my", "mm", "fired", "amount", "ss"))
+    return Usage(my / mm.clamp_min(1e-30), controls.main_direction(ss, mm) if len(fired) else None, fired, amount, tokens)
+
+
+@torch.no_grad()
+def use(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """How a layer uses experts on tokens x (n, D): `firings`, their coefficients' sums, and ``Σ s sᵀ`` of ``s = Cᵀ a``."""
+    if not hasattr(layer, "gate"):
+        return dict.fromkeys(("fired", "amount", "ss"), firings(layer, x))
+    a, wide = layer.coefficients(x), widest(x.device)
+    s = layer.experts(a).to(wide)
+    fired = _fired(a, layer.gate.n_experts)
+    amount = torch.bincount(a.indices.flatten(), a.values.flatten().to(wide), minlength=len(fired))
+    return {"fired": fired, "amount": amount, "ss": s.T @ s}
+
+
+def firings(layer: nn.Module, x: Tensor) -> Tensor:
+    """On how many of the tokens x (n, D) each expert fires: (N,) int64; empty without experts."""
+    if not hasattr(layer, "gate"):
+        return torch.zeros(0, dtype=torch.int64, device=x.device)
+    return _fired(layer.coefficients(x), layer.gate.n_experts)
+
+
+def _fired(a: Coefficients, n_experts: int) -> Tensor:
+    """How many of the coefficients of each expert are above zero: (N,) int64."""
+    return torch.bincount(a.indices[a.values > 0], minlength=n_experts)
+
+
+def usage_figures(usage: Sequence[Usage]) -> dict[str, Any]:
+    """How the experts are used on these tokens: L0, the share that never fired, firing frequencies by decade.
+
+    All are None where there are no experts.
+    """
+    frequency = torch.cat([layer.fired.cpu().double() / layer.tokens for layer in usage])
+    if len(frequency) == 0:
+        return {"l0": None, "dead_share": None, "firing_frequency": None}
+    return {
+        "l0": sum(layer.fired.sum().item() / layer.tokens for layer in usage) / len(usage),
+        "dead_share": (frequency == 0).double().mean().item(),
+        "firing_frequency": frequency_decades(frequency),
+    }
