@@ -2,11 +2,13 @@
 
 import os
 import random
+import weakref
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from mxdsurgery.terminal.console import Reporter
 
@@ -45,3 +47,16 @@ def random_states():
     """Where the process's random numbers stand."""
     name, keys, *rest = numpy.random.get_state()
     return random.getstate(), (name, keys.tolist(), *rest), torch.get_rng_state().tolist()
+
+
+def watch_models(monkeypatch):
+    """Weak references to the models that `from_pretrained` will load, in order."""
+    made, loading = [], PreTrainedModel.from_pretrained.__func__
+
+    def from_pretrained(kind, *args, **options):
+        found = loading(kind, *args, **options)
+        made.append(weakref.ref(found[0] if isinstance(found, tuple) else found))
+        return found
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
+    return made

@@ -310,8 +310,8 @@ def _reloaded(folder: Path, reference: Reference, offloaded: bool) -> tuple[dict
                     fix="this is a fault of mxdsurgery: please report it with the model's name",
                 )
     raise ExportError(
-        "there is not enough memory to load the exported checkpoint beside the model in memory, to compare them",
-        expected="room for both on this machine, on the device or in the host's memory",
+        "there is not enough memory to load the exported checkpoint in a process of its own, to compare what it computes",
+        expected="room for it beside what this machine holds already, on the device or in the host's memory",
         fix="end other programs, and give the same command again",
     )
 

@@ -1,24 +1,24 @@
 """``edit``: puts edits of experts into the weights of a converted model, in a new folder, and takes them back."""
 
 import dataclasses
+import gc
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table as RichTable
 from rich.text import Text
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxdsurgery.aside import is_aside
 from mxdsurgery.base.digest import file_digest
-from mxdsurgery.base.dtypes import compute_in, computed_in
 from mxdsurgery.base.running import logits_of
 from mxdsurgery.checkpoint.adapter import ABOUT
 from mxdsurgery.checkpoint.converted import (
@@ -26,7 +26,6 @@ from mxdsurgery.checkpoint.converted import (
     FORMAT_VERSION,
     Converted,
     fingerprint,
-    load,
     load_with_recipe,
     read_config,
 )
@@ -39,13 +38,15 @@ from mxdsurgery.checkpoint.export import (
 )
 from mxdsurgery.checkpoint.readme import keep_words
 from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room_for_copy, write_json, written_whole
-from mxdsurgery.editing.edits import Edits, baked, check_for
+from mxdsurgery.editing.baking import Change, Rows, changes, in_weights, put_in_files
+from mxdsurgery.editing.edits import Edits, check_for
 from mxdsurgery.editing.predictions import fewer_for_logits
 from mxdsurgery.editing.sampling import Sampling, sample
 from mxdsurgery.errors import DataError, EditError, MxDWarning, UnsupportedModelError, first_line
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.held_out import held_out, trained_share
 from mxdsurgery.measuring.intervals import Table, next_token_sums, scored_predictions, with_interval
+from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.terminal.figures import range_of, value_of
@@ -57,8 +58,10 @@ EDITS_FOLDER, EDITS_FILE = "edits", "edits.yaml"
 # Files of the folder that a step keeps as they were, so that it can be undone bit for bit.
 _KEPT_FILES = ("config.json", "README.md", EVALUATION_FILE)
 _ROWS_FILE, _DIGESTS_FILE = "before.safetensors", "digests.json"
-_INDEX_FILE = "model.safetensors.index.json"
+# What is in the first of them, of each tensor: that there was none, or the rows that changed and their values.
+_ABSENT, _ROWS, _VALUES = "absent", "rows", "values"
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 3, 24, 32
+_CHECKED = 4  # contexts, at most, on which what was written is compared
 
 
 @guarded
@@ -111,11 +114,10 @@ def edit(
         OutputError: ``out`` cannot be written.
         DataError: the text cannot be read.
     """
-    reporter = reporter or Reporter()
-    folder = Path(folder)
+    reporter, folder = reporter or Reporter(), Path(folder)
     check_apart(out, folder, "the folder to edit")
     if undo:
-        return _undo(folder, out, overwrite, trust_remote_code)
+        return _undo(folder, out, overwrite)
     _check_bakeable(edits)
     read_config(folder)
     check_there(data)
@@ -126,20 +128,21 @@ def edit(
     ids, unmeasured = _text(before, recipe, data, tokens, text_column)
     steps = before.model.config.mxd.get("edits", [])
     named = dataclasses.replace(edits, model=fingerprint(before))
-    origin = (before.plan.model, before.plan.revision)
-    with written_as(target, format, *origin, trust_remote_code=trust_remote_code) as staging:
+    plan = before.plan
+    with written_as(target, format, plan.model, plan.revision, trust_remote_code=trust_remote_code) as staging:
         _copy(folder, staging)
-        _bake(before, named, staging, len(steps) + 1)
-        after = load(staging, device=before.model.device, trust_remote_code=trust_remote_code)
-        compute_in(after.model, computed_in(before.model))
+        made = changes(before, named)
+        _bake(before, named, made, staging, len(steps) + 1)
         result: dict[str, Any] = {"edits": edits.words()}
         if unmeasured is None:
             result |= {"data": text_name(data or recipe.eval_data or recipe.data)}
-            result |= trained_share(before, ids) | {"sequences": len(ids)}
-            result |= _compared(before, after, ids, recipe.batch, reporter)
-        _note(staging, [*steps, result], after, recipe)
-        check = ids[: max(1, min(4, len(ids)))]
-        check_reload(staging, reference_outputs(after.model, check))
+            result |= _compared(before, made, ids, recipe.batch, reporter)
+        _note(staging, [*steps, result], plan, recipe)
+        with in_weights(made):
+            reference = reference_outputs(before.model, ids[:_CHECKED])
+        del before, made
+        gc.collect()  # what is written is loaded in another process, with no model beside it
+        check_reload(staging, reference)
     why = {} if unmeasured is None else {"unmeasured": unmeasured}
     return result | why | {"out": str(target), "fingerprint": named.model}
 
@@ -179,9 +182,8 @@ def _copy(folder: Path, staging: Path) -> None:
             copy(path, staging / path.name)
 
 
-def _bake(before: Converted, edits: Edits, staging: Path, step: int) -> None:
-    """Puts the edits in the weights, in the dtype that they are stored in, and in the config; keeps what was there before."""
-    stored = getattr(torch, before.plan.dtype)
+def _bake(before: Converted, edits: Edits, made: Sequence[Change], staging: Path, step: int) -> None:
+    """Puts the edits in the files of weights and in the config; keeps what was there before."""
     kept = staging / EDITS_FOLDER / str(step)
     kept.mkdir(parents=True)
     for path in _small_files(staging):
@@ -189,25 +191,16 @@ def _bake(before: Converted, edits: Edits, staging: Path, step: int) -> None:
     write_json(kept / _DIGESTS_FILE, _digests(staging))
     (kept / EDITS_FILE).write_text(edits.to_yaml(), encoding="utf-8")
     config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
-    entries = {entry["layer"]: entry for entry in config["mxd"]["layers"]}
-    tensors: dict[str, Tensor | None] = {}
+    shapes = {entry["layer"]: entry["shape"] for entry in config["mxd"]["layers"]}
     rows: dict[str, Tensor] = {}
-    for layer in edits.layers:
-        module = before.layers[layer]
-        path = next(name for name, found in before.model.named_modules() if found is module)
-        held = {name: tensor.to(stored) for name, tensor in module.state_dict().items()}
-        said = (held[name] for name in ("experts.weight", "gate.bias"))
-        for name, tensor in baked(edits, layer, *said, held.get("experts.bias")).items():
-            old = held.get(name)
-            if old is None:  # experts.bias
-                entries[layer]["shape"]["expert_bias"] = True
-                rows[f"{path}.{name}:absent"] = torch.zeros(1)
-            else:
-                changed = (old != tensor).reshape(len(old), -1).any(1).nonzero()[:, 0]
-                rows |= {f"{path}.{name}:rows": changed, f"{path}.{name}:values": old[changed].contiguous()}
-            tensors[f"{path}.{name}"] = tensor.contiguous()
+    for change in made:
+        if change.old is None:  # experts.bias
+            shapes[change.layer]["expert_bias"] = True
+            rows[f"{change.name}:{_ABSENT}"] = torch.zeros(1)
+        else:
+            rows |= {f"{change.name}:{_ROWS}": change.old.numbers, f"{change.name}:{_VALUES}": change.old.values.contiguous()}
     save_file(rows, kept / _ROWS_FILE)
-    _write_tensors(staging, tensors)
+    put_in_files(staging, {change.name: change.new for change in made})
     config["mxd"]["format_version"] = FORMAT_VERSION
     write_json(staging / "config.json", config)
     write_code(before.model, staging)
@@ -223,43 +216,7 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors*"))}
 
 
-def _write_tensors(folder: Path, tensors: dict[str, Tensor | None]) -> None:
-    """Replaces, adds or (None) removes tensors in the weights' files; a new one goes into the file with its layer's C."""
-    index_path = folder / _INDEX_FILE
-    index = json.loads(index_path.read_text(encoding="utf-8")) if index_path.is_file() else None
-    by_file: dict[str, dict[str, Tensor | None]] = {}
-    for name, tensor in tensors.items():
-        beside = name if index is None or name in index["weight_map"] else name.removesuffix("bias") + "weight"
-        file = "model.safetensors" if index is None else index["weight_map"][beside]
-        by_file.setdefault(file, {})[name] = tensor
-    for file, changes in by_file.items():
-        with safe_open(folder / file, "pt") as opened:
-            metadata = opened.metadata()
-        held = load_file(folder / file)
-        for name, tensor in changes.items():
-            old = held.pop(name, None)
-            if tensor is not None:
-                held[name] = tensor
-            if index is not None and (old is None) != (tensor is None):
-                _count(index, name, file if old is None else None, tensor if old is None else old)
-        save_file(held, folder / file, metadata=metadata)
-    if index is not None:
-        index["weight_map"] = dict(sorted(index["weight_map"].items()))
-        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _count(index: dict[str, Any], name: str, file: str | None, tensor: Tensor) -> None:
-    """Enters a tensor in the index of sharded weights, or (file None) removes it."""
-    sign = -1 if file is None else 1
-    for key, count in (("total_size", tensor.nbytes), ("total_parameters", tensor.numel())):
-        if key in index["metadata"]:
-            index["metadata"][key] += sign * count
-    index["weight_map"].pop(name, None)
-    if file is not None:
-        index["weight_map"][name] = file
-
-
-def _undo(folder: Path, out: str | Path, overwrite: bool, trusted: bool) -> dict[str, Any]:
+def _undo(folder: Path, out: str | Path, overwrite: bool) -> dict[str, Any]:
     steps = read_config(folder)["mxd"].get("edits", [])
     kept = folder / EDITS_FOLDER / str(len(steps))
     if not steps or not (kept / _ROWS_FILE).is_file():
@@ -267,16 +224,12 @@ def _undo(folder: Path, out: str | Path, overwrite: bool, trusted: bool) -> dict
     target = check_output(out, overwrite)
     with written_whole(target) as staging:
         _copy(folder, staging)
-        rows = load_file(kept / _ROWS_FILE)
-        held = load(folder, trust_remote_code=trusted).model.state_dict()
-        tensors: dict[str, Tensor | None] = {}
-        for key in rows:
-            name, _, what = key.rpartition(":")
-            if what == "absent":
-                tensors[name] = None
-            elif what == "rows":
-                tensors[name] = held[name].index_copy(0, rows[key], rows[f"{name}:values"])
-        _write_tensors(staging, tensors)
+        if not _put_back(kept, staging):
+            raise EditError(
+                f"{str(folder)!r} cannot be taken back: without its last edit its weights are not those it was made from",
+                expected="a folder as mxdsurgery edit wrote it",
+                fix="use the folder that it was made from",
+            )
         for path in _small_files(staging):
             path.unlink()
         for path in _small_files(kept):
@@ -286,30 +239,44 @@ def _undo(folder: Path, out: str | Path, overwrite: bool, trusted: bool) -> dict
         shutil.rmtree(staging / EDITS_FOLDER / str(len(steps)))
         if len(steps) == 1:
             (staging / EDITS_FOLDER).rmdir()
-        if _digests(staging) != json.loads((kept / _DIGESTS_FILE).read_text(encoding="utf-8")):
-            raise EditError(
-                f"{str(folder)!r} cannot be taken back: without its last edit its weights are not those it was made from",
-                expected="a folder as mxdsurgery edit wrote it",
-                fix="use the folder that it was made from",
-            )
     return {"undone": steps[-1]["edits"], "out": str(target)}
 
 
-def _compared(before: Converted, after: Converted, ids: Tensor, batch: int, reporter: Reporter) -> dict[str, Any]:
+def _put_back(kept: Path, staging: Path) -> bool:
+    """Puts what a step kept back into the files of weights; whether they are then, bit for bit, what they were before it."""
+    tensors: dict[str, Rows | None] = {}
+    try:
+        rows = load_file(kept / _ROWS_FILE)
+        for key in rows:
+            name, _, what = key.rpartition(":")
+            if what == _ABSENT:
+                tensors[name] = None
+            elif what == _ROWS:
+                tensors[name] = Rows(rows[key], rows[f"{name}:{_VALUES}"])
+        put_in_files(staging, tensors)
+        return _digests(staging) == json.loads((kept / _DIGESTS_FILE).read_text(encoding="utf-8"))
+    except (ValueError, KeyError, SafetensorError):  # files that others have changed
+        return False
+
+
+def _compared(before: Converted, made: Sequence[Change], ids: Tensor, batch: int, reporter: Reporter) -> dict[str, Any]:
     """What edits do to the predictions of contexts (S, T), and some continuations before and after."""
     with reporter.progress("compare", "contexts") as line:
-        figures = _compare(before.model, after.model, ids, batch, line.update)
-    return figures | {"samples": _samples(before, after, ids)}
+        figures = _compare(before.model, made, ids, batch, line.update)
+    rests_on = trained_share(before, ids) | {"sequences": len(ids)}
+    return rests_on | figures | {"samples": _samples(before, made, ids)}
 
 
 @torch.no_grad()
 def _compare(
-    before: PreTrainedModel, after: PreTrainedModel, ids: Tensor, batch: int, report: Callable[[int, int], None]
+    model: PreTrainedModel, made: Sequence[Change], ids: Tensor, batch: int, report: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """What edits do to the predictions of contexts (S, T)."""
+    """What changes of a model's weights do to the predictions of contexts (S, T)."""
     table, done = Table(), 0
-    for part in in_batches(ids.to(before.device), fewer_for_logits(batch, before)):
-        old, new = (logits_of(model, part) for model in (before, after))
+    for part in in_batches(ids.to(model.device), fewer_for_logits(batch, model)):
+        old = logits_of(model, part)
+        with in_weights(made):
+            new = logits_of(model, part)
         table.add("before", next_token_sums(old, old, part))
         table.add("after", next_token_sums(new, old, part))
         done += len(part)
@@ -329,23 +296,24 @@ def _compare(
 
 
 @torch.no_grad()
-def _samples(before: Converted, after: Converted, ids: Tensor) -> list[dict[str, str]]:
+def _samples(before: Converted, made: Sequence[Change], ids: Tensor) -> list[dict[str, str]]:
     """Greedy continuations of some held-out contexts, before and after; none, and a warning, where it cannot generate."""
     tokenizer = before.tokenizer()
     prompts = ids[: _PROMPTS * 7 : 7, :_PROMPT_TOKENS].to(before.model.device)
     texts = []
-    for converted in (before, after):
+    for changed in ([], made):
         try:
-            made = sample(converted.model, tokenizer, prompts, Sampling(_NEW_TOKENS, temperature=0))
+            with in_weights(changed):
+                written = sample(before.model, tokenizer, prompts, Sampling(_NEW_TOKENS, temperature=0))
         except UnsupportedModelError as error:
             warnings.warn(f"no samples of text: {error.found}", MxDWarning, stacklevel=2)
             return []
-        texts.append(tokenizer.batch_decode(made[:, prompts.shape[1] :], skip_special_tokens=True))
+        texts.append(tokenizer.batch_decode(written[:, prompts.shape[1] :], skip_special_tokens=True))
     shown = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     return [{"prompt": p, "before": b, "after": a} for p, b, a in zip(shown, *texts, strict=True)]
 
 
-def _note(staging: Path, steps: list[dict[str, Any]], after: Converted, recipe: Recipe) -> None:
+def _note(staging: Path, steps: list[dict[str, Any]], plan: Plan, recipe: Recipe) -> None:
     """Writes the edits into config.json and the model card."""
     config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
     config["mxd"]["edits"] = steps
@@ -356,7 +324,7 @@ def _note(staging: Path, steps: list[dict[str, Any]], after: Converted, recipe: 
         raise EditError(
             f"{EVALUATION_FILE} cannot be read: {first_line(error)}", fix="write it anew: mxdsurgery evaluate"
         ) from None
-    write_evaluation(staging, evaluation, after.plan, recipe)
+    write_evaluation(staging, evaluation, plan, recipe)
 
 
 def edit_table(result: dict[str, Any]) -> list[Any]:

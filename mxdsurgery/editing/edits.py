@@ -33,7 +33,7 @@ from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.outside import read_yaml, shown
 
 if TYPE_CHECKING:  # flags and files are checked without torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from mxdsurgery.checkpoint.converted import Converted
     from mxdsurgery.layers.interventions import Interventions
@@ -235,43 +235,6 @@ def edits_from_flags(
     made = dataclasses.replace(made, **kinds)
     _check_named_once(made)
     return made
-
-
-def baked(edits: Edits, layer: int, c: "Tensor", gate_bias: "Tensor", expert_bias: "Tensor | None") -> dict[str, "Tensor"]:
-    """A layer's tensors with the edits in them.
-
-    Args:
-        edits: what to do; all kinds but ``clamp``.
-        layer: its index.
-        c: C (N, D).
-        gate_bias: b_g (N,).
-        expert_bias: the constant that is added to ``Cᵀ a``, (D,), where there is one.
-
-    Returns:
-        Only the tensors that changed, new, by their names in the layer: ``experts.weight``, ``gate.bias``, ``experts.bias``.
-    """
-    import torch
-
-    original, c, changed = c, c.clone(), {}
-    for expert, row in edits.replace.get(layer, {}).items():
-        c[expert] = torch.tensor(row, dtype=torch.float32).to(c.dtype)
-    source = c.clone()
-    if layer in edits.drop:
-        changed["gate.bias"] = gate_bias.index_fill(
-            0, torch.tensor(edits.drop[layer], device=gate_bias.device), torch.finfo(gate_bias.dtype).min
-        )
-    c[edits.ablate.get(layer, [])] = 0
-    for expert, factor in edits.scale.get(layer, {}).items():
-        c[expert] = (c[expert].float() * factor).to(c.dtype)
-    for expert, other in edits.copy.get(layer, {}).items():
-        c[expert] = source[other]
-    for group in edits.merge.get(layer, []):
-        c[group] = source[group].float().mean(0).to(c.dtype)
-    if layer in edits.steer:
-        before = torch.zeros_like(c[0]) if expert_bias is None else expert_bias
-        steps = (amount * source[expert].float() for expert, amount in edits.steer[layer].items())
-        changed["experts.bias"] = (before.float() + sum(steps)).to(c.dtype)
-    return changed if torch.equal(c, original) else changed | {"experts.weight": c}
 
 
 def _check_named_once(edits: Edits) -> None:

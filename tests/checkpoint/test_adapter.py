@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from running import watch_models
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import IDS, RECIPE, export_tiny, tiny_model
@@ -241,6 +242,15 @@ def test_an_adapter_is_not_made_with_another_model_than_its_own(made, tmp_path):
     with pytest.raises(BaseModelError, match="is needed"):
         make_adapter(made / "whole", base=str(tmp_path / "gone"), out=tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
+def test_what_is_applied_is_not_in_memory_while_it_is_reloaded(made, tmp_path, monkeypatch):
+    alive = []
+    monkeypatch.setattr("mxdsurgery.checkpoint.apply.check_reload", lambda *_: alive.extend(one() for one in loaded) or {})
+    loaded = watch_models(monkeypatch)
+    apply(made / "adapter", base=str(made / "base"), out=tmp_path / "again")
+    base, rebuilt = alive  # of the base model nothing is loaded but what is compared
+    assert rebuilt is None and all(weight.is_meta for weight in base.model.layers.parameters())
 
 
 @pytest.mark.parametrize("when", ["rebuild", "write_code", "check_reload"])

@@ -11,18 +11,24 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from running import watch_models
 from safetensors.torch import load_file
 from tiny import IDS, RECIPE, export_tiny
 from transformers import AutoModelForCausalLM
 
-from mxdsurgery.checkpoint.converted import fingerprint, load
+from mxdsurgery.base.dtypes import compute_in
+from mxdsurgery.checkpoint.converted import fingerprint, load, load_with_recipe
 from mxdsurgery.cli import main
+from mxdsurgery.editing.baking import baked, changes, in_weights
 from mxdsurgery.editing.edit import edit, edit_table
-from mxdsurgery.editing.edits import KINDS, Edits, baked, check_for, edits_from, edits_from_flags, read_edits
+from mxdsurgery.editing.edits import KINDS, Edits, check_for, edits_from, edits_from_flags, read_edits
+from mxdsurgery.editing.sampling import Sampling, sample
 from mxdsurgery.errors import EditError, NotConvertedError, OutputError
 from mxdsurgery.measuring.evaluate import evaluate
 from mxdsurgery.measuring.held_out import held_out
+from mxdsurgery.measuring.intervals import Table, next_token_sums
 from mxdsurgery.recipe import Recipe, load_recipe
+from mxdsurgery.text.packing import in_batches
 
 ROW = [0.25, -0.5] * 96  # D of the demo model
 ONE_OF_EACH = {
@@ -120,6 +126,52 @@ def test_measured_anew_the_card_speaks_of_the_edited_model(folder, tmp_path):
     assert evaluate(tmp_path / "edited", tokens=500)["edits"] == 1
     card = (tmp_path / "edited" / "README.md").read_text()
     assert "Before the last edit above" not in card and "layer 1: ablate 3" in card
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float32"])
+def test_figures_are_those_of_the_two_folders_loaded_side_by_side(folder, tmp_path, monkeypatch, compute):
+    monkeypatch.setattr("mxdsurgery.editing.edit.check_reload", lambda *_: {})
+    edits = edits_from({"layers": {1: ONE_OF_EACH, 2: {"steer": {0: 5.0}}}}, "here")
+    result = edit(folder, out=tmp_path / "edited", edits=edits, tokens=1000, compute=compute)
+    before, recipe = load_with_recipe(folder, compute=compute)
+    after = load_with_recipe(tmp_path / "edited", compute=compute)[0]
+    ids, table = held_out(before, recipe, tokens=1000), Table()
+    for part in in_batches(ids, recipe.batch):
+        old, new = logits(before.model, part), logits(after.model, part)
+        table.add("before", next_token_sums(old, old, part))
+        table.add("after", next_token_sums(new, old, part))
+    sums = table.columns()
+    for name, column in (("ce_before", "before.ce"), ("ce_after", "after.ce"), ("kl", "after.kl")):
+        assert result[name] == sums[column].sum().item() / result["tokens"]
+    tokenizer, one = before.tokenizer(), result["samples"][0]
+    for said, model in (("before", before.model), ("after", after.model)):
+        written = sample(model, tokenizer, ids[:1, :24], Sampling(32, temperature=0))[0, 24:]
+        assert one[said] == tokenizer.decode(written, skip_special_tokens=True)
+
+
+def test_changes_are_in_the_weights_for_a_while_only(folder):
+    converted = load(folder)
+    compute_in(converted.model, torch.float32)
+    state = {name: tensor.clone() for name, tensor in converted.model.state_dict().items()}
+    made = changes(converted, edits_from({"layers": {1: ONE_OF_EACH}}, "here"))
+    parts = [part for change in made for part in (change.old, change.new) if part is not None]
+    held = sum(tensor.nbytes for part in parts for tensor in part)
+    assert held < 0.1 * converted.layers[1].experts.weight.nbytes  # 14 of 256 rows of C, in bfloat16
+    with pytest.raises(KeyboardInterrupt), in_weights(made):
+        assert converted.layers[1].experts.weight[3].abs().sum() == 0
+        assert converted.layers[1].experts.bias.dtype == torch.float32
+        raise KeyboardInterrupt
+    again = converted.model.state_dict()
+    assert again.keys() == state.keys() and all(again[name].equal(state[name]) for name in state)
+
+
+def test_one_model_is_held_and_none_while_what_was_written_is_loaded_elsewhere(folder, tmp_path, monkeypatch):
+    made, alive = watch_models(monkeypatch), []
+    monkeypatch.setattr("mxdsurgery.editing.edit.check_reload", lambda *_: alive.extend(one() for one in made))
+    edit(folder, out=tmp_path / "edited", edits=edits_from_flags(ablate="1:3", steer="1:4=2"), tokens=500)
+    assert alive == [None]
+    edit(tmp_path / "edited", out=tmp_path / "undone", undo=True)
+    assert len(made) == 1
 
 
 def test_ablating_for_good_gives_bit_for_bit_the_live_logits(folder, tmp_path):
