@@ -7,7 +7,7 @@ is known again when its file has another name, its documents another order, or a
 a hundred bytes, whatever its length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,12 +61,61 @@ class Fingerprints:
 
     def known(self, contexts: Tensor) -> Tensor:
         """Which of some contexts (S, T) were met: at least half of what is kept of one was kept before. Bool, (S,)."""
-        kept = winnowed(contexts, self.context)
-        if not len(self.hashes) or not kept.size:
-            return torch.zeros(len(contexts), dtype=torch.bool)
-        at = np.searchsorted(self.hashes, kept).clip(max=len(self.hashes) - 1)
-        # A hash that stands for several windows counts as often: it stands for as much of the text.
-        return torch.from_numpy((self.hashes[at] == kept).mean(axis=1) >= 0.5)
+        return torch.from_numpy(_known(self.holds(winnowed(contexts, self.context))))
+
+    def holds(self, kept: np.ndarray) -> np.ndarray:
+        """Which of some hashes are among these: bool, of the same shape."""
+        if not len(self.hashes):
+            return np.zeros(kept.shape, bool)
+        return self.hashes[np.searchsorted(self.hashes, kept).clip(max=len(self.hashes) - 1)] == kept
+
+    def leaving_out(self) -> Callable[[Tensor], bool]:
+        """Says of one context (T,) after the other whether it is left out where nothing of this is wanted again."""
+        return lambda context: bool(self.known(context[None]))
+
+
+class Apart:
+    """Contexts that stay unknown to who is trained on the rest of a text: of each, less than half is met there.
+
+    To leave out the contexts of the text that are known by these is not enough: one that stands in the text across the border
+    of two of its contexts, or in pieces all over it, would be met for the most part.
+
+    Args:
+        several: contexts (S, T), perhaps of several lengths.
+        context: see `Fingerprints`.
+        met: what was trained on before; contexts that it knows already can not stay unknown.
+    """
+
+    def __init__(self, several: Sequence[Tensor], context: int, met: Fingerprints | None = None) -> None:
+        self.all = Fingerprints.union([Fingerprints.of(contexts, context) for contexts in several])
+        self._kept = [winnowed(contexts, context) for contexts in several]
+        before = met or Fingerprints(context, self.all.hashes[:0])
+        self._met = [before.holds(kept) for kept in self._kept]
+
+    def leaving_out(self) -> Callable[[Tensor], bool]:
+        """Says of one context (T,) of a text after the other, in its order, whether it is left out."""
+        met = [each.copy() for each in self._met]
+        lost = [_known(each) for each in met]
+
+        def left_out(context: Tensor) -> bool:
+            kept = winnowed(context[None], self.all.context)
+            same = self.all.holds(kept)
+            if not same.any():
+                return False
+            shared = Fingerprints(self.all.context, np.unique(kept[same]))
+            now = [had | shared.holds(each) for had, each in zip(met, self._kept, strict=True)]
+            if _known(same).any() or any((_known(each) & ~gone).any() for each, gone in zip(now, lost, strict=True)):
+                return True
+            met[:] = now
+            return False
+
+        return left_out
+
+
+def _known(met: np.ndarray) -> np.ndarray:
+    """Which contexts are known, of whose windows it is said which were met, bool (S, windows): half of them or more. (S,)."""
+    # A hash that stands for several windows counts as often: it stands for as much of the text.
+    return met.mean(axis=1) >= 0.5 if met.size else np.zeros(len(met), bool)
 
 
 def winnowed(contexts: Tensor, context: int) -> np.ndarray:

@@ -26,7 +26,7 @@ from mxdsurgery.once import warn_once
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.text.ahead import run_ahead
 from mxdsurgery.text.fields import MOST_NAMES, text_in
-from mxdsurgery.text.fingerprints import Fingerprints
+from mxdsurgery.text.fingerprints import Apart, Fingerprints
 from mxdsurgery.text.forms import Entry, entries
 from mxdsurgery.text.packing import Packing
 from mxdsurgery.text.places import FORMS, on_hub, text_files
@@ -213,7 +213,7 @@ class TextStream:
         packing: how its documents become contexts.
         text_column: see `documents`.
         skip: contexts at the start that are left out in every pass (they are held out).
-        without: contexts that are left out wherever they occur.
+        without: contexts that are left out wherever they occur, or that are to stay unknown to who is trained on the text.
         begin: contexts after these that `batches` leaves out in the first pass only: it goes on where another training ended.
         shuffle: tokens in the buffer that `batches` draws contexts from at random; 0 keeps the text's order.
         seed: of the shuffling.
@@ -225,7 +225,7 @@ class TextStream:
     packing: Packing
     text_column: str = "text"
     skip: int = 0
-    without: Fingerprints | None = None
+    without: Fingerprints | Apart | None = None
     begin: int = 0
     shuffle: int = 0
     seed: int = 0
@@ -242,11 +242,12 @@ class TextStream:
             DataError: the text does not fill one context; with ``short``, not three tokens.
         """
         whole = filled = False
+        left_out = None if self.without is None else self.without.leaving_out()
         packed = self.packing.pack(documents(self.spec, self.text_column, self.packing.tokenizer), short)
         for context in itertools.islice(packed, self.skip, None):
             check_length(context, self.spec)
             whole = True
-            if self.without is not None and self.without.known(context[None]):
+            if left_out is not None and left_out(context):
                 self.left_out += 1
                 continue
             filled = True
@@ -416,4 +417,4 @@ def set_aside(train: TextStream, heldout: Tensor, trained_on: Fingerprints | Non
     aside = Fingerprints.of(heldout, context)
     fresh = dataclasses.replace(train, without=aside if trained_on is None else aside | trained_on)
     validation = fresh.for_validation(VALIDATION_TOKENS)
-    return validation, dataclasses.replace(train, without=aside | Fingerprints.of(validation, context))
+    return validation, dataclasses.replace(train, without=Apart([heldout, validation], context, trained_on))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mxdsurgery.text.fingerprints import Fingerprints, tokens_in_words, winnowed
+from mxdsurgery.text.fingerprints import Apart, Fingerprints, tokens_in_words, winnowed
 
 DOCUMENTS = [
     torch.randint(2, 5_000, (length,), generator=torch.Generator().manual_seed(length)) for length in range(300, 900, 7)
@@ -44,6 +44,29 @@ def test_half_of_a_context_decides():
     met = Fingerprints.of(text, 128)
     assert met.known(torch.cat([text[:, :90], half[:, 90:]], dim=1)).all()
     assert not met.known(torch.cat([text[:, :40], half[:, 40:]], dim=1)).any()
+
+
+@pytest.mark.parametrize("pieces", [2, 3])
+def test_what_is_set_aside_stays_unknown_however_it_is_spread_over_the_rest(pieces):
+    """As tables in the standard library are: across the border of two contexts, or in a piece here and a piece there."""
+    aside = torch.randint(2, 5_000, (20, 128), generator=torch.Generator().manual_seed(5))
+    rest = torch.randint(2, 5_000, (20 * pieces + 10, 128), generator=torch.Generator().manual_seed(6))
+    cuts = [128 * piece // pieces for piece in range(pieces + 1)]
+    for piece, (begin, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        rest[piece : 20 * pieces : pieces, begin:end] = aside[:, begin:end]
+    rest[0] = aside[0]
+    by_half = rest[~Fingerprints.of(aside, 128).known(rest)]
+    assert len(by_half) > len(rest) - 20 and Fingerprints.of(by_half, 128).known(aside).sum() > 10
+    apart = Apart([aside[:12], aside[12:]], 128)
+    for _ in range(2):  # every pass over a text leaves out the same
+        left_out = apart.leaving_out()
+        kept = rest[[not left_out(context) for context in rest]]
+        assert not Fingerprints.of(kept, 128).known(aside).any()
+        assert len(rest) - 30 <= len(kept) < len(by_half) and kept[-10:].equal(rest[-10:])
+    met = Fingerprints.of(aside[:3], 128)  # what was trained on is no reason to leave anything out, but counts where it helps
+    left_out = Apart([aside], 128, met | Fingerprints.of(rest[3 * pieces : 3 * pieces + 1], 128)).leaving_out()
+    of_met, of_fourth = rest[pieces : 3 * pieces], rest[3 * pieces + 1 : 4 * pieces]
+    assert not any(left_out(context) for context in of_met) and any(left_out(context) for context in of_fourth)
 
 
 def test_of_every_run_of_the_stated_length_a_hash_is_kept_wherever_it_stands():
