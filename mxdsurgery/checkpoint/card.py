@@ -12,7 +12,7 @@ from mxdsurgery.checkpoint.readme import whole_card
 from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import compact, duration, size
-from mxdsurgery.terminal.figures import range_of, value_of, with_range
+from mxdsurgery.terminal.figures import SHARES, SHORT_LEGEND, SHORT_SHARES, range_of, value_of, with_range
 from mxdsurgery.text.fingerprints import tokens_in_words
 from mxdsurgery.text.places import text_name
 from mxdsurgery.training.cost import LayerPlan
@@ -30,17 +30,6 @@ FIGURES = (
     ("expert_share", "expert share", ".2f"),
     ("dead_share", "unused experts", ".1%"),
 )
-# The share that the experts carry, and those that are lost under its controls.
-SHARES = (
-    ("expert_share", "expert share"),
-    ("permuted_share", "permuted"),
-    ("shuffled_share", "shuffled"),
-    ("random_gate_share", "random gate"),
-    ("single_expert_share", "beyond one expert"),
-    ("earned_share", "earned"),
-)
-# Those of them that a terminal shows beside the first.
-_SHORT_SHARES = ("single_expert_share", "earned_share")
 # Those that are printed with their intervals: what the conversion cost, and the shares.
 _WITH_RANGE = ("delta_ce", "loss_recovered", "expert_share")
 # The figures that a terminal shows: enough to see whether a layer is faithful and its experts matter.
@@ -73,11 +62,6 @@ as large a gate (shuffled), or one drawn by chance (random gate); by a single ex
 by a constant, with the dense path fitted anew (earned). The share that the experts can claim is the least of them."""
 
 
-_SHORT_LEGEND = """\
-Beyond one expert, earned: what is left of the expert share against a single expert of any size and sign, and against a dense
-path fitted anew. Where one of them is near 0, this choice of experts was not needed."""
-
-
 def figure_rows(evaluation: dict[str, Any]) -> list[list[str]]:
     """One row per converted layer and one for all together, as printed."""
     entries = [(str(entry["layer"]), entry) for entry in evaluation["layers"]] + [("all", evaluation["all"])]
@@ -95,7 +79,7 @@ def share_rows(evaluation: dict[str, Any]) -> list[list[str]]:
     entries = [(str(entry["layer"]), entry) for entry in evaluation["layers"]] + [("all", evaluation["all"])]
     if entries[-1][1].get("permuted_delta_ce") is None:
         return []
-    return [[name, *(with_range(entry, key, ".2f") for key, _ in SHARES)] for name, entry in entries]
+    return [[name, *(with_range(entry, key, ".2f") for key in SHARES)] for name, entry in entries]
 
 
 def computed_in(figures: dict[str, Any]) -> str:
@@ -113,12 +97,11 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
     for column in shown[1:]:
         table.add_column(FIGURES[column - 1][1], justify="right", no_wrap=FIGURES[column - 1][0] in _WITH_RANGE)
     rows = [[row[column] for column in shown] for row in figure_rows(evaluation)]
-    for column, heading in SHARES if share_rows(evaluation) else ():
-        if column in _SHORT_SHARES:
-            table.add_column(heading, justify="right")
-            for row, entry in zip(rows, [*evaluation["layers"], evaluation["all"]], strict=True):
-                row.append(value_of(entry, column, ".2f"))
-            table.caption, table.caption_justify = _SHORT_LEGEND, "left"
+    for column in SHORT_SHARES if share_rows(evaluation) else ():
+        table.add_column(SHARES[column], justify="right")
+        for row, entry in zip(rows, [*evaluation["layers"], evaluation["all"]], strict=True):
+            row.append(with_range(entry, column, ".2f"))
+        table.caption, table.caption_justify = SHORT_LEGEND, "left"
     *single, every = rows
     for row in single:
         table.add_row(*row)
@@ -197,7 +180,7 @@ def _share_lines(evaluation: dict[str, Any]) -> list[str]:
     rows = share_rows(evaluation)
     if not rows:
         return []
-    columns = ["layer", *(heading for _, heading in SHARES)]
+    columns = ["layer", *SHARES.values()]
     return [
         "## What the experts' share is worth",
         "",

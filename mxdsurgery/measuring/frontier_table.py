@@ -20,7 +20,7 @@ from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.journal import METRICS_FILE
 from mxdsurgery.terminal.console import compact
-from mxdsurgery.terminal.figures import interval, times, value_of, with_range
+from mxdsurgery.terminal.figures import SHARES, SHORT_LEGEND, SHORT_SHARES, interval, times, value_of, with_range
 from mxdsurgery.training.cost import LayerPlan
 from mxdsurgery.training.initialize import layer_shape
 
@@ -32,7 +32,7 @@ _WRITTEN = ("frontier.csv", "frontier.png", "frontier.svg")
 _COLUMNS = ("layer", "kind", "k", "sparsity", "n_experts", "params", "train_tokens")
 _FIGURES = (
     "delta_ce", "kl", "nmse", "expert_share", "top1_agreement", "fvu", "constant_gate_delta_ce", "constant_gate_nmse",
-    "zero_delta_ce", "mean_delta_ce", "loss_recovered", "jacobian_nmse",
+    "zero_delta_ce", "mean_delta_ce", "loss_recovered", "jacobian_nmse", *(name for name in SHARES if name != "expert_share"),
 )  # fmt: skip
 _WITHOUT_INTERVAL = ("l0", "dead_share")
 
@@ -66,14 +66,17 @@ class Frontier:
     def table(self) -> Table:
         """For a terminal."""
         title = f"On {self.tokens:,} held-out tokens; original cross-entropy {self.original['ce']:.4f} nats per token"
-        table = Table("layer", "kind", title=title)
-        for column in ("K", "N", "parameters", "ΔCE", "KL", "NMSE", "Jacobian NMSE", "expert share", "unused experts"):
-            table.add_column(column, justify="right", no_wrap=column in ("ΔCE", "expert share"))
+        table = Table("layer", "kind", title=title, caption=SHORT_LEGEND, caption_justify="left")
+        shares = ("expert_share", *SHORT_SHARES)
+        headings = ("K", "N", "parameters", "ΔCE", "KL", "NMSE", "Jacobian NMSE", *map(SHARES.get, shares), "unused experts")
+        for heading in headings:
+            table.add_column(heading, justify="right", no_wrap=heading in ("ΔCE", "expert share"))
         for row in self.rows:
             cells = [str(row["k"] or "-"), str(row["n_experts"] or "-"), compact(row["params"])]
             cells += [with_range(row, "delta_ce", "+.4f"), f"{row['kl']:.4f}", value_of(row, "nmse", ".4f")]
             cells += [value_of(row, "jacobian_nmse", ".3f")]
-            cells += [with_range(row, "expert_share", ".2f"), "-" if row["dead_share"] is None else f"{row['dead_share']:.1%}"]
+            cells += [with_range(row, share, ".2f") for share in shares]
+            cells += ["-" if row["dead_share"] is None else f"{row['dead_share']:.1%}"]
             table.add_row(str(row["layer"]), row["kind"], *cells)
         return table
 

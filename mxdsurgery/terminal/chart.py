@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from mxdsurgery.terminal.console import compact
-from mxdsurgery.terminal.figures import interval
+from mxdsurgery.terminal.figures import SHARES, SHORT_SHARES, interval
 
 # Colours that are told apart in greyscale and by the colour-blind (Okabe and Ito), and marks beside them.
 _STYLES = {
@@ -24,7 +24,9 @@ _STYLES = {
 
 
 def frontier_chart(rows: list[dict[str, Any]], model: str, original_ce: float, tokens: int) -> Figure:
-    """ΔCE against K with 95 % intervals, one panel per layer; the original model is the dashed line.
+    """Against K, with 95 % intervals: ΔCE, with the original model as the dashed line; below it what the experts can claim.
+
+    One column of panels per layer. The experts' share is drawn as far as its controls let it stand, where they were measured.
 
     Args:
         rows: of a frontier.
@@ -33,38 +35,47 @@ def frontier_chart(rows: list[dict[str, Any]], model: str, original_ce: float, t
         tokens: held-out tokens that the figures rest on.
     """
     layers = sorted({row["layer"] for row in rows})
-    figure = Figure(figsize=(1.2 + 4.8 * len(layers), 4.6), layout="constrained")
+    shares = [share for share in SHORT_SHARES if any(row.get(share) is not None for row in rows)]
+    heights = [4.6, *(2.2 for _ in shares)]
+    figure = Figure(figsize=(1.2 + 4.8 * len(layers), sum(heights)), layout="constrained")
     figure.suptitle(f"{model}: one MLP block replaced, {tokens:,} held-out tokens", fontsize=11)
-    for axes, layer in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
+    panels = figure.subplots(len(heights), len(layers), squeeze=False, sharex="col", height_ratios=heights)
+    for column, layer in zip(panels.T, layers, strict=True):
         mine = [row for row in rows if row["layer"] == layer]
         ticks = sorted({row["k"] for row in mine if row["k"] is not None})
-        axes.axhline(0.0, color="black", linestyle="--", linewidth=1, label=f"original model (CE {original_ce:.3f})")
-        for kind, (colour, mark) in _STYLES.items():
-            _curve(axes, [row for row in mine if row["kind"] == kind], kind, colour, mark)
-        if ticks:
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(ticks, [str(k) for k in ticks])
-            axes.minorticks_off()
-        axes.set_title(f"layer {layer}", fontsize=10)
-        axes.set_xlabel("K, active experts or features per token")
-        axes.set_ylabel("ΔCE, nats per token")
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
+        column[0].axhline(0.0, color="black", linestyle="--", linewidth=1, label=f"original model (CE {original_ce:.3f})")
+        column[0].set_title(f"layer {layer}", fontsize=10)
+        names = {"delta_ce": "ΔCE, nats per token"} | {share: f"expert share,\n{SHARES[share]}" for share in shares}
+        for axes, (name, label) in zip(column, names.items(), strict=True):
+            for kind, (colour, mark) in _STYLES.items():
+                _curve(axes, name, [row for row in mine if row["kind"] == kind], kind, colour, mark)
+            if ticks:
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(ticks, [str(k) for k in ticks])
+                axes.minorticks_off()
+            axes.set_ylabel(label)
+            axes.grid(alpha=0.25)
+        for axes in column[1:]:
+            axes.axhline(0.0, color="black", linestyle="--", linewidth=1)
+        column[-1].set_xlabel("K, active experts or features per token")
+        drawn, below = column[0].get_legend_handles_labels(), -0.4 if shares else -0.16
+        column[-1].legend(*drawn, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, below), frameon=False)
     return figure
 
 
-def _curve(axes: Any, rows: list[dict[str, Any]], kind: str, colour: str, mark: str) -> None:
-    """One kind's losses with their intervals; a band over all K for a kind that has none."""
+def _curve(axes: Any, name: str, rows: list[dict[str, Any]], kind: str, colour: str, mark: str) -> None:
+    """One kind's values of a figure with their intervals, where it has any; a band over all K for a kind that has none."""
+    rows = [row for row in rows if row.get(name) is not None]
     if not rows:
         return
     label = f"{kind} ({compact(rows[0]['params'])} parameters)"
-    values = [row["delta_ce"] for row in rows]
+    values = [row[name] for row in rows]
     if rows[0]["k"] is None:
         axes.axhline(values[0], color=colour, linewidth=1, label=label)
-        if ends := interval(rows[0], "delta_ce"):
+        if ends := interval(rows[0], name):
             axes.axhspan(*ends, color=colour, alpha=0.15, linewidth=0)
         return
-    ends = [interval(row, "delta_ce") or (value, value) for value, row in zip(values, rows, strict=True)]
+    ends = [interval(row, name) or (value, value) for value, row in zip(values, rows, strict=True)]
     reach = [[max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)]]
     reach += [[max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)]]
     axes.errorbar([row["k"] for row in rows], values, yerr=reach, color=colour, marker=mark, capsize=3, label=label)

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from mxdsurgery.checkpoint.card import FIGURES, LEGEND, evaluation_table, figure_rows
-from mxdsurgery.terminal.figures import interval, range_of, times, value_of, with_range
+from mxdsurgery.terminal.figures import SHARES, interval, range_of, times, value_of, with_range
 
 HEADINGS = [heading for _, heading, _ in FIGURES]
 
@@ -62,3 +62,11 @@ def test_a_loss_is_a_multiple_only_of_one_that_is_certain():
         found = times(row, {"delta_ce": 0.002, "delta_ce_ci": ends}, "delta_ce")
         assert found == (ratio and pytest.approx(ratio))
     assert times(row, {"delta_ce": -0.002, "delta_ce_ci": [-0.003, -0.001]}, "delta_ce") is None
+
+
+def test_the_terminal_shows_what_the_experts_can_claim_with_its_interval():
+    shares = {name: 0.25 for name in SHARES} | {f"{name}_ci": [0.125, 0.375] for name in SHARES}
+    shown = io.StringIO()
+    Console(width=200, file=shown).print(evaluation_table(evaluation(entry(**shares), permuted_delta_ce=0.1, **shares)))
+    assert shown.getvalue().count("0.25 [0.12, 0.38]") == 2 * 3  # expert share, beyond one expert, earned
+    assert "Beyond one expert, earned: what is left" in shown.getvalue()

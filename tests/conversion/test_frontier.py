@@ -15,6 +15,8 @@ from mxdsurgery.base.activations import record_activations
 from mxdsurgery.cli import main
 from mxdsurgery.errors import Interrupted, OutputError, RecipeError
 from mxdsurgery.measuring.frontier_table import layer_file, load_layer, read_frontier, remove_frontier, verdict
+from mxdsurgery.terminal.chart import frontier_chart
+from mxdsurgery.terminal.figures import with_range
 
 SMALL = {"tokens": 12_000, "eval_tokens": 2_000, "expansion": 6, "batch": 1024, "device": "cpu", "shuffle": 0}
 
@@ -60,6 +62,26 @@ def test_the_files_say_what_was_returned(made):
     assert rows[-1]["k"] == "" and (made.out / "frontier.png").read_bytes()[1:4] == b"PNG"
     drawing = (made.out / "frontier.svg").read_text()
     assert drawing.count("<svg") == 1 and len(drawing) > 5000
+
+
+def test_what_the_experts_can_claim_is_in_the_table_the_csv_and_the_chart(made):
+    row = made.rows[0]
+    table = made.table()
+    for heading, name in (("beyond one expert", "single_expert_share"), ("earned", "earned_share")):
+        (column,) = [column for column in table.columns if column.header == heading]
+        assert [*column.cells] == [with_range(row, name, ".2f") for row in made.rows] and "[" in next(column.cells)
+    with (made.out / "frontier.csv").open() as file:
+        (first, *_) = csv.DictReader(file)
+    for name in ("permuted_share", "shuffled_share", "random_gate_share", "single_expert_share", "earned_share"):
+        assert float(first[name]) == row[name] and float(first[f"{name}_high"]) == row[f"{name}_ci"][1]
+    drawn = frontier_chart(made.rows, "model", 3.0, made.tokens)
+    assert [axes.get_ylabel() for axes in drawn.axes][1:] == ["expert share,\nbeyond one expert", "expert share,\nearned"]
+    curves = [[line.get_ydata().tolist() for line in axes.containers[0].lines[:1]] for axes in drawn.axes]
+    mine = [row for row in made.rows if row["kind"] == "mxd"]
+    names = ("delta_ce", "single_expert_share", "earned_share")
+    assert curves == [[[row[name] for row in mine if row[name] is not None]] for name in names]
+    older = [{name: value for name, value in row.items() if not name.endswith("_share")} for row in made.rows]
+    assert len(frontier_chart(older, "model", 3.0, made.tokens).axes) == 1
 
 
 def test_the_base_model_runs_once_for_all_of_them(tmp_path, monkeypatch):
