@@ -58,8 +58,8 @@ better with the layer (loss recovered: with the original's block) than without a
 _SHARES_LEGEND = """\
 Each is the part of the layer's worth (what it predicts better by than no block) that is lost if the choice of experts is
 replaced: by a constant (expert share); by the same choice with each expert another one (permuted), that of another token with
-as large a gate (shuffled), or one drawn by chance (random gate); by a single expert of any size and sign (beyond one expert);
-by a constant, with the dense path fitted anew (earned). The share that the experts can claim is the least of them."""
+as large a gate (shuffled), or one drawn by chance (random gate); by the same few for every token, of any size and sign
+(beyond a few); by a constant, with the dense path fitted anew (earned). The share that the experts can claim is the least."""
 
 
 def figure_rows(evaluation: dict[str, Any]) -> list[list[str]]:

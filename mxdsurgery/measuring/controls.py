@@ -5,14 +5,14 @@ Training sees none of them. Each stands in a layer's place as a variant of its o
     permuted       each coefficient goes to another expert, always the same one
     shuffled       each token gets the choice of another token whose gate is about as large
     random gate    each token draws its experts by chance, each as often as it fires, and as strongly as it then does
-    single expert  one and the same expert for every token, times the number that suits the token's own choice best
+    few experts    the same few experts for every token, each times the number that suits the token's own choice best
     retrained      the experts say the same for every token, and the dense path is fitted anew to the block's output
 
 The first three leave the choice its statistics and take its meaning: what depends on any choice breaks under them. The others
-ask what could do as well. If all experts are alike but for size and sign, a single expert does. In particular it does where
-the choice is a sign bit: ``y = s (D z)`` with ``s`` = 1 or -1 as a random hyperplane has it. There `expert_share` is 1, and
-the shares of the first three are no less: with wrong signs the layer is worse than none. Retraining the dense path asks
-whether anything had to be chosen at all.
+ask what could do as well. If all experts are alike but for size and sign, or sums of a few, a few experts do. In particular
+they do where the choice is a sign bit: ``y = s (D z)`` with ``s`` = 1 or -1 as a random hyperplane has it. There
+`expert_share` is 1, and the shares of the first three are no less: with wrong signs the layer is worse than none. Retraining
+the dense path asks whether anything had to be chosen at all.
 
 Shapes: B contexts of T tokens, n tokens, D model width, F features of the dense path, N experts, K active ones.
 """
@@ -27,13 +27,14 @@ from mxdsurgery.base.surgery import FrozenExperts
 from mxdsurgery.hardware.device import widest
 from mxdsurgery.layers.baselines import SkipTranscoder
 from mxdsurgery.layers.layer import Coefficients, MxDLayer
+from mxdsurgery.training.losses import best_amounts, how_few
 
 # The share of a layer's worth that is lost under each control.
 SHARES = {
     "permuted": "permuted_share",
     "shuffled": "shuffled_share",
     "random_gate": "random_gate_share",
-    "single_expert": "single_expert_share",
+    "few_experts": "few_experts_share",
     "retrained": "earned_share",
 }
 # Choices are shuffled among so many tokens that are neighbours in gate size.
@@ -47,7 +48,7 @@ class Usage:
     """How one layer uses its experts on original inputs, position 0 left out."""
 
     best_constant: Tensor  # (D,), in place of their term Cᵀ a
-    direction: Tensor | None  # (D,), the one that most of Cᵀ a lies in, seen through what it is multiplied with
+    few: Tensor | None  # (D, r), the directions that most of Cᵀ a lies in, seen through what it is multiplied with
     fired: Tensor  # (N,), tokens on which each expert fired
     amount: Tensor  # (N,), the sum of each expert's coefficients
     tokens: int
@@ -148,30 +149,33 @@ class RandomGate(nn.Module):
         return self.layer.combine(Coefficients(values.to(x.device, dtype), indices.to(x.device)), x)
 
 
-class SingleExpert(nn.Module):
-    """A layer in which the experts' sum of each token is replaced by a multiple of one direction, the best for that sum.
+class FewExperts(nn.Module):
+    """A layer in which the experts' sum of each token is replaced by the nearest sum of a few, the same for all tokens.
+
+    Near in the output, where they are multiplied with the dense path. Each has the number that suits the token best, of any
+    size and sign.
 
     Args:
         layer: with experts.
-        direction: (D,).
+        few: the experts' rows, as columns (D, r).
     """
 
-    def __init__(self, layer: nn.Module, direction: Tensor) -> None:
+    def __init__(self, layer: nn.Module, few: Tensor) -> None:
         super().__init__()
         self.layer = layer
-        self.register_buffer("direction", direction)
+        self.register_buffer("few", few)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         scale, rest = self.layer.dense_path(x)
-        s, c = self.layer.experts(self.layer.coefficients(x)), self.direction.to(x.dtype)
-        weight = scale.to(torch.promote_types(x.dtype, torch.float32)).square() * c
-        amount = (weight * s).sum(-1, keepdim=True) / (weight * c).sum(-1, keepdim=True).clamp_min(1e-30)
-        return (amount * c).to(scale.dtype) * scale + rest
+        wide = torch.promote_types(x.dtype, torch.float32)
+        s, few, square = self.layer.experts(self.layer.coefficients(x)).to(wide), self.few.to(wide), scale.to(wide).square()
+        amounts = best_amounts(square.expand_as(s), (square * s) @ few, few)
+        return (amounts @ few.T).to(scale.dtype) * scale + rest
 
 
-def main_direction(products: Tensor, mean_square: Tensor) -> Tensor:
-    """The direction (D,) whose multiples come nearest to vectors s, in the mean square of ``s * m``.
+def main_directions(products: Tensor, mean_square: Tensor) -> Tensor:
+    """The few directions (D, r) whose sums come nearest to vectors s, in the mean square of ``s * m``.
 
     Args:
         products: ``Σ s sᵀ``, (D, D).
@@ -179,7 +183,8 @@ def main_direction(products: Tensor, mean_square: Tensor) -> Tensor:
     """
     size = mean_square.cpu().sqrt().clamp_min(1e-12)
     _, vectors = torch.linalg.eigh(products.cpu() * size[:, None] * size)
-    return (vectors[:, -1] / size).to(products.device)
+    found = vectors[:, -how_few(len(size)) :] / size[:, None]
+    return (found / found.norm(dim=0)).to(products.device)
 
 
 def dense_features(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -288,7 +293,7 @@ def stand_ins(layer: nn.Module, usage: Usage, length: int, seed: int) -> dict[st
         "permuted": PermutedExperts(layer, usage, seed),
         "shuffled": ShuffledTokens(layer, length, seed),
         "random_gate": RandomGate(layer, usage, seed),
-        "single_expert": SingleExpert(layer, usage.direction),
+        "few_experts": FewExperts(layer, usage.few),
     }
 
 

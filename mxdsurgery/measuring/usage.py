@@ -19,7 +19,7 @@ from mxdsurgery.measuring.intervals import frequency_decades
 def usage_from(sums: dict[tuple, Tensor], index: int, number: int, tokens: int) -> Usage:
     """What the sums over so many tokens say of one layer."""
     my, mm, fired, amount, ss = (sums[index, number, name] for name in ("my", "mm", "fired", "amount", "ss"))
-    return Usage(my / mm.clamp_min(1e-30), controls.main_direction(ss, mm) if len(fired) else None, fired, amount, tokens)
+    return Usage(my / mm.clamp_min(1e-30), controls.main_directions(ss, mm) if len(fired) else None, fired, amount, tokens)
 
 
 @torch.no_grad()

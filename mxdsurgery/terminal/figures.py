@@ -14,14 +14,14 @@ SHARES = {
     "permuted_share": "permuted",
     "shuffled_share": "shuffled",
     "random_gate_share": "random gate",
-    "single_expert_share": "beyond one expert",
+    "few_experts_share": "beyond a few",
     "earned_share": "earned",
 }
 # Those of them that a terminal and a chart show beside the first, with what they say.
-SHORT_SHARES = ("single_expert_share", "earned_share")
+SHORT_SHARES = ("few_experts_share", "earned_share")
 SHORT_LEGEND = """\
-Beyond one expert, earned: what is left of the expert share against a single expert of any size and sign, and against a dense
-path fitted anew. Where one of them is near 0, this choice of experts was not needed."""
+Beyond a few, earned: what is left of the expert share against a few experts, the same for every token, of any size and sign,
+and against a dense path fitted anew. Where one of them is near 0, this choice of experts was not needed."""
 
 
 def value_of(row: dict[str, Any], name: str, form: str) -> str:

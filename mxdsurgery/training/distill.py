@@ -21,11 +21,12 @@ from mxdsurgery.layers.baselines import TopKSAE
 from mxdsurgery.layers.layer import Experts, MxDLayer
 from mxdsurgery.layers.sparse import mix, sparse_gate
 from mxdsurgery.recipe import Recipe
-from mxdsurgery.runs.parallel import agree, average_gradients, sum_of_all, text_shares
+from mxdsurgery.runs.parallel import agree, average_gradients, text_shares
 from mxdsurgery.runs.resume import optimizer_state, part, prefixed, restore_optimizer
 from mxdsurgery.runs.run_folder import UNKEPT, Keeper
 from mxdsurgery.training.accelerator import selects_in_bf16
 from mxdsurgery.training.cost import LayerPlan, first_k
+from mxdsurgery.training.losses import distillation_loss, frozen_gain
 
 # Losses are looked at every so many steps: looking waits for the device.
 _CHECK_EVERY = 20
@@ -162,40 +163,6 @@ class LayerInTraining:
                 expected="a falling loss",
                 fix="lower --lr (a third of it), or raise --warmup, or train with --precision fp32",
             )
-
-
-def distillation_loss(y_hat: Tensor, y: Tensor, size: Tensor | None = None) -> Tensor:
-    """``mean(‖ŷ - y‖² / ‖y‖)`` over tokens: y_hat and y (tokens, D) -> scalar fp32. Source: arXiv 2505.21364.
-
-    Args:
-        y_hat: what is learned.
-        y: what is to be learned.
-        size: the error is divided by the norm of this; default: y.
-    """
-    error = (y_hat.float() - y).square().sum(-1)
-    return (error / (y if size is None else size).norm(dim=-1).clamp_min(1e-6)).mean()
-
-
-def frozen_gain(scale: Tensor, target: Tensor, y: Tensor, shares: int = 1) -> Tensor:
-    """How much the experts would take off the loss if their sum were the best constant, the same for every token.
-
-    With ``m`` = scale, ``t`` = target and the loss's weights ``w = 1 / ‖y‖``, the best constant of dimension d is
-    ``c_d = Σ w m_d t_d / Σ w m_d²`` over the batch, and it takes ``(Σ w m_d t_d)² / Σ w m_d²`` off the loss. Kept small, it
-    leaves work to the choice of experts: `expert_share` measures the same on held-out text, in nats.
-
-    Args:
-        scale: (tokens, D), what the experts' sum is multiplied with.
-        target: (tokens, D), what the product should be.
-        y: (tokens, D), the block's output.
-        shares: processes that each have so many tokens of the batch.
-
-    Returns:
-        A scalar in the loss's units, of the whole batch.
-    """
-    scale, weight = scale.float(), 1.0 / y.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-    product = sum_of_all((weight * scale * target).sum(0), shares)
-    power = sum_of_all((weight * scale.square()).sum(0), shares)
-    return (product.square() / power.clamp_min(1e-9)).sum() / (len(y) * shares)
 
 
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:

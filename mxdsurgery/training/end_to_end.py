@@ -39,12 +39,11 @@ from mxdsurgery.training.distill import (
     LayerInTraining,
     Progress,
     active_experts,
-    distillation_loss,
-    frozen_gain,
     layer_key,
     learning_rate,
     tracked,
 )
+from mxdsurgery.training.losses import distillation_loss, frozen_gain
 from mxdsurgery.training.teacher import Example, parts
 
 # Losses are looked at every so many steps: looking waits for the device.

@@ -47,7 +47,7 @@ VARIANTS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
 )
 # Built layers stand where a block is worth the most.
 BUILT_ON, BUILT_LAYER, BUILT_CONTEXTS = "demo-glu", 0, 96
-SHARES = ("expert_share", "permuted_share", "shuffled_share", "random_gate_share", "single_expert_share", "earned_share")
+SHARES = ("expert_share", "permuted_share", "shuffled_share", "random_gate_share", "few_experts_share", "earned_share")
 
 
 def trained(shared: Path, runs: Path, only: str | None) -> None:
@@ -119,7 +119,7 @@ def measure(shared: Path, runs: Path, only: str | None) -> None:
 def page() -> None:
     """Print docs/controls.md."""
     rows = read_lines(RESULTS)
-    heading = "layer | ΔCE | ΔCE if zeroed | NMSE | expert share | permuted | shuffled | random gate | single expert | earned"
+    heading = "layer | ΔCE | ΔCE if zeroed | NMSE | expert share | permuted | shuffled | random gate | a few | earned"
     order = [model for model, _, _ in SUBJECTS]
     click.echo((KEPT / "introduction.md").read_text(encoding="utf-8").replace("MACHINE", read_json(SETTINGS)["machine"]))
     for title, some in (

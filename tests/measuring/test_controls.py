@@ -18,15 +18,16 @@ from mxdsurgery.layers.layer import MxDLayer
 from mxdsurgery.measuring.controls import (
     SHARES,
     DenseFit,
+    FewExperts,
     PermutedExperts,
     RandomGate,
     ShuffledTokens,
-    SingleExpert,
     Usage,
-    main_direction,
+    main_directions,
     quarters,
 )
 from mxdsurgery.measuring.fidelity import measure
+from mxdsurgery.training.losses import how_few
 
 LAYER, CONTEXTS, LENGTH = 0, 24, 64  # the layer that is worth the most
 
@@ -44,18 +45,18 @@ def built():
     return {name: measure(model, [block], {LAYER: layer}, ids, batch=1024)["layers"][0] for name, layer in layers.items()}
 
 
-def test_a_sign_bit_has_the_whole_share_and_is_exposed_by_a_single_expert_and_by_retraining_alone(built):
+def test_a_sign_bit_has_the_whole_share_and_is_exposed_by_a_few_experts_and_by_retraining_alone(built):
     shares = built["sign bit"]
     assert abs(shares["delta_ce"]) < 0.01 * shares["zero_delta_ce"]  # it computes the block's output
     assert shares["expert_share"] > 0.9
     assert min(shares[name] for name in ("permuted_share", "shuffled_share", "random_gate_share")) > 1
-    assert max(abs(shares[name]) for name in ("single_expert_share", "earned_share")) < 0.02
+    assert max(abs(shares[name]) for name in ("few_experts_share", "earned_share")) < 0.02
 
 
 def test_experts_that_differ_in_size_alone_are_exposed_by_all_controls_that_keep_the_size(built):
     shares = built["size only"]
     assert abs(shares["delta_ce"]) < 0.01 * shares["zero_delta_ce"] and shares["expert_share"] > 0.1
-    assert max(abs(shares[name]) for name in ("permuted_share", "shuffled_share", "single_expert_share")) < 0.01
+    assert max(abs(shares[name]) for name in ("permuted_share", "shuffled_share", "few_experts_share")) < 0.01
     assert shares["earned_share"] > 0.05  # no dense path can do without the size
 
 
@@ -65,7 +66,9 @@ def test_decoration_loses_nothing_under_any_control(built):
 
 def test_specialised_experts_keep_their_share_against_every_control(built):
     shares = built["specialised"]
-    assert min(shares[name] for name in SHARES.values()) > 0.9 * shares["expert_share"] > 0.3
+    whole = shares["expert_share"]
+    assert min(shares[name] for name in SHARES.values() if name != "few_experts_share") > 0.9 * whole > 0.3
+    assert shares["few_experts_share"] > 0.5 * whole  # a few directions of the output say a good part of it
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,7 @@ def usage(layer, x):
     a = layer.coefficients(x[:, 1:].flatten(0, 1)).dense(layer.gate.n_experts)
     s = a @ layer.experts.weight
     m, _ = layer.dense_path(x[:, 1:].flatten(0, 1))
-    return Usage(torch.zeros(8), main_direction(s.T @ s, m.square().sum(0)), (a > 0).sum(0), a.sum(0), len(a))
+    return Usage(torch.zeros(8), main_directions(s.T @ s, m.square().sum(0)), (a > 0).sum(0), a.sum(0), len(a))
 
 
 def test_a_permutation_is_one_of_experts_that_fire_and_leaves_none_in_its_place():
@@ -159,16 +162,24 @@ def test_a_random_gate_draws_each_expert_as_often_as_it_fires_with_its_mean_coef
     assert len(torch.unique(a > 0, dim=0)) > 12  # not the same few choices
 
 
-def test_a_single_expert_is_the_best_multiple_of_the_best_direction():
+@pytest.mark.parametrize("few", [1, 3])
+def test_a_few_experts_are_the_best_sums_of_the_best_directions(few, monkeypatch):
+    monkeypatch.setattr("mxdsurgery.measuring.controls.how_few", lambda d_model: few)
     layer, x = layer_and_text()
-    for row in range(12):  # all experts but one another's multiples, some of them negative
-        layer.experts.weight[row] = layer.experts.weight[0] * (row - 5.5)
-    torch.testing.assert_close(SingleExpert(layer, usage(layer, x).direction)(x), layer(x))
+    rows = layer.experts.weight
+    rows[few:] = torch.randn(12 - few, few, dtype=torch.float64) @ rows[:few]  # all experts but a few are sums of these
+    torch.testing.assert_close(FewExperts(layer, usage(layer, x).few)(x), layer(x), atol=5e-3, rtol=0)  # the ridge
     layer, x = layer_and_text()
-    direction = usage(layer, x).direction
+    directions = usage(layer, x).few
+    assert directions.shape == (8, few)
     m, s = layer.dense_path(x)[0], layer.experts(layer.coefficients(x))
-    best = torch.linalg.lstsq((m * direction)[..., None], (m * s)[..., None]).solution[..., 0]
-    torch.testing.assert_close(SingleExpert(layer, direction)(x), best * direction * m + layer.bias)
+    best = (directions @ torch.linalg.lstsq(m[..., None] * directions, (m * s)[..., None]).solution)[..., 0]
+    torch.testing.assert_close(FewExperts(layer, directions)(x), best * m + layer.bias, atol=5e-3, rtol=0)  # the ridge
+    assert (FewExperts(layer, directions)(x) - layer(x)).abs().max() > 0.1
+
+
+def test_a_few_are_four_or_a_sixteenth_of_the_width():
+    assert [how_few(d_model) for d_model in (4, 16, 48, 64, 576, 3072)] == [1, 1, 3, 4, 4, 4]
 
 
 def fitted(layer, x, y):
@@ -206,7 +217,7 @@ def test_with_too_little_text_the_dense_path_stays_as_it_is():
 def test_tables_have_the_shares_where_there_are_experts_and_an_evaluation_of_an_older_version_is_printed_without(kinds):
     evaluation = {kind: copy.deepcopy(once) for kind, (once, _) in kinds.items()}
     headings = {kind: [column.header for column in evaluation_table(figures).columns] for kind, figures in evaluation.items()}
-    assert headings["mxd"][-2:] == headings["transcoder"][-2:] == ["beyond one expert", "earned"]
+    assert headings["mxd"][-2:] == headings["transcoder"][-2:] == ["beyond a few", "earned"]
     assert headings["dense"] == headings["mxd"][:-2] and share_rows(evaluation["dense"]) == []
     rows = share_rows(evaluation["mxd"])
     assert [row[0] for row in rows] == ["0", "1", "all"] and {len(row) for row in rows} == {1 + 1 + len(SHARES)}

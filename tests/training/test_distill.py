@@ -13,8 +13,9 @@ from mxdsurgery.measuring.fidelity import measure
 from mxdsurgery.planning.plan import plan_layer
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.training.cost import first_k
-from mxdsurgery.training.distill import Progress, active_experts, distill, distillation_loss, frozen_gain, learning_rate
+from mxdsurgery.training.distill import Progress, active_experts, distill, learning_rate
 from mxdsurgery.training.initialize import initial_layer, measure_statistics
+from mxdsurgery.training.losses import distillation_loss, few_gain, frozen_gain
 
 
 def test_the_loss_is_the_squared_error_over_the_norm():
@@ -152,3 +153,21 @@ def test_bf16_autocast_keeps_parameters_in_fp32_and_learns():
     Accelerator(cpu=True)  # as the next test expects it
     assert all(parameter.dtype == torch.float32 for parameter in layer.parameters())
     assert nmse(model, [block], {0: layer})[0] < 0.6
+
+
+def test_few_experts_gain_what_the_best_of_their_sums_take_off_the_loss():
+    generator = torch.Generator().manual_seed(0)
+    m, v = torch.randn(200, 12, generator=generator), torch.randn(12, 2, generator=generator)
+    y = m * (torch.randn(200, 2, generator=generator) @ v.T) + 0.1 * torch.randn(200, 12, generator=generator)
+    few, gains = torch.linalg.qr(torch.randn(12, 2, generator=generator))[0], []
+    for _ in range(12):
+        gain, nearer = few_gain(m, y, y, few)
+        amounts = torch.linalg.lstsq(m[..., None] * few, y[..., None]).solution
+        best = m * (few @ amounts)[..., 0]
+        assert gain.item() == pytest.approx((distillation_loss(0 * y, y) - distillation_loss(best, y)).item(), rel=1e-3)
+        gains.append(gain.item())
+        torch.testing.assert_close(nearer.T @ nearer, torch.eye(2), atol=1e-5, rtol=0)
+        few = nearer
+    assert gains == sorted(gains) and gains[-1] > 0.98 * distillation_loss(0 * y, y).item()  # it finds the two
+    nothing, kept = few_gain(0 * m, y, y, few)
+    assert nothing.item() == 0.0 and kept.isfinite().all()
