@@ -37,7 +37,18 @@ from mxdsurgery.measuring.intervals import Sums, Table, error_sums, scored_predi
 from mxdsurgery.measuring.jacobian import JacobianErrors
 from mxdsurgery.measuring.scoring import Original, prediction_sums, run_original
 from mxdsurgery.measuring.usage import usage_figures, usage_from, use
-from mxdsurgery.planning.effort import ON_ALL, RUN_LAYERS, Alone, Rates, Runs, evaluation_runs, fitted_together
+from mxdsurgery.planning.calibrate import wide_rate
+from mxdsurgery.planning.effort import (
+    ON_ALL,
+    RUN_LAYERS,
+    Alone,
+    Rates,
+    Runs,
+    evaluation_runs,
+    fitted_together,
+    solving_seconds,
+    statistics_passes,
+)
 from mxdsurgery.terminal.console import duration
 
 
@@ -79,6 +90,7 @@ class Measurement:
     Attributes:
         contexts_alone: on how many of the S contexts each layer alone is measured.
         seconds: that `run` will take.
+        solving: those of them in which dense paths are fitted anew, on however much text.
     """
 
     def __init__(
@@ -101,10 +113,11 @@ class Measurement:
         self.depth = len(decoder_layers(model)[1])
         self.rates = _rates(model, blocks, candidates[0], self.input_ids[: self.size])
         kinds = [controls.kind_of(layers[blocks[0].layer]) for layers in candidates]
-        runs = evaluation_runs(blocks, self.depth, kinds, bool(self.maps))
+        runs = evaluation_runs(blocks, self.depth, contexts, length, kinds, bool(self.maps))
         together, single = map(self.rates.seconds, runs)
-        self.contexts_alone = alone.contexts(together, single, contexts, length)
-        self.seconds = contexts * together + self.contexts_alone * single
+        self.solving = solving_seconds(blocks, kinds, lambda: wide_rate(self.input_ids.device.type))
+        self.contexts_alone = alone.contexts(together, single, contexts, length, self.solving)
+        self.seconds = self.solving + contexts * together + self.contexts_alone * single
 
     @property
     def tokens_alone(self) -> int:
@@ -193,6 +206,7 @@ def _statistics(
     """
     sums: dict[tuple, Tensor | int] = defaultdict(int)
     tokens, wide = 0, widest(batches[0].device)
+    passes = statistics_passes(sum(map(len, batches)), batches[0].shape[1])
     for ids in batches:
         tokens += ids[:, 1:].numel()
         recorded = record_activations(model, blocks, ids)
@@ -205,7 +219,7 @@ def _statistics(
                 new = {"my": (m * (y - r)).sum(0), "mm": m.square().sum(0)} | use(layers[index], x)
                 for name, value in new.items():
                     sums[index, number, name] = sums[index, number, name] + value
-        progress.add(len(ids), Runs(max(b.layer for b in blocks) + 1, len(candidates) * len(blocks), 0))
+        progress.add(len(ids), Runs(max(b.layer for b in blocks) + 1, len(candidates) * len(blocks) * passes, 0))
     outputs = {block.layer: sums[block.layer, "y"] / tokens for block in blocks}
     used = [{i: usage_from(sums, i, number, tokens) for i in outputs} for number in range(len(candidates))]
     return outputs, used
@@ -231,6 +245,7 @@ def _retrained(
                     fit.add(quarter, *(part[:, 1:].flatten(0, 1) for part in recorded[layer]))
                 progress.add(len(ids), Runs(max(block.layer for block in group) + 1 + len(fits), 0, 0))
         retrained |= {key: fit.retrained(of.model.dtype) for key, fit in fits.items()}
+        progress.took(of.solving * len(group) / len(of.blocks))
     return retrained
 
 
@@ -269,10 +284,14 @@ def _rates(model: PreTrainedModel, blocks: Sequence[Block], layers: dict[int, nn
         synchronise(ids.device.type)
         return (time.perf_counter() - start) / len(ids), result
 
-    hidden_states(model, ids[:1])  # warms up: the first run takes longer
+    def predicted(ids: Tensor, hidden: Tensor) -> dict:
+        return dict(prediction_sums(model, ids, hidden, [("itself", hidden)]))
+
+    predicted(ids[:1], hidden_states(model, ids[:1]))  # warms up: the first run takes longer
     body, hidden = timed(lambda: hidden_states(model, ids))
-    heads, _ = timed(lambda: dict(prediction_sums(model, ids, hidden, [("itself", hidden)])))
+    heads, _ = timed(lambda: predicted(ids, hidden))
     with replaced(model, blocks, layers):
+        hidden_states(model, ids[:1])
         converted, _ = timed(lambda: hidden_states(model, ids))
     return Rates(body / len(decoder_layers(model)[1]), max(0.0, converted - body) / len(layers), heads / 2)
 
@@ -287,7 +306,11 @@ class _Passes:
 
     def add(self, contexts: int, runs: Runs) -> None:
         """Counts so many contexts as having taken part in ``runs``."""
-        self.done += contexts * self.rates.seconds(runs) / self.whole
+        self.took(contexts * self.rates.seconds(runs))
+
+    def took(self, seconds: float) -> None:
+        """Counts work of so many seconds as done."""
+        self.done += seconds / self.whole
         self.report(min(self.done, self.total), self.total)
 
 

@@ -23,9 +23,7 @@ from mxdsurgery.base.blocks import Block
 from mxdsurgery.base.offload import resident
 from mxdsurgery.hardware.device import widest
 from mxdsurgery.measuring.intervals import Table, with_interval
-
-# Inputs at which derivatives are taken, each with one direction; at least one of each context.
-INPUTS = 4096
+from mxdsurgery.planning.effort import jacobian_inputs
 
 
 class JacobianErrors:
@@ -46,7 +44,7 @@ class JacobianErrors:
         self, blocks: Sequence[Block], root: nn.Module, candidates: Sequence[dict[int, nn.Module]], contexts: int, length: int
     ) -> None:
         self.blocks, self.root, self.candidates = {block.layer: block for block in blocks}, root, candidates
-        self.each = max(1, min(length - 1, INPUTS // contexts))
+        self.each = jacobian_inputs(contexts, length)
         self.inputs = contexts * self.each
         self.generator = torch.Generator().manual_seed(0)
         self.table = Table()

@@ -7,6 +7,7 @@ times the shortest counts: whatever else the machine does only adds to it.
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import statistics
 import subprocess
@@ -24,11 +25,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from mxdsurgery.base.activations import record_activations
 from mxdsurgery.base.scores import known_predictions, next_token_scores
-from mxdsurgery.hardware.device import empty_cache
+from mxdsurgery.hardware.device import empty_cache, widest
 from mxdsurgery.hardware.timing import best_seconds
 from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.layers.sparse import chunk_bytes
-from mxdsurgery.planning.effort import EVALUATION_SHARE, Alone, Rates, evaluation_runs
+from mxdsurgery.planning.effort import EVALUATION_SHARE, Alone, Rates, evaluation_runs, solving_seconds
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.training.accelerator import choose_kernels, make_accelerator
 from mxdsurgery.training.cost import (
@@ -38,6 +39,7 @@ from mxdsurgery.training.cost import (
     Machine,
     base_forward_flops,
     first_k,
+    fit_flops,
     largest_layer,
     layer_flops,
     tokens_per_step,
@@ -84,6 +86,7 @@ class Calibration:
         forward_seconds: of that layer's forward pass, in the base model's dtype.
         start_seconds: of a new process, until it can load a model.
         bytes_per_second: writing speed of the result's disk; None where it was not measured.
+        wide_rate: FLOPs per second of a product in the widest dtype; None where none was needed.
     """
 
     step_seconds: float
@@ -97,6 +100,7 @@ class Calibration:
     forward_seconds: float = 0.0
     start_seconds: float = 0.0
     bytes_per_second: float | None = None
+    wide_rate: float | None = None
 
     def cost(self, groups: Sequence[Group], steps: int, batch: int) -> Callable[[float], float]:
         """A function from a number of tokens to the seconds they take, from the training's start, all groups in turn.
@@ -138,10 +142,12 @@ class Calibration:
         last, contexts = max(blocks), max(1, recipe.eval_tokens // recipe.context)
         kinds = [layer.kind for layer in layers if layer.block.layer == last]
         rates = self.rates(largest_layer(layers), base, last, recipe.batch // recipe.context)
-        runs = evaluation_runs(list(blocks.values()), len(base.layer_parameters), kinds)
+        every = list(blocks.values())
+        runs = evaluation_runs(every, len(base.layer_parameters), contexts, recipe.context, kinds)
         together, single = map(rates.seconds, runs)
+        once = solving_seconds(every, kinds, lambda: self.wide_rate or math.inf)
         alone = Alone(recipe.eval_tokens_single, EVALUATION_SHARE * training_seconds)
-        return contexts * together + alone.contexts(together, single, contexts, recipe.context) * single
+        return once + contexts * together + alone.contexts(together, single, contexts, recipe.context, once) * single
 
     def export_seconds(self, checkpoint_bytes: int) -> float:
         """Seconds to write a checkpoint and to load it twice in a new process: as a model, and as a language model."""
@@ -198,6 +204,7 @@ def calibrate(
         forward_seconds=forward_seconds,
         start_seconds=_measure_start() if share == 1.0 else _USUAL_START,
         bytes_per_second=_measure_disk(Path(recipe.out)),
+        wide_rate=wide_rate(machine.device) if any(fit_flops(layer.block, layer.kind) for layer in layers) else None,
     )
 
 
@@ -217,6 +224,11 @@ def matmul_rate(device: str, dtype: str) -> float:
         if seconds > _BUSY:
             break
     return 2 * side**3 / seconds
+
+
+def wide_rate(device: str) -> float:
+    """As `matmul_rate`, in the widest dtype that the device has."""
+    return matmul_rate(device, str(widest(torch.device(device))).removeprefix("torch."))
 
 
 def _measure_step(layer: LayerPlan, recipe: Recipe, device: str, seconds: float) -> tuple[list[list[float]], int]:

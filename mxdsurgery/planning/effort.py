@@ -3,11 +3,11 @@
 All layers together are measured on all contexts. Measuring each alone grows with the square of their number.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mxdsurgery.base.blocks import Block
-from mxdsurgery.training.cost import FIT_BYTES, fit_bytes
+from mxdsurgery.training.cost import FIT_BYTES, fit_bytes, fit_flops
 
 # By default, evaluation takes at most this share of the training time: single layers are measured on fewer contexts.
 EVALUATION_SHARE = 0.2
@@ -20,7 +20,7 @@ class Runs:
     """How often each part of the model runs on one context in evaluation; see `evaluation_runs`."""
 
     decoder_layers: int
-    new_layers: int
+    new_layers: float
     heads: int  # the language-model head, and the comparison of its predictions
 
 
@@ -37,6 +37,10 @@ class Rates:
         return runs.decoder_layers * self.decoder_layer + runs.new_layers * self.new_layer + runs.heads * self.head
 
 
+# Derivatives of layers and of their blocks are taken at so many inputs, each in one direction, or at one of each context.
+JACOBIAN_INPUTS = 4096
+# A layer's takes as long as so many passes through it: a transformed function gathers the rows of its experts.
+_DERIVATIVE = 10
 # What is measured of a candidate, by kind: the layers themselves, with their experts frozen, and the `controls`.
 _ALL_VARIANTS = ("converted", "frozen", "permuted", "shuffled", "random_gate", "few_experts", "retrained")
 _VARIANTS = {"dense": _ALL_VARIANTS[:2], "transcoder": _ALL_VARIANTS[:-1], "topk-sae": _ALL_VARIANTS[:-1]}
@@ -70,18 +74,47 @@ def fitted_together(blocks: Sequence[Block], kinds: Sequence[str]) -> list[list[
     return groups
 
 
+def jacobian_inputs(contexts: int, length: int) -> int:
+    """At how many inputs of each of S contexts of T tokens derivatives are taken."""
+    return max(1, min(length - 1, JACOBIAN_INPUTS // contexts))
+
+
+def statistics_passes(contexts: int, length: int) -> float:
+    """As many passes through a layer as its statistics and derivatives take, on each of S contexts of T tokens."""
+    return 1 + _DERIVATIVE * jacobian_inputs(contexts, length) / length
+
+
+def solving_seconds(blocks: Sequence[Block], kinds: Sequence[str], rate: Callable[[], float]) -> float:
+    """Seconds, however long the text is, of solving for the dense paths that are fitted anew.
+
+    Args:
+        blocks: that are replaced.
+        kinds: of the candidates.
+        rate: FLOPs per second of products in the widest dtype; it is asked only where there is something to solve.
+    """
+    flops = sum(fit_flops(block, kind) for block in blocks for kind in kinds)
+    return flops / rate() if flops else 0.0
+
+
 def evaluation_runs(
-    blocks: Sequence[Block], n_layers: int, kinds: Sequence[str] = ("mxd",), more: bool = False
+    blocks: Sequence[Block],
+    n_layers: int,
+    contexts: int,
+    length: int,
+    kinds: Sequence[str] = ("mxd",),
+    more: bool = False,
 ) -> tuple[Runs, Runs]:
     """The runs for a context on which all layers are measured together, and for one on which each is measured alone.
 
     A variant runs from the first replaced layer on. Each candidate has those of its kind; all share two: the blocks' outputs
-    zero, and at their mean. Passes of the original come first: one for statistics, and those in which dense paths are fitted
-    anew, which takes about as long as a decoder layer for each.
+    zero, and at their mean. Passes of the original come first: one for statistics and derivatives, and those in which dense
+    paths are fitted anew, which takes about as long as a decoder layer for each; see `solving_seconds`, too.
 
     Args:
         blocks: that are converted.
         n_layers: decoder layers of the model.
+        contexts: S, on which all layers are measured.
+        length: T.
         kinds: of the sets of layers that replace the same blocks.
         more: whether other modules changed, too: then even a single layer alone differs from all changes together.
     """
@@ -91,9 +124,10 @@ def evaluation_runs(
     new = sum(name in RUN_LAYERS for name in names)
     groups, fits = fitted_together(blocks, kinds), names.count("retrained")
     fitting = sum(max(block.layer for block in group) + 1 + fits * len(group) for group in groups)
+    statistics = len(kinds) * statistics_passes(contexts, length)
     together = Runs(
         decoder_layers=max(layers) + 1 + fitting + n_layers + variants * (n_layers - first),
-        new_layers=(len(kinds) + new) * len(layers),
+        new_layers=(statistics + new) * len(layers),
         heads=1 + variants,
     )
     if len(layers) == 1 and not more:
@@ -118,7 +152,7 @@ class Alone:
     tokens: int | None = None
     seconds: float | None = None
 
-    def contexts(self, together: float, alone: float, contexts: int, length: int) -> int:
+    def contexts(self, together: float, alone: float, contexts: int, length: int, once: float = 0.0) -> int:
         """On how many of the contexts.
 
         By time, the number is a power of two, unless it is the minimum or all: small differences in time change no figures.
@@ -128,12 +162,13 @@ class Alone:
             alone: seconds per context of measuring every layer alone.
             contexts: S, the number of held-out contexts.
             length: T, tokens in each.
+            once: seconds that are needed whatever the number of contexts.
         """
         if self.tokens is not None:
             return min(contexts, max(1, self.tokens // length))
-        if self.seconds is None or self.seconds >= contexts * (together + alone):
+        if self.seconds is None or self.seconds >= once + contexts * (together + alone):
             return contexts
-        affordable = int(max(0.0, self.seconds - contexts * together) / alone) if alone > 0 else 0
+        affordable = int(max(0.0, self.seconds - once - contexts * together) / alone) if alone > 0 else 0
         return max(fewest_contexts_alone(contexts, length), 2 ** affordable.bit_length() // 2)
 
 

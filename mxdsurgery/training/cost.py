@@ -428,6 +428,12 @@ def fit_bytes(block: Block, kind: str) -> int:
     return 4 * 8 * (features + 1) * (features + 1 + block.d_model) if features else 0
 
 
+def fit_flops(block: Block, kind: str) -> int:
+    """FLOPs in the widest dtype of solving it: for each half of the text 13 systems (F, F) for (F, D), and 12 losses."""
+    f, d = _features(block, kind) + 1, block.d_model
+    return 2 * (13 * (f**3 // 3 + 2 * f * f * d) + 12 * 2 * f * f * d) if f > 1 else 0
+
+
 def _fitting_bytes(layers: Sequence[LayerPlan]) -> int:
     """The most that is held while dense paths are fitted anew; solving one layer takes three matrices (F, F) more."""
     each = [fit_bytes(layer.block, layer.kind) for layer in layers]

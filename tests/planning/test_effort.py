@@ -6,10 +6,22 @@ from types import SimpleNamespace
 import pytest
 
 from mxdsurgery.planning.calibrate import Calibration
-from mxdsurgery.planning.effort import Alone, Rates, Runs, evaluation_runs, fewest_contexts_alone, fitted_together
+from mxdsurgery.planning.effort import (
+    Alone,
+    Rates,
+    Runs,
+    evaluation_runs,
+    fewest_contexts_alone,
+    fitted_together,
+    jacobian_inputs,
+    solving_seconds,
+)
 from mxdsurgery.terminal.console import Pace
-from mxdsurgery.training.cost import Group, fit_bytes
+from mxdsurgery.training.cost import Group, fit_bytes, fit_flops
 from mxdsurgery.training.distill import active_experts
+
+# Contexts and their length, with which derivatives are taken at one input of each; these take ten passes through a layer.
+MANY, ONE = (4096, 128), 10 / 128
 
 
 def blocks(*layers, d_hidden=32):
@@ -17,19 +29,38 @@ def blocks(*layers, d_hidden=32):
 
 
 def test_runs_are_those_of_the_variants_counted_one_by_one():
-    together, alone = evaluation_runs(blocks(1, 3), n_layers=4)
+    together, alone = evaluation_runs(blocks(1, 3), 4, *MANY)
     # Statistics up to layer 3; dense paths fitted, up to there too, two of them; the original; nine variants from layer 1 on:
     # converted, frozen, permuted, shuffled, random gate, single expert, retrained, zero and mean. Five of them run the layers.
-    assert together == Runs(4 + 4 + 2 + 4 + 9 * 3, (1 + 5) * 2, 1 + 9)
+    assert together == Runs(4 + 4 + 2 + 4 + 9 * 3, (1 + ONE + 5) * 2, 1 + 9)
     # The original; the variants from layer 1 on, and from layer 3 on.
     assert alone == Runs(4 + 9 * 3 + 9 * 1, 5 * 2, 1 + 9 + 9)
-    assert evaluation_runs(blocks(3), n_layers=4)[1] == Runs(0, 0, 0)  # a single layer is all of them
-    with_maps = evaluation_runs(blocks(3), n_layers=4, more=True)
+    assert evaluation_runs(blocks(3), 4, *MANY)[1] == Runs(0, 0, 0)  # a single layer is all of them
+    with_maps = evaluation_runs(blocks(3), 4, *MANY, more=True)
     assert with_maps[0].decoder_layers == 4 + 5 + 4 + 9 * 4 and with_maps[1].heads == 1 + 9
-    several = evaluation_runs(blocks(2), 4, ["mxd", "mxd", "transcoder", "topk-sae", "dense"])[0]
+    several = evaluation_runs(blocks(2), 4, *MANY, ["mxd", "mxd", "transcoder", "topk-sae", "dense"])[0]
     variants = 2 + 7 + 7 + 6 + 6 + 2  # a transcoder's dense path is a constant, and a dense layer has no choice of experts
-    assert several == Runs(3 + 3 + 2 + 4 + variants * 2, 5 + 4 * 5 + 1, 1 + variants)
+    assert several == Runs(3 + 3 + 2 + 4 + variants * 2, 5 * (1 + ONE) + 4 * 5 + 1, 1 + variants)
     assert Rates(2.0, 3.0, 5.0).seconds(Runs(10, 1, 4)) == 43.0
+
+
+def test_derivatives_are_counted_and_become_less_than_a_pass_in_long_texts():
+    assert [jacobian_inputs(contexts, 128) for contexts in (1, 32, 64, 4096, 10_000)] == [127, 127, 64, 1, 1]
+    assert jacobian_inputs(4, 3) == 2
+    short, long = (evaluation_runs(blocks(0), 4, contexts, 128)[0].new_layers for contexts in (64, 4096))
+    assert short - long == 10 * (64 - 1) / 128
+
+
+def test_solving_for_dense_paths_takes_the_same_time_however_long_the_text():
+    flops = 2 * (13 * (33**3 // 3 + 2 * 33**2 * 8) + 12 * 2 * 33**2 * 8)
+    assert fit_flops(blocks(0)[0], "mxd") == flops
+    assert solving_seconds(blocks(0, 1), ["mxd", "transcoder"], lambda: 100.0) == 2 * flops / 100
+    assert solving_seconds(blocks(0), ["transcoder"], lambda: pytest.fail("nothing is solved")) == 0
+    assert (
+        Alone(seconds=300.0).contexts(0.1, 1.0, 1000, 128, once=100.0)
+        == 64
+        < Alone(seconds=300.0).contexts(0.1, 1.0, 1000, 128)
+    )
 
 
 def test_dense_paths_are_fitted_in_as_many_passes_as_memory_asks(monkeypatch):
@@ -38,9 +69,9 @@ def test_dense_paths_are_fitted_in_as_many_passes_as_memory_asks(monkeypatch):
     assert [[block.layer for block in group] for group in groups] == [[0, 1], [2, 3], [4]]
     assert [len(group) for group in fitted_together(blocks(0, 1, d_hidden=500), ["mxd"])] == [1, 1]  # too large for two
     assert fitted_together(blocks(0, 1), ["transcoder", "topk-sae", "dense"]) == []
-    runs, _ = evaluation_runs(blocks(0, 1, 2, 3, 4), 5)
+    runs, _ = evaluation_runs(blocks(0, 1, 2, 3, 4), 5, *MANY)
     monkeypatch.undo()
-    assert runs.decoder_layers - evaluation_runs(blocks(0, 1, 2, 3, 4), 5)[0].decoder_layers == 2 + 4
+    assert runs.decoder_layers - evaluation_runs(blocks(0, 1, 2, 3, 4), 5, *MANY)[0].decoder_layers == 2 + 4
 
 
 @pytest.mark.parametrize(
