@@ -19,6 +19,7 @@ from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.base.dtypes import stored_in
 from mxdsurgery.base.finding import find_blocks
 from mxdsurgery.errors import LoRAError
+from mxdsurgery.hardware.randomness import OwnNumbers
 
 ADAPTER_FOLDER = "lora"
 
@@ -80,8 +81,7 @@ class Adapters:
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in maps),
             task_type="CAUSAL_LM",
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with OwnNumbers(seed):
             self._peft = get_peft_model(model, config)
         self._paths = list(paths)
         self._model = model

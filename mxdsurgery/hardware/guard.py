@@ -53,6 +53,9 @@ def guarded_with(*more: str) -> Callable[[Callable[Given, Made]], Callable[Given
 def guarded(function: Callable[Given, Made]) -> Callable[Given, Made]:
     """The function, run in the state of torch that it needs, its paths with ``~`` expanded and its numbers checked.
 
+    It may run in several threads at once. Its random numbers are its own; the process's are put back when the last call ends,
+    also for threads that drew from them meanwhile, which should have generators of their own.
+
     What its errors say is to be done names only arguments that it has.
 
     Raises:
@@ -143,7 +146,9 @@ def _set_plain() -> list[Callable[[], Any]]:
 def _random_states() -> list[Callable[[], Any]]:
     """What puts the random numbers of Python, numpy and torch back to where they are now.
 
-    Most of ours come from generators of our own; other libraries, and code that came with a model, may seed the process's.
+    All of ours come from generators of our own (`OwnNumbers`); other libraries, and code that came with a model, may draw from
+    the process's, or seed them. Those belong to no thread: what another one draws from them during a call, it draws again
+    afterwards.
     """
     import numpy
     import torch

@@ -13,6 +13,7 @@ from mxdsurgery.base.blocks import Block, Part
 from mxdsurgery.base.model import check_fits
 from mxdsurgery.base.offload import resident
 from mxdsurgery.errors import MxDWarning
+from mxdsurgery.hardware.randomness import OwnNumbers
 from mxdsurgery.layers.baselines import Transcoder
 from mxdsurgery.layers.layer import DenseLayer, MxDLayer
 from mxdsurgery.layers.replacement import LAYER_KINDS
@@ -92,8 +93,7 @@ def initial_layer(model: PreTrainedModel, plan: LayerPlan, recipe: Recipe, stati
         statistics: the block's, for the gate bias: ``b_g = -G mean(x)``, so that the average token favours no expert.
     """
     root, block = model.base_model, plan.block
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed * 10_007 + block.layer)
+    with OwnNumbers(recipe.seed * 10_007 + block.layer):
         layer = LAYER_KINDS[plan.kind](**layer_shape(plan)).to(statistics.mean_x.device)
         if recipe.unit_norm and isinstance(layer, Transcoder):
             layer.experts.reset_parameters()
