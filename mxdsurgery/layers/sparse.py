@@ -93,7 +93,7 @@ def _dots(x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     if kernels is not None:
         return kernels.dots(x, indices, weight)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    if weight.device.type == "cpu" and indices.numel() > len(weight):
+    if weight.device.type == "cpu" and (_any_number() or indices.numel() > len(weight)):
         weight = weight.to(wide)  # less work than widening every row that is taken
     if weight.dtype != wide or not _sums_rows(weight.device.type, wide):
         return _dots_gathered(x, indices, weight)
@@ -159,7 +159,7 @@ def _tokens(indices: Tensor) -> Tensor:
 
 def _parts(weight: Tensor, indices: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Tensors of n tokens each in parts, for which the chosen rows are gathered at once."""
-    parts = max(1, indices.numel() * weight.shape[1] // _GATHERED_ELEMENTS)
+    parts = 1 if _any_number() else max(1, indices.numel() * weight.shape[1] // _GATHERED_ELEMENTS)
     return [tensor.chunk(parts) for tensor in tensors]
 
 
@@ -198,7 +198,8 @@ def select(x: Tensor, weight: Tensor, bias: Tensor, k: int, selection: torch.dty
         # A low-precision copy of a float32 matrix lives as long as this call.
         ranking, offset = weight.to(selection), bias.to(selection)
         rows = max(1, chunk_bytes(x.device.type) // (len(weight) * ranking.element_size()))
-        chosen = [top_k(F.linear(chunk.to(selection), ranking, offset), candidates) for chunk in x.split(rows)]
+        chunks = [x] if _any_number() else x.split(rows)
+        chosen = [top_k(F.linear(chunk.to(selection), ranking, offset), candidates) for chunk in chunks]
     indices = torch.cat([indices for _, indices in chosen])
     if not coarse:
         return torch.cat([values for values, _ in chosen]), indices
@@ -225,7 +226,7 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     tokens, n = x.shape
     group = TOP_K_GROUP
     stride = n // group
-    if tokens < 16 or stride < 2 * k:  # too few to gain anything
+    if stride < 2 * k or (not _any_number() and tokens < 16):  # too few to gain anything
         return torch.topk(x, k, dim=-1, sorted=False)
     # Group j holds the columns j, j + stride, j + 2 stride, ...: the maximum then runs over contiguous rows.
     _, groups = top_k(x[:, : stride * group].unflatten(1, (group, stride)).amax(1), k)
@@ -246,6 +247,11 @@ def chunk_bytes(device: str) -> int:
 def without_autocast(device: str) -> AbstractContextManager:
     """While open, nothing is computed in a lower precision than it comes in, on a type of device; some have no autocast."""
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _any_number() -> bool:
+    """Whether what is computed now is exported, and has to do for any number of tokens: no step may depend on it."""
+    return torch.compiler.is_exporting()
 
 
 def is_transformed(*tensors: Tensor) -> bool:

@@ -106,3 +106,25 @@ def test_a_layer_is_compiled_whole_and_exported(kind, dtype):
     mine, theirs = (torch.autograd.grad(f(x).float().sum(), list(layer.parameters())) for f in (compiled, layer))
     for one, other in zip(mine, theirs, strict=True):
         assert (one - other).double().square().mean() < DTYPES[dtype] ** 2 * other.double().square().mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "sparsity", "dtype"),
+    [
+        ("mxd", "topk", torch.float32),
+        ("mxd", "batchtopk", torch.bfloat16),
+        ("skip-transcoder", "topk", torch.bfloat16),
+        ("topk-sae", "topk", torch.float32),
+    ],
+    ids=str,
+)
+def test_a_layer_is_exported_for_any_number_of_tokens(kind, sparsity, dtype, small_chunks):
+    """On each side of every size at which it computes otherwise, in one program."""
+    layer = made(kind, sparsity, dtype).requires_grad_(False)
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    exported = torch.export.export(layer, (inputs(40, dtype),), dynamic_shapes=({0: tokens},)).module()
+    for number in (2, *TOKENS[1:], 4096):
+        x = inputs(number, dtype)
+        wanted = layer(x)
+        difference = (exported(x) - wanted).double().square().mean() / wanted.double().square().mean()
+        assert difference.sqrt() < DTYPES[dtype], number
