@@ -12,10 +12,10 @@ each alone grows with the square of their number: it is done on as many contexts
 Shapes: S contexts, B of them at a time, T tokens, D model width, N experts.
 """
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,11 +30,13 @@ from mxdsurgery.base.offload import execution_device
 from mxdsurgery.base.running import hidden_states
 from mxdsurgery.base.surgery import ConstantOutput, FrozenExperts, modules_replaced, replaced, resumed_at
 from mxdsurgery.errors import DataError
-from mxdsurgery.hardware.device import synchronise, widest
+from mxdsurgery.hardware.device import widest
 from mxdsurgery.measuring import controls
 from mxdsurgery.measuring.controls import Usage
 from mxdsurgery.measuring.intervals import Sums, Table, error_sums, scored_predictions, with_interval
 from mxdsurgery.measuring.jacobian import JacobianErrors
+from mxdsurgery.measuring.pace import Passes, measured_rates
+from mxdsurgery.measuring.remembering import remembering
 from mxdsurgery.measuring.scoring import Original, prediction_sums, run_original
 from mxdsurgery.measuring.usage import usage_figures, usage_from, use
 from mxdsurgery.planning.calibrate import wide_rate
@@ -42,7 +44,6 @@ from mxdsurgery.planning.effort import (
     ON_ALL,
     RUN_LAYERS,
     Alone,
-    Rates,
     Runs,
     evaluation_runs,
     fitted_together,
@@ -111,7 +112,7 @@ class Measurement:
         self.input_ids = input_ids.to(execution_device(model))
         self.size = max(1, batch // length)  # B
         self.depth = len(decoder_layers(model)[1])
-        self.rates = _rates(model, blocks, candidates[0], self.input_ids[: self.size])
+        self.rates = measured_rates(model, blocks, candidates[0], self.input_ids[: self.size])
         kinds = [controls.kind_of(layers[blocks[0].layer]) for layers in candidates]
         runs = evaluation_runs(blocks, self.depth, contexts, length, kinds, bool(self.maps))
         together, single = map(self.rates.seconds, runs)
@@ -140,7 +141,7 @@ class Measurement:
     @torch.no_grad()
     def run(self, report: Callable[[float, float], None] = lambda _done, _total: None) -> list[dict[str, Any]]:
         """The figures of each candidate; ``report`` is called with the forward passes done and to do."""
-        progress = _Passes(self, report)
+        progress = Passes(self.rates, self.size, self.depth, self.seconds, report)
         batches = self.input_ids.split(self.size)
         nearby = JacobianErrors(self.blocks, self.model.base_model, self.candidates, *self.input_ids.shape)
         outputs, used = _statistics(self.model, self.blocks, self.candidates, batches, nearby, progress)
@@ -195,7 +196,7 @@ def _statistics(
     candidates: Sequence[dict[int, nn.Module]],
     batches: Sequence[Tensor],
     nearby: JacobianErrors,
-    progress: "_Passes",
+    progress: Passes,
 ) -> tuple[dict[int, Tensor], list[dict[int, Usage]]]:
     """One pass over the text with the original model: each block's mean output (D,), and each candidate's use of experts.
 
@@ -226,7 +227,7 @@ def _statistics(
 
 
 def _retrained(
-    of: Measurement, used: Sequence[dict[int, Usage]], progress: "_Passes"
+    of: Measurement, used: Sequence[dict[int, Usage]], progress: Passes
 ) -> dict[tuple[int, int], controls.RetrainedDensePath]:
     """By candidate and layer, the layers with their dense path fitted anew; in as many passes over the text as memory asks."""
     of_quarter, retrained = controls.quarters(len(of.input_ids)), {}
@@ -274,46 +275,6 @@ def _stand_ins(
     return variants
 
 
-@torch.no_grad()
-def _rates(model: PreTrainedModel, blocks: Sequence[Block], layers: dict[int, nn.Module], ids: Tensor) -> Rates:
-    """How fast this machine runs the model, measured on one batch (B, T)."""
-
-    def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
-        start = time.perf_counter()
-        result = run()
-        synchronise(ids.device.type)
-        return (time.perf_counter() - start) / len(ids), result
-
-    def predicted(ids: Tensor, hidden: Tensor) -> dict:
-        return dict(prediction_sums(model, ids, hidden, [("itself", hidden)]))
-
-    predicted(ids[:1], hidden_states(model, ids[:1]))  # warms up: the first run takes longer
-    body, hidden = timed(lambda: hidden_states(model, ids))
-    heads, _ = timed(lambda: predicted(ids, hidden))
-    with replaced(model, blocks, layers):
-        hidden_states(model, ids[:1])
-        converted, _ = timed(lambda: hidden_states(model, ids))
-    return Rates(body / len(decoder_layers(model)[1]), max(0.0, converted - body) / len(layers), heads / 2)
-
-
-class _Passes:
-    """Counts the work, in passes of a whole batch through the whole model."""
-
-    def __init__(self, of: Measurement, report: Callable[[float, float], None]) -> None:
-        self.rates, self.report = of.rates, report
-        self.whole = of.size * of.rates.seconds(Runs(of.depth, 0, 1))
-        self.done, self.total = 0.0, of.seconds / self.whole
-
-    def add(self, contexts: int, runs: Runs) -> None:
-        """Counts so many contexts as having taken part in ``runs``."""
-        self.took(contexts * self.rates.seconds(runs))
-
-    def took(self, seconds: float) -> None:
-        """Counts work of so many seconds as done."""
-        self.done += seconds / self.whole
-        self.report(min(self.done, self.total), self.total)
-
-
 @dataclass
 class _Work:
     """Runs the variants of every subset of layers."""
@@ -322,27 +283,37 @@ class _Work:
     subsets: dict[int | str, list[Block]]
     variants: dict[int | str, dict[str, dict[int, nn.Module]]]
     outputs: dict[int, Tensor]
-    progress: _Passes
+    progress: Passes
+    memory: ExitStack = field(default_factory=ExitStack)
+    remembers: int | str | None = None  # whose first layers do
 
     def columns(self, keys: Sequence[int | str], contexts: Tensor) -> dict[int | str, Sums]:
         """Per-context sums of some subsets on some of the contexts, by their numbers, ascending."""
         tables = {key: Table() for key in keys}
-        for ids in self._batches(contexts) if keys else ():
+        with self.memory:
+            self._add(tables, contexts)
+            self.remembers = None
+        columns = {key: table.columns() for key, table in tables.items()}
+        for column in columns.values():
+            column["tokens"] = torch.full((len(contexts),), float(scored_predictions(self.of.input_ids)), dtype=torch.float64)
+        return columns
+
+    def _add(self, tables: dict[int | str, Table], contexts: Tensor) -> None:
+        """Adds the sums of contexts to the tables of subsets."""
+        for ids in self._batches(contexts) if tables else ():
             original = run_original(self.of.model, self.of.blocks, ids)
             self.progress.add(len(ids), Runs(self.of.depth, 0, 1))
             runs = (
-                ((key, name), self._run(key, name, ids, original, tables[key])) for key in keys for name in self.variants[key]
+                ((key, name), self._run(key, name, ids, original, table))
+                for key, table in tables.items()
+                for name in self.variants[key]
             )
-            for name, sums in prediction_sums(self.of.model, ids, original.hidden, runs):
+            for name, sums in prediction_sums(self.of.model, ids, original.hidden, runs, briefly=_is_compared):
                 if name == "original":
                     for table in tables.values():
                         table.add("original", sums)
                 else:
                     tables[name[0]].add(name[1], sums)
-        columns = {key: table.columns() for key, table in tables.items()}
-        for column in columns.values():
-            column["tokens"] = torch.full((len(contexts),), float(scored_predictions(self.of.input_ids)), dtype=torch.float64)
-        return columns
 
     def _batches(self, contexts: Tensor) -> Iterator[Tensor]:
         """The contexts in batches, each from one half of the text, for which the retrained layers are told so."""
@@ -359,7 +330,13 @@ class _Work:
         of, subset, modules = self.of, self.subsets[key], self.variants[key][name]
         ablated = name in ("zero", "mean")
         maps = of.maps if key == "all" and not ablated else {}
-        first = 0 if maps else min(block.layer for block in subset)
+        start = min(block.layer for block in subset)
+        first = 0 if maps else start
+        if self.remembers != key:  # all variants of a subset give its first layer the same input
+            self.remembers = key
+            self.memory.close()
+            for layers in of.candidates:
+                self.memory.enter_context(remembering(layers[start]))
         _, decoder = decoder_layers(of.model)
         with (
             replaced(of.model, subset, modules),
@@ -370,9 +347,15 @@ class _Work:
             hidden = hidden_states(of.model, ids)
         for layer, activations in recorded.items() if not ablated else ():
             table.add(f"{name} at {layer}", error_sums(activations.y, original.y[layer], self.outputs[layer]))
-        new = len(subset) if name.partition(" ")[0] in RUN_LAYERS else 0
+        variant = name.partition(" ")[0]
+        new = len(subset) - (variant != "converted") if variant in RUN_LAYERS else 0
         self.progress.add(len(ids), Runs(of.depth - first, new, 1))
         return hidden
+
+
+def _is_compared(name: tuple[int | str, str]) -> bool:
+    """Whether a run is there to compare the new layers with: then its cross-entropy says all."""
+    return not name[1].startswith("converted")
 
 
 def _spread(contexts: int, fewer: int) -> Tensor:

@@ -4,7 +4,7 @@ The original's predictions are made once for as many others as are held together
 never held for a whole batch. Shapes: B contexts, T tokens, D model width.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from mxdsurgery.base.activations import recording
 from mxdsurgery.base.blocks import Block
 from mxdsurgery.base.decoder import decoder_layers, vocabulary_size
 from mxdsurgery.base.running import hidden_states, hooked, predict
-from mxdsurgery.base.scores import SCORES, known_predictions, next_token_scores
+from mxdsurgery.base.scores import SCORES, cross_entropy, known_predictions, next_token_scores
 from mxdsurgery.layers.sparse import chunk_bytes
 from mxdsurgery.measuring.intervals import Sums, sum_sequences
 from mxdsurgery.training.cost import HELD_BYTES
@@ -44,7 +44,11 @@ def run_original(model: PreTrainedModel, blocks: Sequence[Block], ids: Tensor) -
 
 @torch.no_grad()
 def prediction_sums(
-    model: PreTrainedModel, ids: Tensor, original: Tensor, others: Iterable[tuple[Hashable, Tensor]]
+    model: PreTrainedModel,
+    ids: Tensor,
+    original: Tensor,
+    others: Iterable[tuple[Hashable, Tensor]],
+    briefly: Callable[[Hashable], bool] = lambda _name: False,
 ) -> Iterator[tuple[Hashable, Sums]]:
     """Compares what hidden states predict with the original's: ``original`` with its cross-entropy, then the others by name.
 
@@ -53,6 +57,7 @@ def prediction_sums(
         ids: (B, T).
         original: hidden states before the head, (B, T, D).
         others: by name, the same of other runs; they may be made when they are asked for.
+        briefly: of which of them, by name, the cross-entropy is enough.
 
     Yields:
         A name, and sums over the scored positions of each context; see `next_token_scores`.
@@ -66,12 +71,19 @@ def prediction_sums(
             known = known_predictions(predict(model, known_states[rows]))
             ce.append(known.cross_entropy(following[rows]))
             for name, states in group.items():
-                scores[name].append(next_token_scores(predict(model, states[rows]), known, following[rows]))
+                logits = predict(model, states[rows])
+                brief = briefly(name)
+                found = (
+                    cross_entropy(logits, following[rows])[None]
+                    if brief
+                    else next_token_scores(logits, known, following[rows])
+                )
+                scores[name].append(found)
         if number == 0:
             yield "original", {"ce": sum_sequences(torch.cat(ce), len(ids))}
         for name, found in scores.items():
-            sums = zip(SCORES, torch.cat(found, dim=1), strict=True)
-            yield name, {figure: sum_sequences(values, len(ids)) for figure, values in sums}
+            sums = torch.cat(found, dim=1)  # of all scores, or of the first
+            yield name, {figure: sum_sequences(values, len(ids)) for figure, values in zip(SCORES, sums, strict=False)}
 
 
 def _scored(hidden: Tensor) -> Tensor:

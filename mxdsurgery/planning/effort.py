@@ -106,9 +106,10 @@ def evaluation_runs(
 ) -> tuple[Runs, Runs]:
     """The runs for a context on which all layers are measured together, and for one on which each is measured alone.
 
-    A variant runs from the first replaced layer on. Each candidate has those of its kind; all share two: the blocks' outputs
-    zero, and at their mean. Passes of the original come first: one for statistics and derivatives, and those in which dense
-    paths are fitted anew, which takes about as long as a decoder layer for each; see `solving_seconds`, too.
+    A variant runs from the first replaced layer on, which computes once what variants share. Each candidate has those of its
+    kind; all share two: the blocks' outputs zero, and at their mean. Passes of the original come first: one for statistics and
+    derivatives, and those in which dense paths are fitted anew, which takes about as long as a decoder layer for each; see
+    `solving_seconds`, too.
 
     Args:
         blocks: that are converted.
@@ -127,14 +128,14 @@ def evaluation_runs(
     statistics = len(kinds) * statistics_passes(contexts, length)
     together = Runs(
         decoder_layers=max(layers) + 1 + fitting + n_layers + variants * (n_layers - first),
-        new_layers=(statistics + new) * len(layers),
+        new_layers=statistics * len(layers) + new * (len(layers) - 1) + len(kinds),
         heads=1 + variants,
     )
     if len(layers) == 1 and not more:
         return together, Runs(0, 0, 0)
     alone = Runs(
         decoder_layers=n_layers + variants * sum(n_layers - layer for layer in layers),
-        new_layers=new * len(layers),
+        new_layers=len(kinds) * len(layers),
         heads=1 + variants * len(layers),
     )
     return together, alone

@@ -408,8 +408,12 @@ def evaluation_bytes(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recip
     rows = min(batch, max(1, chunk_bytes(machine.device) // (4 * base.vocabulary)))
     variants = 9 * (len(layers) + 1) * batch * base.d_model * base.element_bytes
     logits = rows * base.vocabulary * (base.element_bytes + 5 * 4) + min(HELD_BYTES, variants)
-    kept = batch * base.d_model * base.element_bytes * (len(base.layer_parameters) + len(layers))
-    figures = max(logits + kept, _fitting_bytes(layers)) + _control_bytes(layers, base) + forward_bytes(base, widest, batch)
+    kept = base.d_model * (len(base.layer_parameters) + len(layers) + 2) + widest  # elements of a token; one layer remembers z
+    figures = (
+        max(logits + batch * kept * base.element_bytes, _fitting_bytes(layers))
+        + _control_bytes(layers, base)
+        + forward_bytes(base, widest, batch)
+    )
     if base.offloaded:
         largest = base.element_bytes * max(layer.all_parameters for layer in layers)
         return max(base.held_bytes, largest) + max(figures, SHARD_BYTES)

@@ -32,15 +32,16 @@ def test_runs_are_those_of_the_variants_counted_one_by_one():
     together, alone = evaluation_runs(blocks(1, 3), 4, *MANY)
     # Statistics up to layer 3; dense paths fitted, up to there too, two of them; the original; nine variants from layer 1 on:
     # converted, frozen, permuted, shuffled, random gate, single expert, retrained, zero and mean. Five of them run the layers.
-    assert together == Runs(4 + 4 + 2 + 4 + 9 * 3, (1 + ONE + 5) * 2, 1 + 9)
+    # Layer 1 gets the same input in all of them, and so does each layer alone: it runs once.
+    assert together == Runs(4 + 4 + 2 + 4 + 9 * 3, (1 + ONE) * 2 + 5 + 1, 1 + 9)
     # The original; the variants from layer 1 on, and from layer 3 on.
-    assert alone == Runs(4 + 9 * 3 + 9 * 1, 5 * 2, 1 + 9 + 9)
+    assert alone == Runs(4 + 9 * 3 + 9 * 1, 2, 1 + 9 + 9)
     assert evaluation_runs(blocks(3), 4, *MANY)[1] == Runs(0, 0, 0)  # a single layer is all of them
     with_maps = evaluation_runs(blocks(3), 4, *MANY, more=True)
     assert with_maps[0].decoder_layers == 4 + 5 + 4 + 9 * 4 and with_maps[1].heads == 1 + 9
     several = evaluation_runs(blocks(2), 4, *MANY, ["mxd", "mxd", "transcoder", "topk-sae", "dense"])[0]
     variants = 2 + 7 + 7 + 6 + 6 + 2  # a transcoder's dense path is a constant, and a dense layer has no choice of experts
-    assert several == Runs(3 + 3 + 2 + 4 + variants * 2, 5 * (1 + ONE) + 4 * 5 + 1, 1 + variants)
+    assert several == Runs(3 + 3 + 2 + 4 + variants * 2, 5 * (1 + ONE) + 5, 1 + variants)
     assert Rates(2.0, 3.0, 5.0).seconds(Runs(10, 1, 4)) == 43.0
 
 
