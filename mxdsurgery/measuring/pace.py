@@ -27,7 +27,8 @@ def measured_rates(model: PreTrainedModel, blocks: Sequence[Block], layers: dict
         return (time.perf_counter() - start) / len(ids), result
 
     def predicted(part: slice) -> dict:
-        return dict(prediction_sums(model, ids[part], hidden[part], [("itself", hidden[part])]))
+        others = [("itself", hidden[part]), ("briefly", hidden[part])]
+        return dict(prediction_sums(model, ids[part], hidden[part], others, briefly=lambda name: name == "briefly"))
 
     hidden_states(model, ids[:1])  # warms up: a first run takes longer
     body, hidden = timed(lambda: hidden_states(model, ids))
@@ -37,7 +38,7 @@ def measured_rates(model: PreTrainedModel, blocks: Sequence[Block], layers: dict
     with replaced(model, blocks, layers):
         hidden_states(model, ids[:1])
         converted, _ = timed(lambda: hidden_states(model, ids))
-    return Rates(body / len(decoder_layers(model)[1]), max(0.0, converted - body) / len(layers), heads / 2)
+    return Rates(body / len(decoder_layers(model)[1]), max(0.0, converted - body) / len(layers), heads / 3)
 
 
 class Passes:
