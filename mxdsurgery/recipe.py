@@ -47,7 +47,7 @@ class Recipe:
         "mxd",
         "text",
         "what stands in a block's place: a Mixture of Decoders, or one of the layers to compare it with",
-        choices=("mxd", "transcoder", "skip-transcoder", "topk-sae", "dense"),
+        choices=("mxd", "transcoder", "skip-transcoder", "topk-sae", "molt", "dense"),
     )
     init: str = _key(
         "encoder",

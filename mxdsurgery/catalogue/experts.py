@@ -28,6 +28,7 @@ from mxdsurgery.checkpoint.writing import check_place, check_room, write_json
 from mxdsurgery.errors import LayerSelectionError, MemoryBudgetError, OutputError, first_line
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.hardware.memory import PeakMemory, free_memory
+from mxdsurgery.layers.baselines import Molt
 from mxdsurgery.layers.interventions import MAXIMUM_FILE
 from mxdsurgery.layers.layer import Coefficients, MxDLayer
 from mxdsurgery.measuring.held_out import recipes_text
@@ -244,7 +245,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 def _check_memory(converted: Converted, settings: _Settings, classes: int = 0) -> int:
     """Bytes of what is kept of the experts; a checkpoint takes as many. Raises MemoryBudgetError if they are not free."""
-    shapes = {layer: converted.layers[layer].experts.weight.shape for layer in settings.layers}
+    shapes = {layer: converted.layers[layer].gate.weight.shape for layer in settings.layers}
     needed = sum(Tally.bytes(*shape, classes, settings.top, settings.sample) for shape in shapes.values())
     free = free_memory("cpu")
     if needed > 0.9 * free:
@@ -258,7 +259,7 @@ def _check_memory(converted: Converted, settings: _Settings, classes: int = 0) -
 
 def _tallies(converted: Converted, settings: _Settings, classes: int) -> dict[int, Tally]:
     _check_memory(converted, settings, classes)
-    shapes = {layer: converted.layers[layer].experts.weight.shape for layer in settings.layers}
+    shapes = {layer: converted.layers[layer].gate.weight.shape for layer in settings.layers}
     return {layer: Tally.none(*shape, classes, settings.top, settings.sample) for layer, shape in shapes.items()}
 
 
@@ -304,16 +305,16 @@ def _restored(run: RunFolder, tallies: dict[int, Tally]) -> tuple[int, int]:
 @contextlib.contextmanager
 def recorded_coefficients(converted: Converted, layers: list[int]) -> Iterator[dict[int, tuple[Coefficients, Tensor | None]]]:
     """While open, every forward pass leaves in the mapping that is yielded, by layer, the experts' coefficients (..., K) and
-    the factor of ``Cᵀ a``: ``D z`` (..., D) in a Mixture of Decoders, None in other kinds."""
+    what they weigh: the factor ``D z`` (..., D) in a Mixture of Decoders, the input x (..., D) in a MOLT, None elsewhere."""
     seen: dict[int, tuple[Coefficients, Tensor | None]] = {}
     chosen: dict[int, Coefficients] = {}
     handles = []
     for layer in layers:
         module = converted.layers[layer]
 
-        def keep(_module: Any, _args: Any, a: Coefficients, layer: int = layer) -> None:
+        def keep(_module: Any, args: Any, a: Coefficients, layer: int = layer) -> None:
             chosen[layer] = a
-            seen[layer] = (a, None)
+            seen[layer] = (a, args[0] if isinstance(converted.layers[layer], Molt) else None)
 
         def keep_decoded(_module: Any, _args: Any, m: Tensor, layer: int = layer) -> None:
             seen[layer] = (chosen[layer], m)

@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,7 +15,10 @@ from mxdsurgery.base.unembedding import Unembedding
 from mxdsurgery.catalogue.files import SCHEMA, layer_path, list_array
 from mxdsurgery.catalogue.statistics import Places, Tally
 from mxdsurgery.checkpoint.converted import Converted
+from mxdsurgery.layers.baselines import Transforms
 from mxdsurgery.layers.interventions import MAXIMUM_FILE
+from mxdsurgery.layers.layer import Experts
+from mxdsurgery.measuring.alike import Cosines
 from mxdsurgery.terminal.console import ProgressLine
 
 # How many entries of c_n, tokens and neighbours are written of each expert.
@@ -31,11 +33,11 @@ def write_tables(folder: Path, converted: Converted, tallies: dict[int, Tally], 
     unembedding = Unembedding.of(converted.model)
     total, done = sum(len(tally.fired) for tally in tallies.values()), 0
     for layer, tally in tallies.items():
-        c = converted.layers[layer].experts.weight.float()
-        path = layer_path(folder, layer)
+        path, experts, n_experts = layer_path(folder, layer), converted.layers[layer].experts, len(tally.fired)
+        cosines = Cosines(experts)
         with file_aside(path) as new, pq.ParquetWriter(new, SCHEMA, compression="zstd") as writer:
-            for rows in _chunks(len(c), max(len(c), len(unembedding.weight))):
-                writer.write_table(_table(rows, c, tally, tokens, unembedding))
+            for rows in _chunks(n_experts, max(n_experts, len(unembedding.weight))):
+                writer.write_table(_table(rows, experts, cosines, tally, tokens, unembedding))
                 done += len(rows)
                 line.update(done, total)
     save_file({f"layer{layer}": tally.maximum for layer, tally in tallies.items()}, folder / Path(MAXIMUM_FILE).name)
@@ -45,12 +47,17 @@ def _chunks(n_experts: int, widest: int) -> Iterator[Tensor]:
     yield from torch.arange(n_experts).split(max(1, min(512, _ELEMENTS // widest)))
 
 
-def _table(rows: Tensor, c: Tensor, tally: Tally, tokens: int, unembedding: Unembedding) -> pa.Table:
-    """The rows of SCHEMA of some experts, c (N, D)."""
+def _table(
+    rows: Tensor, experts: Experts | Transforms, cosines: Cosines, tally: Tally, tokens: int, unembedding: Unembedding
+) -> pa.Table:
+    """The rows of SCHEMA of some experts."""
     fired = tally.fired[rows]
     used = fired > 0
-    mine = c[rows.to(c.device)]
-    direction = mine * (tally.contribution[rows] / fired.clamp_min(1)[:, None]).to(c.device)
+    here, have_c = rows.to(experts.weight.device), isinstance(experts, Experts)
+    said = (tally.contribution[rows] / fired.clamp_min(1)[:, None]).to(here.device)
+    direction = experts.term(here, said[:, None])[:, 0].float()
+    mine = experts.weight[here].float() if have_c else direction  # a transform scales no dimensions: none are listed
+    scales = torch.full_like(used, have_c)
     logits = unembedding.logits(direction.to(unembedding.weight.device))
     columns = {
         "expert": pa.array(rows.int().numpy()),
@@ -61,12 +68,12 @@ def _table(rows: Tensor, c: Tensor, tally: Tally, tokens: int, unembedding: Unem
         "histogram": list_array(tally.histogram[rows].long()),
         "top": _places(tally.top, rows),
         "sample": _places(tally.sample, rows),
-        "scales_up": _entries("dimension", mine, torch.ones_like(used), largest=True),
-        "scales_down": _entries("dimension", mine, torch.ones_like(used), largest=False),
+        "scales_up": _entries("dimension", mine, scales, largest=True),
+        "scales_down": _entries("dimension", mine, scales, largest=False),
         "promotes": _entries("token", logits, used, largest=True),
         "demotes": _entries("token", logits, used, largest=False),
         "class_fired": list_array(tally.class_fired[rows]),
-        "similar": _similar(rows, c, tally.fired > 0),
+        "similar": _similar(rows, cosines.of(here), tally.fired > 0),
     }
     return pa.table([columns[name].cast(SCHEMA.field(name).type) for name in SCHEMA.names], schema=SCHEMA)
 
@@ -98,14 +105,11 @@ def _entries(name: str, values: Tensor, wanted: Tensor, largest: bool) -> pa.Lis
     return _ragged(kept, **{name: pa.array(indices.numpy()), "value": pa.array(values.numpy())})
 
 
-def _similar(rows: Tensor, c: Tensor, used: Tensor) -> pa.ListArray:
-    """The experts whose c_n have the largest cosine with each row's, among those that fired."""
-    unit = F.normalize(c, dim=1)
-    here = rows.to(c.device)
-    cosine = unit[here] @ unit.T
-    cosine[:, ~used.to(c.device)] = -2
-    cosine[torch.arange(len(here), device=c.device), here] = -2  # itself
-    found = cosine.topk(min(_ENTRIES, len(c)), dim=1)
+def _similar(rows: Tensor, cosine: Tensor, used: Tensor) -> pa.ListArray:
+    """The experts with the largest cosine (E, N) with each of the rows, among those that fired."""
+    cosine[:, ~used.to(cosine.device)] = -2
+    cosine[torch.arange(len(rows), device=cosine.device), rows.to(cosine.device)] = -2  # itself
+    found = cosine.topk(min(_ENTRIES, cosine.shape[1]), dim=1)
     kept = (found.values > -2).cpu() & used[rows][:, None]
     indices, values = found.indices.cpu()[kept].int(), found.values.cpu()[kept].float()
     return _ragged(kept, expert=pa.array(indices.numpy()), cosine=pa.array(values.numpy()))

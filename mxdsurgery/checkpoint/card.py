@@ -41,6 +41,7 @@ _KINDS = {
     "transcoder": ("transcoders", "transcoders"),
     "skip-transcoder": ("skip transcoders", "transcoders with a dense linear map beside them"),
     "topk-sae": ("autoencoded outputs", "themselves and a sparse autoencoder of their output"),
+    "molt": ("mixtures of linear transforms", "sparse mixtures of linear transforms of several ranks (MOLT)"),
     "dense": ("retrained dense layers", "dense layers of the same width, retrained"),
 }
 

@@ -26,8 +26,9 @@ from mxdsurgery.runs.run_folder import RunFolder, depends_on
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.sources import Texts, open_texts
 from mxdsurgery.training.accelerator import alone, make_accelerator, start_processes
-from mxdsurgery.training.cost import DTYPE_BYTES, LayerPlan, layer_parameters, matched_n_experts, transcoder_parameters
+from mxdsurgery.training.cost import DTYPE_BYTES, LayerPlan
 from mxdsurgery.training.distill import layer_key
+from mxdsurgery.training.parameters import layer_parameters, matched_n_experts, transcoder_parameters
 
 # Recipe keys in which the rows of one folder may differ; they share every other key.
 _FREE_KEYS = {"layers", "k", "kind", "out", "overwrite", "device", "memory", "threads", "tracker", *ONE_LAYER}

@@ -16,9 +16,11 @@ from mxdsurgery.base.digest import tensor_bytes
 from mxdsurgery.base.dtypes import stored_in
 from mxdsurgery.checkpoint.converted import Converted
 from mxdsurgery.editing.edits import Edits
+from mxdsurgery.editing.transforms import baked_transforms, check_transforms
+from mxdsurgery.layers.baselines import Molt
 from mxdsurgery.outside import INDEX_FILE, weight_files
 
-_TENSORS = ("experts.weight", "gate.bias", "experts.bias")
+_TENSORS = ("experts.weight", "gate.bias", "experts.bias", "experts.reads")
 
 
 class Rows(NamedTuple):
@@ -106,14 +108,23 @@ def baked(edits: Edits, layer: int, c: Tensor, gate_bias: Tensor, expert_bias: T
 
 @torch.no_grad()
 def changes(converted: Converted, edits: Edits) -> list[Change]:
-    """What edits make of a model's weights, in the dtype that these are stored in. The model is left as it is."""
+    """What edits make of a model's weights, in the dtype that these are stored in. The model is left as it is.
+
+    Raises:
+        EditError: an edit of a MOLT cannot stand in its weights.
+    """
+    check_transforms(edits, converted)
     stored = stored_in(converted.model)
     paths = {module: path for path, module in converted.model.named_modules()}
     made = []
     for layer in edits.layers:
         module = converted.layers[layer]
         held = {name: tensor.to(stored) for name, tensor in module.named_parameters() if name in _TENSORS}
-        for name, tensor in baked(edits, layer, *map(held.get, _TENSORS)).items():
+        if isinstance(module, Molt):
+            edited = baked_transforms(edits, layer, held, module.experts)
+        else:
+            edited = baked(edits, layer, *map(held.get, _TENSORS[:3]))
+        for name, tensor in edited.items():
             part, _, attribute = name.rpartition(".")
             where = (layer, module.get_submodule(part), attribute, f"{paths[module]}.{name}")
             if name not in held:

@@ -346,9 +346,8 @@ class _Unedited:
             n, rows = expert.to(self.ids.device), row.to(self.ids.device)
             values, indices = self.a.values[rows, start:], self.a.indices[rows, start:]
             said = (values * (indices == n[:, None, None])).sum(-1, keepdim=True).to(self.y.dtype)  # (R, T, 1)
-            said = said * self.module.experts.weight[n][:, None]
             said = said if self.m is None else said * self.m[rows, start:]
-            logits = self._resumed(self.y[rows, start:] - said, rows, start)
+            logits = self._resumed(self.y[rows, start:] - self.module.experts.term(n, said), rows, start)
             for number, (context, changes) in enumerate(zip(row.tolist(), first.tolist(), strict=True)):
                 changes = max(changes, 1)
                 before, p = self.logits[context, changes - 1 :], self.p[context, changes - 1 :]

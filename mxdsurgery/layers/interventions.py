@@ -152,6 +152,8 @@ class Interventions:
         """Puts other vectors (D,) in the place of ``c_n``: by layer and expert."""
         found = []
         for layer, given in self._by_layer(rows).items():
+            if not _modules(self.layers[layer].experts, Experts):
+                raise InterventionError(f"layer {layer} has no vectors c_n to replace: its experts are matrices")
             weight = self.layers[layer].experts.weight
             for expert, row in zip(self._experts(layer, given), given.values(), strict=True):
                 row = torch.as_tensor(row, dtype=torch.float32)

@@ -163,6 +163,10 @@ class Experts(nn.Module):
         interventions = self.interventions
         return self.mix(a) if interventions is None else interventions(self, a)
 
+    def term(self, n: Tensor, said: Tensor) -> Tensor:
+        """What experts n (E,) add, each for its own said = ``a_n m`` (E, ..., D) or (E, ..., 1): ``c_n * said``."""
+        return self.weight[n].view(len(n), *[1] * (said.ndim - 2), -1) * said
+
     def mix(self, a: Coefficients) -> Tensor:
         """As `forward`, with the module's own C whatever ``interventions`` says."""
         active = a.values.shape[-1]
@@ -240,7 +244,11 @@ class MxDLayer(DenseLayer):
     def combine(self, a: Coefficients, x: Tensor) -> Tensor:
         """The output for given coefficients: a (..., K), x (..., D) -> (..., D)."""
         scale, rest = self.dense_path(x)
-        return self.experts(a) * scale + rest
+        return self.mixture(a, x) * scale + rest
+
+    def mixture(self, a: Coefficients, x: Tensor) -> Tensor:
+        """The experts' sum ``Cᵀ a`` (..., D), which does not depend on x otherwise."""
+        return self.experts(a)
 
     def forward_dense(self, x: Tensor) -> Tensor:
         """`forward` of ``topk`` by the formula as it is written, over all N experts: (tokens, N) matrices, all by autograd.

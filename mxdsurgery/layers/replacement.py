@@ -1,13 +1,13 @@
 """What can stand where an MLP block was, and the model classes that hold it. Travels with every exported checkpoint.
 
 Every kind of layer maps a block's input x (..., D) to its output (..., D). All but `DenseLayer` have a ``gate``, whose output
-is the coefficients of N experts, and ``experts``, which turn these into their sum s (..., D); then ``y = s * m + r`` with
-``m, r = dense_path(...)``.
+is the coefficients of N experts, which ``mixture`` turns into their sum s (..., D) by the layer's ``experts``; then
+``y = s * m + r`` with ``m, r = dense_path(...)``.
 """
 
 from torch import nn
 
-from .baselines import SkipMap, SkipTranscoder, TopKSAE, Transcoder
+from .baselines import Molt, SkipMap, SkipTranscoder, TopKSAE, Transcoder, Transforms
 from .interventions import Interventions
 from .layer import DenseLayer, Experts, Gate, MxDLayer
 
@@ -16,6 +16,7 @@ LAYER_KINDS: dict[str, type[nn.Module]] = {
     "transcoder": Transcoder,
     "skip-transcoder": SkipTranscoder,
     "topk-sae": TopKSAE,
+    "molt": Molt,
     "dense": DenseLayer,
 }
 
@@ -52,7 +53,7 @@ class MxDSurgeryMixin:
 
     def _init_weights(self, module: nn.Module) -> None:
         """Fresh weights for a model made from a config. What a checkpoint has loaded is not touched."""
-        if not isinstance(module, (Gate, Experts, SkipMap, *LAYER_KINDS.values())):
+        if not isinstance(module, (Gate, Experts, Transforms, SkipMap, *LAYER_KINDS.values())):
             super()._init_weights(module)
         elif not all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
             module.reset_parameters()

@@ -169,7 +169,7 @@ class FewExperts(nn.Module):
         """(..., D) -> (..., D)."""
         scale, rest = self.layer.dense_path(x)
         wide = torch.promote_types(x.dtype, torch.float32)
-        s, few, square = self.layer.experts(self.layer.coefficients(x)).to(wide), self.few.to(wide), scale.to(wide).square()
+        s, few, square = self.layer.mixture(self.layer.coefficients(x), x).to(wide), self.few.to(wide), scale.to(wide).square()
         amounts = best_amounts(square.expand_as(s), (square * s) @ few, few)
         return (amounts @ few.T).to(scale.dtype) * scale + rest
 

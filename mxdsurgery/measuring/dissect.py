@@ -1,5 +1,6 @@
 """``dissect``: what kind of things the experts are. Their rank, how alike they are, how they are used and what for."""
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from mxdsurgery.hardware.device import widest
 from mxdsurgery.hardware.guard import guarded
+from mxdsurgery.layers.baselines import Molt, Transforms
 from mxdsurgery.layers.layer import MxDLayer
+from mxdsurgery.measuring.alike import Cosines
 from mxdsurgery.measuring.expert_layers import HIDDEN_UNITS, ExpertLayers, block_inputs, keep_beside, open_expert_layers
 from mxdsurgery.measuring.intervals import frequency_decades
 from mxdsurgery.terminal.console import Reporter
@@ -118,6 +121,8 @@ def expert_ranks(layer: nn.Module, seed: int = 0) -> dict[str, Any]:
     Returns:
         ``experts``: how many were looked at; ``effective``: quantiles by name; ``numerical_median``: of the numerical rank.
     """
+    if isinstance(layer, Molt):
+        return _transform_ranks(layer.experts, seed)
     if not isinstance(layer, MxDLayer):
         return {"experts": layer.gate.n_experts, "effective": {f"{q:.0%}": 1.0 for q in _QUANTILES}, "numerical_median": 1}
     decoder, c = _wide(layer.decoder.weight), _wide(layer.experts.weight)
@@ -126,36 +131,62 @@ def expert_ranks(layer: nn.Module, seed: int = 0) -> dict[str, Any]:
     for row in c[chosen]:
         values = torch.linalg.svdvals(row[:, None] * decoder)
         effective.append(_entropy_rank(values))
-        numerical.append(int((values > values.max() * max(decoder.shape) * torch.finfo(torch.float32).eps).sum()))
+        numerical.append(_numerical_rank(values, max(decoder.shape)))
+    return _rank_figures(effective, numerical)
+
+
+def _transform_ranks(experts: Transforms, seed: int) -> dict[str, Any]:
+    """The same of transforms ``U V``, by way of the triangular factors of U and Vᵀ."""
+    n_experts = sum(count for _, count in experts.ranks)
+    chosen = torch.randperm(n_experts, generator=torch.Generator().manual_seed(seed))[:_RANKED]
+    effective, numerical = [], []
+    for rows in map(experts.rows, chosen.tolist()):
+        write, read = (torch.linalg.qr(_wide(part[rows]).T).R for part in (experts.weight, experts.reads))
+        values = torch.linalg.svdvals(write @ read.T)
+        effective.append(_entropy_rank(values))
+        numerical.append(_numerical_rank(values, experts.weight.shape[1]))
+    return _rank_figures(effective, numerical)
+
+
+def _numerical_rank(singular_values: Tensor, size: int) -> int:
+    return int((singular_values > singular_values.max() * size * torch.finfo(torch.float32).eps).sum())
+
+
+def _rank_figures(effective: list[float], numerical: list[int]) -> dict[str, Any]:
     quantiles = {f"{q:.0%}": float(np.quantile(effective, q)) for q in _QUANTILES}
-    return {"experts": len(chosen), "effective": quantiles, "numerical_median": int(np.median(numerical))}
+    return {"experts": len(effective), "effective": quantiles, "numerical_median": int(np.median(numerical))}
 
 
 @torch.no_grad()
 def nearest_similarity(layer: nn.Module, seed: int = 0) -> dict[str, dict[str, float]]:
     """The |cosine| of each expert's matrix with that of the expert most like it; and the same of random rows, as chance.
 
-    ``<W_n, W_m> = Σ_d c_nd c_md ‖D_d‖²`` with D_d the decoder's row d; of a transcoder, the cosine of the rows of C.
+    ``<W_n, W_m> = Σ_d c_nd c_md ‖D_d‖²`` with D_d the decoder's row d; of a transcoder, the cosine of the rows of C; of a
+    MOLT, that of the matrices ``U_n V_n``, and chance is that of random ones.
 
     Returns:
         ``experts`` and ``chance`` (as many random rows): quantiles of the nearest |cosine| over the experts.
     """
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(layer, Molt):
+        random = copy.deepcopy(layer.experts)
+        for part in random.parameters():
+            part.copy_(torch.randn(part.shape, generator=generator))
+        return {"experts": _nearest(layer.experts), "chance": _nearest(random)}
     c = layer.experts.weight.float()
     if isinstance(layer, MxDLayer):
         c = c * layer.decoder.weight.float().norm(dim=1)
-    random = torch.randn(c.shape, generator=torch.Generator().manual_seed(seed)).to(c.device)
+    random = torch.randn(c.shape, generator=generator).to(c.device)
     return {"experts": _nearest(c), "chance": _nearest(random * c.std(0))}
 
 
-def _nearest(rows: Tensor) -> dict[str, float]:
-    unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    nearest, start = [], 0
-    for part in unit.split(max(1, _SIMILARITY_ELEMENTS // len(unit))):
-        cosines = (part @ unit.T).abs()
-        own = torch.arange(len(part), device=part.device)
-        cosines[own, own + start] = 0.0
-        nearest.append(cosines.amax(1))
-        start += len(part)
+def _nearest(experts: Transforms | Tensor) -> dict[str, float]:
+    nearest, cosines = [], Cosines(experts)
+    n_experts = cosines.n_experts
+    for some in torch.arange(n_experts, device=cosines.device).split(max(1, _SIMILARITY_ELEMENTS // n_experts)):
+        near = cosines.of(some).abs()
+        near[torch.arange(len(some), device=some.device), some] = 0.0  # itself
+        nearest.append(near.amax(1))
     every = torch.cat(nearest).cpu().numpy()
     return {f"{q:.0%}": float(np.quantile(every, q)) for q in _QUANTILES}
 

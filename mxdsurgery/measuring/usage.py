@@ -28,7 +28,7 @@ def use(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
     if not hasattr(layer, "gate"):
         return dict.fromkeys(("fired", "amount", "ss"), firings(layer, x))
     a, wide = layer.coefficients(x), widest(x.device)
-    s = layer.experts(a).to(wide)
+    s = layer.mixture(a, x).to(wide)
     fired = _fired(a, layer.gate.n_experts)
     amount = torch.bincount(a.indices.flatten(), a.values.flatten().to(wide), minlength=len(fired))
     return {"fired": fired, "amount": amount, "ss": s.T @ s}

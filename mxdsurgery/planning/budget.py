@@ -18,11 +18,11 @@ from mxdsurgery.training.cost import (
     LayerPlan,
     Machine,
     evaluation_bytes,
-    layer_parameters,
     make_group,
     make_groups,
     states_bytes,
 )
+from mxdsurgery.training.parameters import layer_parameters
 
 # Share of a device's free memory; the rest is for fragmentation, kernels' workspaces and other processes.
 BUDGET_SHARE = 0.9

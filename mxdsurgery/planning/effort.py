@@ -43,7 +43,9 @@ JACOBIAN_INPUTS = 4096
 _DERIVATIVE = 10
 # What is measured of a candidate, by kind: the layers themselves, with their experts frozen, and the `controls`.
 _ALL_VARIANTS = ("converted", "frozen", "permuted", "shuffled", "random_gate", "few_experts", "retrained")
-_VARIANTS = {"dense": _ALL_VARIANTS[:2], "transcoder": _ALL_VARIANTS[:-1], "topk-sae": _ALL_VARIANTS[:-1]}
+_VARIANTS = {"dense": _ALL_VARIANTS[:2], "transcoder": _ALL_VARIANTS[:-1], "topk-sae": _ALL_VARIANTS[:-1]} | {
+    "molt": _ALL_VARIANTS[:-1]
+}
 # Variants that take as long as the layers themselves; the others cost next to nothing beside the decoder layers.
 RUN_LAYERS = frozenset({"converted", "permuted", "shuffled", "random_gate", "few_experts"})
 

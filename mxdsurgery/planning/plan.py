@@ -33,13 +33,11 @@ from mxdsurgery.training.cost import (
     Machine,
     checkpoint_bytes,
     evaluation_bytes,
-    layer_parameters,
     make_groups,
-    matched_n_experts,
     states_bytes,
     tokens_per_step,
-    transcoder_parameters,
 )
+from mxdsurgery.training.parameters import layer_parameters, matched_n_experts, transcoder_parameters
 
 # A run that takes fewer seconds, at the rate of a matrix product, starts at once: its time is not predicted.
 WORTH_PREDICTING = 2.0

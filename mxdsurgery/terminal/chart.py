@@ -19,6 +19,7 @@ _STYLES = {
     "transcoder": ("#D55E00", "s"),
     "skip-transcoder": ("#009E73", "^"),
     "topk-sae": ("#CC79A7", "D"),
+    "molt": ("#E69F00", "v"),
     "dense": ("#555555", "."),
 }
 

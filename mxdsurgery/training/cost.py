@@ -13,8 +13,10 @@ from mxdsurgery.base.blocks import Block
 from mxdsurgery.base.offload import SHARD_BYTES
 from mxdsurgery.hardware.device import shares_host_memory
 from mxdsurgery.layers.layer import BATCH_TOP_K_LIMIT
+from mxdsurgery.layers.low_rank import total_rank
 from mxdsurgery.layers.sparse import EXTRA_CANDIDATES, TOP_K_GROUP, chunk_bytes
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.training.parameters import layer_parameters
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 2**30
@@ -66,7 +68,9 @@ class LayerPlan:
 
     @property
     def hidden(self) -> int:
-        """H where the new layer has hidden units in training, else 0."""
+        """H where the new layer has hidden units in training, else 0; of a MOLT, what a token's transforms have on average."""
+        if self.kind == "molt":
+            return self.active * total_rank(self.block.d_model, self.n_experts) // self.n_experts
         return self.block.d_hidden if self.kind in ("mxd", "dense") else 0
 
     @property
@@ -192,36 +196,12 @@ class Group:
         return sum(self.flops.values()) - self.flops["base_forward"]
 
 
-def layer_parameters(block: Block, n_experts: int, kind: str = "mxd") -> int:
-    """Parameters that a layer of some kind for a block trains: its dense part, bias, gate with biases, experts."""
-    d, h = block.d_model, block.d_hidden
-    encoder = h * (d + block.encoder_bias) * (2 if block.kind == "glu" else 1)
-    dense = {"mxd": encoder + h * d, "dense": encoder + h * d, "skip-transcoder": d * d}.get(kind, 0)
-    return dense + d + n_experts * (2 * d + 1)
-
-
-def transcoder_parameters(block: Block, expansion: float) -> float:
-    """Parameters of a transcoder of ``expansion`` times D features: the budget that other layers are matched to."""
-    return expansion * block.d_model * (2 * block.d_model + 1) + block.d_model
-
-
-def matched_n_experts(block: Block, budget: float, kind: str = "mxd") -> int:
-    """N such that a layer of some kind has about as many parameters as a budget allows; at least 1, 0 for kind dense.
-
-    A transcoder with ``m D`` features has ``P = m D (2D + 1) + D``; an MxD layer of as many solves ``P = enc + H D + D +
-    N (2D + 1)``, where ``enc = H (D + 1)`` for an MLP and twice that for a GLU. Source: arXiv 2505.21364.
-    """
-    if kind == "dense":
-        return 0
-    d, h = block.d_model, block.d_hidden
-    encoder = h * (d + 1) * (2 if block.kind == "glu" else 1)
-    dense = {"mxd": encoder + h * d, "skip-transcoder": d * d}.get(kind, 0)
-    return max(1, int((budget - dense - d) / (2 * d + 1)))
-
-
 def layer_flops(layer: LayerPlan) -> dict[str, int]:
     """FLOPs per token, forward and backward; a multiply-add counts as two."""
     d, h = layer.block.d_model, layer.hidden
+    if layer.kind == "molt":  # of K rows of G as below; of V x and U h the products, and the gradients of U, V and h
+        rows = 2 * layer.n_experts * d, 4 * layer.active * d + 10 * d * h
+        return {"gate": rows[0], "encoder_decoder": 0, "experts": rows[1]}
     encoders = 2 if layer.block.kind == "glu" else 1
     skip = 4 * d * d if layer.kind == "skip-transcoder" else 0
     return {

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from mxdsurgery.base.activations import Activations, ShuffledPositions
 from mxdsurgery.errors import DivergedError
 from mxdsurgery.hardware.device import widest
-from mxdsurgery.layers.baselines import TopKSAE
-from mxdsurgery.layers.layer import Experts, MxDLayer
-from mxdsurgery.layers.sparse import mix, sparse_gate
+from mxdsurgery.layers.baselines import TopKSAE, Transforms
+from mxdsurgery.layers.layer import Coefficients, Experts, MxDLayer
+from mxdsurgery.layers.sparse import sparse_gate
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.parallel import agree, average_gradients, text_shares
 from mxdsurgery.runs.resume import optimizer_state, part, prefixed, restore_optimizer
@@ -35,7 +35,7 @@ _DIVERGED = 10.0
 # K has fallen to its final value after this share of the steps.
 _K_FALLS_UNTIL = 0.7
 # Transcoders and autoencoders learn best at a higher rate than the recipe's, a Mixture of Decoders': docs/frontier.md.
-_RATE_FACTORS = {"transcoder": 2.0, "skip-transcoder": 2.0, "topk-sae": 2.0}
+_RATE_FACTORS = {"transcoder": 2.0, "skip-transcoder": 2.0, "topk-sae": 2.0, "molt": 2.0}
 # An expert is dead when it has not fired for this share of the training tokens.
 _DEAD_AFTER = 0.1
 
@@ -99,7 +99,7 @@ class LayerInTraining:
     def __init__(self, name: str, layer: nn.Module, recipe: Recipe, dead_after: float = math.inf) -> None:
         self.name, self.layer, self.auxk, self.dead_after = name, layer, recipe.auxk, dead_after
         self.shares = text_shares(recipe)  # processes that each see a part of a batch
-        self.experts: Experts | None = getattr(layer, "experts", None)
+        self.experts: Experts | Transforms | None = getattr(layer, "experts", None)
         self.unit_norm = recipe.unit_norm and self.experts is not None
         self.specialise = recipe.specialise if isinstance(layer, MxDLayer) else 0.0  # elsewhere the experts multiply nothing
         if self.experts is not None:
@@ -107,7 +107,7 @@ class LayerInTraining:
         self.optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=recipe.lr, fused=True)
         device = layer.bias.device
         # The training tokens seen when each expert last fired.
-        n_experts = 0 if self.experts is None else len(self.experts.weight)
+        n_experts = 0 if self.experts is None else layer.gate.n_experts
         self.last_fired = torch.zeros(n_experts, dtype=torch.int64, device=device)
         # Since the last look: the loss, the loss of an output of zero, ‖ŷ-y‖² and ‖y‖².
         self.sums = torch.zeros(4, dtype=widest(device), device=device)
@@ -193,7 +193,7 @@ def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_see
             y_hat = scale + rest
         else:
             a = layer.gate(x)
-            y_hat = layer.experts(a) * scale + rest
+            y_hat = layer.mixture(a, x) * scale + rest
     loss = objective = distillation_loss(y_hat, y)
     if job.specialise > 0:
         objective = objective + job.specialise * frozen_gain(scale, y - rest, y, job.shares)
@@ -229,7 +229,7 @@ def _auxk_loss(job: LayerInTraining, x: Tensor, scale: Tensor, error: Tensor, y:
         return 0.0
     gate, most = job.layer.gate, x.shape[1] // 2
     values, chosen = sparse_gate(x, gate.weight[dead], gate.bias[dead], min(most, len(dead)), gate.selection)
-    makes_up = mix(values, dead[chosen], job.experts.weight) * scale
+    makes_up = job.layer.mixture(Coefficients(values, dead[chosen]), x) * scale
     return distillation_loss(makes_up, error, y) * min(1.0, len(dead) / most)
 
 

@@ -139,7 +139,7 @@ class _Standing(nn.Module):
             y_hat = scale + rest
         else:
             a = layer.coefficients(x)
-            y_hat = layer.experts(a) * scale + rest
+            y_hat = layer.mixture(a, x) * scale + rest
         flat = y_hat.flatten(0, -2)
         y = flat.detach().float() if self.target is None else self.target.flatten(0, -2).float()
         size = y.norm(dim=-1).mean().clamp_min(1e-6)

@@ -95,7 +95,7 @@ def test_adapter_and_base_give_the_same_bytes_in_every_family(family, tmp_path, 
     assert outside == set(), "the rest of the base model's weights are not in it"
 
 
-@pytest.mark.parametrize("kind", ["transcoder", "skip-transcoder", "topk-sae", "dense"])
+@pytest.mark.parametrize("kind", ["transcoder", "skip-transcoder", "topk-sae", "molt", "dense"])
 def test_so_do_the_other_kinds_of_layer(kind, tmp_path, unchecked):
     model, *_ = export_tiny("llama", tmp_path / "whole", recipe=dataclasses.replace(RECIPE, kind=kind))
     model.save_pretrained(tmp_path / "base")

@@ -53,7 +53,7 @@ def test_figures_are_those_of_the_whole_model_without_the_expert_in_every_family
         assert run.resumes_midway() and len(run.modules) > layer + 1  # the shortcuts are in use
 
 
-@pytest.mark.parametrize("kind", ["mxd", "transcoder", "skip-transcoder", "topk-sae"])
+@pytest.mark.parametrize("kind", ["mxd", "transcoder", "skip-transcoder", "topk-sae", "molt"])
 def test_every_expert_of_every_kind_is_measured(kind):
     opened = tiny_opened("gpt2", kind=kind)
     survey, sums = swept(opened, 0)

@@ -17,9 +17,9 @@ from mxdsurgery.layers.layer import BATCH_TOP_K_LIMIT, Gate
 from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.planning.plan import plan_layer
 from mxdsurgery.recipe import Recipe
-from mxdsurgery.training.cost import layer_parameters, matched_n_experts, transcoder_parameters
 from mxdsurgery.training.distill import LayerInTraining, _auxk_loss
 from mxdsurgery.training.initialize import initial_layer, measure_statistics
+from mxdsurgery.training.parameters import layer_parameters, matched_n_experts, transcoder_parameters
 
 KINDS = pytest.mark.parametrize("kind", LAYER_KINDS)
 BASELINES = pytest.mark.parametrize("kind", ["transcoder", "skip-transcoder", "topk-sae"])
@@ -63,7 +63,7 @@ def test_it_has_the_parameters_that_the_plan_counts(kind):
     assert plan.all_parameters == sum(p.numel() for p in layer.parameters())
 
 
-@pytest.mark.parametrize("kind", ["mxd", "transcoder", "skip-transcoder", "topk-sae"])
+@pytest.mark.parametrize("kind", ["mxd", "transcoder", "skip-transcoder", "topk-sae", "molt"])
 def test_all_kinds_are_matched_to_the_same_number_of_parameters(kind):
     block = find_blocks(tiny_model("gpt2"))[0].block
     budget = transcoder_parameters(block, 32)

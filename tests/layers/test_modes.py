@@ -94,7 +94,9 @@ def test_interventions_in_every_mode_and_dtype(mode, dtype):
     assert torch.equal(inner, outer) and not torch.equal(inner, before) and inner.isfinite().all()
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("mxd", torch.float32), ("skip-transcoder", torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("mxd", torch.float32), ("skip-transcoder", torch.bfloat16), ("molt", torch.float32)], ids=str
+)
 def test_a_layer_is_compiled_whole_and_exported(kind, dtype):
     torch._dynamo.reset()
     layer, x = made(kind, dtype=dtype), inputs(70, dtype)

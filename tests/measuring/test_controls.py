@@ -75,7 +75,7 @@ def test_specialised_experts_keep_their_share_against_every_control(built):
 def kinds():
     """Figures of every kind of layer in both blocks of a tiny model, measured twice."""
     model, found = tiny_model("llama"), {}
-    for kind in ("mxd", "transcoder", "skip-transcoder", "topk-sae", "dense"):
+    for kind in ("mxd", "transcoder", "skip-transcoder", "topk-sae", "molt", "dense"):
         layers, _, blocks = train(model, dataclasses.replace(RECIPE, kind=kind), steps=3)
         found[kind] = [measure(model, blocks, layers, next(batches(seed=5)), batch=256) for _ in range(2)]
     return found
