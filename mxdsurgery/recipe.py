@@ -58,8 +58,9 @@ class Recipe:
     sparsity: str = _key(
         "topk",
         "text",
-        "which experts are active: each token's K, or a batch's K per token on average, by a threshold after training",
-        choices=("topk", "batchtopk"),
+        "which experts are active: each token's K; a batch's K per token on average, by a threshold after training; or those "
+        "above a threshold of their own, which is learned such that it is K on average",
+        choices=("topk", "batchtopk", "jumprelu"),
     )
     k: int = _key(32, "count", "K, experts active per token", low=1)
     k_start: int | None = _key(

@@ -61,7 +61,14 @@ def convert(device: str, _folder: Path, out: Path, tokens: int, **keys: Any) -> 
 
 def kinds(device: str, _folder: Path, out: Path, tokens: int) -> dict[str, float]:
     """Every kind of layer, trained and measured side by side."""
-    keys = {"kinds": RECIPE_KEYS["kind"].choices, "k": [4], "out": str(out), "tokens": tokens, "device": device}
+    keys = {
+        "sparsity": "jumprelu",
+        "kinds": RECIPE_KEYS["kind"].choices,
+        "k": [4],
+        "out": str(out),
+        "tokens": tokens,
+        "device": device,
+    }
     rows = mxdsurgery.frontier("demo-glu", layer=1, **keys, **SHAPE, **EXACT).rows
     return {f"{row['kind']} {name}": row[name] for row in rows for name in ("kl", "nmse")}
 
@@ -107,7 +114,7 @@ CHECKS: dict[str, tuple[Callable[[str, Path, Path, int], dict[str, float]], floa
     "convert, batchtopk, dead experts helped": (functools.partial(convert, sparsity="batchtopk", auxk=0.03), TRAINED),
     "convert, layer after layer, from disk": (functools.partial(convert, inputs="converted", offload="disk"), TRAINED),
     "convert, jointly": (functools.partial(convert, inputs="joint"), TRAINED),
-    "every kind of layer": (kinds, TRAINED),
+    "every kind of layer, jumprelu": (kinds, TRAINED),
     "heal": (functools.partial(heal, checkpointing=True, local=0.1), TRAINED),
     "heal, LoRA too, from kept predictions": (functools.partial(heal, mode="both", teacher="cached"), TRAINED),
     "plan, evaluate, growth, effect, edit, sweep": (passes, PASS),

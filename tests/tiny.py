@@ -111,8 +111,8 @@ def busy_layer(kind, sparsity, *, d_model, d_hidden, n_experts, k, std):
     layer = LAYER_KINDS[kind](**shape | (block if kind in ("mxd", "topk-sae") else {}))
     for parameter in layer.parameters():
         parameter.data.normal_(std=std)
-    if sparsity == "batchtopk":
-        layer.gate.threshold.fill_(0.7)
+    if sparsity != "topk":
+        layer.gate.threshold.uniform_(0.5, 0.9)
     return layer.eval()
 
 

@@ -28,7 +28,7 @@ class Transcoder(nn.Module):
         d_model: D.
         n_experts: N, features.
         k: K, features active per token, at most N.
-        sparsity: ``topk`` or ``batchtopk``; see `Gate`.
+        sparsity: ``topk``, ``batchtopk`` or ``jumprelu``; see `Gate`.
         expert_bias: see `Experts`.
     """
 
@@ -100,7 +100,7 @@ class TopKSAE(Transcoder):
         d_model: D.
         n_experts: N, features.
         k: K, features active per token, at most N.
-        sparsity: ``topk`` or ``batchtopk``; see `Gate`.
+        sparsity: ``topk``, ``batchtopk`` or ``jumprelu``; see `Gate`.
         expert_bias: see `Experts`.
         block: the remaining arguments of `DenseLayer`, for the block, whose weights are frozen.
     """

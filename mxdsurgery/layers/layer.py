@@ -14,7 +14,7 @@ Shapes: x and y (..., D); G and C (N, D); E (H, D); D (D, H); "..." is any numbe
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 
 from .sparse import is_transformed, mix, sparse_gate
 
-# With `batchtopk` no token keeps more than so many times K experts, which bounds the memory.
+# With `batchtopk` and `jumprelu` no token keeps more than so many times K experts, which bounds the memory.
 BATCH_TOP_K_LIMIT = 4
 # The moving average of the `batchtopk` threshold follows the batches with a time constant of about so many steps.
 _THRESHOLD_STEPS = 20
@@ -59,7 +59,10 @@ class Gate(nn.Module):
         k: K.
         sparsity: ``topk``: each token keeps its K largest pre-activations. ``batchtopk`` (Bussmann et al., arXiv 2412.06410):
             in training, a batch of n tokens keeps its n K largest, so that a token has K on average and at most
-            ``BATCH_TOP_K_LIMIT`` K; afterwards, each token keeps those that reach the threshold from training.
+            ``BATCH_TOP_K_LIMIT`` K; afterwards, each token keeps those that reach the threshold from training. ``jumprelu``
+            (Rajamanoharan et al., arXiv 2407.14435): each expert has a threshold of its own, and fires where its
+            pre-activation exceeds it, with that pre-activation as its coefficient; a token keeps the ``BATCH_TOP_K_LIMIT`` K
+            that exceed theirs by most. Training learns the thresholds such that it is K on average.
     """
 
     # Stays in float32 whatever the layer is cast to: rounded to bfloat16, the threshold keeps some per cent more or fewer.
@@ -67,13 +70,15 @@ class Gate(nn.Module):
 
     def __init__(self, d_model: int, n_experts: int, k: int, sparsity: str = "topk") -> None:
         super().__init__()
-        self.k = k
+        self.k, self.sparsity = k, sparsity
         self.selection: torch.dtype | None = None  # dtype of the ranking of all N experts; None: the weight's own
         self.interventions: Callable[[Gate, Tensor], Coefficients] | None = None
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))  # G
         self.bias = nn.Parameter(torch.empty(n_experts))  # b_g
-        # The smallest pre-activation that `batchtopk` keeps; None: each token keeps K.
-        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32) if sparsity == "batchtopk" else None)
+        # The smallest pre-activation that `batchtopk` keeps, or each expert's (N,) of `jumprelu`; None: each token keeps K.
+        shape = {"batchtopk": (), "jumprelu": (n_experts,)}.get(sparsity)
+        self.register_buffer("threshold", None if shape is None else torch.zeros(shape, dtype=torch.float32))
+        self.learning: Any = None  # what learns the thresholds of `jumprelu` while it trains
         self.reset_parameters()
 
     def _apply(self, fn, recurse=True):
@@ -97,7 +102,7 @@ class Gate(nn.Module):
 
     @property
     def active(self) -> int:
-        """How many coefficients of a token can be nonzero: K, or the limit of ``batchtopk``."""
+        """How many coefficients of a token can be nonzero: K, or the limit of ``batchtopk`` and ``jumprelu``."""
         return self.k if self.threshold is None else min(BATCH_TOP_K_LIMIT * self.k, self.n_experts)
 
     def pre_activations(self, x: Tensor) -> Tensor:
@@ -105,19 +110,33 @@ class Gate(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Coefficients:
-        """(..., D) -> coefficients (..., K), or with ``batchtopk`` (..., `active`), zero where not kept."""
+        """(..., D) -> coefficients (..., K), or where there are thresholds (..., `active`), zero where not kept."""
         interventions = self.interventions  # another thread may take them away
         return self.choose(x, self.bias) if interventions is None else interventions(self, x)
 
     def choose(self, x: Tensor, bias: Tensor, spare: int = 0) -> Coefficients:
         """As `forward`, with another bias (N,), and with the ``spare`` experts that rank next: (..., `active` + ``spare``)."""
-        active = min(self.active + spare, self.n_experts)
-        values, indices = sparse_gate(x.reshape(-1, x.shape[-1]), self.weight, bias, active, self.selection)
-        if self.threshold is not None:
-            kept = self._batch_threshold(values) if self.training else self.threshold
-            values = values * (values >= kept)
+        active, flat = min(self.active + spare, self.n_experts), x.reshape(-1, x.shape[-1])
+        if self.threshold is not None and self.threshold.ndim:
+            values, indices = self._jump(flat, bias, active)
+        else:
+            values, indices = sparse_gate(flat, self.weight, bias, active, self.selection)
+            if self.threshold is not None:
+                kept = self._batch_threshold(values) if self.training else self.threshold
+                values = values * (values >= kept)
         shape = (*x.shape[:-1], active)
         return Coefficients(values.view(shape), indices.view(shape))
+
+    def _jump(self, x: Tensor, bias: Tensor, active: int) -> tuple[Tensor, Tensor]:
+        """``z H(z - θ)`` of the pre-activations z that exceed their thresholds by most: (n, D) -> (n, ``active``) each."""
+        learning = self.learning if self.training and not is_transformed() else None
+        if learning is not None and not learning.begun:
+            learning.begin(x)
+        margins, indices = sparse_gate(x, self.weight, bias - self.threshold, active, self.selection, relu=False)
+        values = torch.where(margins > 0, margins + self.threshold[indices], 0)
+        if learning is not None:
+            values = learning.watched(values, margins, indices)
+        return values, indices
 
     @torch.no_grad()
     def _batch_threshold(self, values: Tensor) -> Tensor:
@@ -223,7 +242,7 @@ class MxDLayer(DenseLayer):
     Args:
         n_experts: N.
         k: K, experts active per token, at most N.
-        sparsity: ``topk`` or ``batchtopk``; see `Gate`.
+        sparsity: ``topk``, ``batchtopk`` or ``jumprelu``; see `Gate`.
         expert_bias: see `Experts`.
         block: the arguments of `DenseLayer`.
     """

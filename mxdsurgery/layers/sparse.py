@@ -43,7 +43,7 @@ _SUM = 0  # their number for mode="sum"
 
 
 def sparse_gate(
-    x: Tensor, weight: Tensor, bias: Tensor, k: int, selection: torch.dtype | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, selection: torch.dtype | None = None, relu: bool = True
 ) -> tuple[Tensor, Tensor]:
     """``TopK(relu(G x + b_g))``, its K kept coefficients, with a backward that touches only the chosen rows of G.
 
@@ -53,15 +53,17 @@ def sparse_gate(
         bias: b_g (N,).
         k: K, at most N.
         selection: see `select`.
+        relu: False: ``TopK(G x + b_g)``.
 
     Returns:
-        values (n, K), non-negative, in float32 or wider; indices (n, K), each at most once per token, in no order.
+        values (n, K), with ``relu`` non-negative, in float32 or wider; indices (n, K), each at most once per token, in no
+        order.
     """
     if not is_transformed():
-        return _SparseGate.apply(x, weight, bias, k, selection)
+        return _SparseGate.apply(x, weight, bias, k, selection, relu)
     indices = select(x, weight, bias, k, selection)[1]
     kept = dots(x, indices, weight) + bias[indices]
-    return kept.relu(), indices
+    return kept.relu() if relu else kept, indices
 
 
 def mix(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
@@ -335,9 +337,9 @@ class _SparseGate(torch.autograd.Function):
     """The derivative of a kept coefficient is that of one row's inner product with x."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, k: int, selection: torch.dtype | None):
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, k: int, selection: torch.dtype | None, relu: bool):
         values, indices = select(x, weight, bias, k, selection)
-        values = values.relu_()
+        values, ctx.relu = values.relu_() if relu else values, relu
         ctx.save_for_backward(x, weight, values, indices)
         ctx.mark_non_differentiable(indices)
         return values, indices
@@ -346,8 +348,9 @@ class _SparseGate(torch.autograd.Function):
     def backward(ctx, grad_values: Tensor, _):
         x, weight, values, indices = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        grad = grad_values.to(weight.dtype) * (values > 0)
+        grad = grad_values.to(weight.dtype)
+        grad = grad * (values > 0) if ctx.relu else grad
         grad_x = mix(grad, indices, weight).to(x.dtype) if needs_x else None
         grad_weight = scatter(grad, indices, x, weight) if needs_weight else None
         grad_bias = torch.zeros_like(weight[:, 0]).index_add(0, indices.flatten(), grad.reshape(-1)) if needs_bias else None
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None

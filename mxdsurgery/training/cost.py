@@ -41,7 +41,7 @@ class LayerPlan:
         k: K.
         parameters: how many are trained.
         kind: of the new layer; see `mxdsurgery.layers.replacement`.
-        sparsity: ``topk`` or ``batchtopk``.
+        sparsity: ``topk``, ``batchtopk`` or ``jumprelu``.
     """
 
     block: Block
@@ -76,7 +76,7 @@ class LayerPlan:
     @property
     def active(self) -> int:
         """Coefficients of a token that can be nonzero."""
-        most = BATCH_TOP_K_LIMIT * self.k if self.sparsity == "batchtopk" else self.k
+        most = BATCH_TOP_K_LIMIT * self.k if self.sparsity != "topk" else self.k
         return min(most, self.n_experts)
 
 

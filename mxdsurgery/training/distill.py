@@ -27,6 +27,7 @@ from mxdsurgery.runs.run_folder import UNKEPT, Keeper
 from mxdsurgery.training.accelerator import selects_in_bf16
 from mxdsurgery.training.cost import LayerPlan, first_k
 from mxdsurgery.training.losses import distillation_loss, frozen_gain
+from mxdsurgery.training.thresholds import LearnedThresholds
 
 # Losses are looked at every so many steps: looking waits for the device.
 _CHECK_EVERY = 20
@@ -104,7 +105,11 @@ class LayerInTraining:
         self.specialise = recipe.specialise if isinstance(layer, MxDLayer) else 0.0  # elsewhere the experts multiply nothing
         if self.experts is not None:
             layer.gate.selection = torch.bfloat16 if selects_in_bf16(recipe) else None
-        self.optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=recipe.lr, fused=True)
+        jumps = self.experts is not None and layer.gate.sparsity == "jumprelu"
+        self.thresholds = LearnedThresholds(layer.gate) if jumps else None
+        learned = [] if self.thresholds is None else [self.thresholds.log]
+        learned = [p for p in layer.parameters() if p.requires_grad] + learned
+        self.optimizer = torch.optim.Adam(learned, lr=recipe.lr, fused=True)
         device = layer.bias.device
         # The training tokens seen when each expert last fired.
         n_experts = 0 if self.experts is None else layer.gate.n_experts
@@ -123,16 +128,26 @@ class LayerInTraining:
         """All that training goes on from: weights, Adam's state, the firing record and the running sums."""
         first = math.nan if self.first_loss is None else self.first_loss
         record = {"last_fired": self.last_fired, "sums": self.sums, "first_loss": torch.tensor(first, dtype=torch.float64)}
+        if self.thresholds is not None:
+            record["log_threshold"] = self.thresholds.log.detach()
         return prefixed(self.layer.state_dict(), "weight") | prefixed(optimizer_state(self.optimizer), "adam") | record
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from a `state`."""
         self.layer.load_state_dict(part(state, "weight"))
         restore_optimizer(self.optimizer, part(state, "adam"))
+        if self.thresholds is not None:
+            self.thresholds.restore(state["log_threshold"])
         self.last_fired.copy_(state["last_fired"])
         self.sums.copy_(state["sums"])
         first = state["first_loss"].item()
         self.first_loss = None if math.isnan(first) else first
+
+    def finish(self, k: int) -> None:
+        """Ends training with K experts: from here on the layer computes as it will when it is reloaded."""
+        self.set_k(k)
+        if self.experts is not None:
+            self.layer.gate.selection = self.layer.gate.learning = None
 
     def set_k(self, k: int) -> None:
         """Sets how many experts are active from here on; does nothing without experts."""
@@ -206,7 +221,11 @@ def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_see
         _remove_radial_gradient(layer.experts.weight)
     for group in job.optimizer.param_groups:
         group["lr"] = lr
+    if job.thresholds is not None:
+        job.thresholds.charge()
     job.optimizer.step()
+    if job.thresholds is not None:
+        job.thresholds.follow()
     job.optimizer.zero_grad(set_to_none=True)  # at once: only one of the layers in training holds gradients at a time
     if job.unit_norm:
         layer.experts.normalize()
@@ -305,9 +324,7 @@ def distill(
                 job.check(progress.step)
         keeper.after(state)
     for plan, job in jobs.items():
-        job.set_k(plan.k)
-        if job.experts is not None:
-            job.layer.gate.selection = None  # from here on it computes as it will when it is reloaded
+        job.finish(plan.k)
 
 
 def batches_taken(progress: Progress, recipe: Recipe) -> int:

@@ -304,6 +304,9 @@ class _Trainer:
             self._backward(example)
         parameters = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
         average_gradients(parameters, self.shares)
+        learned = [job.thresholds for job in self.jobs.values() if job.thresholds is not None]
+        for thresholds in learned:
+            thresholds.charge()
         nn.utils.clip_grad_norm_(parameters, _LONGEST_GRADIENT)
         lr = self.state.lr = learning_rate(step, self.state.steps, self.recipe)
         for optimizer in self.optimizers:
@@ -311,6 +314,8 @@ class _Trainer:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        for thresholds in learned:
+            thresholds.follow()
         for job in self.jobs.values():
             if job.unit_norm:
                 job.experts.normalize()
@@ -400,9 +405,7 @@ class _Trainer:
         for plan, job in self.jobs.items():
             job.layer.load_state_dict(self.state.best[plan])
             job.layer.eval()
-            job.set_k(plan.k)
-            if job.experts is not None:
-                job.layer.gate.selection = None
+            job.finish(plan.k)
         if self.adapters is not None:
             self.adapters.load(self.state.best_adapters)
 
@@ -411,7 +414,7 @@ def _as_written(plan: LayerPlan, layer: nn.Module, model: PreTrainedModel) -> nn
     """A copy of a layer in training, rounded to the dtype that the model is stored in, ready to compute in the model."""
     made = copy.deepcopy(layer).to(stored_in(model)).to(model.dtype).eval().requires_grad_(False)
     if hasattr(made, "gate"):
-        made.gate.k, made.gate.selection = plan.k, None
+        made.gate.k, made.gate.selection, made.gate.learning = plan.k, None, None
     return made
 
 

@@ -191,7 +191,7 @@ def test_the_threshold_is_never_rounded_whatever_a_checkpoint_is_loaded_in(tmp_p
         ("llama", {"sparsity": "batchtopk"}),
         ("llama", {"kind": "skip-transcoder"}),
         ("llama", {"kind": "topk-sae"}),
-        ("llama", {"kind": "molt"}),
+        ("llama", {"kind": "molt", "sparsity": "jumprelu"}),
         ("llama", {"kind": "dense"}),
     ],
 )

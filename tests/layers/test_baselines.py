@@ -100,7 +100,7 @@ def test_every_kind_learns_on_text_it_has_not_seen(kind):
 
 
 @KINDS
-@pytest.mark.parametrize("sparsity", ["topk", "batchtopk"])
+@pytest.mark.parametrize("sparsity", ["topk", "batchtopk", "jumprelu"])
 def test_every_kind_is_exported_and_reloaded(kind, sparsity, tmp_path):
     recipe = dataclasses.replace(RECIPE, kind=kind, sparsity=sparsity)
     model, blocks, layers, differences = export_tiny("llama", tmp_path / "out", recipe=recipe)

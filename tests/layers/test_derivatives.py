@@ -27,7 +27,7 @@ def squared(layer):
     return lambda x: layer(x).square().sum()
 
 
-@pytest.fixture(params=[(kind, sparsity) for kind in KINDS for sparsity in ("topk", "batchtopk")], ids="-".join)
+@pytest.fixture(params=[(kind, sparsity) for kind in KINDS for sparsity in ("topk", "batchtopk", "jumprelu")], ids="-".join)
 def layer(request):
     return made(*request.param)
 

@@ -37,7 +37,7 @@ def small_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sparsity", ["topk", "batchtopk"])
+@pytest.mark.parametrize("sparsity", ["topk", "batchtopk", "jumprelu"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_computes_the_same_in_every_mode(kind, sparsity, dtype, small_chunks):
     layer, wide = made(kind, sparsity, dtype), made(kind, sparsity)

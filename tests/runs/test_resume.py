@@ -82,6 +82,7 @@ WAYS = {
     "block by block, from disk": ({"inputs": "converted", "offload": "disk"}, [60]),
     "jointly": ({"inputs": "joint"}, [9]),
     "transcoders with rows of unit length": ({"kind": "transcoder", "unit_norm": True, "auxk": 0.1}, [25]),
+    "jumprelu": ({"sparsity": "jumprelu"}, [30]),
     "batchtopk, block by block": ({"sparsity": "batchtopk", "inputs": "converted"}, [30]),
 }
 
