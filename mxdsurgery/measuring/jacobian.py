@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import jvp
+from torch.autograd.functional import jvp  # by two backward passes, which every device has
 
 from mxdsurgery.base.activations import Activations
 from mxdsurgery.base.blocks import Block
@@ -62,14 +62,14 @@ class JacobianErrors:
             wanted = self._block_product(self.blocks[layer], x, v)
             self._add(f"{layer}", wanted, rows)
             for number, layers in enumerate(self.candidates):
-                self._add(f"{number} at {layer}", jvp(layers[layer], (x,), (v,))[1] - wanted, rows)
+                self._add(f"{number} at {layer}", jvp(layers[layer], x, v)[1] - wanted, rows)
 
     def _block_product(self, block: Block, x: Tensor, v: Tensor) -> Tensor:
         """``J_block(x) v``: x and v (n, D) -> (n, D)."""
         with ExitStack() as stack:
             for path in {part.path for part in block.parts} | ({block.activation_path} - {None}):
                 stack.enter_context(resident(self.root.get_submodule(path)))
-            return jvp(lambda x: block.output(self.root, block.hidden(self.root, x)), (x,), (v,))[1]
+            return jvp(lambda x: block.output(self.root, block.hidden(self.root, x)), x, v)[1]
 
     def _add(self, name: str, product: Tensor, rows: int) -> None:
         squares = product.to(widest(product.device)).square().sum(-1)
