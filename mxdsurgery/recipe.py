@@ -130,7 +130,11 @@ class Recipe:
     # How
     batch: int = _key(4096, "count", "tokens per optimiser step", low=8)
     lr: float = _key(
-        1e-3, "number", "peak learning rate of Adam; of transcoders and autoencoders, twice that", low=1e-8, high=1.0
+        1e-3,
+        "number",
+        "peak learning rate of Adam; of transcoders and autoencoders, twice that, of a molt four times",
+        low=1e-8,
+        high=1.0,
     )
     warmup: float = _key(0.05, "number", "share of the steps with linear warm-up", low=0.0, high=1.0)
     decay: float = _key(0.3, "number", "share of the steps with linear decay to zero at the end", low=0.0, high=1.0)

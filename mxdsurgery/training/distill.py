@@ -35,8 +35,8 @@ _CHECK_EVERY = 20
 _DIVERGED = 10.0
 # K has fallen to its final value after this share of the steps.
 _K_FALLS_UNTIL = 0.7
-# Transcoders and autoencoders learn best at a higher rate than the recipe's, a Mixture of Decoders': docs/frontier.md.
-_RATE_FACTORS = {"transcoder": 2.0, "skip-transcoder": 2.0, "topk-sae": 2.0, "molt": 2.0}
+# These learn best at a higher rate than the recipe's, a Mixture of Decoders': docs/frontier.md.
+_RATE_FACTORS = {"transcoder": 2.0, "skip-transcoder": 2.0, "topk-sae": 2.0, "molt": 4.0}
 # An expert is dead when it has not fired for this share of the training tokens.
 _DEAD_AFTER = 0.1
 

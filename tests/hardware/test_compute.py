@@ -216,7 +216,7 @@ def test_a_narrower_dtype_that_was_asked_for_leaves_the_stored_weights(machine, 
         how = OPTIONS | {"dtype": "float32", "compute": "bfloat16"}
         made = mxdsurgery.convert("demo-glu", out=str(tmp_path / "out"), reporter=phases, **how)
     shares = {phase: work[torch.bfloat16] / work.total() for phase, work in phases.work.items()}
-    assert min(shares.values()) > 0.9, shares  # sums that dense paths are fitted from are in float32
+    assert min(shares.values()) > 0.85, shares  # Jacobians and sums that dense paths are fitted from are in float32
     assert made.evaluation["compute"] == "bfloat16" and made.plan.dtype == "float32"
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     base = open_model("demo-glu").load(dtype="float32").state_dict()
