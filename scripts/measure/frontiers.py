@@ -23,10 +23,14 @@ from mxdsurgery.checkpoint.card import LEGEND
 from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.measuring.frontier_table import Frontier
 from mxdsurgery.terminal.console import ConsoleReporter, compact
-from mxdsurgery.terminal.figures import NONE, range_of, times, value_of, with_range
+from mxdsurgery.terminal.figures import NONE, range_of, times, with_range
 
 KEPT = DOCS / "frontier"
-KINDS = ("mxd", "transcoder", "skip-transcoder", "dense")
+RIVALS_FOLDER = KEPT / "rivals"
+KINDS = ("mxd", "transcoder", "skip-transcoder", "molt", "dense")
+# Other gates, and mixtures of linear transforms, at one K: by `sparsity`, the kinds.
+RIVALS = {"topk": ("mxd", "transcoder", "skip-transcoder", "molt"), "jumprelu": ("mxd", "transcoder", "molt")}
+RIVALS_K = 16
 # An autoencoder has an easier task than the others, so it is measured at fewer K.
 AUTOENCODER_K = (16, 32)  # of the first model
 PROBING = ("ag_news", "languages", "sentiment")
@@ -72,6 +76,71 @@ def measure_frontier(subject: Subject, shared: Path, runs: Path, kinds: tuple[st
     return made
 
 
+def measure_rivals(subject: Subject, shared: Path, runs: Path) -> None:
+    """Measures the `RIVALS` on one model, each sparsity in a folder of its own; keeps all rows in docs/frontier/rivals/."""
+    for sparsity, kinds in RIVALS.items():
+        made = mxdsurgery.frontier(
+            **subject.paths(shared),
+            layer=subject.layer,
+            k=(RIVALS_K,),
+            kinds=kinds,
+            sparsity=sparsity,
+            tokens=TOKENS,
+            eval_tokens=subject.eval_tokens,
+            dtype="float32",
+            device="cpu",
+            out=str(runs / f"{subject.model}-{sparsity}"),
+            reporter=ConsoleReporter(),
+        )
+        keep_rivals(subject.model, made)
+
+
+def keep_rivals(model: str, made: Frontier) -> None:
+    """Puts rows of one sparsity beside those of the others in docs/frontier/rivals/, without local paths."""
+    path, read = RIVALS_FOLDER / f"{model}.json", read_json(made.out / "frontier.json")
+    others = [row for row in read_json(path, {"rows": []})["rows"] if row["sparsity"] != made.rows[0]["sparsity"]]
+    names = {name: Path(value).name for name in ("model", "data", "eval_data") if (value := read["settings"][name])}
+    rows = sorted(read["rows"] + others, key=lambda row: (row["kind"], row["sparsity"] != "topk"))
+    write_json(path, read | {"rows": rows, "settings": read["settings"] | names, "machine": machine()})
+
+
+def rival_rows(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Rows of a table of `RIVALS`."""
+    for row in rows:
+        shares = (with_range(row, name, ".2f") for name in ("expert_share", "single_expert_share"))
+        yield cells(
+            row["kind"] if row["sparsity"] == "topk" else f"{row['kind']}, {row['sparsity']}",
+            f"{row['n_experts']:,}",
+            compact(row["params"]),
+            with_range(row, "delta_ce", "+.4f"),
+            f"{row['kl']:.4f}",
+            f"{row['nmse']:.4f}",
+            with_range(row, "jacobian_nmse", ".3f"),
+            *shares,
+            f"{row['l0']:.1f}",
+            unused(row),
+        )
+
+
+def rivals_section() -> Iterator[str]:
+    """The tables of all models on which `RIVALS` were measured."""
+    if not RIVALS_FOLDER.is_dir():
+        return
+    yield f"## Other gates, and mixtures of linear transforms: K = {RIVALS_K}\n"
+    yield (KEPT / "rivals.md").read_text()
+    for path in sorted(RIVALS_FOLDER.glob("*.json")):
+        read = read_json(path)
+        first, used = read["rows"][0], read["settings"]
+        yield (
+            f"{path.stem}, layer {first['layer']}: {compact(first['train_tokens'])} training tokens of {used['data']} (lr "
+            f"{used['lr']:g}, {read['machine']}); {read['tokens']:,} held-out tokens, original cross-entropy "
+            f"{read['original']['ce']:.4f}; with the block zeroed {first['zero_delta_ce']:+.4f}.\n"
+        )
+        names = "what | N | parameters | ΔCE | KL | NMSE | Jacobian NMSE | expert share | beyond one expert | L0 | unused"
+        yield table(names, rival_rows(read["rows"]))
+        yield ""
+
+
 def look(made: Frontier, shared: Path) -> None:
     """Probes and dissects the kinds at one K."""
     chosen = [row for row in made.rows if row["k"] == LOOKED_AT]
@@ -97,14 +166,14 @@ def kept(pattern: str) -> dict[str, dict[str, Any]]:
     return {path.stem: read_json(path) for path in sorted(KEPT.glob(pattern))}
 
 
-def rows_of(measured: Frontier) -> Iterator[str]:
+def rows_of(measured: Frontier, jacobians: bool) -> Iterator[str]:
     """Rows of a frontier's table."""
     for row in measured.rows:
+        jacobian = f"| {row['jacobian_nmse']:.3f} " if jacobians else ""
         yield (
             f"{row['kind']} | {row['k'] or '-'} | {row['n_experts'] or '-'} | {compact(row['params'])} "
             f"| {row['delta_ce']:+.4f} | {range_of(row, 'delta_ce', '+.4f')} | {row['kl']:.4f} | {row['nmse']:.4f} "
-            f"| {value_of(row, 'jacobian_nmse', '.3f')} "
-            f"| {row['constant_gate_delta_ce']:+.4f} | {with_range(row, 'expert_share', '.2f')} | {unused(row)}"
+            f"{jacobian}| {row['constant_gate_delta_ce']:+.4f} | {with_range(row, 'expert_share', '.2f')} | {unused(row)}"
         )
 
 
@@ -135,8 +204,9 @@ def frontier_section(name: str, read: dict[str, Any]) -> Iterator[str]:
     every = sorted({row["k"] for row in measured.rows if row["kind"] == "mxd"})
     yield table(cells("K", *every), ratios(measured, every))
     yield ""
-    names = "kind | K | N | parameters | ΔCE | 95 % interval | KL | NMSE | Jacobian NMSE"
-    yield table(f"{names} | ΔCE, experts frozen | expert share | unused", rows_of(measured))
+    jacobians = all("jacobian_nmse" in row for row in measured.rows)  # older versions did not measure it
+    names = "kind | K | N | parameters | ΔCE | 95 % interval | KL | NMSE" + " | Jacobian NMSE" * jacobians
+    yield table(f"{names} | ΔCE, experts frozen | expert share | unused", rows_of(measured, jacobians))
     yield ""
 
 
@@ -199,6 +269,7 @@ def measure(shared: Path, runs: Path, only: str | None) -> None:
     chosen = [subject for subject in SUBJECTS if only is None or only in subject.model]
     for subject in chosen:
         measure_frontier(subject, shared, runs, KINDS, subject.k)
+        measure_rivals(subject, shared, runs)
         if subject is SUBJECTS[0]:
             look(measure_frontier(subject, shared, runs, ("topk-sae",), AUTOENCODER_K), shared)
 
@@ -211,6 +282,8 @@ def page() -> None:
         path = KEPT / f"{subject.model}.json"
         if path.is_file():
             click.echo("\n".join(frontier_section(subject.model, read_json(path))))
+    for line in rivals_section():
+        click.echo(line)
     name = SUBJECTS[0].model
     for heading, pattern, section in (
         ("Probing", f"{name}-probe-*.json", probing_section),
