@@ -39,13 +39,12 @@ class Rates:
 
 # Derivatives of layers and of their blocks are taken at so many inputs, each in one direction, or at one of each context.
 JACOBIAN_INPUTS = 4096
-# A layer's takes as long as so many passes through it: a transformed function gathers the rows of its experts.
-_DERIVATIVE = 10
+# A layer's takes as long as so many passes through it: it is taken by backward passes.
+_DERIVATIVE = 3
 # What is measured of a candidate, by kind: the layers themselves, with their experts frozen, and the `controls`.
 _ALL_VARIANTS = ("converted", "frozen", "permuted", "shuffled", "random_gate", "few_experts", "retrained")
-_VARIANTS = {"dense": _ALL_VARIANTS[:2], "transcoder": _ALL_VARIANTS[:-1], "topk-sae": _ALL_VARIANTS[:-1]} | {
-    "molt": _ALL_VARIANTS[:-1]
-}
+_VARIANTS = {"dense": _ALL_VARIANTS[:2], "transcoder": _ALL_VARIANTS[:-1], "topk-sae": _ALL_VARIANTS[:-1]}
+_VARIANTS["molt"] = _VARIANTS["transcoder"]
 # Variants that take as long as the layers themselves; the others cost next to nothing beside the decoder layers.
 RUN_LAYERS = frozenset({"converted", "permuted", "shuffled", "random_gate", "few_experts"})
 

@@ -107,7 +107,6 @@ def keep_rivals(model: str, made: Frontier) -> None:
 def rival_rows(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Rows of a table of `RIVALS`."""
     for row in rows:
-        shares = (with_range(row, name, ".2f") for name in ("expert_share", "single_expert_share"))
         yield cells(
             row["kind"] if row["sparsity"] == "topk" else f"{row['kind']}, {row['sparsity']}",
             f"{row['n_experts']:,}",
@@ -116,7 +115,7 @@ def rival_rows(rows: list[dict[str, Any]]) -> Iterator[str]:
             f"{row['kl']:.4f}",
             f"{row['nmse']:.4f}",
             with_range(row, "jacobian_nmse", ".3f"),
-            *shares,
+            with_range(row, "expert_share", ".2f"),
             f"{row['l0']:.1f}",
             unused(row),
         )
@@ -136,7 +135,7 @@ def rivals_section() -> Iterator[str]:
             f"{used['lr']:g}, {read['machine']}); {read['tokens']:,} held-out tokens, original cross-entropy "
             f"{read['original']['ce']:.4f}; with the block zeroed {first['zero_delta_ce']:+.4f}.\n"
         )
-        names = "what | N | parameters | ΔCE | KL | NMSE | Jacobian NMSE | expert share | beyond one expert | L0 | unused"
+        names = "what | N | parameters | ΔCE | KL | NMSE | Jacobian NMSE | expert share | L0 | unused"
         yield table(names, rival_rows(read["rows"]))
         yield ""
 

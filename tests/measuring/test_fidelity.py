@@ -225,6 +225,7 @@ class _SpoilsPosition0(torch.nn.Module):
         super().__init__()
         self.layer, self.gate, self.experts = layer, layer.gate, layer.experts
         self.dense_path, self.coefficients, self.combine = layer.dense_path, layer.coefficients, layer.combine
+        self.mixture = layer.mixture
 
     def forward(self, x):
         y = self.layer(x).clone()
