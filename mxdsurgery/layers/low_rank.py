@@ -67,9 +67,9 @@ def transform(
     groups = zip(ranks, reads.split(sizes), writes.split(sizes), _pairs(values, indices, ranks), strict=True)
     with without_autocast(x.device.type):
         for (rank, count), read, write, (pairs, weights) in groups:
-            if len(pairs.token):
+            if pairs.token.shape[0]:  # len() would be a constant of an exported program
                 h = enter(x, read.view(count, rank, -1), pairs).to(wide) * weights.to(wide)[:, None]
-                total = total + leave(h, write.view(count, rank, -1), pairs, len(x))
+                total = total + leave(h, write.view(count, rank, -1), pairs, x.shape[0])
     return total.to(writes.dtype)
 
 
@@ -111,7 +111,7 @@ def _pairs(values: Tensor, indices: Tensor, ranks: tuple[tuple[int, int], ...]) 
     counts = [count for _, count in ranks]
     order, sizes = _sorted(flat, said, sum(counts))
     if sizes is None:
-        token, start = torch.arange(n, device=flat.device).repeat_interleave(k), 0
+        token, start = torch.arange(n * k, device=flat.device) // k, 0
         for count in counts:
             place = flat - start
             mine = (place >= 0) & (place < count)
@@ -181,7 +181,9 @@ def _outer(h: Tensor, x: Tensor, pairs: Pairs, like: Tensor) -> Tensor:
 
 def _parts(weight: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Tensors of P pairs in parts, for which matrices are copied at once."""
-    parts = max(1, len(tensors[0]) * weight[0].numel() // _COPIED_ELEMENTS)
+    if torch.compiler.is_exporting():  # for any number of tokens
+        return [(tensor,) for tensor in tensors]
+    parts = max(1, tensors[0].shape[0] * weight[0].numel() // _COPIED_ELEMENTS)
     return [tensor.chunk(parts) for tensor in tensors]
 
 

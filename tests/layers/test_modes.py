@@ -117,6 +117,7 @@ def test_a_layer_is_compiled_whole_and_exported(kind, dtype):
         ("mxd", "batchtopk", torch.bfloat16),
         ("skip-transcoder", "topk", torch.bfloat16),
         ("topk-sae", "topk", torch.float32),
+        ("molt", "jumprelu", torch.float32),
     ],
     ids=str,
 )
