@@ -18,8 +18,8 @@ from mxdsurgery.layers.sparse import select
 
 # The kernel's width, as a share of θ.
 _WIDTH = 0.1
-# L0 falls by about the eighth power of all thresholds: by a step of this, half of what it is off by is mended.
-_FOLLOWS = 0.06
+# All thresholds move by this share of the way to those with which the last batch would have had K per token.
+_FOLLOWS = 0.3
 # No threshold is less than this share of the mean coefficient: in shares of itself, it would take long to grow again.
 _LEAST = 0.1
 
@@ -39,7 +39,8 @@ class LearnedThresholds:
         self.begun = bool(gate.threshold.any())
         self.log = gate.threshold.clamp_min(torch.finfo(torch.float32).tiny).log().requires_grad_()
         self.near = torch.zeros_like(gate.threshold)  # since the last step, as what follows: firings on the brink
-        self.fired, self.total, self.tokens = (self.near.new_zeros(()) for _ in range(3))
+        self.off, self.fired, self.total = (self.near.new_zeros(()) for _ in range(3))
+        self.passes = 0
 
     @torch.no_grad()
     def begin(self, x: Tensor) -> None:
@@ -56,9 +57,12 @@ class LearnedThresholds:
         with torch.no_grad():
             near = (margins.abs() < _WIDTH / 2 * thresholds).to(values.dtype) / _WIDTH
             self.near.index_add_(0, indices.flatten(), near.flatten().to(self.near.dtype))
+            exceeds = 1 + margins / thresholds  # by this factor; K per token would exceed this by the least of:
+            least = exceeds.flatten().topk(self.gate.k * len(values), sorted=False).values.min()
+            self.off += least.clamp_min(_LEAST).log()
             self.fired += (margins > 0).sum()
             self.total += values.sum()
-            self.tokens += len(values)
+            self.passes += 1
         return values - near * (thresholds - thresholds.detach())
 
     @torch.no_grad()
@@ -70,13 +74,18 @@ class LearnedThresholds:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """After the optimiser's step: moves all thresholds toward K per token, and tells the gate."""
-        l0 = (self.fired / self.tokens.clamp_min(1)).clamp_min(0.01 * self.gate.k)
-        self.log += _FOLLOWS * (l0 / self.gate.k).log()
+        """After the optimiser's step: moves all thresholds toward K per token, and tells the gate.
+
+        A gate in evaluation mode, as in healing, asks for nothing: its thresholds stay.
+        """
+        if not self.passes:
+            return
+        self.log += _FOLLOWS * self.off / self.passes
         self.log.clamp_min_((_LEAST * self.total / self.fired.clamp_min(1)).clamp_min(1e-30).log())
         self.gate.threshold.copy_(self.log.exp())
-        for record in (self.near, self.fired, self.total, self.tokens):
+        for record in (self.near, self.off, self.fired, self.total):
             record.zero_()
+        self.passes = 0
 
     def restore(self, log: Tensor) -> None:
         """Goes on from thresholds ``log θ`` (N,) of a run that was stopped."""

@@ -118,3 +118,17 @@ def test_training_feeds_the_first_batch_before_any_threshold_is_known():
     x = next(fed(model, blocks))[0].x
     found = (layers[0].eval().coefficients(x).values > 0).sum(-1).double().mean()
     assert found == pytest.approx(4, rel=0.3) and layers[0].gate.threshold.min() > 0
+
+
+def test_a_gate_in_evaluation_mode_keeps_its_thresholds_while_others_train():
+    made = gate().eval()
+    learned, before = LearnedThresholds(made), made.threshold.clone()
+    made(inputs(200)).values.sum().backward()
+    learned.charge()
+    learned.follow()
+    torch.testing.assert_close(made.threshold, before)
+    made.train()
+    for seed in range(12):  # from several times K per token
+        made(inputs(500, seed))
+        learned.follow()
+    assert (made.eval()(inputs(5000, 99)).values > 0).sum(-1).double().mean() == pytest.approx(K, rel=0.1)
