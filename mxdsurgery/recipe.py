@@ -21,6 +21,9 @@ _PACKAGE = Path(__file__).parent
 # Inside the package in an installed wheel; at the top of the repository in a checkout.
 RECIPES_FOLDER = next(path for path in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if path.is_dir())
 
+# The share that experts are trained to carry, and the fixed weight of a penalty where no share can be asked for.
+EXPERT_SHARE = 0.5
+SPECIALISE = 0.003
 # Unless k_start says otherwise, K starts at most at this, or at k where that is more: early steps would cost too much.
 _MOST_K_START = 256
 
@@ -50,10 +53,11 @@ class Recipe:
         choices=("mxd", "transcoder", "skip-transcoder", "topk-sae", "molt", "dense"),
     )
     init: str = _key(
-        "encoder",
+        "shared",
         "text",
-        "start of training: the block's encoder, the paper's random one, or the whole block",
-        choices=("encoder", "random", "pretrained"),
+        "start of training: the whole block, as a shared expert; the block's encoder; the paper's random one; or the whole "
+        "block, by experts that are all alike",
+        choices=("shared", "encoder", "random", "pretrained"),
     )
     sparsity: str = _key(
         "topk",
@@ -72,10 +76,19 @@ class Recipe:
     n_experts: int | None = _key(None, "count", "N, experts per layer; default: matched through expansion", low=1)
     expansion: float = _key(32.0, "number", "match N to a transcoder of this many times D features", low=0.01)
     unit_norm: bool = _key(False, "flag", "keep the experts' rows (C) at unit length")
-    specialise: float = _key(
-        0.003,
+    expert_share: float | None = _key(
+        None,
         "number",
-        "weight of the penalty on what a Mixture of Decoders could do with its experts frozen; more: experts carry more",
+        "share of a block's worth that the experts of a Mixture of Decoders are trained to carry, in each layer; 0: as it "
+        f"comes; default: {EXPERT_SHARE:g}, or none where specialise is given or inputs is joint",
+        low=0.0,
+        high=0.95,
+    )
+    specialise: float | None = _key(
+        None,
+        "number",
+        "fixed weight of the penalty on what a Mixture of Decoders could do with frozen experts; more: experts carry more; "
+        f"default: {SPECIALISE:g} with inputs: joint, else 0, for expert_share does better",
         low=0.0,
         high=10.0,
     )
@@ -132,7 +145,7 @@ class Recipe:
     lr: float = _key(
         1e-3,
         "number",
-        "peak learning rate of Adam; of transcoders and autoencoders, twice that, of a molt four times",
+        "peak learning rate of Adam; of transcoders and autoencoders, twice that; of a molt, or with init: shared, four times",
         low=1e-8,
         high=1.0,
     )
@@ -235,6 +248,20 @@ class Recipe:
                 fix="--inputs converted, or --offload auto",
                 keys=("offload", "inputs"),
             )
+        if self.expert_share and self.specialise is not None:
+            raise RecipeError(
+                f"recipe keys 'expert_share' and 'specialise' are {self.expert_share:g} and {self.specialise:g}",
+                expected="one of them: a share to reach, or a fixed weight of the penalty",
+                fix="leave out --specialise, or leave out --expert-share",
+                keys=("expert_share", "specialise"),
+            )
+        if self.expert_share and self.inputs == "joint":
+            raise RecipeError(
+                f"recipe keys 'expert_share' and 'inputs' are {self.expert_share:g} and 'joint'",
+                expected="inputs: original, or converted: end to end, no share is steered toward",
+                fix="leave out --expert-share and give --specialise, or train with --inputs original, or --inputs converted",
+                keys=("expert_share", "inputs"),
+            )
         if self.auxk > 0 and self.inputs == "joint":
             raise RecipeError(
                 f"recipe keys 'auxk' and 'inputs' are {self.auxk:g} and 'joint'",
@@ -249,6 +276,20 @@ class Recipe:
                 fix="lower --warmup, or lower --decay",
                 keys=("warmup", "decay"),
             )
+
+    @property
+    def share_target(self) -> float | None:
+        """The `expert_share` that a Mixture of Decoders is trained to reach; None where it comes as it may."""
+        if self.expert_share is None and self.specialise is None and self.inputs != "joint":
+            return EXPERT_SHARE
+        return self.expert_share or None
+
+    @property
+    def penalty(self) -> float:
+        """The fixed weight of the penalty on what could be done with frozen experts; 0 where there is none."""
+        if self.specialise is not None:
+            return self.specialise
+        return SPECIALISE if self.expert_share is None and self.inputs == "joint" else 0.0
 
     @property
     def first_k(self) -> int:

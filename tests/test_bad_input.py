@@ -266,7 +266,7 @@ def test_more_active_experts_than_experts(refused):
         ("--lr", "5", "a number from 1e-08 to 1"),
         ("--lr", "nan", "a number from 1e-08 to 1"),
         ("--expansion", "inf", "a number of at least 0.01"),
-        ("--init", "foo", "one of encoder, random, pretrained"),
+        ("--init", "foo", "one of shared, encoder, random, pretrained"),
         ("--out", "", "text"),
     ],
 )

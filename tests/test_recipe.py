@@ -55,7 +55,7 @@ def plan_real_model(tmp_path, recipe):
         ("tokens: 1e400", "'tokens'", "'1e400'", "a whole number"),
         (f"tokens: {'9' * 400}", "'tokens'", "999", "a whole number"),
         ("unit_norm: 1", "'unit_norm'", "1", "true or false"),
-        ("init: foo", "'init'", "'foo'", "one of encoder, random, pretrained"),
+        ("init: foo", "'init'", "'foo'", "one of shared, encoder, random, pretrained"),
         ("device: tpu", "'device'", "'tpu'", "one of auto, cpu, cuda, mps, xpu"),
         ("layers: [1, [2]]", "'layers'", "[1, [2]]", "a range (2-5)"),
         ("tracker: no", "'tracker'", "False", "in a file, put it in quotes"),

@@ -60,7 +60,8 @@ _SHARES_LEGEND = """\
 Each is the part of the layer's worth (what it predicts better by than no block) that is lost if the choice of experts is
 replaced: by a constant (expert share); by the same choice with each expert another one (permuted), that of another token with
 as large a gate (shuffled), or one drawn by chance (random gate); by the same few for every token, of any size and sign
-(beyond a few); by a constant, with the dense path fitted anew (earned). The share that the experts can claim is the least."""
+(beyond a few); by a constant, with the dense path fitted anew (earned: near 0 where the hidden units hold the block's own,
+which need no experts). What the experts carry in this layer is the least of expert share and beyond a few."""
 
 
 def figure_rows(evaluation: dict[str, Any]) -> list[list[str]]:
@@ -162,7 +163,7 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
             "",
             LEGEND,
             "",
-            *_share_lines(evaluation),
+            *_share_lines(evaluation, recipe),
             "",
             "## How it was made",
             "",
@@ -176,15 +177,18 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
     return whole_card(header, body)
 
 
-def _share_lines(evaluation: dict[str, Any]) -> list[str]:
+def _share_lines(evaluation: dict[str, Any], recipe: Recipe) -> list[str]:
     """The controls of the expert share, where they were measured."""
     rows = share_rows(evaluation)
     if not rows:
         return []
     columns = ["layer", *SHARES.values()]
+    target = recipe.share_target if recipe.kind == "mxd" else None
+    asked = f"Training asked for {target or 0:.2f} of each layer, of the first and of *{SHARES['few_experts_share']}*."
     return [
         "## What the experts' share is worth",
         "",
+        *([asked, ""] if target else []),
         "| " + " | ".join(columns) + " |",
         "|" + " --- |" * len(columns),
         *("| " + " | ".join(row) + " |" for row in rows),

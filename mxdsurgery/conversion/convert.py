@@ -22,6 +22,7 @@ from mxdsurgery.errors import CheckpointError, RecipeError, first_line
 from mxdsurgery.hardware.guard import guarded_with
 from mxdsurgery.hardware.memory import PeakMemory
 from mxdsurgery.measuring.fidelity import Measurement
+from mxdsurgery.measuring.shares import warn_of_shortfalls
 from mxdsurgery.planning.effort import EVALUATION_SHARE, Alone
 from mxdsurgery.planning.plan import WORTH_PREDICTING, Plan, open_and_plan, read_plan, with_layers, with_time
 from mxdsurgery.planning.resolve import saying_whose
@@ -211,6 +212,8 @@ def _evaluated(
     reporter.say(f"evaluate   {measurement.announcement()}")
     with reporter.progress("evaluate", "passes") as line:
         evaluation = measurement.run(line.update)[0]
+    if recipe.kind == "mxd" and recipe.share_target is not None:
+        warn_of_shortfalls(evaluation, recipe.share_target)
     return made, evaluation, time.perf_counter() - start
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mxdsurgery.arguments import given_number
 from mxdsurgery.choices import HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
 from mxdsurgery.errors import HealError
-from mxdsurgery.recipe import CHECKPOINT_KEYS, Recipe
+from mxdsurgery.recipe import CHECKPOINT_KEYS, SPECIALISE, Recipe
 
 # Share of the steps until the learning rate peaks; from there it falls. Adam's first steps move all weights equally far, good
 # or not.
@@ -26,7 +26,8 @@ class Healing:
         batch: tokens per optimiser step; default: the recipe's.
         accumulate: forward and backward passes that a step is split into.
         checkpointing: compute the inside of each decoder layer twice, and keep less in memory.
-        specialise: weight of the penalty on what frozen experts could do; default: ``SPECIALISE_FACTOR`` times the recipe's.
+        specialise: weight of the penalty on what frozen experts could do; default: ``SPECIALISE_FACTOR`` times the recipe's,
+            or `recipe.SPECIALISE` where it asks for a share.
         local: weight of each layer's own distance from its block's output; default: ``LOCAL``, or 0 with a cached teacher.
         patience: stop after so many validations in a row without a new best, in the second half of the steps; there are 10
             in all.
@@ -93,5 +94,6 @@ class Healing:
         given = {name: getattr(self, name) for name in names}
         defaults = {"lr": LR_FACTOR * saved.lr, "seed": (saved.seed + 1) % 2**32}
         defaults |= {"warmup": WARMUP, "decay": 1.0 - WARMUP, "parallel": "data"}
-        defaults |= {"specialise": min(10.0, SPECIALISE_FACTOR * saved.specialise)}
+        weight = SPECIALISE if saved.share_target else saved.penalty
+        defaults |= {"specialise": min(10.0, SPECIALISE_FACTOR * weight), "expert_share": None}
         return dataclasses.replace(saved, **defaults | {name: value for name, value in given.items() if value is not None})

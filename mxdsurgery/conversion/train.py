@@ -3,7 +3,7 @@
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from mxdsurgery.base.dtypes import cast, rounded, stored_in
 from mxdsurgery.base.offload import execution_device, on_disk, weights_of
 from mxdsurgery.layers.replacement import LAYER_KINDS
+from mxdsurgery.measuring.shares import Shares
 from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.journal import Journal
-from mxdsurgery.runs.parallel import first_ones, my_contexts, rank, receive, receive_values, send, send_values
+from mxdsurgery.runs.parallel import first_ones, my_contexts, rank, receive, receive_values, send, send_values, text_shares
 from mxdsurgery.runs.resume import Files, part, prefixed
 from mxdsurgery.runs.run_folder import TRAINING_FILE, Keeper, RunFolder
 from mxdsurgery.terminal.console import ProgressLine, Reporter, compact, duration
@@ -32,6 +33,7 @@ from mxdsurgery.training.distill import Progress, batches_taken, distill, layer_
 from mxdsurgery.training.end_to_end import EndToEnd, Settings, train_end_to_end
 from mxdsurgery.training.initialize import initial_layers, layer_shape
 from mxdsurgery.training.inputs import ConvertedInputs, OriginalInputs, Read
+from mxdsurgery.training.share import SharesOf, look_tokens
 from mxdsurgery.training.teacher import original_examples
 
 # The weight of each layer's own loss beside the KL, where layers are trained jointly from their start.
@@ -104,7 +106,8 @@ def train_groups(
     Args:
         base: the unmodified model, on the accelerator's device, or with its weights on disk.
         made: which layers, in which groups.
-        texts: to train on, each group from the beginning; and to choose the best weights on, with ``inputs: joint``.
+        texts: to train on, each group from the beginning; and to choose on: the best weights, with ``inputs: joint``, and else
+            how much is asked of the experts.
         recipe: how to train.
         accelerator: device, precision and trackers.
         training: is kept up to date.
@@ -258,10 +261,28 @@ class _Work:
                 given = (self.source, self.validation, self.recipe, self.accelerator, progress, report, keeper)
                 _train_jointly(self.base, started, *given)
             else:
-                distill(started, feed.batches, self.recipe, self.accelerator, progress, report, keeper)
+                given = (self.recipe, self.accelerator, progress, report, keeper, self._shares_of())
+                distill(started, feed.batches, *given)
         training.times_read = self.source.times_read
         read = self.source.read
         training.trained_on, training.contexts = read.fingerprints(), read.contexts
+
+    def _shares_of(self) -> SharesOf | None:
+        """Measures what the layers' experts carry, where a share is asked for; processes that train the same layers hear one
+        answer."""
+        recipe = self.recipe
+        if recipe.share_target is None or len(self.validation) == 0:
+            return None
+        contexts = self.validation[: max(1, look_tokens(recipe.tokens) // recipe.context)]
+        measured = Shares(self.base, contexts, recipe.batch)
+
+        def shares_of(layers: Mapping[LayerPlan, nn.Module]) -> dict[LayerPlan, dict[str, float]]:
+            if text_shares(recipe) == 1:
+                return measured(layers)
+            found = list(measured(layers).values()) if rank() == 0 else []
+            return dict(zip(layers, first_ones(found), strict=True))
+
+        return shares_of
 
 
 def _group_file(number: int) -> str:

@@ -8,7 +8,8 @@ Decoders", NeurIPS 2025, arXiv 2505.21364. With D the model width, H the hidden 
         psi(E_g x + b_eg) * (E_u x + b_eu)       those of a GLU block
     y = (Cᵀ a) * (D z) + b                 (D,)  elementwise product
 
-so that expert n is the linear map ``W_n = diag(c_n) D`` of the hidden units and ``y = Σ_n a_n W_n z + b`` exactly.
+so that expert n is the linear map ``W_n = diag(c_n) D`` of the hidden units and ``y = Σ_n a_n W_n z + b`` exactly. Where there
+is a shared expert, ``c_0`` is added to ``Cᵀ a`` for every token: ``y = W_0 z + Σ_n a_n W_n z + b``.
 
 Shapes: x and y (..., D); G and C (N, D); E (H, D); D (D, H); "..." is any number of batch dimensions, usually (B, T).
 """
@@ -155,7 +156,8 @@ class Experts(nn.Module):
     Args:
         d_model: D.
         n_experts: N.
-        bias: whether a constant (D,) is added to the chosen experts' sum: where a model was steered for good.
+        bias: whether there is a shared expert ``c_0`` (D,), that is added to the chosen experts' sum for every token: as
+            training starts with (`init: shared`), or where a model was steered for good. After DeepSeekMoE, arXiv 2401.06066.
     """
 
     def __init__(self, d_model: int, n_experts: int, bias: bool = False) -> None:
@@ -277,4 +279,6 @@ class MxDLayer(DenseLayer):
         pre = self.gate.pre_activations(x).relu()
         top = torch.topk(pre, self.gate.k, dim=-1)
         a = torch.zeros_like(pre).scatter(-1, top.indices, top.values)
-        return (a @ self.experts.weight) * self.decoder(self.hidden(x)) + self.bias
+        mixed = a @ self.experts.weight
+        mixed = mixed if self.experts.bias is None else mixed + self.experts.bias
+        return mixed * self.decoder(self.hidden(x)) + self.bias

@@ -135,7 +135,7 @@ def largest_n_experts(layers: Sequence[LayerPlan], base: BaseShape, recipe: Reci
 
     def fits(n: int) -> bool:
         changed = [
-            dataclasses.replace(layer, n_experts=n, parameters=layer_parameters(layer.block, n, layer.kind))
+            dataclasses.replace(layer, n_experts=n, parameters=layer_parameters(layer.block, n, layer.kind, layer.shared))
             for layer in layers
         ]
         return _fits(changed, base, recipe, machine)

@@ -30,7 +30,7 @@ from mxdsurgery.hardware.randomness import OwnNumbers
 from mxdsurgery.hardware.timing import best_seconds
 from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.layers.sparse import chunk_bytes
-from mxdsurgery.planning.effort import EVALUATION_SHARE, Alone, Rates, evaluation_runs, solving_seconds
+from mxdsurgery.planning.effort import EVALUATION_SHARE, Alone, Rates, evaluation_runs, looking_runs, solving_seconds
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.training.accelerator import choose_kernels, make_accelerator
 from mxdsurgery.training.cost import (
@@ -47,6 +47,7 @@ from mxdsurgery.training.cost import (
 )
 from mxdsurgery.training.distill import LayerInTraining, active_experts, train_step
 from mxdsurgery.training.initialize import layer_shape
+from mxdsurgery.training.share import LOOKS, look_tokens
 
 # A measurement is repeated for so many seconds.
 _SECONDS = 2.0
@@ -149,6 +150,20 @@ class Calibration:
         once = solving_seconds(every, kinds, lambda: self.wide_rate or math.inf)
         alone = Alone(recipe.eval_tokens_single, EVALUATION_SHARE * training_seconds)
         return once + contexts * together + alone.contexts(together, single, contexts, recipe.context, once) * single
+
+    def whole_seconds(self, group: Group, steps: int, layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe) -> float:
+        """As `seconds`, with those in which it is measured what the experts carry; the group is of some of the layers."""
+        mine = [layer for layer in layers if layer.block.layer in group.layers]
+        return self.seconds(group, steps) + self.looking_seconds(mine, base, recipe)
+
+    def looking_seconds(self, layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe) -> float:
+        """Seconds to measure, again and again, what the experts of layers in training carry; 0 where no share is asked for."""
+        if recipe.share_target is None or recipe.kind != "mxd":
+            return 0.0
+        blocks = [layer.block for layer in layers]
+        rates = self.rates(largest_layer(layers), base, max(block.layer for block in blocks), recipe.batch // recipe.context)
+        contexts = len(LOOKS) * max(1, look_tokens(recipe.tokens) // recipe.context)
+        return contexts * rates.seconds(looking_runs(blocks, len(base.layer_parameters)))
 
     def export_seconds(self, checkpoint_bytes: int) -> float:
         """Seconds to write a checkpoint and to load it twice in a new process: as a model, and as a language model."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from mxdsurgery.base.blocks import Block
 from mxdsurgery.training.cost import FIT_BYTES, fit_bytes, fit_flops
+from mxdsurgery.training.share import SHARES
 
 # By default, evaluation takes at most this share of the training time: single layers are measured on fewer contexts.
 EVALUATION_SHARE = 0.2
@@ -140,6 +141,20 @@ def evaluation_runs(
         heads=1 + variants * len(layers),
     )
     return together, alone
+
+
+def looking_runs(blocks: Sequence[Block], n_layers: int) -> Runs:
+    """The runs for a context on which it is measured what the experts of layers in training carry, each layer alone.
+
+    The original runs twice, to its last block and to its end; then, from its own decoder layer on, each layer, and what its
+    experts are compared with.
+    """
+    layers, variants = [block.layer for block in blocks], 1 + len(SHARES)
+    return Runs(
+        decoder_layers=max(layers) + 1 + n_layers + variants * sum(n_layers - layer for layer in layers),
+        new_layers=(1 + variants) * len(layers),
+        heads=1 + variants * len(layers),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """``plan``: what a conversion would make of a model, and what it would take, before any weight is read."""
 
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ from mxdsurgery.training.cost import (
     tokens_per_step,
 )
 from mxdsurgery.training.parameters import layer_parameters, matched_n_experts, transcoder_parameters
+from mxdsurgery.training.share import asked
 
 # A run that takes fewer seconds, at the rate of a matrix product, starts at once: its time is not predicted.
 WORTH_PREDICTING = 2.0
@@ -257,6 +259,7 @@ class Plan:
             *self.leaves(),
             f"model      {compact(self.original_parameters)} parameters become {compact(self.parameters)}, {self.dtype}",
             f"training   {compact(recipe.tokens)} tokens of {recipe.data}: {self.steps} steps of {recipe.batch}, {over}",
+            *asked(recipe),
             f"work       {compact(total)} FLOPs per token: {shares}",
             f"compute    {self._compute()}",
             *self._time(),
@@ -409,7 +412,8 @@ def with_time(made: Plan, recipe: Recipe, base_model: BaseModel, worth_it: float
             return dataclasses.replace(made, unmeasured=short)
         share = min(1.0, least / _WORTH_ALL_OF_IT)
     calibration = calibrate(made.layers, base, base_model.config, recipe, machine, share)
-    timed = [dataclasses.replace(group, seconds=calibration.seconds(group, made.steps)) for group in made.groups]
+    whole = functools.partial(calibration.whole_seconds, steps=made.steps, layers=made.layers, base=base, recipe=recipe)
+    timed = [dataclasses.replace(group, seconds=whole(group)) for group in made.groups]
     made = dataclasses.replace(made, groups=timed, calibration=calibration, unmeasured=None)
     return dataclasses.replace(
         made,
@@ -424,7 +428,8 @@ def plan_layer(block: Block, recipe: Recipe) -> LayerPlan:
     Raises:
         RecipeError: more active experts than experts.
     """
-    n_experts = matched_n_experts(block, transcoder_parameters(block, recipe.expansion), recipe.kind)
+    shared = recipe.kind == "mxd" and recipe.init == "shared"
+    n_experts = matched_n_experts(block, transcoder_parameters(block, recipe.expansion) - shared * block.d_model, recipe.kind)
     if recipe.n_experts is not None and recipe.kind != "dense":
         n_experts = recipe.n_experts
     if recipe.kind != "dense" and recipe.k > n_experts:
@@ -434,8 +439,8 @@ def plan_layer(block: Block, recipe: Recipe) -> LayerPlan:
             fix="lower --k, or raise --n-experts, or raise --expansion",
             keys=("k", "n_experts" if recipe.n_experts is not None else "expansion"),
         )
-    parameters = layer_parameters(block, n_experts, recipe.kind)
-    return LayerPlan(block, n_experts, recipe.k, parameters, recipe.kind, recipe.sparsity)
+    parameters = layer_parameters(block, n_experts, recipe.kind, shared)
+    return LayerPlan(block, n_experts, recipe.k, parameters, recipe.kind, recipe.sparsity, shared)
 
 
 def read_plan(path: Path) -> Plan:

@@ -42,6 +42,7 @@ class LayerPlan:
         parameters: how many are trained.
         kind: of the new layer; see `mxdsurgery.layers.replacement`.
         sparsity: ``topk``, ``batchtopk`` or ``jumprelu``.
+        shared: whether it has a shared expert; see `mxdsurgery.layers.layer.Experts`.
     """
 
     block: Block
@@ -50,6 +51,7 @@ class LayerPlan:
     parameters: int
     kind: str = "mxd"
     sparsity: str = "topk"
+    shared: bool = False
 
     @property
     def what(self) -> str:

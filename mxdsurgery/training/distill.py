@@ -28,6 +28,7 @@ from mxdsurgery.training.accelerator import selects_in_bf16
 from mxdsurgery.training.cost import LayerPlan, first_k
 from mxdsurgery.training.losses import distillation_loss, frozen_gain
 from mxdsurgery.training.thresholds import LearnedThresholds
+from mxdsurgery.training.share import SHARES, ShareControl, SharesOf, look_steps
 
 # Losses are looked at every so many steps: looking waits for the device.
 _CHECK_EVERY = 20
@@ -37,6 +38,8 @@ _DIVERGED = 10.0
 _K_FALLS_UNTIL = 0.7
 # These learn best at a higher rate than the recipe's, a Mixture of Decoders': docs/frontier.md.
 _RATE_FACTORS = {"transcoder": 2.0, "skip-transcoder": 2.0, "topk-sae": 2.0, "molt": 4.0}
+# So does a Mixture of Decoders that starts as its block: docs/controls.md.
+_SHARED_RATE_FACTOR = 4.0
 # An expert is dead when it has not fired for this share of the training tokens.
 _DEAD_AFTER = 0.1
 
@@ -54,6 +57,9 @@ class Progress:
     loss: dict[LayerPlan, float] = field(default_factory=dict)  # of distillation, over the last steps looked at
     nmse: dict[LayerPlan, float] = field(default_factory=dict)  # ‖ŷ-y‖²/‖y‖² over the same
     dead_share: dict[LayerPlan, float] = field(default_factory=dict)
+    # Where a share is asked for, when they were last measured.
+    expert_share: dict[LayerPlan, float] = field(default_factory=dict)
+    few_experts_share: dict[LayerPlan, float] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -67,7 +73,7 @@ class Progress:
 
     def by_layer(self) -> dict[str, dict[str, float]]:
         """The figures of each layer, by `layer_key`."""
-        figures = {"loss": self.loss, "nmse": self.nmse, "dead_share": self.dead_share}
+        figures = {name: getattr(self, name) for name in ("loss", "nmse", "dead_share", *SHARES)}
         return {layer_key(plan): {name: of[plan] for name, of in figures.items() if plan in of} for plan in self.nmse}
 
     def row(self) -> dict[str, Any]:
@@ -93,16 +99,20 @@ class LayerInTraining:
     Args:
         name: for people.
         layer: fp32, on the device of the training.
-        recipe: lr, unit_norm, specialise, auxk, selection.
+        recipe: lr, unit_norm, specialise, expert_share, auxk, selection.
         dead_after: tokens without firing after which an expert is dead.
+        steps: of the training.
     """
 
-    def __init__(self, name: str, layer: nn.Module, recipe: Recipe, dead_after: float = math.inf) -> None:
+    def __init__(self, name: str, layer: nn.Module, recipe: Recipe, dead_after: float = math.inf, steps: int = 1000) -> None:
         self.name, self.layer, self.auxk, self.dead_after = name, layer, recipe.auxk, dead_after
         self.shares = text_shares(recipe)  # processes that each see a part of a batch
         self.experts: Experts | Transforms | None = getattr(layer, "experts", None)
         self.unit_norm = recipe.unit_norm and self.experts is not None
-        self.specialise = recipe.specialise if isinstance(layer, MxDLayer) else 0.0  # elsewhere the experts multiply nothing
+        steered = isinstance(layer, MxDLayer)  # elsewhere the experts multiply nothing
+        self.specialise = recipe.penalty if steered else 0.0
+        target = recipe.share_target if steered else None
+        self.share = None if target is None else ShareControl(target, len(layer.bias), steps, layer.bias.device)
         if self.experts is not None:
             layer.gate.selection = torch.bfloat16 if selects_in_bf16(recipe) else None
         jumps = self.experts is not None and layer.gate.sparsity == "jumprelu"
@@ -130,6 +140,7 @@ class LayerInTraining:
         record = {"last_fired": self.last_fired, "sums": self.sums, "first_loss": torch.tensor(first, dtype=torch.float64)}
         if self.thresholds is not None:
             record["log_threshold"] = self.thresholds.log.detach()
+        record |= {} if self.share is None else {"share": self.share.state()}
         return prefixed(self.layer.state_dict(), "weight") | prefixed(optimizer_state(self.optimizer), "adam") | record
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -142,6 +153,8 @@ class LayerInTraining:
         self.sums.copy_(state["sums"])
         first = state["first_loss"].item()
         self.first_loss = None if math.isnan(first) else first
+        if self.share is not None:
+            self.share.restore(state["share"])
 
     def finish(self, k: int) -> None:
         """Ends training with K experts: from here on the layer computes as it will when it is reloaded."""
@@ -188,6 +201,11 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     return recipe.lr * min(1.0, rise, fall)
 
 
+def rate_factor(plan: LayerPlan) -> float:
+    """How many times the recipe's learning rate a layer is trained with."""
+    return _SHARED_RATE_FACTOR if plan.shared else _RATE_FACTORS.get(plan.kind, 1.0)
+
+
 def active_experts(step: int, steps: int, k: int, first_k: int) -> int:
     """K at a step (from 0): it falls linearly from ``first_k`` to k over the first 70 % of the steps.
 
@@ -212,6 +230,8 @@ def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_see
     loss = objective = distillation_loss(y_hat, y)
     if job.specialise > 0:
         objective = objective + job.specialise * frozen_gain(scale, y - rest, y, job.shares)
+    if job.share is not None:
+        objective = objective + job.share.penalty(loss, scale, rest, y, job.shares)
     if job.auxk > 0 and a is not None:
         agree(job.last_fired, job.shares)
         objective = objective + job.auxk * _auxk_loss(job, x, scale.detach(), (y - y_hat).detach(), y, tokens_seen)
@@ -267,6 +287,7 @@ def distill(
     progress: Progress,
     report: Callable[[Progress], None],
     keeper: Keeper = UNKEPT,
+    shares_of: SharesOf | None = None,
 ) -> None:
     """Trains all layers in place, each on the activations of the block that it stands for.
 
@@ -274,18 +295,20 @@ def distill(
         layers: each with the block that it stands for; several may stand for the same one. fp32, on the activations' device.
         batches: endless, by layer: inputs and targets (B T, D), which are removed as they are used. Where the training
             resumes from a checkpoint, they begin after those that it took before.
-        recipe: lr, warmup, decay, k_start, unit_norm, specialise, auxk, selection, activation_buffer.
+        recipe: lr, warmup, decay, k_start, unit_norm, specialise, expert_share, auxk, selection, activation_buffer.
         accelerator: device, precision and trackers.
         progress: says how many steps; updated on the way.
         report: called now and then with the progress.
         keeper: holds what to resume from, if anything, and is told of every step.
+        shares_of: measures what the layers' experts carry, for those that are to reach a share; default: it is taken to be
+            the square of their share of the loss.
 
     Raises:
         DivergedError: naming the layer.
         Interrupted: the run was asked to stop.
     """
     dead_after = _DEAD_AFTER * progress.steps * progress.tokens_per_step
-    jobs = {plan: LayerInTraining(plan.name, layer, recipe, dead_after) for plan, layer in layers.items()}
+    jobs = {plan: LayerInTraining(plan.name, layer, recipe, dead_after, progress.steps) for plan, layer in layers.items()}
     blocks = list({plan.block.layer: plan.block for plan in layers}.values())
     wanted = itertools.islice(batches, progress.steps - batches_taken(progress, recipe))
     mixed = ShuffledPositions(wanted, recipe.activation_buffer, progress.tokens_per_step // text_shares(recipe), recipe.seed)
@@ -303,6 +326,7 @@ def distill(
             job.agree()
             yield prefixed(job.state(), layer_key(plan))
 
+    looks = look_steps(progress.steps) if shares_of is not None else []
     for step in range(progress.step, progress.steps):
         progress.lr = learning_rate(step, progress.steps, recipe)
         tokens_seen = (step + 1) * progress.tokens_per_step
@@ -312,7 +336,9 @@ def distill(
             for plan, job in jobs.items():
                 if plan.block.layer == block.layer:
                     job.set_k(active_experts(step, progress.steps, plan.k, first_k(plan, recipe)))
-                    train_step(job, x, y, progress.lr * _RATE_FACTORS.get(plan.kind, 1.0), tokens_seen, accelerator)
+                    train_step(job, x, y, progress.lr * rate_factor(plan), tokens_seen, accelerator)
+        if step + 1 in looks:
+            _learn_shares(jobs, shares_of, progress)
         progress.step, progress.seconds = step + 1, before + time.perf_counter() - begun
         if progress.step % _CHECK_EVERY == 0 or progress.step in (1, progress.steps):
             _look(jobs, progress, progress.step - looked_at)
@@ -325,6 +351,17 @@ def distill(
         keeper.after(state)
     for plan, job in jobs.items():
         job.finish(plan.k)
+
+
+def _learn_shares(jobs: Mapping[LayerPlan, LayerInTraining], shares_of: SharesOf, progress: Progress) -> None:
+    """Measures what the experts carry, where that is steered, and asks for more or less."""
+    steered = {plan: job for plan, job in jobs.items() if job.share is not None}
+    found = shares_of({plan: job.layer for plan, job in steered.items()}) if steered else {}
+    for plan, shares in found.items():
+        if len(shares) == len(SHARES):
+            steered[plan].share.learn(min(shares.values()))
+        for name, share in shares.items():
+            getattr(progress, name)[plan] = share
 
 
 def batches_taken(progress: Progress, recipe: Recipe) -> int:

@@ -1,4 +1,4 @@
-"""How a layer starts: the three values of the recipe key ``init``, and the statistics of the text that they rest on."""
+"""How a layer starts: the four values of the recipe key ``init``, and the statistics of the text that they rest on."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,22 +13,31 @@ from mxdsurgery.base.blocks import Block, Part
 from mxdsurgery.base.model import check_fits
 from mxdsurgery.base.offload import resident
 from mxdsurgery.errors import MxDWarning
+from mxdsurgery.hardware.device import widest
 from mxdsurgery.hardware.randomness import OwnNumbers
 from mxdsurgery.layers.baselines import Transcoder
 from mxdsurgery.layers.layer import DenseLayer, MxDLayer
 from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.runs.parallel import agree, text_shares
 from mxdsurgery.training.cost import LayerPlan
 
 # `pretrained`: how much a token's gate pre-activations spread around 1 at the start.
 _PRETRAINED_SPREAD = 1e-3
 
 
+# `shared`: on how many tokens the dense path is made a constant, and the ridge, as a share of the hidden units' mean square.
+_SAMPLE = 1024
+_RIDGE = 1e-4
+
+
 class Statistics(NamedTuple):
-    """Means over the tokens of a sample of text, in fp32."""
+    """What a sample of text shows of a block, in fp32."""
 
     mean_x: Tensor  # (D,) of the block's input
     mean_y: Tensor  # (D,) of the block's output
+    x: Tensor  # (n, D), inputs of the first `_SAMPLE` tokens
+    y: Tensor  # (n, D), their outputs
 
 
 def measure_statistics(model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor]) -> dict[int, Statistics]:
@@ -44,14 +53,17 @@ def measure_statistics(model: PreTrainedModel, blocks: Sequence[Block], batches:
 
 def statistics_of(recorded: Iterable[Mapping[int, Activations]]) -> dict[int, Statistics]:
     """The statistics of blocks over some batches of their activations (B, T, D), by layer, position 0 left out."""
-    sums: dict[int, list[Tensor | float]] = {}
+    sums: dict[int, tuple[Tensor | float, Tensor | float]] = {}
+    samples: dict[int, tuple[Tensor, Tensor]] = {}
     count = 0
     for activations in recorded:
-        for layer, (x, y) in activations.items():
-            mean_x, mean_y = sums.setdefault(layer, [0.0, 0.0])
-            sums[layer] = [mean_x + x[:, 1:].float().sum((0, 1)), mean_y + y[:, 1:].float().sum((0, 1))]
-        count += x[..., 1:, 0].numel()
-    return {layer: Statistics(x / count, y / count) for layer, (x, y) in sums.items()}
+        for layer, found in activations.items():
+            x, y = (part[:, 1:].flatten(0, 1).float() for part in found)
+            mean_x, mean_y = sums.get(layer, (0.0, 0.0))
+            sums[layer] = mean_x + x.sum(0), mean_y + y.sum(0)
+            samples.setdefault(layer, (x[:_SAMPLE].clone(), y[:_SAMPLE].clone()))
+        count += len(x)
+    return {layer: Statistics(x / count, y / count, *samples[layer]) for layer, (x, y) in sums.items()}
 
 
 def layer_shape(layer: LayerPlan) -> dict[str, object]:
@@ -66,6 +78,8 @@ def layer_shape(layer: LayerPlan) -> dict[str, object]:
     experts = {"n_experts": layer.n_experts, "k": layer.k}
     if layer.sparsity != "topk":
         experts["sparsity"] = layer.sparsity
+    if layer.shared:
+        experts["expert_bias"] = True
     own = {"mxd": experts | dense, "topk-sae": experts | dense, "dense": dense}.get(layer.kind, experts)
     return {"d_model": block.d_model} | own
 
@@ -85,12 +99,15 @@ def initial_layer(model: PreTrainedModel, plan: LayerPlan, recipe: Recipe, stati
         model: the model that holds the block.
         plan: the block, and what replaces it.
         recipe: ``init`` says how E, D and the experts of kind ``mxd`` start, and E and D of kind ``dense``; other kinds have
-            one start. ``random``: the paper's (encoder and gate as default linear layers, C random unit rows, D zero);
+            one start. ``shared``: the block itself, as a shared expert that is always there, beside experts that do nothing
+            yet; the dense path is near a constant, too, so that experts can add what they like as those of a transcoder
+            do. ``random``: the paper's (encoder and gate as default linear layers, C random unit rows, D zero);
             ``encoder``: the same with E and its biases from the block; ``pretrained``: D from the block too and Cᵀa near 1,
             faithful at once, but then the dense path does all the work. ``seed`` is for the random parts; the layer's index is
             mixed in, so that a layer's start does not depend on its neighbours. Transcoders start with C zero, or with
             random unit rows where ``unit_norm`` keeps them at that length.
-        statistics: the block's, for the gate bias: ``b_g = -G mean(x)``, so that the average token favours no expert.
+        statistics: the block's, for the gate bias: ``b_g = -G mean(x)``, so that the average token favours no expert; and for
+            what a start rests on.
     """
     root, block = model.base_model, plan.block
     with OwnNumbers(recipe.seed * 10_007 + block.layer):
@@ -112,14 +129,36 @@ def initial_layer(model: PreTrainedModel, plan: LayerPlan, recipe: Recipe, stati
         layer.gate.bias.sub_(layer.gate.weight @ (statistics.mean_y if plan.kind == "topk-sae" else statistics.mean_x))
     if plan.kind == "mxd" and recipe.init == "pretrained":
         _start_near_one(layer, statistics)
+    if plan.shared:
+        _copy_decoder(layer, block, root)
+        _start_as_shared(layer, statistics, text_shares(recipe))
     return layer
+
+
+def _start_as_shared(layer: MxDLayer, statistics: Statistics, shares: int) -> None:
+    """With the block's D: adds to ``D z`` what is nearly the same for every token, as large as the block's outputs are.
+
+    The hidden units' nearest linear map to 1, ``w = Zᵀ (Z Zᵀ + λ)⁻¹ 1``, is added to each row of D, times the outputs' root
+    mean square; b makes up for it. ``c_0`` is 1, C is 0. The processes that share a text take the mean of what they find.
+    """
+    z = layer.hidden(statistics.x)
+    wide = z.to(widest(z.device))
+    products = wide @ wide.T
+    products.diagonal().add_(_RIDGE * len(z) * wide.square().mean().clamp_min(1e-30))
+    constant = (wide.T @ torch.linalg.solve(products, torch.ones_like(products[:, 0]))).float()
+    layer.decoder.weight.add_(statistics.y.square().mean().sqrt() * constant)
+    layer.bias.copy_((statistics.y - layer.decoder(z)).mean(0))
+    layer.experts.weight.zero_()
+    layer.experts.bias.fill_(1.0)
+    for value in (layer.decoder.weight, layer.bias):
+        agree(value, shares, mean=True)
 
 
 def _start_near_one(layer: MxDLayer, statistics: Statistics) -> None:
     """All pre-activations near 1, C constant: Cᵀa = 1 up to the spread, whichever experts are chosen."""
     warnings.warn(
         "init: pretrained is faithful from the start because the dense path does all the work: expert_share will be "
-        "near 0 and the experts mean little. Use init: encoder to study experts.",
+        "near 0 and the experts mean little. Use init: shared to study experts.",
         MxDWarning,
         stacklevel=4,
     )

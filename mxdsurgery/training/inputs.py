@@ -218,7 +218,7 @@ class ConvertedInputs:
                 self._prove_stream(block)
             sample = ({block.layer: self._activations(block, number)} for number in range(_STATISTICS_BATCHES))
             statistics = statistics_of(sample)
-            for mean in statistics[block.layer]:
+            for mean in statistics[block.layer][:2]:
                 agree(mean, text_shares(self.recipe), mean=True)
             yield Feed(statistics, self._batches(block, skip), self.read)
 

@@ -9,13 +9,13 @@ from mxdsurgery.base.blocks import Block
 from mxdsurgery.layers.low_rank import total_rank
 
 
-def layer_parameters(block: Block, n_experts: int, kind: str = "mxd") -> int:
+def layer_parameters(block: Block, n_experts: int, kind: str = "mxd", shared: bool = False) -> int:
     """Parameters that a layer of some kind for a block trains: its dense part, bias, gate with biases, experts."""
     d, h = block.d_model, block.d_hidden
     encoder = h * (d + block.encoder_bias) * (2 if block.kind == "glu" else 1)
     dense = {"mxd": encoder + h * d, "dense": encoder + h * d, "skip-transcoder": d * d}.get(kind, 0)
     each = n_experts * (d + 1) + 2 * d * total_rank(d, n_experts) if kind == "molt" else n_experts * (2 * d + 1)
-    return dense + d + each
+    return dense + d * (1 + shared) + each
 
 
 def transcoder_parameters(block: Block, expansion: float) -> float:

@@ -1,11 +1,13 @@
 """Measures `expert_share` and its controls on trained layers and on built ones, and prints docs/controls.md.
 
-    python scripts/measure/controls.py measure --shared ../shared --runs runs/controls   # about half an hour on two cores
+    python scripts/measure/controls.py measure --shared ../shared --runs runs/controls   # two hours on two cores
     python scripts/measure/controls.py page > docs/controls.md
 
 What is measured is kept in docs/controls/. Layers that are in --runs already are not trained again: delete them to begin anew.
 """
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import click
 import torch
 from constructed_layers import BUILDERS
 from material import BOOKS, STORIES, shared_option
+from matplotlib.figure import Figure
 from pages import DOCS, cells, machine, read_json, read_lines, table, write_lines
 
 import mxdsurgery
@@ -28,7 +31,7 @@ from mxdsurgery.text.sources import open_texts
 
 KEPT = DOCS / "controls"
 RESULTS, SETTINGS = KEPT / "rows.jsonl", KEPT / "settings.json"
-K, TOKENS, EVAL_TOKENS = 16, 200_704, 12_288
+K, TOKENS, LONG, EVAL_TOKENS = 16, 500_000, 2_000_000, 12_288
 STDLIB = ("stdlib:train", "stdlib:heldout")
 # Model, its texts, a middle layer.
 SUBJECTS = (
@@ -38,15 +41,49 @@ SUBJECTS = (
     ("tinystories-chat-gpt2-3M", STORIES, 4),
     ("stories260K", STORIES, 2),
 )
-# What is trained: its name on the page, the kinds, and what differs from the default.
-VARIANTS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
-    ("", ("mxd", "transcoder", "skip-transcoder", "topk-sae", "dense"), {}),
-    (", no penalty", ("mxd",), {"specialise": 0.0}),
-    (", specialise 0.03", ("mxd",), {"specialise": 0.03}),
-    (", init random", ("mxd",), {"init": "random"}),
+ALL = tuple(model for model, _, _ in SUBJECTS)
+# Where the front is measured, and where layers are trained for longer.
+FRONT, LONGER = ("stories260K",), tuple(model for model, (data, _), _ in SUBJECTS if data != STDLIB[0])
+BEFORE = {"init": "encoder"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained.
+
+    Attributes:
+        name: on the page, after the kind.
+        kinds: of layers.
+        changes: what differs from the default.
+        models: where.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    changes: dict[str, Any]
+    models: tuple[str, ...] = ALL
+
+
+VARIANTS = (
+    Variant("", ("mxd", "transcoder", "skip-transcoder", "topk-sae", "dense"), {}),
+    Variant(", expert_share 0", ("mxd",), {"expert_share": 0.0}),
+    Variant(", init encoder, specialise 0.003", ("mxd",), BEFORE | {"specialise": 0.003}),
+    Variant(", init random, specialise 0", ("mxd",), {"init": "random", "specialise": 0.0}),
+    *(Variant(f", expert_share {share:g}", ("mxd",), {"expert_share": share}, FRONT) for share in (0.25, 0.75, 0.9)),
+    *(
+        Variant(f", init encoder, expert_share {share:g}", ("mxd",), BEFORE | {"expert_share": share}, FRONT)
+        for share in (0.25, 0.5, 0.75)
+    ),
+    *(
+        Variant(f", init encoder, specialise {weight:g}", ("mxd",), BEFORE | {"specialise": weight}, FRONT)
+        for weight in (0.01, 0.03, 0.1)
+    ),
+    Variant(", 2M tokens", ("mxd", "transcoder"), {"tokens": LONG}, LONGER),
+    Variant(", init encoder, specialise 0.003, 2M tokens", ("mxd",), BEFORE | {"specialise": 0.003, "tokens": LONG}, LONGER),
 )
 # Built layers stand where a block is worth the most.
 BUILT_ON, BUILT_LAYER, BUILT_CONTEXTS = "demo-glu", 0, 96
+CARRIED = ("expert_share", "few_experts_share")
 SHARES = ("expert_share", "permuted_share", "shuffled_share", "random_gate_share", "few_experts_share", "earned_share")
 
 
@@ -56,23 +93,26 @@ def trained(shared: Path, runs: Path, only: str | None) -> None:
         if only is not None and only not in model:
             continue
         of_shared = data != STDLIB[0]
-        for name, kinds, changes in VARIANTS:
+        for variant in VARIANTS:
+            if model not in variant.models:
+                continue
+            keys = {"tokens": TOKENS} | variant.changes
+            out = runs / re.sub("[^a-z0-9.]+", "-", f"{model}{variant.name}".lower())
             made = mxdsurgery.frontier(
                 str(shared / "models" / model) if of_shared else model,
                 layer=layer,
                 k=(K,),
-                kinds=kinds,
+                kinds=variant.kinds,
                 data=str(shared / "text" / data) if of_shared else data,
                 eval_data=str(shared / "text" / eval_data) if of_shared else eval_data,
-                tokens=TOKENS,
                 eval_tokens=EVAL_TOKENS,
                 dtype="float32",
                 device="cpu",
-                out=str(runs / f"{model}{name.replace(', ', '-').replace(' ', '-')}"),
+                out=str(out),
                 reporter=ConsoleReporter(),
-                **changes,
+                **keys,
             )
-            keep({"model": model, "name": row["kind"] + name, **row} for row in made.rows)
+            keep({"model": model, "name": row["kind"] + variant.name, **row} for row in made.rows)
 
 
 def built() -> None:
@@ -98,6 +138,31 @@ def keep(rows) -> None:
     write_json(SETTINGS, {"machine": machine()})
 
 
+def figure(rows: list[dict[str, Any]]) -> Figure:
+    """What a share costs: ΔCE of one layer by the least of `expert_share` and `few_experts_share`, before and now."""
+    drawn = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = drawn.add_subplot()
+    of = [row for row in rows if row["model"] == FRONT[0] and not row.get("built") and "2M" not in row["name"]]
+    mine = [row for row in of if row["kind"] in ("mxd", "transcoder", "skip-transcoder", "topk-sae")]
+    for name, mark, belongs in (
+        ("init shared, a share asked for", "o-", lambda row: row["kind"] == "mxd" and "init" not in row["name"]),
+        ("init encoder, a share asked for", "s-", lambda row: "encoder, expert_share" in row["name"]),
+        ("init encoder, a fixed weight (specialise)", "^-", lambda row: "encoder, specialise" in row["name"]),
+        ("other kinds", "x", lambda row: row["kind"] != "mxd"),
+    ):
+        points = sorted((min(row[share] for share in CARRIED), row["delta_ce"]) for row in mine if belongs(row))
+        axes.plot(*zip(*points, strict=True), mark, label=name)
+    for row in mine:
+        if row["kind"] != "mxd":
+            axes.annotate(row["kind"], (min(row[share] for share in CARRIED), row["delta_ce"]), fontsize=7)
+    axes.set_xlabel("carried by the experts: the least of expert_share and few_experts_share")
+    axes.set_ylabel("ΔCE, nats per token")
+    axes.set_title(f"{FRONT[0]}, layer {mine[0]['layer']}, K = {K}, {compact(TOKENS)} tokens", fontsize=10)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    return drawn
+
+
 @click.group(help=__doc__)
 def main() -> None:
     pass
@@ -119,6 +184,7 @@ def measure(shared: Path, runs: Path, only: str | None) -> None:
 def page() -> None:
     """Print docs/controls.md."""
     rows = read_lines(RESULTS)
+    figure(rows).savefig(KEPT / "front.png", dpi=150)
     heading = "layer | ΔCE | ΔCE if zeroed | NMSE | expert share | permuted | shuffled | random gate | a few | earned"
     order = [model for model, _, _ in SUBJECTS]
     click.echo((KEPT / "introduction.md").read_text(encoding="utf-8").replace("MACHINE", read_json(SETTINGS)["machine"]))
@@ -130,9 +196,7 @@ def page() -> None:
             continue
         first = some[0]
         how = (
-            ""
-            if first.get("built")
-            else f"Layer {first['layer']}, K = {K}, {compact(first['train_tokens'])} training tokens; "
+            "" if first.get("built") else f"Layer {first['layer']}, K = {K}, {compact(TOKENS)} training tokens unless stated; "
         )
         click.echo(f"\n## {title}\n\n{how}{first['tokens']:,} held-out tokens.\n")
         click.echo(

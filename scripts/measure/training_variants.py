@@ -77,11 +77,13 @@ class Variant:
 
 
 # As training was before: K constant, no penalty.
-PLAIN = {"k_start": K, "specialise": 0.0}
+PLAIN = {"init": "encoder", "k_start": K, "specialise": 0.0}
 # K falls from 4 K over the first half of the steps.
-EARLY = {"k_start": 4 * K}
+EARLY = {"init": "encoder", "k_start": 4 * K, "specialise": 0.003}
+# K falls from 8 K.
+LATE = {"init": "encoder"}
 VARIANTS = {
-    "default": Variant("K falls from 8 K over 70 % of the steps; penalty .003"),
+    "default": Variant("K falls from 8 K over 70 % of the steps; penalty .003", LATE | {"specialise": 0.003}),
     "encoder": Variant("as before: the block's encoder at the start, K constant, no penalty", PLAIN),
     "random": Variant("the paper's start", PLAIN | {"init": "random"}),
     "pretrained": Variant("the whole block at the start", PLAIN | {"init": "pretrained"}),
@@ -93,11 +95,11 @@ VARIANTS = {
     "topk-sae, lr 2e-3": Variant("K falls, rate as mxd's", {"kind": "topk-sae"}),
     "topk-sae, lr 1e-3": Variant("K falls", {"kind": "topk-sae", "lr": 1e-3}),
     "topk-sae, lr 5e-4": Variant("K falls", {"kind": "topk-sae", "lr": 5e-4}),
-    "penalty .001": Variant("weaker penalty", {"specialise": 0.001}),
-    "penalty .002": Variant("weaker penalty", {"specialise": 0.002}),
-    "penalty .01": Variant("stronger penalty", {"specialise": 0.01}),
-    "K falls": Variant("no penalty", {"specialise": 0.0}),
-    "16 K, penalty .005": Variant("K falls from 16 K", {"k_start": 16 * K, "specialise": 0.005}),
+    "penalty .001": Variant("weaker penalty", LATE | {"specialise": 0.001}),
+    "penalty .002": Variant("weaker penalty", LATE | {"specialise": 0.002}),
+    "penalty .01": Variant("stronger penalty", LATE | {"specialise": 0.01}),
+    "K falls": Variant("no penalty", LATE | {"specialise": 0.0}),
+    "16 K, penalty .005": Variant("K falls from 16 K", LATE | {"k_start": 16 * K, "specialise": 0.005}),
     "4 K": Variant("K falls from 4 K, over half of the steps; no penalty", EARLY | {"specialise": 0.0}, falls_until=0.5),
     "4 K, penalty .001": Variant("the same, penalty .001", EARLY | {"specialise": 0.001}, falls_until=0.5),
     "4 K, penalty .003": Variant("the same, penalty .003", EARLY, falls_until=0.5),
@@ -114,7 +116,9 @@ VARIANTS = {
     "centred C": Variant("what the experts say has mean zero", PLAIN, centre=True),
     "gate rows from the data": Variant("sampled inputs", PLAIN, gate_rows="data"),
     "half the hidden units": Variant("the strongest ones; N as matched for all", PLAIN, hidden=0.5),
-    "batchtopk": Variant("the default, with a batch's budget of K per token", {"sparsity": "batchtopk"}),
+    "batchtopk": Variant(
+        "the default, with a batch's budget of K per token", LATE | {"specialise": 0.003, "sparsity": "batchtopk"}
+    ),
     "unit-norm C": Variant("radial gradient removed", PLAIN | {"unit_norm": True}),
     "AuxK": Variant("dead experts learn the error, weight 1/32", PLAIN | {"auxk": 0.03125}),
     "resampled": Variant("every 50 steps, dead experts start anew where the error is large", PLAIN, resample=50),

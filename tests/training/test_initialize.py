@@ -1,4 +1,4 @@
-"""The three starts: what each takes from the block, and the centred gate."""
+"""The four starts: what each takes from the block, and the centred gate."""
 
 import pytest
 import torch
@@ -58,6 +58,20 @@ def test_pretrained_is_near_the_block_at_once_and_warns(family):
         _, _, _, layer, x, y = start(family, "pretrained")
     nmse = (layer(x) - y).square().sum() / y.square().sum()
     assert nmse < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
+def test_shared_is_near_the_block_at_once_by_its_shared_expert_alone(family):
+    _, block, statistics, layer, x, y = start(family, "shared")
+    assert (layer.experts.bias == 1).all() and (layer.experts.weight == 0).all()
+    nmse = (layer(x) - y).square().sum() / (y - y.mean(0)).square().sum()
+    assert nmse < 0.7  # what is constant in D z is only nearly so
+    torch.testing.assert_close(layer(statistics.x).mean(0), statistics.y.mean(0), atol=1e-5, rtol=1e-3)
+    added = layer.decoder.weight - block.decoder.weight(start(family, "encoder")[0].base_model)
+    torch.testing.assert_close(added, added[:1].expand_as(added), atol=1e-6, rtol=1e-4)
+    constant = layer.hidden(statistics.x) @ added[0]
+    assert constant.mean().item() == pytest.approx(statistics.y.square().mean().sqrt().item(), rel=0.3)
+    assert constant.std() < constant.mean()
 
 
 def test_a_layers_start_depends_on_the_seed_and_the_layer_only():

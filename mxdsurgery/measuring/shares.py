@@ -1,0 +1,142 @@
+"""What the experts of layers carry while they train, each alone, measured again and again on the same text; and in the end.
+
+Shapes: S contexts, B of them at a time, T tokens, D model width.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mxdsurgery.base.activations import record_activations
+from mxdsurgery.base.blocks import Block
+from mxdsurgery.base.decoder import decoder_layers
+from mxdsurgery.base.offload import execution_device
+from mxdsurgery.base.running import hidden_states
+from mxdsurgery.base.surgery import ConstantOutput, FrozenExperts, replaced, resumed_at
+from mxdsurgery.errors import MxDWarning
+from mxdsurgery.hardware.device import widest
+from mxdsurgery.measuring.controls import FewExperts, main_directions
+from mxdsurgery.measuring.intervals import with_interval
+from mxdsurgery.measuring.scoring import Original, prediction_sums, run_original
+from mxdsurgery.terminal.figures import with_range
+from mxdsurgery.training.cost import LayerPlan
+from mxdsurgery.training.share import SHARES
+
+# How near a share has to come to what was asked for.
+NEAR = 0.05
+# Cross-entropy of each context (S,), by layer and by what stands in its block's place.
+_Found = dict[tuple[LayerPlan, str], Tensor]
+
+
+class _Float32(nn.Module):
+    """A module in fp32, in a model of another dtype."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.module(x.float()).to(x.dtype)
+
+
+class Shares:
+    """Measures the `expert_share` and `few_experts_share` of layers as `fidelity.measure` does, of each alone.
+
+    Args:
+        model: the original model; it is left as it was.
+        contexts: to measure on, (S, T).
+        batch: tokens per forward pass.
+    """
+
+    def __init__(self, model: PreTrainedModel, contexts: Tensor, batch: int) -> None:
+        self.model = model
+        self.batches = contexts.to(execution_device(model)).split(max(1, batch // contexts.shape[1]))
+        self._without: dict[int, Tensor] = {}  # cross-entropy without the block, (S,), by layer: it does not change
+
+    @torch.no_grad()
+    def __call__(self, layers: Mapping[LayerPlan, nn.Module]) -> dict[LayerPlan, dict[str, float]]:
+        """By layer, in fp32 and on the model's device; without shares that are no numbers."""
+        blocks = list({plan.block.layer: plan.block for plan in layers}.values())
+        stand_ins = self._stand_ins(layers, blocks)
+        parts: dict[tuple[LayerPlan, str], list[Tensor]] = defaultdict(list)
+        for ids in self.batches:
+            original = run_original(self.model, blocks, ids)
+            for name, sums in prediction_sums(self.model, ids, original.hidden, self._runs(stand_ins, ids, original)):
+                if name != "original":
+                    parts[name].append(sums["ce"])
+        ce = {name: torch.cat(sums) for name, sums in parts.items()}
+        for plan in layers:
+            if (plan, "zero") in ce:
+                self._without[plan.block.layer] = ce[plan, "zero"]
+        return {plan: self._shares(plan, ce) for plan in layers}
+
+    def _shares(self, plan: LayerPlan, ce: _Found) -> dict[str, float]:
+        converted = ce[plan, "converted"]
+        worth = self._without[plan.block.layer] - converted
+        found = {name: with_interval(name, ce[plan, name] - converted, worth, signed=True)[name] for name in SHARES}
+        return {name: share for name, share in found.items() if share is not None}
+
+    def _stand_ins(
+        self, layers: Mapping[LayerPlan, nn.Module], blocks: Sequence[Block]
+    ) -> dict[LayerPlan, dict[str, nn.Module]]:
+        """What each layer is compared with, from its use of experts on this text; without a block only the first time."""
+        sums: dict[tuple[LayerPlan, str], Tensor] = defaultdict(lambda: torch.zeros(()))
+        for ids in self.batches:
+            recorded = record_activations(self.model, blocks, ids)
+            for plan, layer in layers.items():
+                x, y = (part[:, 1:].flatten(0, 1).float() for part in recorded[plan.block.layer])
+                wide = widest(y.device)
+                m, r = (part.to(wide).expand_as(y) for part in layer.dense_path(x))
+                s = layer.experts(layer.coefficients(x)).to(wide)
+                for name, value in (("my", (m * (y - r)).sum(0)), ("mm", m.square().sum(0)), ("ss", s.T @ s)):
+                    sums[plan, name] = sums[plan, name].to(value) + value
+        made = {}
+        for plan, layer in layers.items():
+            my, mm, ss = (sums[plan, name] for name in ("my", "mm", "ss"))
+            made[plan] = {
+                "converted": layer,
+                "expert_share": FrozenExperts(layer, my / mm.clamp_min(1e-30)),
+                "few_experts_share": FewExperts(layer, main_directions(ss, mm).to(layer.bias)),
+            }
+            if plan.block.layer not in self._without:
+                made[plan]["zero"] = ConstantOutput(torch.zeros_like(layer.bias))
+        return made
+
+    def _runs(
+        self, stand_ins: Mapping[LayerPlan, Mapping[str, nn.Module]], ids: Tensor, original: Original
+    ) -> Iterator[tuple[tuple[LayerPlan, str], Tensor]]:
+        """The hidden states (B, T, D) with each layer alone, and with what it is compared with."""
+        _, decoder = decoder_layers(self.model)
+        for plan, of_layer in stand_ins.items():
+            for name, module in of_layer.items():
+                with (
+                    replaced(self.model, [plan.block], {plan.block.layer: _Float32(module)}),
+                    resumed_at(decoder, plan.block.layer, original.layer_outputs),
+                ):
+                    hidden = hidden_states(self.model, ids)
+                yield (plan, name), hidden
+
+
+def warn_of_shortfalls(evaluation: Mapping[str, Any], target: float) -> None:
+    """Warns (MxDWarning) of the layers of an evaluation whose experts carry less than was asked for, by more than `NEAR`."""
+    found = []
+    for entry in evaluation["layers"]:
+        shares = [entry.get(name) for name in SHARES]
+        if None in shares:
+            found.append(f"no number in layer {entry['layer']}, which may be worth nothing on this text")
+        elif min(shares) < target - NEAR:
+            name = min(SHARES, key=entry.get)
+            found.append(f"{with_range(entry, name, '.2f')} in layer {entry['layer']} ({name})")
+    if found:
+        warnings.warn(
+            f"an expert_share of {target:.2f} was asked for, and held-out text shows less: {'; '.join(found)}. Experts learn "
+            "to carry more with more training tokens, a larger k or more experts",
+            MxDWarning,
+            stacklevel=2,
+        )

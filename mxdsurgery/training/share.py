@@ -1,0 +1,152 @@
+"""``expert_share`` as a target: a penalty holds what the experts carry at what is asked for, while a layer learns.
+
+A share can be won by a few directions that all experts lie in. So what is asked for has to be there both against experts that
+are frozen at a constant (`expert_share`) and against a few experts, the same for every token, of any size and sign
+(`few_experts_share`); the second is the harder, and the one that is trained for.
+
+In each step, the share is known in the units of the distillation loss: how much of the way from an output of zero to the
+layer's own is lost with a few experts. What users ask for, and what `evaluate` measures, is the same share of cross-entropy.
+It falls faster than the share of the loss, in each layer at its own rate; so it is measured a few times on the way, on text
+of its own, and the layer learns by which power of one it has to ask for the other.
+
+The penalty is small until the layer has learned what its block does; then it grows in layers that fall behind. Where the
+experts carry enough nothing is added: a layer is not brought down to the target. docs/training.md has other ways that were
+tried.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mxdsurgery.recipe import Recipe
+from mxdsurgery.runs.parallel import sum_of_all
+from mxdsurgery.terminal.console import compact
+from mxdsurgery.training.cost import LayerPlan
+from mxdsurgery.training.losses import distillation_loss, few_gain, how_few
+
+# What the experts carry.
+SHARES = ("expert_share", "few_experts_share")
+# Measures the `expert_share` and `few_experts_share` of layers in training, by name; without those that are no numbers.
+SharesOf = Callable[[Mapping[LayerPlan, nn.Module]], dict[LayerPlan, dict[str, float]]]
+
+# The share is measured after these shares of the steps.
+LOOKS = (0.08, 0.16, 0.3, 0.5, 0.65, 0.8, 0.9)
+# On so many tokens: this share of those that are trained on, within limits.
+_LOOKED_AT, _LEAST_LOOKED_AT, MOST_LOOKED_AT = 1 / 256, 2048, 8192
+# The penalty's weight: at first and at least, at most, and how many times it can grow e-fold in a training, from when on.
+_LEAST, _MOST, _GROWTH, _GROWS_FROM = 0.3, 1.0, 9.0, 0.1
+# A layer falls behind if more than this is missing of the share that is asked for.
+_BEHIND = 0.02
+# On other text the share differs a little: the target is aimed at from above.
+_MARGIN = 0.02
+# Of the loss's share, that of cross-entropy is about the square; a layer's own power is within these limits.
+_POWER, _POWERS = 2.0, (0.5, 8.0)
+# What is asked of the loss's share is within these limits.
+_ASKED = (0.02, 0.98)
+# The running figures of the loss are means over about so many steps.
+_REMEMBERED = 10
+
+
+def look_tokens(tokens: int) -> int:
+    """On how many tokens the share is measured in a training on so many."""
+    return min(max(round(_LOOKED_AT * tokens), _LEAST_LOOKED_AT), MOST_LOOKED_AT)
+
+
+def look_steps(steps: int) -> list[int]:
+    """After which steps, of so many, the share is measured."""
+    return sorted({max(1, round(look * steps)) for look in LOOKS})
+
+
+def asked(recipe: Recipe) -> list[str]:
+    """For a terminal: what the experts are to carry, where that is steered."""
+    if recipe.share_target is None or recipe.kind != "mxd":
+        return []
+    looks = f"measured {len(LOOKS)} times while they learn, on {compact(look_tokens(recipe.tokens))} tokens of other text"
+    return [f"experts    are to carry {recipe.share_target:.2f} of each layer's worth (expert_share); {looks}"]
+
+
+class ShareControl:
+    """What is asked of one layer, and how strongly.
+
+    Args:
+        target: of `expert_share` and `few_experts_share`, above 0 and below 1.
+        d_model: D.
+        steps: of the training.
+        device: of the training.
+
+    Attributes:
+        asked: share of the loss that is asked for in the end, as far as is known.
+        weight: of the penalty, a scalar on the device.
+    """
+
+    def __init__(self, target: float, d_model: int, steps: int, device: torch.device) -> None:
+        self.target, self.steps = min(target + _MARGIN, _ASKED[1]), steps
+        self.asked = self.target ** (1 / _POWER)
+        self.weight = torch.tensor(_LEAST, device=device)
+        # Running means of the loss, of the loss of an output of zero, and of the loss with a few experts.
+        self.running = torch.zeros(3, device=device)
+        # The few, as columns: the same at the start in every process.
+        start = torch.randn(d_model, how_few(d_model), generator=torch.Generator().manual_seed(0))
+        self.few = torch.linalg.qr(start)[0].to(device)
+        self.step = 0
+
+    def penalty(self, loss: Tensor, scale: Tensor, rest: Tensor, y: Tensor, shares: int = 1) -> Tensor:
+        """What is added to the loss of a step.
+
+        Args:
+            loss: `distillation_loss` of the layer's output ``s * scale + rest``, of this process's tokens.
+            scale: (tokens, D), what the experts' sum is multiplied with.
+            rest: (tokens, D), what is added.
+            y: (tokens, D), the block's output.
+            shares: processes that each have so many tokens of the batch.
+
+        Returns:
+            A scalar in the loss's units, of the whole batch.
+        """
+        without = sum_of_all(distillation_loss(rest.expand_as(y), y), shares) / shares
+        gain, self.few = few_gain(scale, y - rest, y, self.few, shares)
+        loss, zero = sum_of_all(torch.stack([loss.detach(), y.norm(dim=-1).mean()]), shares) / shares
+        missing = self.asked * (zero - loss) - (without - gain - loss)
+        self._follow(torch.stack([loss, zero, (without - gain).detach()]))
+        return self.weight * torch.relu(missing)
+
+    @torch.no_grad()
+    def _follow(self, now: Tensor) -> None:
+        """Remembers a step's loss, that of an output of zero, and that with a few experts; adapts the weight."""
+        self.step += 1
+        self.running += (now - self.running) / min(self.step, _REMEMBERED)
+        if self.step > _GROWS_FROM * self.steps:
+            loss, zero, few = self.running
+            behind = self.asked * (zero - loss) - (few - loss) > _BEHIND * (zero - loss)
+            rate = _GROWTH / self.steps
+            self.weight *= torch.where(behind, math.exp(rate), math.exp(-rate / 2))
+            self.weight.clamp_(_LEAST, _MOST)
+
+    def share_of_loss(self) -> float:
+        """The share that the experts carry of the loss, over the last steps; waits for the device."""
+        loss, zero, few = self.running.tolist()
+        return (few - loss) / max(zero - loss, 1e-30)
+
+    def learn(self, share: float) -> None:
+        """Asks for more or less of the loss, now that the share of cross-entropy was measured."""
+        reached = _limited(self.share_of_loss(), _ASKED)
+        power = _limited(math.log(_limited(share, _ASKED)) / math.log(reached), _POWERS)
+        self.asked = _limited(self.target ** (1 / power), _ASKED)
+
+    def state(self) -> Tensor:
+        """All that it goes on from, float64."""
+        own = torch.tensor([self.asked, self.step, self.weight.item()], dtype=torch.float64)
+        return torch.cat([own, self.running.double().cpu(), self.few.double().cpu().flatten()])
+
+    def restore(self, state: Tensor) -> None:
+        """Goes on from a `state`."""
+        self.asked, self.step = state[0].item(), int(state[1])
+        self.weight.fill_(state[2].item())
+        self.running.copy_(state[3:6])
+        self.few.copy_(state[6:].view_as(self.few))
+
+
+def _limited(value: float, limits: tuple[float, float]) -> float:
+    return min(max(value, limits[0]), limits[1])

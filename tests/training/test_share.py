@@ -1,0 +1,185 @@
+"""expert_share as a target: the penalty, the way it is steered, and that a trained layer comes where it should."""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import RECIPE, batches, fed, tiny_model, train
+
+from mxdsurgery.base.finding import find_blocks
+from mxdsurgery.errors import MxDWarning, RecipeError
+from mxdsurgery.measuring.fidelity import measure
+from mxdsurgery.measuring.shares import Shares, warn_of_shortfalls
+from mxdsurgery.planning.effort import looking_runs
+from mxdsurgery.planning.plan import plan_layer
+from mxdsurgery.recipe import EXPERT_SHARE, SPECIALISE, Recipe
+from mxdsurgery.training.distill import Progress, distill
+from mxdsurgery.training.initialize import initial_layer, measure_statistics
+from mxdsurgery.training.losses import distillation_loss, few_gain
+from mxdsurgery.training.share import LOOKS, SHARES, ShareControl, look_steps
+
+CPU = torch.device("cpu")
+
+
+def one_step(generator, share, control):
+    """Scale, rest and target of a step, and a loss with which the experts carry ``share`` of it, beyond the control's few."""
+    y = torch.randn(300, 6, generator=generator)
+    scale, rest = torch.randn(300, 6, generator=generator) + 0.5 * y, torch.full((6,), 0.05)
+    zero = y.norm(dim=-1).mean()
+    few = distillation_loss(rest.expand_as(y), y) - few_gain(scale, y - rest, y, control.few)[0]
+    return (few - share * zero) / (1 - share), scale, rest, y
+
+
+def test_nothing_is_added_where_the_experts_carry_enough():
+    control = ShareControl(0.5, 6, 10, CPU)
+    assert 0.5**0.5 < control.asked < 0.55**0.5
+    generator = torch.Generator().manual_seed(0)
+    assert control.penalty(*one_step(generator, 0.75, control)).item() == 0.0
+    assert control.share_of_loss() == pytest.approx(0.75, abs=1e-4)
+    assert control.penalty(*one_step(generator, 0.6, control)).item() > 0.0
+
+
+def test_what_is_added_is_what_is_missing_times_the_weight():
+    control = ShareControl(0.5, 6, 10, CPU)
+    loss, scale, rest, y = one_step(torch.Generator().manual_seed(0), 0.6, control)
+    worth, weight = (y.norm(dim=-1).mean() - loss).item(), control.weight.item()
+    added = control.penalty(loss, scale, rest, y)
+    assert added.item() == pytest.approx(weight * (control.asked - 0.6) * worth, rel=1e-3)
+
+
+def test_the_weight_grows_where_a_layer_falls_behind_and_falls_again():
+    control = ShareControl(0.5, 6, 60, CPU)
+    weights = []
+    for step in range(60):
+        control.penalty(*one_step(torch.Generator().manual_seed(step), 0.2 if step < 12 else 0.9, control))
+        weights.append(control.weight.item())
+    assert weights[4] == pytest.approx(0.3) and 1.5 * weights[4] < weights[11] <= 1.0
+    assert weights[59] == pytest.approx(0.3) and max(weights) <= 1.0
+
+
+@pytest.mark.parametrize("power", [1.2, 2.0, 3.5])
+def test_what_was_measured_says_what_has_to_be_asked_of_the_loss(power):
+    control = ShareControl(0.5, 6, 10, CPU)
+    for _ in range(60):
+        control.penalty(*one_step(torch.Generator().manual_seed(1), 0.6, control))
+    control.learn(0.6**power)
+    assert control.asked**power == pytest.approx(control.target, rel=1e-3) and 0.5 < control.target < 0.55
+
+
+def test_it_goes_on_where_it_stood():
+    control, other = ShareControl(0.5, 6, 60, CPU), ShareControl(0.5, 6, 60, CPU)
+    for step in range(40):
+        control.penalty(*one_step(torch.Generator().manual_seed(step), 0.3, control))
+    control.learn(0.1)
+    other.restore(control.state())
+    nexts = [of.penalty(*one_step(torch.Generator().manual_seed(50), 0.3, of)).item() for of in (control, other)]
+    assert nexts[0] == nexts[1] > 0 and torch.equal(control.state(), other.state())
+
+
+def test_the_looks_are_within_the_steps():
+    for steps in (1, 2, 7, 300):
+        assert all(1 <= step <= steps for step in look_steps(steps))
+    assert len(look_steps(300)) == len(LOOKS)
+
+
+def spoken(model, contexts):
+    """Text that the model says itself, (contexts, 16): whatever part of it is removed, it predicts that worse."""
+    generator, ids = torch.Generator().manual_seed(3), torch.randint(1, 64, (contexts, 1))
+    with torch.no_grad():
+        while ids.shape[1] < 16:
+            likely = model(input_ids=ids).logits[:, -1].float().softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(likely, 1, generator=generator)], dim=1)
+    return ids
+
+
+def sure_of_itself():
+    """A model whose blocks matter for what it predicts."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4.0)
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(4.0)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_measured_shares_are_those_of_the_evaluation(dtype):
+    model = sure_of_itself()
+    ids = spoken(model, 64)
+    layers, _, blocks = train(model, steps=30)
+    plans = {plan_layer(block, RECIPE): layers[block.layer].eval() for block in blocks}
+    expected = measure(model, blocks, layers, ids, batch=256)["layers"]
+    before = {name: tensor.clone() for name, tensor in model.to(dtype).state_dict().items()}
+    looks = Shares(model, ids, batch=256)
+    found = looks(plans)
+    assert found == looks(plans)  # now without running the model without the blocks
+    for shares, entry in zip(found.values(), expected, strict=True):
+        assert set(shares) == set(SHARES)
+        assert shares == pytest.approx({name: entry[name] for name in SHARES}, abs=1e-4 if dtype == torch.float32 else 0.05)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_layers_are_trained_to_the_share_that_is_asked_for():
+    model = sure_of_itself()
+    block = find_blocks(model)[0].block
+    statistics = measure_statistics(model, [block], [next(batches())])[0]
+    ids, shares = spoken(model, 256), {}
+    for target in (0.0, 0.3, 0.6):
+        recipe = dataclasses.replace(RECIPE, expert_share=target)
+        plan = plan_layer(block, recipe)
+        layer, progress = initial_layer(model, plan, recipe, statistics), Progress(150, 512)
+        looks, heldout = (Shares(model, part, batch=512) for part in ids.split(128))
+        distill({plan: layer}, fed(model, [block]), recipe, Accelerator(cpu=True), progress, lambda p: None, shares_of=looks)
+        shares[target] = min(heldout({plan: layer.eval()})[plan].values())
+        assert (plan in progress.expert_share) == (target > 0)
+    assert shares[0.0] < 0.1 and shares[0.3] == pytest.approx(0.3, abs=0.1) and shares[0.6] == pytest.approx(0.6, abs=0.1)
+
+
+def test_a_recipe_asks_for_a_share_or_for_a_weight():
+    plain, share, none, weight = Recipe(), Recipe(expert_share=0.2), Recipe(expert_share=0), Recipe(specialise=0.01)
+    assert (plain.share_target, plain.penalty) == (EXPERT_SHARE, 0.0)
+    assert (share.share_target, share.penalty) == (0.2, 0.0)
+    assert (none.share_target, none.penalty) == (None, 0.0)
+    assert (weight.share_target, weight.penalty) == (None, 0.01)
+    joint = Recipe(inputs="joint")
+    assert (joint.share_target, joint.penalty) == (None, SPECIALISE)
+    with pytest.raises(RecipeError, match="'expert_share' and 'specialise' are 0.5 and 0.003"):
+        Recipe(expert_share=0.5, specialise=0.003)
+    with pytest.raises(RecipeError, match="'expert_share' and 'inputs' are 0.5 and 'joint'"):
+        Recipe(expert_share=0.5, inputs="joint")
+    assert Recipe(specialise=0.0).penalty == 0.0
+
+
+def test_what_is_missing_is_said_layer_by_layer():
+    layers = [
+        {"layer": 0, "expert_share": 0.7, "few_experts_share": 0.46},
+        {"layer": 1, "expert_share": 0.6, "few_experts_share": 0.31, "few_experts_share_ci": [0.28, 0.34]},
+        {"layer": 2, "expert_share": None, "few_experts_share": None},
+    ]
+    with pytest.warns(
+        MxDWarning, match=r"of 0.50 .* 0.31 \[0.28, 0.34\] in layer 1 \(few_experts_share\); no number in layer 2,"
+    ):
+        warn_of_shortfalls({"layers": layers}, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_shortfalls({"layers": layers[:1]}, 0.5)
+
+
+def test_the_plan_counts_the_runs_of_a_look():
+    model = tiny_model("llama")
+    layers, _, blocks = train(model, steps=1)
+    plans = {plan_layer(block, RECIPE): layers[block.layer].eval() for block in blocks}
+    looks, ran = Shares(model, spoken(model, 2), batch=32), []
+    looks(plans)
+    hooks = [x.self_attn.register_forward_hook(lambda *_: ran.append("decoder layer")) for x in model.model.layers]
+    hooks += [layer.gate.register_forward_hook(lambda *_: ran.append("new layer")) for layer in plans.values()]
+    hooks.append(model.lm_head.register_forward_hook(lambda *_: ran.append("head")))
+    looks(plans)
+    for hook in hooks:
+        hook.remove()
+    expected = looking_runs(blocks, 2)
+    assert [ran.count(what) for what in ("decoder layer", "head")] == [expected.decoder_layers, expected.heads]
+    # With experts frozen, nothing is chosen.
+    assert ran.count("new layer") == expected.new_layers - len(blocks)
