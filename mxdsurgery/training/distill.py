@@ -27,8 +27,8 @@ from mxdsurgery.runs.run_folder import UNKEPT, Keeper
 from mxdsurgery.training.accelerator import selects_in_bf16
 from mxdsurgery.training.cost import LayerPlan, first_k
 from mxdsurgery.training.losses import distillation_loss, frozen_gain
-from mxdsurgery.training.thresholds import LearnedThresholds
 from mxdsurgery.training.share import SHARES, ShareControl, SharesOf, look_steps
+from mxdsurgery.training.thresholds import LearnedThresholds
 
 # Losses are looked at every so many steps: looking waits for the device.
 _CHECK_EVERY = 20
