@@ -32,9 +32,9 @@ SHARES = ("expert_share", "few_experts_share")
 SharesOf = Callable[[Mapping[LayerPlan, nn.Module]], dict[LayerPlan, dict[str, float]]]
 
 # The share is measured after these shares of the steps.
-LOOKS = (0.08, 0.16, 0.3, 0.5, 0.65, 0.8, 0.9)
+LOOKS = (0.08, 0.16, 0.3, 0.5, 0.65, 0.8, 0.9, 0.96)
 # On so many tokens: this share of those that are trained on, within limits.
-_LOOKED_AT, _LEAST_LOOKED_AT, MOST_LOOKED_AT = 1 / 256, 2048, 8192
+_LOOKED_AT, _LEAST_LOOKED_AT, MOST_LOOKED_AT = 1 / 128, 4096, 8192
 # The penalty's weight: at first and at least, at most, and how many times it can grow e-fold in a training, from when on.
 _LEAST, _MOST, _GROWTH, _GROWS_FROM = 0.3, 1.0, 9.0, 0.1
 # A layer falls behind if more than this is missing of the share that is asked for.
