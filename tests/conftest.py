@@ -70,5 +70,5 @@ def converted(tmp_path_factory):
     out = tmp_path_factory.mktemp("converted") / "demo"
     return mxdsurgery.convert(
         "demo-glu", layers="1-2", tokens=40_000, eval_tokens=4_000, n_experts=256, k=8, shuffle=100_000, out=str(out),
-        device="cpu",
+        device="cpu", init="encoder", specialise=0.003,
     )  # fmt: skip

@@ -41,7 +41,9 @@ FAMILIES = {
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 _CONFIG = {"layers": 2, "vocabulary": 64, "context": 64, "num_key_value_heads": 2} | _SPECIAL
 
-RECIPE = Recipe(k=4, n_experts=64, data="stdlib", batch=512, context=16, lr=3e-3)
+# A start from which experts matter after few steps, and a penalty of one weight.
+FROM_ENCODER = {"init": "encoder", "specialise": 0.003}
+RECIPE = Recipe(k=4, n_experts=64, data="stdlib", batch=512, context=16, lr=3e-3, **FROM_ENCODER)
 IDS = torch.randint(1, 64, (2, 16), generator=torch.Generator().manual_seed(0))
 S, T, N, K = 4, 20, 24, 3  # contexts, tokens, experts and active ones of `tiny_opened`
 

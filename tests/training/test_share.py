@@ -6,7 +6,8 @@ import warnings
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import RECIPE, batches, fed, tiny_model, train
+from tiny import RECIPE as FORMER
+from tiny import batches, fed, tiny_model, train
 
 from mxdsurgery.base.finding import find_blocks
 from mxdsurgery.errors import MxDWarning, RecipeError
@@ -21,6 +22,7 @@ from mxdsurgery.training.losses import distillation_loss, few_gain
 from mxdsurgery.training.share import LOOKS, SHARES, ShareControl, look_steps
 
 CPU = torch.device("cpu")
+RECIPE = dataclasses.replace(FORMER, init="shared", specialise=None)
 
 
 def one_step(generator, share, control):
@@ -108,7 +110,7 @@ def sure_of_itself():
 def test_the_measured_shares_are_those_of_the_evaluation(dtype):
     model = sure_of_itself()
     ids = spoken(model, 64)
-    layers, _, blocks = train(model, steps=30)
+    layers, _, blocks = train(model, RECIPE, steps=30)
     plans = {plan_layer(block, RECIPE): layers[block.layer].eval() for block in blocks}
     expected = measure(model, blocks, layers, ids, batch=256)["layers"]
     before = {name: tensor.clone() for name, tensor in model.to(dtype).state_dict().items()}
@@ -169,7 +171,7 @@ def test_what_is_missing_is_said_layer_by_layer():
 
 def test_the_plan_counts_the_runs_of_a_look():
     model = tiny_model("llama")
-    layers, _, blocks = train(model, steps=1)
+    layers, _, blocks = train(model, RECIPE, steps=1)
     plans = {plan_layer(block, RECIPE): layers[block.layer].eval() for block in blocks}
     looks, ran = Shares(model, spoken(model, 2), batch=32), []
     looks(plans)
