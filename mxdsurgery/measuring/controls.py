@@ -170,8 +170,9 @@ class FewExperts(nn.Module):
         scale, rest = self.layer.dense_path(x)
         wide = torch.promote_types(x.dtype, torch.float32)
         s, few, square = self.layer.mixture(self.layer.coefficients(x), x).to(wide), self.few.to(wide), scale.to(wide).square()
-        amounts = best_amounts(square.expand_as(s), (square * s) @ few, few)
-        return (amounts @ few.T).to(scale.dtype) * scale + rest
+        with torch.autocast(x.device.type, enabled=False):
+            nearest = best_amounts(square.expand_as(s), (square * s) @ few, few) @ few.T
+        return nearest.to(scale.dtype) * scale + rest
 
 
 def main_directions(products: Tensor, mean_square: Tensor) -> Tensor:

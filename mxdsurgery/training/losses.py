@@ -53,10 +53,12 @@ def frozen_gain(scale: Tensor, target: Tensor, y: Tensor, shares: int = 1) -> Te
     return (product.square() / power.clamp_min(1e-9)).sum() / (len(y) * shares)
 
 
-def few_gain(scale: Tensor, target: Tensor, y: Tensor, few: Tensor, shares: int = 1) -> tuple[Tensor, Tensor]:
-    """How much a few experts would take off the loss, the same for every token, in the amounts that suit each token best.
+@torch.no_grad()
+def few_experts(scale: Tensor, target: Tensor, y: Tensor, few: Tensor, shares: int = 1) -> tuple[Tensor, Tensor]:
+    """What a few experts would say best, the same for every token, in the amounts that suit each token best.
 
-    Kept small, it leaves work to a choice among many: `few_experts_share` measures the same on held-out text, in nats.
+    A loss with this in place of the experts' sum has the gradient, in all that the layer learns, of the least loss that the
+    few can reach: they are at their best, so a change of theirs does not count.
 
     Args:
         scale: (n, D), m: what the experts' sum is multiplied with.
@@ -66,22 +68,19 @@ def few_gain(scale: Tensor, target: Tensor, y: Tensor, few: Tensor, shares: int 
         shares: processes that each have so many tokens of the batch.
 
     Returns:
-        A scalar in the loss's units, of the whole batch; and other such experts (D, r), nearer to the best: with a token's
-        amounts α, ``v_d = (Σ w m_d² α αᵀ)⁻¹ Σ w m_d t_d α``, one step of alternating least squares, made orthonormal.
+        Their sums (n, D); and other such experts (D, r), nearer to the best: with a token's amounts α and the loss's weights
+        ``w = 1 / ‖y‖``, ``v_d = (Σ w m_d² α αᵀ)⁻¹ Σ w m_d t_d α``, one step of alternating least squares, made orthonormal.
     """
     scale, weight = scale.float(), _weights(y)
-    square, product = scale.square(), (scale * target) @ few
-    amounts = best_amounts(square, product, few)
-    gain = sum_of_all((weight * product * amounts).sum(), shares) / (len(y) * shares)
-    with torch.no_grad():
-        pairs = (amounts[:, :, None] * amounts[:, None, :]).flatten(1)
-        normal = sum_of_all((weight * square).T @ pairs, shares).unflatten(1, (few.shape[1],) * 2)
-        said = sum_of_all((weight * scale * target).T @ amounts, shares)
-        nearer = _solved(normal, said)
-        nearer /= nearer.norm(dim=0).clamp_min(1e-30)
-        root, _ = torch.linalg.cholesky_ex(nearer.T @ nearer + _RIDGE * torch.eye(few.shape[1], device=few.device))
-        nearer = torch.linalg.solve_triangular(root.T, nearer, upper=True, left=False)
-    return gain, torch.where(nearer.isfinite().all(), nearer, few)
+    square, r = scale.square(), few.shape[1]
+    amounts = best_amounts(square, (scale * target) @ few, few)
+    pairs = (amounts[:, :, None] * amounts[:, None, :]).flatten(1)
+    normal = sum_of_all((weight * square).T @ pairs, shares).unflatten(1, (r, r))
+    nearer = _solved(normal, sum_of_all((weight * scale * target).T @ amounts, shares))
+    nearer /= nearer.norm(dim=0).clamp_min(1e-30)
+    root, _ = torch.linalg.cholesky_ex(nearer.T @ nearer + _RIDGE * torch.eye(r, device=few.device))
+    nearer = torch.linalg.solve_triangular(root.T, nearer, upper=True, left=False)
+    return amounts @ few.T, torch.where(nearer.isfinite().all(), nearer, few)
 
 
 def best_amounts(square: Tensor, product: Tensor, few: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ def best_amounts(square: Tensor, product: Tensor, few: Tensor) -> Tensor:
 
 def _solved(matrices: Tensor, right: Tensor) -> Tensor:
     """Solves small symmetric systems (..., r, r) for right sides (..., r), also where there is nothing to solve."""
-    mean = matrices.detach().diagonal(dim1=-2, dim2=-1).mean(-1)
+    mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
     ridge = (_RIDGE * mean).clamp_min(torch.finfo(matrices.dtype).tiny)
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     return torch.linalg.solve_ex(matrices + ridge[..., None, None] * eye, right)[0]

@@ -24,7 +24,7 @@ from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.parallel import sum_of_all
 from mxdsurgery.terminal.console import compact
 from mxdsurgery.training.cost import LayerPlan
-from mxdsurgery.training.losses import distillation_loss, few_gain, how_few
+from mxdsurgery.training.losses import distillation_loss, few_experts, how_few
 
 # What the experts carry.
 SHARES = ("expert_share", "few_experts_share")
@@ -105,12 +105,11 @@ class ShareControl:
         Returns:
             A scalar in the loss's units, of the whole batch.
         """
-        without = sum_of_all(distillation_loss(rest.expand_as(y), y), shares) / shares
-        gain, self.few = few_gain(scale, y - rest, y, self.few, shares)
+        said, self.few = few_experts(scale, y - rest, y, self.few, shares)
+        few = sum_of_all(distillation_loss(said * scale + rest, y), shares) / shares
         loss, zero = sum_of_all(torch.stack([loss.detach(), y.norm(dim=-1).mean()]), shares) / shares
-        missing = self.asked * (zero - loss) - (without - gain - loss)
-        self._follow(torch.stack([loss, zero, (without - gain).detach()]))
-        return self.weight * torch.relu(missing)
+        self._follow(torch.stack([loss, zero, few.detach()]))
+        return self.weight * torch.relu(self.asked * (zero - loss) - (few - loss))
 
     @torch.no_grad()
     def _follow(self, now: Tensor) -> None:

@@ -15,7 +15,7 @@ from mxdsurgery.recipe import Recipe
 from mxdsurgery.training.cost import first_k
 from mxdsurgery.training.distill import Progress, active_experts, distill, learning_rate
 from mxdsurgery.training.initialize import initial_layer, measure_statistics
-from mxdsurgery.training.losses import distillation_loss, few_gain, frozen_gain
+from mxdsurgery.training.losses import distillation_loss, few_experts, frozen_gain
 
 
 def test_the_loss_is_the_squared_error_over_the_norm():
@@ -155,19 +155,36 @@ def test_bf16_autocast_keeps_parameters_in_fp32_and_learns():
     assert nmse(model, [block], {0: layer})[0] < 0.6
 
 
-def test_few_experts_gain_what_the_best_of_their_sums_take_off_the_loss():
+def test_what_few_experts_say_is_the_best_sum_of_them_and_they_come_nearer_to_the_best():
     generator = torch.Generator().manual_seed(0)
     m, v = torch.randn(200, 12, generator=generator), torch.randn(12, 2, generator=generator)
     y = m * (torch.randn(200, 2, generator=generator) @ v.T) + 0.1 * torch.randn(200, 12, generator=generator)
-    few, gains = torch.linalg.qr(torch.randn(12, 2, generator=generator))[0], []
+    few, losses = torch.linalg.qr(torch.randn(12, 2, generator=generator))[0], []
     for _ in range(12):
-        gain, nearer = few_gain(m, y, y, few)
-        amounts = torch.linalg.lstsq(m[..., None] * few, y[..., None]).solution
-        best = m * (few @ amounts)[..., 0]
-        assert gain.item() == pytest.approx((distillation_loss(0 * y, y) - distillation_loss(best, y)).item(), rel=1e-3)
-        gains.append(gain.item())
+        said, nearer = few_experts(m, y, y, few)
+        best = (few @ torch.linalg.lstsq(m[..., None] * few, y[..., None]).solution)[..., 0]
+        losses.append(distillation_loss(m * said, y).item())
+        assert losses[-1] == pytest.approx(distillation_loss(m * best, y).item(), rel=1e-3)
         torch.testing.assert_close(nearer.T @ nearer, torch.eye(2), atol=1e-5, rtol=0)
         few = nearer
-    assert gains == sorted(gains) and gains[-1] > 0.98 * distillation_loss(0 * y, y).item()  # it finds the two
-    nothing, kept = few_gain(0 * m, y, y, few)
-    assert nothing.item() == 0.0 and kept.isfinite().all()
+    assert (
+        losses == sorted(losses, reverse=True) and losses[-1] < 0.02 * distillation_loss(0 * y, y).item()
+    )  # it finds the two
+    nothing, kept = few_experts(0 * m, y, y, few)
+    assert nothing.isfinite().all() and kept.isfinite().all()
+
+
+def test_a_loss_with_what_few_experts_say_has_the_gradient_of_the_least_loss_that_they_reach():
+    generator = torch.Generator().manual_seed(0)
+    m, y = (torch.randn(50, 12, generator=generator, dtype=torch.float64).float() for _ in range(2))
+    few = torch.linalg.qr(torch.randn(12, 3, generator=generator))[0]
+
+    def least(m):
+        solved = torch.linalg.lstsq((m[..., None] * few).double(), y[..., None].double()).solution
+        return distillation_loss((few.double() @ solved)[..., 0].float() * m, y)
+
+    there = m.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(distillation_loss(few_experts(there, y, y, few)[0] * there, y), there)
+    direction = torch.randn(50, 12, generator=generator)
+    slope = (least(m + 1e-3 * direction) - least(m - 1e-3 * direction)) / 2e-3
+    assert (gradient * direction).sum().item() == pytest.approx(slope.item(), rel=0.02)

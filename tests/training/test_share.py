@@ -18,7 +18,7 @@ from mxdsurgery.planning.plan import plan_layer
 from mxdsurgery.recipe import EXPERT_SHARE, SPECIALISE, Recipe
 from mxdsurgery.training.distill import Progress, distill
 from mxdsurgery.training.initialize import initial_layer, measure_statistics
-from mxdsurgery.training.losses import distillation_loss, few_gain
+from mxdsurgery.training.losses import distillation_loss, few_experts
 from mxdsurgery.training.share import LOOKS, SHARES, ShareControl, look_steps
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def one_step(generator, share, control):
     y = torch.randn(300, 6, generator=generator)
     scale, rest = torch.randn(300, 6, generator=generator) + 0.5 * y, torch.full((6,), 0.05)
     zero = y.norm(dim=-1).mean()
-    few = distillation_loss(rest.expand_as(y), y) - few_gain(scale, y - rest, y, control.few)[0]
+    few = distillation_loss(few_experts(scale, y - rest, y, control.few)[0] * scale + rest, y)
     return (few - share * zero) / (1 - share), scale, rest, y
 
 
