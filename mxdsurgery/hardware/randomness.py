@@ -1,5 +1,6 @@
 """Random numbers from a generator of one's own, for operations that take none: of this thread alone, whatever others draw."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,15 @@ class OwnNumbers(TorchDispatchMode):
         super().__init__()
         self.seed = seed
         self.generators: dict[torch.device, torch.Generator] = {}
+
+    @classmethod
+    def on(cls, device: str) -> AbstractContextManager[Any]:
+        """The same for what is made on a device; nothing where torch makes no generators for it."""
+        try:
+            torch.Generator(device)
+        except NotImplementedError:
+            return nullcontext()
+        return cls()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """An operation, given the generator if it draws and has none."""

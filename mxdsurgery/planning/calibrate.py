@@ -274,7 +274,7 @@ def _measure_step(layer: LayerPlan, recipe: Recipe, device: str, seconds: float)
 
 def _training_step(layer: LayerPlan, recipe: Recipe, batch: int, device: str) -> Callable[[int, int], None]:
     """A function that takes a training step of a new layer of this shape, with a given K on a given number of tokens."""
-    with OwnNumbers(), torch.device(device):
+    with OwnNumbers.on(device), torch.device(device):
         accelerator = make_accelerator(dataclasses.replace(recipe, tracker="none"))
         made = LAYER_KINDS[layer.kind](**layer_shape(layer))
         x, y = torch.randn(2, batch, layer.block.d_model)
@@ -294,7 +294,7 @@ def _measure_pass(
     """Seconds of the base model's pass over a whole batch; measured on fewer contexts and scaled where that takes too long."""
     blocks = [layer.block for layer in layers]
     contexts = recipe.batch // recipe.context
-    with OwnNumbers(), torch.device(device):
+    with OwnNumbers.on(device), torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, base.dtype)).eval()
         input_ids = torch.randint(base.vocabulary, (contexts, recipe.context))
 
@@ -311,7 +311,7 @@ def _measure_head(base: BaseShape, recipe: Recipe, device: str, seconds: float) 
     """Seconds of the head, and of comparing its predictions, on a whole batch; measured on as many tokens as run together."""
     batch = tokens_per_step(recipe)
     rows = min(batch, max(1, chunk_bytes(device) // (4 * base.vocabulary)))
-    with OwnNumbers(), torch.device(device):
+    with OwnNumbers.on(device), torch.device(device):
         head = nn.Linear(base.d_model, base.vocabulary, bias=False, dtype=getattr(torch, base.dtype))
         hidden, following = torch.randn(rows, base.d_model, dtype=head.weight.dtype), torch.randint(base.vocabulary, (rows,))
     known = known_predictions(head(hidden))
@@ -322,7 +322,7 @@ def _measure_head(base: BaseShape, recipe: Recipe, device: str, seconds: float) 
 def _measure_forward(layer: LayerPlan, base: BaseShape, recipe: Recipe, device: str, seconds: float) -> float:
     """Seconds of a new layer's forward pass on a whole batch; measured on fewer tokens and scaled if that takes too long."""
     batch, dtype = tokens_per_step(recipe), getattr(torch, base.dtype)
-    with OwnNumbers(), torch.device(device):
+    with OwnNumbers.on(device), torch.device(device):
         made = LAYER_KINDS[layer.kind](**layer_shape(layer)).to(dtype).eval()
         x = torch.randn(batch, layer.block.d_model, dtype=dtype)
     few = best_seconds(lambda: made(x[:_PROBE_TOKENS]), seconds / 4)
