@@ -50,7 +50,7 @@ def resident(module: nn.Module) -> Iterator[None]:
     try:
         for part, hook in offloaded:
             hook.pre_forward(part)
-            remove_hook_from_module(part)
+            _unhooked(part, hook.execution_device)
         yield
     finally:
         for part, hook in offloaded:
@@ -76,12 +76,17 @@ def on_disk(layer: nn.Module, path: Path, device: torch.device) -> nn.Module:
     dispatch_model(layer, {"": "disk"}, main_device=str(device), offload_index=index, force_hooks=True)
     for part in layer.modules():
         if has_offloaded_params(part) and all(weight.dim() < 2 for weight in part.parameters(recurse=False)):
-            hook = part._hf_hook
-            hook.pre_forward(part)
-            remove_hook_from_module(part)  # which puts the weights back where they were
-            for name, weight in part.named_parameters(recurse=False):
-                part.register_parameter(name, nn.Parameter(weight.to(device), requires_grad=False))
+            part._hf_hook.pre_forward(part)
+            _unhooked(part, device)
     return layer
+
+
+def _unhooked(part: nn.Module, device: torch.device | str) -> None:
+    """Takes the hook of a module whose weights were read just now, and leaves them on a device."""
+    remove_hook_from_module(part)  # which puts the weights back where they were
+    for name, weight in part.named_parameters(recurse=False):
+        if weight.device != torch.device(device):
+            part.register_parameter(name, nn.Parameter(weight.to(device), requires_grad=False))
 
 
 def weights_of(layer: nn.Module) -> dict[str, Tensor]:
