@@ -33,8 +33,8 @@ SharesOf = Callable[[Mapping[LayerPlan, nn.Module]], dict[LayerPlan, dict[str, f
 
 # The share is measured after these shares of the steps.
 LOOKS = (0.08, 0.16, 0.3, 0.5, 0.65, 0.8, 0.9, 0.96)
-# On so many tokens: this share of those that are trained on, within limits.
-_LOOKED_AT, _LEAST_LOOKED_AT, MOST_LOOKED_AT = 1 / 128, 4096, 8192
+# On so many tokens: this share of those that are trained on; at least so many, but no more than another share; and at most.
+_LOOKED_AT, _LEAST_LOOKED_AT, _OF_FEW, MOST_LOOKED_AT = 1 / 128, 4096, 1 / 32, 8192
 # The penalty's weight: at first and at least, at most, and how many times it can grow e-fold in a training, from when on.
 _LEAST, _MOST, _GROWTH, _GROWS_FROM = 0.3, 1.0, 9.0, 0.1
 # A layer falls behind if more than this is missing of the share that is asked for.
@@ -51,7 +51,8 @@ _REMEMBERED = 10
 
 def look_tokens(tokens: int) -> int:
     """On how many tokens the share is measured in a training on so many."""
-    return min(max(round(_LOOKED_AT * tokens), _LEAST_LOOKED_AT), MOST_LOOKED_AT)
+    least = min(_LEAST_LOOKED_AT, _OF_FEW * tokens)
+    return min(round(max(_LOOKED_AT * tokens, least)), MOST_LOOKED_AT)
 
 
 def look_steps(steps: int) -> list[int]:
