@@ -55,7 +55,7 @@ def logits(model, ids=IDS):
 
 
 def test_the_pipeline_writes_what_the_model_does_with_and_without_experts(converted, run):
-    prompts = ["def read(path):\n    with open(", "class Queue:\n    def __init__(self", "import os"]
+    prompts = ["def read(path):\n    with open(", "class Queue:\n    def __init__(self", "for name in sorted("]
     every = ",".join(map(str, range(256)))
     printed = run("text_pipeline.py", converted.out, "--layer", 1, "--experts", every, "--tokens", 8, "--prompt", *prompts)
     model, tokenizer = load(converted.out), AutoTokenizer.from_pretrained(converted.out)

@@ -131,6 +131,7 @@ def test_the_code_that_travels_imports_torch_and_transformers_only_and_only_defi
         "in_force",
         "interventions",
         "layer",
+        "low_rank",
         "modeling_mxd",
         "peft_targets",
         "replacement",
