@@ -21,8 +21,7 @@ _PACKAGE = Path(__file__).parent
 # Inside the package in an installed wheel; at the top of the repository in a checkout.
 RECIPES_FOLDER = next(path for path in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if path.is_dir())
 
-# The share that experts are trained to carry, and the fixed weight of a penalty where no share can be asked for.
-EXPERT_SHARE = 0.5
+# The fixed weight of the penalty on frozen experts, where no share is asked for and no weight given.
 SPECIALISE = 0.003
 # Unless k_start says otherwise, K starts at most at this, or at k where that is more: early steps would cost too much.
 _MOST_K_START = 256
@@ -52,11 +51,11 @@ class Recipe:
         "what stands in a block's place: a Mixture of Decoders, or one of the layers to compare it with",
         choices=("mxd", "transcoder", "skip-transcoder", "topk-sae", "molt", "dense"),
     )
-    init: str = _key(
-        "shared",
+    init: str | None = _key(
+        None,
         "text",
         "start of training: the whole block, as a shared expert; the block's encoder; the paper's random one; or the whole "
-        "block, by experts that are all alike",
+        "block, by experts that are all alike; default: shared where expert_share is asked for, else encoder",
         choices=("shared", "encoder", "random", "pretrained"),
     )
     sparsity: str = _key(
@@ -80,7 +79,7 @@ class Recipe:
         None,
         "number",
         "share of a block's worth that the experts of a Mixture of Decoders are trained to carry, in each layer; 0: as it "
-        f"comes; default: {EXPERT_SHARE:g}, or none where specialise is given or inputs is joint",
+        "comes; default: as it comes, with a penalty of the weight specialise",
         low=0.0,
         high=0.95,
     )
@@ -88,7 +87,7 @@ class Recipe:
         None,
         "number",
         "fixed weight of the penalty on what a Mixture of Decoders could do with frozen experts; more: experts carry more; "
-        f"default: {SPECIALISE:g} with inputs: joint, else 0, for expert_share does better",
+        f"default: {SPECIALISE:g}, or 0 where expert_share is given",
         low=0.0,
         high=10.0,
     )
@@ -278,10 +277,13 @@ class Recipe:
             )
 
     @property
+    def start(self) -> str:
+        """How layers start: ``init``, or what suits what is asked of the experts."""
+        return self.init or ("encoder" if self.share_target is None else "shared")
+
+    @property
     def share_target(self) -> float | None:
         """The `expert_share` that a Mixture of Decoders is trained to reach; None where it comes as it may."""
-        if self.expert_share is None and self.specialise is None and self.inputs != "joint":
-            return EXPERT_SHARE
         return self.expert_share or None
 
     @property
@@ -289,7 +291,7 @@ class Recipe:
         """The fixed weight of the penalty on what could be done with frozen experts; 0 where there is none."""
         if self.specialise is not None:
             return self.specialise
-        return SPECIALISE if self.expert_share is None and self.inputs == "joint" else 0.0
+        return SPECIALISE if self.expert_share is None else 0.0
 
     @property
     def first_k(self) -> int:

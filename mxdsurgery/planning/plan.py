@@ -428,7 +428,7 @@ def plan_layer(block: Block, recipe: Recipe) -> LayerPlan:
     Raises:
         RecipeError: more active experts than experts.
     """
-    shared = recipe.kind == "mxd" and recipe.init == "shared"
+    shared = recipe.kind == "mxd" and recipe.start == "shared"
     n_experts = matched_n_experts(block, transcoder_parameters(block, recipe.expansion) - shared * block.d_model, recipe.kind)
     if recipe.n_experts is not None and recipe.kind != "dense":
         n_experts = recipe.n_experts

@@ -121,13 +121,13 @@ def initial_layer(model: PreTrainedModel, plan: LayerPlan, recipe: Recipe, stati
         # Each feature writes in the direction that it reads, as autoencoders of this kind start.
         layer.experts.weight.copy_(layer.gate.weight)
         layer.experts.normalize()
-    elif plan.kind in ("mxd", "dense") and recipe.init != "random":
+    elif plan.kind in ("mxd", "dense") and recipe.start != "random":
         _copy_encoder(layer, block, root)
-        if recipe.init == "pretrained":
+        if recipe.start == "pretrained":
             _copy_decoder(layer, block, root)
     if plan.kind != "dense":
         layer.gate.bias.sub_(layer.gate.weight @ (statistics.mean_y if plan.kind == "topk-sae" else statistics.mean_x))
-    if plan.kind == "mxd" and recipe.init == "pretrained":
+    if plan.kind == "mxd" and recipe.start == "pretrained":
         _start_near_one(layer, statistics)
     if plan.shared:
         _copy_decoder(layer, block, root)

@@ -15,7 +15,7 @@ from mxdsurgery.measuring.fidelity import measure
 from mxdsurgery.measuring.shares import Shares, warn_of_shortfalls
 from mxdsurgery.planning.effort import looking_runs
 from mxdsurgery.planning.plan import plan_layer
-from mxdsurgery.recipe import EXPERT_SHARE, SPECIALISE, Recipe
+from mxdsurgery.recipe import SPECIALISE, Recipe
 from mxdsurgery.training.distill import Progress, distill
 from mxdsurgery.training.initialize import initial_layer, measure_statistics
 from mxdsurgery.training.losses import distillation_loss, few_experts
@@ -141,8 +141,9 @@ def test_layers_are_trained_to_the_share_that_is_asked_for():
 
 def test_a_recipe_asks_for_a_share_or_for_a_weight():
     plain, share, none, weight = Recipe(), Recipe(expert_share=0.2), Recipe(expert_share=0), Recipe(specialise=0.01)
-    assert (plain.share_target, plain.penalty) == (EXPERT_SHARE, 0.0)
-    assert (share.share_target, share.penalty) == (0.2, 0.0)
+    assert (plain.share_target, plain.penalty, plain.start) == (None, SPECIALISE, "encoder")
+    assert (share.share_target, share.penalty, share.start) == (0.2, 0.0, "shared")
+    assert Recipe(expert_share=0.2, init="random").start == "random"
     assert (none.share_target, none.penalty) == (None, 0.0)
     assert (weight.share_target, weight.penalty) == (None, 0.01)
     joint = Recipe(inputs="joint")
