@@ -44,7 +44,6 @@ SUBJECTS = (
 ALL = tuple(model for model, _, _ in SUBJECTS)
 # Where the front is measured, and where layers are trained for longer.
 FRONT, LONGER = ("stories260K",), tuple(model for model, (data, _), _ in SUBJECTS if data != STDLIB[0])
-BEFORE = {"init": "encoder"}
 
 
 @dataclass(frozen=True)
@@ -66,20 +65,17 @@ class Variant:
 
 VARIANTS = (
     Variant("", ("mxd", "transcoder", "skip-transcoder", "topk-sae", "dense"), {}),
-    Variant(", expert_share 0", ("mxd",), {"expert_share": 0.0}),
-    Variant(", init encoder, specialise 0.003", ("mxd",), BEFORE | {"specialise": 0.003}),
+    Variant(", expert_share 0.5", ("mxd",), {"expert_share": 0.5}),
+    Variant(", init shared, specialise 0", ("mxd",), {"init": "shared", "specialise": 0.0}),
     Variant(", init random, specialise 0", ("mxd",), {"init": "random", "specialise": 0.0}),
     *(Variant(f", expert_share {share:g}", ("mxd",), {"expert_share": share}, FRONT) for share in (0.25, 0.75, 0.9)),
     *(
-        Variant(f", init encoder, expert_share {share:g}", ("mxd",), BEFORE | {"expert_share": share}, FRONT)
+        Variant(f", init encoder, expert_share {share:g}", ("mxd",), {"init": "encoder", "expert_share": share}, FRONT)
         for share in (0.25, 0.5, 0.75)
     ),
-    *(
-        Variant(f", init encoder, specialise {weight:g}", ("mxd",), BEFORE | {"specialise": weight}, FRONT)
-        for weight in (0.01, 0.03, 0.1)
-    ),
+    *(Variant(f", specialise {weight:g}", ("mxd",), {"specialise": weight}, FRONT) for weight in (0.01, 0.03, 0.1)),
     Variant(", 2M tokens", ("mxd", "transcoder"), {"tokens": LONG}, LONGER),
-    Variant(", init encoder, specialise 0.003, 2M tokens", ("mxd",), BEFORE | {"specialise": 0.003, "tokens": LONG}, LONGER),
+    Variant(", expert_share 0.5, 2M tokens", ("mxd",), {"expert_share": 0.5, "tokens": LONG}, LONGER),
 )
 # Built layers stand where a block is worth the most.
 BUILT_ON, BUILT_LAYER, BUILT_CONTEXTS = "demo-glu", 0, 96
@@ -145,13 +141,14 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
     of = [row for row in rows if row["model"] == FRONT[0] and not row.get("built") and "2M" not in row["name"]]
     mine = [row for row in of if row["kind"] in ("mxd", "transcoder", "skip-transcoder", "topk-sae")]
     for name, mark, belongs in (
-        ("init shared, a share asked for", "o-", lambda row: row["kind"] == "mxd" and "init" not in row["name"]),
+        ("init shared, a share asked for", "o-", lambda row: "mxd, expert_share" in row["name"]),
         ("init encoder, a share asked for", "s-", lambda row: "encoder, expert_share" in row["name"]),
-        ("init encoder, a fixed weight (specialise)", "^-", lambda row: "encoder, specialise" in row["name"]),
+        ("init encoder, a fixed weight (specialise)", "^-", lambda row: re.fullmatch("mxd(, specialise .*)?", row["name"])),
         ("other kinds", "x", lambda row: row["kind"] != "mxd"),
     ):
         points = sorted((min(row[share] for share in CARRIED), row["delta_ce"]) for row in mine if belongs(row))
-        axes.plot(*zip(*points, strict=True), mark, label=name)
+        if points:
+            axes.plot(*zip(*points, strict=True), mark, label=name)
     for row in mine:
         if row["kind"] != "mxd":
             axes.annotate(row["kind"], (min(row[share] for share in CARRIED), row["delta_ce"]), fontsize=7)
