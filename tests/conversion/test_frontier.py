@@ -65,23 +65,20 @@ def test_the_files_say_what_was_returned(made):
 
 
 def test_what_the_experts_can_claim_is_in_the_table_the_csv_and_the_chart(made):
-    row = made.rows[0]
+    number, row = next((n, row) for n, row in enumerate(made.rows) if row["few_experts_share"] is not None)
     table = made.table()
     for heading, name in (("beyond a few", "few_experts_share"), ("earned", "earned_share")):
         (column,) = [column for column in table.columns if column.header == heading]
-        assert [*column.cells] == [with_range(row, name, ".2f") for row in made.rows] and "[" in next(column.cells)
+        assert [*column.cells] == [with_range(row, name, ".2f") for row in made.rows] and "[" in [*column.cells][number]
     with (made.out / "frontier.csv").open() as file:
-        (first, *_) = csv.DictReader(file)
+        written = [*csv.DictReader(file)][number]
     for name in ("permuted_share", "shuffled_share", "random_gate_share", "few_experts_share", "earned_share"):
-        assert float(first[name]) == row[name] and float(first[f"{name}_high"]) == row[f"{name}_ci"][1]
+        assert float(written[name]) == row[name] and float(written[f"{name}_high"]) == row[f"{name}_ci"][1]
     drawn = frontier_chart(made.rows, "model", 3.0, made.tokens)
     assert [axes.get_ylabel() for axes in drawn.axes][1:] == ["expert share,\nbeyond a few", "expert share,\nearned"]
-    curves = [[line.get_ydata().tolist() for line in axes.containers[0].lines[:1]] for axes in drawn.axes]
-    mine = [row for row in made.rows if row["kind"] == "mxd"]
-    names = ("delta_ce", "few_experts_share", "earned_share")
-    assert curves == [[[row[name] for row in mine if row[name] is not None]] for name in names]
-    older = [{name: value for name, value in row.items() if not name.endswith("_share")} for row in made.rows]
-    assert len(frontier_chart(older, "model", 3.0, made.tokens).axes) == 1
+    for axes, name in zip(drawn.axes, ("delta_ce", "few_experts_share", "earned_share"), strict=True):
+        mine = [other[name] for other in made.rows if other["kind"] == row["kind"] and other[name] is not None]
+        assert mine in [one.lines[0].get_ydata().tolist() for one in axes.containers]
 
 
 def test_the_base_model_runs_once_for_all_of_them(tmp_path, monkeypatch):
