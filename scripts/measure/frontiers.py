@@ -54,9 +54,9 @@ SUBJECTS = (
 TOKENS = 2_000_896  # 977 steps of 2,048
 
 
-def measure_frontier(subject: Subject, shared: Path, runs: Path, kinds: tuple[str, ...], k: tuple[int, ...]) -> Frontier:
-    """Measures the frontier of one model; copies what the page needs to docs/frontier."""
-    made = mxdsurgery.frontier(
+def trained(subject: Subject, shared: Path, out: Path, kinds: tuple[str, ...], k: tuple[int, ...], **keys: str) -> Frontier:
+    """The frontier of one model, on the CPU in fp32."""
+    return mxdsurgery.frontier(
         **subject.paths(shared),
         layer=subject.layer,
         k=k,
@@ -65,13 +65,23 @@ def measure_frontier(subject: Subject, shared: Path, runs: Path, kinds: tuple[st
         eval_tokens=subject.eval_tokens,
         dtype="float32",
         device="cpu",
-        out=str(runs / subject.model),
+        out=str(out),
         reporter=ConsoleReporter(),
+        **keys,
     )
+
+
+def published(made: Frontier) -> dict[str, Any]:
+    """What a frontier's folder says, without local paths, and of which machine."""
     read = read_json(made.out / "frontier.json")
-    paths = {name: Path(read["settings"][name]).name for name in ("model", "data", "eval_data")}
-    read["settings"] |= paths  # no local paths in what is published
-    write_json(KEPT / f"{subject.model}.json", read | {"machine": machine()})
+    names = {name: Path(value).name for name in ("model", "data", "eval_data") if (value := read["settings"][name])}
+    return read | {"settings": read["settings"] | names, "machine": machine()}
+
+
+def measure_frontier(subject: Subject, shared: Path, runs: Path, kinds: tuple[str, ...], k: tuple[int, ...]) -> Frontier:
+    """Measures the frontier of one model; copies what the page needs to docs/frontier."""
+    made = trained(subject, shared, runs / subject.model, kinds, k)
+    write_json(KEPT / f"{subject.model}.json", published(made))
     shutil.copy(made.out / "frontier.png", KEPT / f"{subject.model}.png")
     return made
 
@@ -79,29 +89,16 @@ def measure_frontier(subject: Subject, shared: Path, runs: Path, kinds: tuple[st
 def measure_rivals(subject: Subject, shared: Path, runs: Path) -> None:
     """Measures the `RIVALS` on one model, each sparsity in a folder of its own; keeps all rows in docs/frontier/rivals/."""
     for sparsity, kinds in RIVALS.items():
-        made = mxdsurgery.frontier(
-            **subject.paths(shared),
-            layer=subject.layer,
-            k=(RIVALS_K,),
-            kinds=kinds,
-            sparsity=sparsity,
-            tokens=TOKENS,
-            eval_tokens=subject.eval_tokens,
-            dtype="float32",
-            device="cpu",
-            out=str(runs / f"{subject.model}-{sparsity}"),
-            reporter=ConsoleReporter(),
-        )
-        keep_rivals(subject.model, made)
+        out = runs / f"{subject.model}-{sparsity}"
+        keep_rivals(subject.model, trained(subject, shared, out, kinds, (RIVALS_K,), sparsity=sparsity))
 
 
 def keep_rivals(model: str, made: Frontier) -> None:
     """Puts rows of one sparsity beside those of the others in docs/frontier/rivals/, without local paths."""
-    path, read = RIVALS_FOLDER / f"{model}.json", read_json(made.out / "frontier.json")
+    path, read = RIVALS_FOLDER / f"{model}.json", published(made)
     others = [row for row in read_json(path, {"rows": []})["rows"] if row["sparsity"] != made.rows[0]["sparsity"]]
-    names = {name: Path(value).name for name in ("model", "data", "eval_data") if (value := read["settings"][name])}
     rows = sorted(read["rows"] + others, key=lambda row: (row["kind"], row["sparsity"] != "topk"))
-    write_json(path, read | {"rows": rows, "settings": read["settings"] | names, "machine": machine()})
+    write_json(path, read | {"rows": rows})
 
 
 def rival_rows(rows: list[dict[str, Any]]) -> Iterator[str]:
