@@ -83,7 +83,7 @@ def test_a_text_that_was_trained_on_is_left_out_under_another_name_and_in_anothe
         contexts = held_out(converted, recipe, copy, tokens=100_000)
     everything = held_out(converted, recipe, copy, tokens=100_000, any_text=True)
     left_out = len(everything) - len(contexts)
-    assert abs(left_out - TRAINED) <= (0 if order > 0 else 8)  # half and half at the seams with what was set aside
+    assert abs(left_out - TRAINED) <= (0 if order > 0 else 4)  # half and half at the seams with what was set aside
     assert trained_share(converted, contexts) == {"trained_on": 0}
     assert trained_share(converted, everything) == {"trained_on": left_out}
 
