@@ -27,7 +27,7 @@ class Healing:
         accumulate: forward and backward passes that a step is split into.
         checkpointing: compute the inside of each decoder layer twice, and keep less in memory.
         specialise: weight of the penalty on what frozen experts could do; default: ``SPECIALISE_FACTOR`` times the recipe's,
-            or `recipe.SPECIALISE` where it asks for a share.
+            or times `recipe.SPECIALISE` where that asks for a share.
         local: weight of each layer's own distance from its block's output; default: ``LOCAL``, or 0 with a cached teacher.
         patience: stop after so many validations in a row without a new best, in the second half of the steps; there are 10
             in all.

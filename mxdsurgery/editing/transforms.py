@@ -41,7 +41,7 @@ def check_transforms(edits: Edits, converted: Converted) -> None:
 
 
 def baked_transforms(edits: Edits, layer: int, held: dict[str, Tensor], experts: Transforms) -> dict[str, Tensor]:
-    """As `mxdsurgery.editing.edits.baked`, of a MOLT.
+    """As `mxdsurgery.editing.baking.baked`, of a MOLT.
 
     Args:
         edits: what to do, checked by `check_transforms`.

@@ -38,7 +38,7 @@ from mxdsurgery.measuring.jacobian import JacobianErrors
 from mxdsurgery.measuring.pace import Passes, measured_rates
 from mxdsurgery.measuring.remembering import remembering
 from mxdsurgery.measuring.scoring import Original, prediction_sums, run_original
-from mxdsurgery.measuring.usage import usage_figures, usage_from, use
+from mxdsurgery.measuring.usage import UsageSums, usage_figures
 from mxdsurgery.planning.calibrate import wide_rate
 from mxdsurgery.planning.effort import (
     ON_ALL,
@@ -201,11 +201,9 @@ def _statistics(
     """One pass over the text with the original model: each block's mean output (D,), and each candidate's use of experts.
 
     The derivatives of all layers are taken in the same pass.
-
-    The best constant for the experts' term s of a layer ``s * m + r`` is the least-squares one of each dimension,
-    ``c = Σ m (y - r) / Σ m²``; in a Mixture of Decoders, ``s = Cᵀ a``, ``m = D z`` and ``r = b``.
     """
-    sums: dict[tuple, Tensor | int] = defaultdict(int)
+    outputs: dict[int, Tensor | int] = defaultdict(int)
+    used = [{block.layer: UsageSums() for block in blocks} for _ in candidates]
     tokens, wide = 0, widest(batches[0].device)
     passes = statistics_passes(sum(map(len, batches)), batches[0].shape[1])
     for ids in batches:
@@ -214,16 +212,12 @@ def _statistics(
         nearby.add(recorded)
         for index, (x, y) in recorded.items():
             x, y = x[:, 1:].flatten(0, 1), y[:, 1:].flatten(0, 1).to(wide)
-            sums[index, "y"] = sums[index, "y"] + y.sum(0)
-            for number, layers in enumerate(candidates):
-                m, r = (part.to(wide).expand_as(y) for part in layers[index].dense_path(x))
-                new = {"my": (m * (y - r)).sum(0), "mm": m.square().sum(0)} | use(layers[index], x)
-                for name, value in new.items():
-                    sums[index, number, name] = sums[index, number, name] + value
+            outputs[index] = outputs[index] + y.sum(0)
+            for layers, sums in zip(candidates, used, strict=True):
+                sums[index].add(layers[index], x, y)
         progress.add(len(ids), Runs(max(b.layer for b in blocks) + 1, len(candidates) * len(blocks) * passes, 0))
-    outputs = {block.layer: sums[block.layer, "y"] / tokens for block in blocks}
-    used = [{i: usage_from(sums, i, number, tokens) for i in outputs} for number in range(len(candidates))]
-    return outputs, used
+    outputs = {block.layer: outputs[block.layer] / tokens for block in blocks}
+    return outputs, [{index: sums.usage() for index, sums in of_candidate.items()} for of_candidate in used]
 
 
 def _retrained(

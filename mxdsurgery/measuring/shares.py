@@ -20,9 +20,10 @@ from mxdsurgery.base.running import hidden_states
 from mxdsurgery.base.surgery import ConstantOutput, FrozenExperts, replaced, resumed_at
 from mxdsurgery.errors import MxDWarning
 from mxdsurgery.hardware.device import widest
-from mxdsurgery.measuring.controls import FewExperts, main_directions
+from mxdsurgery.measuring.controls import FewExperts
 from mxdsurgery.measuring.intervals import with_interval
 from mxdsurgery.measuring.scoring import Original, prediction_sums, run_original
+from mxdsurgery.measuring.usage import UsageSums
 from mxdsurgery.terminal.figures import with_range
 from mxdsurgery.training.cost import LayerPlan
 from mxdsurgery.training.share import SHARES
@@ -86,23 +87,19 @@ class Shares:
         self, layers: Mapping[LayerPlan, nn.Module], blocks: Sequence[Block]
     ) -> dict[LayerPlan, dict[str, nn.Module]]:
         """What each layer is compared with, from its use of experts on this text; without a block only the first time."""
-        sums: dict[tuple[LayerPlan, str], Tensor] = defaultdict(lambda: torch.zeros(()))
+        sums = {plan: UsageSums() for plan in layers}
         for ids in self.batches:
             recorded = record_activations(self.model, blocks, ids)
             for plan, layer in layers.items():
                 x, y = (part[:, 1:].flatten(0, 1).float() for part in recorded[plan.block.layer])
-                wide = widest(y.device)
-                m, r = (part.to(wide).expand_as(y) for part in layer.dense_path(x))
-                s = layer.experts(layer.coefficients(x)).to(wide)
-                for name, value in (("my", (m * (y - r)).sum(0)), ("mm", m.square().sum(0)), ("ss", s.T @ s)):
-                    sums[plan, name] = sums[plan, name].to(value) + value
+                sums[plan].add(layer, x, y.to(widest(y.device)))
         made = {}
         for plan, layer in layers.items():
-            my, mm, ss = (sums[plan, name] for name in ("my", "mm", "ss"))
+            usage = sums[plan].usage()
             made[plan] = {
                 "converted": layer,
-                "expert_share": FrozenExperts(layer, my / mm.clamp_min(1e-30)),
-                "few_experts_share": FewExperts(layer, main_directions(ss, mm).to(layer.bias)),
+                "expert_share": FrozenExperts(layer, usage.best_constant),
+                "few_experts_share": FewExperts(layer, usage.few.to(layer.bias)),
             }
             if plan.block.layer not in self._without:
                 made[plan]["zero"] = ConstantOutput(torch.zeros_like(layer.bias))

@@ -3,6 +3,7 @@
 Shapes: n tokens, D model width, N experts.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +17,31 @@ from mxdsurgery.measuring.controls import Usage
 from mxdsurgery.measuring.intervals import frequency_decades
 
 
-def usage_from(sums: dict[tuple, Tensor], index: int, number: int, tokens: int) -> Usage:
-    """What the sums over so many tokens say of one layer."""
-    my, mm, fired, amount, ss = (sums[index, number, name] for name in ("my", "mm", "fired", "amount", "ss"))
-    return Usage(my / mm.clamp_min(1e-30), controls.main_directions(ss, mm) if len(fired) else None, fired, amount, tokens)
+class UsageSums:
+    """Sums over the tokens of a text of how one layer uses its experts on original inputs.
+
+    The best constant for the experts' term s of a layer ``s * m + r`` is the least-squares one of each dimension,
+    ``c = Σ m (y - r) / Σ m²``; in a Mixture of Decoders, ``s = Cᵀ a``, ``m = D z`` and ``r = b``.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.sums: dict[str, Tensor | int] = defaultdict(int)
+
+    @torch.no_grad()
+    def add(self, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        """Counts tokens in: the block's x and y (n, D), y in the widest dtype."""
+        m, r = (part.to(y.dtype).expand_as(y) for part in layer.dense_path(x))
+        new = {"my": (m * (y - r)).sum(0), "mm": m.square().sum(0)} | use(layer, x)
+        for name, value in new.items():
+            self.sums[name] = self.sums[name] + value
+        self.tokens += len(x)
+
+    def usage(self) -> Usage:
+        """What they say of the layer."""
+        my, mm, fired, amount, ss = (self.sums[name] for name in ("my", "mm", "fired", "amount", "ss"))
+        few = controls.main_directions(ss, mm) if len(fired) else None
+        return Usage(my / mm.clamp_min(1e-30), few, fired, amount, self.tokens)
 
 
 @torch.no_grad()

@@ -158,9 +158,9 @@ class Calibration:
 
     def looking_seconds(self, layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe) -> float:
         """Seconds to measure, again and again, what the experts of layers in training carry; 0 where no share is asked for."""
-        if recipe.share_target is None or recipe.kind != "mxd":
+        blocks = [layer.block for layer in layers if layer.kind == "mxd"]
+        if recipe.share_target is None or not blocks:
             return 0.0
-        blocks = [layer.block for layer in layers]
         rates = self.rates(largest_layer(layers), base, max(block.layer for block in blocks), recipe.batch // recipe.context)
         contexts = len(LOOKS) * max(1, look_tokens(recipe.tokens) // recipe.context)
         return contexts * rates.seconds(looking_runs(blocks, len(base.layer_parameters)))

@@ -123,14 +123,13 @@ def initial_layer(model: PreTrainedModel, plan: LayerPlan, recipe: Recipe, stati
         layer.experts.normalize()
     elif plan.kind in ("mxd", "dense") and recipe.start != "random":
         _copy_encoder(layer, block, root)
-        if recipe.start == "pretrained":
+        if recipe.start == "pretrained" or plan.shared:
             _copy_decoder(layer, block, root)
     if plan.kind != "dense":
         layer.gate.bias.sub_(layer.gate.weight @ (statistics.mean_y if plan.kind == "topk-sae" else statistics.mean_x))
     if plan.kind == "mxd" and recipe.start == "pretrained":
         _start_near_one(layer, statistics)
     if plan.shared:
-        _copy_decoder(layer, block, root)
         _start_as_shared(layer, statistics, text_shares(recipe))
     return layer
 
@@ -158,7 +157,7 @@ def _start_near_one(layer: MxDLayer, statistics: Statistics) -> None:
     """All pre-activations near 1, C constant: Cᵀa = 1 up to the spread, whichever experts are chosen."""
     warnings.warn(
         "init: pretrained is faithful from the start because the dense path does all the work: expert_share will be "
-        "near 0 and the experts mean little. Use init: shared to study experts.",
+        "near 0 and the experts mean little. Use init: encoder, or ask for an expert_share, to study experts.",
         MxDWarning,
         stacklevel=4,
     )

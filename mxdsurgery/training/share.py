@@ -10,8 +10,7 @@ It falls faster than the share of the loss, in each layer at its own rate; so it
 of its own, and the layer learns by which power of one it has to ask for the other.
 
 The penalty is small until the layer has learned what its block does; then it grows in layers that fall behind. Where the
-experts carry enough nothing is added: a layer is not brought down to the target. docs/training.md has other ways that were
-tried.
+experts carry enough nothing is added: a layer is not brought down to the target. docs/tried.md has other ways that were tried.
 """
 
 import math
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.parallel import sum_of_all
 from mxdsurgery.terminal.console import compact
+from mxdsurgery.text.sources import VALIDATION_TOKENS
 from mxdsurgery.training.cost import LayerPlan
 from mxdsurgery.training.losses import distillation_loss, few_experts, how_few
 
@@ -33,8 +33,9 @@ SharesOf = Callable[[Mapping[LayerPlan, nn.Module]], dict[LayerPlan, dict[str, f
 
 # The share is measured after these shares of the steps.
 LOOKS = (0.08, 0.16, 0.3, 0.5, 0.65, 0.8, 0.9, 0.96)
-# On so many tokens: this share of those that are trained on; at least so many, but no more than another share; and at most.
-_LOOKED_AT, _LEAST_LOOKED_AT, _OF_FEW, MOST_LOOKED_AT = 1 / 128, 4096, 1 / 32, 8192
+# On so many tokens of those that are set aside: this share of what is trained on; at least so many, but no more than another
+# share.
+_LOOKED_AT, _LEAST_LOOKED_AT, _OF_FEW = 1 / 128, 4096, 1 / 32
 # The penalty's weight: at first and at least, at most, and how many times it can grow e-fold in a training, from when on.
 _LEAST, _MOST, _GROWTH, _GROWS_FROM = 0.3, 1.0, 9.0, 0.1
 # A layer falls behind if more than this is missing of the share that is asked for.
@@ -52,7 +53,7 @@ _REMEMBERED = 10
 def look_tokens(tokens: int) -> int:
     """On how many tokens the share is measured in a training on so many."""
     least = min(_LEAST_LOOKED_AT, _OF_FEW * tokens)
-    return min(round(max(_LOOKED_AT * tokens, least)), MOST_LOOKED_AT)
+    return min(round(max(_LOOKED_AT * tokens, least)), VALIDATION_TOKENS)
 
 
 def look_steps(steps: int) -> list[int]:
