@@ -258,7 +258,7 @@ class Recipe:
             raise RecipeError(
                 f"recipe keys 'expert_share' and 'inputs' are {self.expert_share:g} and 'joint'",
                 expected="inputs: original, or converted: end to end, no share is steered toward",
-                fix="leave out --expert-share and give --specialise, or train with --inputs original, or --inputs converted",
+                fix="leave out --expert-share, or train with --inputs original, or --inputs converted",
                 keys=("expert_share", "inputs"),
             )
         if self.auxk > 0 and self.inputs == "joint":
