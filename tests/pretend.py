@@ -6,17 +6,18 @@ Apple's devices, the poorest that it knows, by torch's own table of operations.
 """
 
 import functools
-import importlib
 import json
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torchgen
 import yaml
 from accelerate import PartialState
 from accelerate.utils import offload
+from running import without_reloads
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -196,8 +197,7 @@ def main() -> None:
     print(json.dumps({"refusals": refusals(), "without sums of rows": without_sums_of_rows()}))
     import check_device
 
-    for module in ("checkpoint.export", "editing.edit", "conversion.heal_record"):  # no fresh process has the device
-        importlib.import_module(f"mxdsurgery.{module}").check_reload = lambda *_, **__: {"logits": 0.0, "hidden": 0.0}
+    without_reloads(pytest.MonkeyPatch())  # no fresh process has the device
     with tempfile.TemporaryDirectory() as folder:
         for row in check_device.compared(Path(folder), "auto", 2_048):
             print(json.dumps(row), flush=True)

@@ -1,9 +1,12 @@
 """For tests that run commands, scripts and examples: where files are, what a command printed, Ctrl-C at a chosen moment."""
 
+import gc
 import os
 import random
+import subprocess
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -60,3 +63,39 @@ def watch_models(monkeypatch):
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
     return made
+
+
+def without_reloads(patch: pytest.MonkeyPatch) -> None:
+    """Spares tests of something else the fresh process that loads what was written."""
+
+    def reloaded(_folder: Path, reference: Any) -> tuple[dict[str, torch.Tensor], str]:
+        return reference.outputs, str(reference.device)
+
+    patch.setattr("mxdsurgery.checkpoint.export._reloaded", reloaded)
+
+
+def held_at_reload(patch: pytest.MonkeyPatch) -> list[int]:
+    """Gets the bytes of weights that this process has, beyond now, each time that a fresh one loads what was written."""
+    from mxdsurgery.checkpoint import export
+
+    gc.collect()
+    before, held, reloaded, run = _matrix_bytes(), [], export._reloaded, export._run_reload
+
+    def with_reference(folder: Path, reference: Any) -> tuple[dict[str, torch.Tensor], str]:
+        held.append(-before - sum(output.nbytes for output in reference.outputs.values()))
+        return reloaded(folder, reference)
+
+    def counted(*given: Any) -> subprocess.CompletedProcess[str]:
+        held[-1] += _matrix_bytes()
+        return run(*given)
+
+    patch.setattr(export, "_reloaded", with_reference)
+    patch.setattr(export, "_run_reload", counted)
+    return held
+
+
+def _matrix_bytes() -> int:
+    """Of all that any floating-point matrix of this process lies in."""
+    tensors = [made for made in gc.get_objects() if issubclass(type(made), torch.Tensor)]
+    stored = (made.untyped_storage() for made in tensors if made.is_floating_point() and made.ndim > 1 and not made.is_meta)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in stored}.values())

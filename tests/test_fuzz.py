@@ -5,12 +5,13 @@ Always the same ones; the script makes others, for as long as one likes.
 
 import fuzz
 import pytest
+from running import without_reloads
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("mxdsurgery.checkpoint.export.check_reload", lambda *_: {"logits": 0.0})  # other tests do it
+        without_reloads(patched)  # other tests do it
         return fuzz.Place(tmp_path_factory.mktemp("fuzz"))
 
 

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import dispatch_model
+from running import without_reloads
 from tiny import RECIPE, export_tiny, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -37,7 +38,7 @@ QUICK = {"layers": "0", "context": 16, "batch": 256, "tokens": 5120, "eval_token
 @pytest.fixture(autouse=True)
 def not_reloaded(monkeypatch):
     """Other tests reload what is exported in a process of its own; here one does."""
-    monkeypatch.setattr("mxdsurgery.checkpoint.export.check_reload", lambda *_: {"logits": 0.0, "hidden": 0.0})
+    without_reloads(monkeypatch)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from mxdsurgery.base.activations import record_activations, stream_activations
 from mxdsurgery.base.finding import find_blocks
 from mxdsurgery.base.model import load_tokenizer
 from mxdsurgery.checkpoint.converted import converted_config_class, converted_model_class
-from mxdsurgery.checkpoint.export import export
+from mxdsurgery.checkpoint.export import check_reload, write_converted, write_evaluation, written_as
 from mxdsurgery.editing.predictions import Opened
 from mxdsurgery.layers.layer import MxDLayer
 from mxdsurgery.layers.replacement import LAYER_KINDS
@@ -134,7 +134,10 @@ def export_tiny(family, out, layers=(0, 1), dtype=torch.float32, recipe=RECIPE, 
     name = str(dtype).removeprefix("torch.")
     plan = Plan(family, None, family, type(model).__name__, name, model.num_parameters(), "small.yaml", 1, plans)
     evaluation = measure(model, blocks, made, IDS, batch=64)
-    differences = export(model, made, plan, recipe, evaluation, load_tokenizer("demo-glu"), IDS, out)
+    with written_as(out, "checkpoint", plan.model, plan.revision) as folder:
+        reference = write_converted(folder, model, made, plan, recipe, load_tokenizer("demo-glu"), IDS)
+        differences = check_reload(folder, reference)
+        write_evaluation(folder, evaluation, plan, recipe)
     return model, blocks, made, differences
 
 

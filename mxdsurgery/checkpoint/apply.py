@@ -1,6 +1,5 @@
 """``apply``: rebuilds the whole checkpoint from an adapter and its base model; also makes an adapter from a checkpoint."""
 
-import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -98,8 +97,7 @@ def apply(
         vocabulary = converted.model.get_input_embeddings().weight.shape[0]
         ids = (torch.arange(_CHECKED[0] * _CHECKED[1]) * 7919 % vocabulary).view(_CHECKED)
         reference = reference_outputs(converted.model, ids)
-        del converted
-        gc.collect()  # what is written is loaded in another process, with no model beside it
+        del converted  # what is written is loaded in another process, with no model beside it
         differences = check_reload(staging, reference)
         keep_words(target, staging)
     for name in differs:

@@ -1,17 +1,17 @@
-"""``export``: writes a converted model as a folder that plain transformers loads, and checks that it does.
+"""Writes a converted model as a folder that plain transformers loads, and checks that it does.
 
-The folder appears whole or not at all: it is written beside its place, reloaded there in a fresh process that cannot import
-mxdsurgery, compared with the model in memory, and only then renamed.
+The folder appears whole or not at all: it is written beside its place (`written_as`), reloaded there in a fresh process that
+cannot import mxdsurgery, compared with what the model in memory computed (`check_reload`), and only then renamed. Whoever
+wrote it lets go of the model before the check: two of them may be more than the memory holds.
 """
 
-import dataclasses
+import gc
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +26,6 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import mxdsurgery.layers
 from mxdsurgery.aside import file_aside
-from mxdsurgery.base.config import own_code
 from mxdsurgery.base.dtypes import as_stored, computed_in
 from mxdsurgery.base.offload import SHARD_BYTES, adopt_hooks, execution_device, is_offloaded
 from mxdsurgery.base.running import RUN, logits_of, run_base
@@ -125,61 +124,57 @@ save_file({"logits": logits.cpu().contiguous(), "hidden": hidden.cpu().contiguou
 )
 
 
-def export(
+class Reference(NamedTuple):
+    """What a model in memory computes for ids (B, T): ``logits`` and ``hidden`` states by name; the device and the dtype; and
+    whether its weights lie on disk."""
+
+    ids: Tensor
+    outputs: dict[str, Tensor]
+    device: torch.device
+    dtype: torch.dtype
+    offloaded: bool = False
+
+
+def write_converted(
+    folder: Path,
     model: PreTrainedModel,
     layers: dict[int, nn.Module],
     plan: Plan,
     recipe: Recipe,
-    evaluation: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     check_ids: Tensor,
-    out: Path,
-    within: Path | None = None,
     terms: Sequence[Path] = (),
     trained_on: TrainedOn | None = None,
-) -> dict[str, float]:
-    """Writes the converted model's folder, whole or not at all.
+) -> Reference:
+    """Writes the converted model's folder, all but evaluation and card.
 
     Args:
+        folder: to write into; see `written_as`.
         model: the original model. Its weights are left as they are stored: see `mxdsurgery.base.dtypes.as_stored`.
         layers: by layer index, in the model's dtype and on its device.
         plan: which layers were converted, and into what.
         recipe: how.
-        evaluation: `measure`'s figures; if they have a record of the training, the seconds of the export are added to it.
         tokenizer: the model's.
         check_ids: (B, T) int64 token ids to compare the reloaded model's logits on.
-        out: the folder to write; see `check_output`.
-        within: see `written_whole`.
         terms: the base model's licence and what belongs to it, which go with the result.
         trained_on: the record of what the layers were trained on.
 
     Returns:
-        The largest absolute difference of the reloaded model's ``logits`` and ``hidden`` states from the ones in memory.
-
-    Raises:
-        OutputError: the folder cannot be written.
-        ExportError: it was written, but does not load or computes something else. ``out`` is then not written.
+        What the converted model computes, for `check_reload`.
     """
-    start = time.perf_counter()
-    with written_as(out, recipe.format, plan.model, plan.revision, within, own_code(model.config)) as staging:
-        with replaced(model, plan.blocks, layers):
-            reference = reference_outputs(model, check_ids)
-            as_stored(model)
-            _save_weights(model, plan, staging)
-        tokenizer.save_pretrained(staging)
-        write_code(model, staging)
-        for path in terms:
-            shutil.copyfile(path, staging / path.name)
-        if trained_on is not None:
-            trained_on.write(staging)
-        whole = dataclasses.replace(recipe, format="checkpoint")  # an adapter rebuilds to one
-        (staging / RECIPE_FILE).write_text(whole.to_yaml(), encoding="utf-8")
-        write_json(staging / PLAN_FILE, plan.to_dict())
-        differences = check_reload(staging, reference, is_offloaded(model))
-        if "training" in evaluation:
-            evaluation["training"]["measured"]["export_seconds"] = round(time.perf_counter() - start, 1)
-        write_evaluation(staging, evaluation, plan, whole)
-        return differences
+    with replaced(model, plan.blocks, layers):
+        reference = reference_outputs(model, check_ids)
+        as_stored(model)
+        _save_weights(model, plan, folder)
+    tokenizer.save_pretrained(folder)
+    write_code(model, folder)
+    for path in terms:
+        shutil.copyfile(path, folder / path.name)
+    if trained_on is not None:
+        trained_on.write(folder)
+    (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    write_json(folder / PLAN_FILE, plan.to_dict())
+    return reference
 
 
 def write_evaluation(folder: Path, evaluation: dict[str, Any], plan: Plan, recipe: Recipe) -> None:
@@ -256,15 +251,6 @@ def _module_in(folder: Path, made: type) -> str:
     return f".{file.stem}"
 
 
-class Reference(NamedTuple):
-    """What a model in memory computes for ids (B, T): ``logits`` and ``hidden`` states by name; the device and the dtype."""
-
-    ids: Tensor
-    outputs: dict[str, Tensor]
-    device: torch.device
-    dtype: torch.dtype
-
-
 @torch.no_grad()
 def reference_outputs(model: PreTrainedModel, ids: Tensor) -> Reference:
     """Runs the model in memory, for `check_reload` to compare with."""
@@ -274,7 +260,7 @@ def reference_outputs(model: PreTrainedModel, ids: Tensor) -> Reference:
         "logits": logits_of(model, here).cpu(),
         "hidden": run_base(model, here).cpu(),  # logits, where a family has no base model
     }
-    return Reference(ids.cpu(), outputs, device, computed_in(model))
+    return Reference(ids.cpu(), outputs, device, computed_in(model), is_offloaded(model))
 
 
 def _run_reload(words: Sequence[str], environment: Mapping[str, str], folder: str) -> subprocess.CompletedProcess[str]:
@@ -291,16 +277,17 @@ def _ended_for_memory(process: subprocess.CompletedProcess[str]) -> bool:
     return process.returncode == -signal.SIGKILL or any(words in said for words in _NO_MEMORY)
 
 
-def _reloaded(folder: Path, reference: Reference, offloaded: bool) -> tuple[dict[str, Tensor], str]:
+def _reloaded(folder: Path, reference: Reference) -> tuple[dict[str, Tensor], str]:
     """What a fresh process without mxdsurgery computes, and on which device: the reference's, or the CPU if it is too full."""
-    empty_cache(reference.device.type)  # of the device's memory, this process still holds what it does not use
+    gc.collect()  # of a model that was let go, what refers to itself is still there,
+    empty_cache(reference.device.type)  # and of the device's memory, this process still holds what it does not use
     with tempfile.TemporaryDirectory() as scratch:
         given, result = Path(scratch) / "given.safetensors", Path(scratch) / "result.safetensors"
         save_file({"input_ids": reference.ids.contiguous()}, given)
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "TQDM_DISABLE": "1"}
         for device in dict.fromkeys((str(reference.device), "cpu")):
             words = [str(folder), str(given), str(result), device, str(reference.dtype).removeprefix("torch.")]
-            process = _run_reload([*words, *(["offloaded"] if offloaded else [])], environment, scratch)
+            process = _run_reload([*words, *(["offloaded"] if reference.offloaded else [])], environment, scratch)
             if process.returncode == 0:
                 return load_file(result), device
             if not _ended_for_memory(process):
@@ -316,16 +303,19 @@ def _reloaded(folder: Path, reference: Reference, offloaded: bool) -> tuple[dict
     )
 
 
-def check_reload(folder: Path, reference: Reference, offloaded: bool = False) -> dict[str, float]:
+def check_reload(folder: Path, reference: Reference) -> dict[str, float]:
     """Loads the folder in a fresh process without mxdsurgery and compares outputs, on the reference's device and in its dtype.
 
-    Where the device has no room for a second model, it is loaded on the CPU, whose products are rounded otherwise. With
-    ``offloaded``, for models too large for the memory, that process also reads weights only as it needs them.
+    Where the device has no room for it, it is loaded on the CPU, whose products are rounded otherwise. Where the model in
+    memory had its weights on disk, that process also reads weights only as it needs them.
+
+    Returns:
+        The largest absolute difference of the reloaded model's ``logits`` and ``hidden`` states from the reference's.
 
     Raises:
         ExportError: the folder does not load, there is no memory for it, or outputs differ by more than the dtype's rounding.
     """
-    reloaded, device = _reloaded(folder, reference, offloaded)
+    reloaded, device = _reloaded(folder, reference)
     differences = {}
     roundings = 8 if torch.device(device).type == reference.device.type else 64
     for name, wanted in reference.outputs.items():

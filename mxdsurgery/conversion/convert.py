@@ -2,18 +2,22 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mxdsurgery.base.blocks import Block
+from mxdsurgery.base.config import own_code
 from mxdsurgery.base.model import BaseModel
 from mxdsurgery.base.offload import move
 from mxdsurgery.base.terms import terms_of
 from mxdsurgery.checkpoint.converted import PLAN_FILE, RECIPE_FILE
-from mxdsurgery.checkpoint.export import export
+from mxdsurgery.checkpoint.export import check_reload, write_converted, write_evaluation, written_as
 from mxdsurgery.checkpoint.trained_on import TrainedOn, text_used
 from mxdsurgery.checkpoint.writing import check_output, check_room, write_json
 from mxdsurgery.conversion.shared_run import shared_run
@@ -101,16 +105,7 @@ def convert(
             texts = open_texts(resolved, tokenizer)
         memory = PeakMemory(accelerator.device.type)
         training = Training(len(mine.groups))
-        base, found_out = base_model.load_examined(
-            mine.blocks,
-            dtype=made.dtype,
-            compute=settled.compute,
-            device=accelerator.device,
-            offload=run.scratch if made.offloaded else None,
-        )
-        run.confirm(base=found_out.digest)
-        proven = f"{len(mine.blocks)} blocks recomputed from their weights, largest relative error {found_out.error:.1e}"
-        reporter.say(f"proof      {proven}")
+        base = _loaded(base_model, mine.blocks, made, settled.compute, accelerator.device, run, reporter)
         train_groups(base, mine, texts, settled, accelerator, training, reporter, run)
         collect(training, shares, base, accelerator.device)
         if rank():
@@ -127,7 +122,14 @@ def convert(
         if trained_on is not None:
             evaluation |= trained_on.share_of(texts.heldout)
         check, terms = texts.heldout[:_CHECK_CONTEXTS], terms_of(base_model.source, base_model.commit)
-        differences = export(base, layers, made, resolved, evaluation, tokenizer, check, out, run.scratch, terms, trained_on)
+        start, whole = time.perf_counter(), dataclasses.replace(resolved, format="checkpoint")  # an adapter rebuilds to one
+        with written_as(out, resolved.format, made.model, made.revision, run.scratch, own_code(base.config)) as staging:
+            reference = write_converted(staging, base, layers, made, whole, tokenizer, check, terms, trained_on)
+            del base, layers
+            training.layers.clear()  # what is written is loaded in another process, with no model beside it
+            differences = check_reload(staging, reference)
+            record["measured"]["export_seconds"] = round(time.perf_counter() - start, 1)
+            write_evaluation(staging, evaluation, made, whole)
         reporter.say(
             f"exported   {resolved.out}; reloaded without mxdsurgery, logits differ by at most {differences['logits']:.1g}"
         )
@@ -190,6 +192,24 @@ def _my_share(made: Plan, recipe: Recipe, base_model: BaseModel, run: RunFolder)
     return mine, shares
 
 
+def _loaded(
+    base_model: BaseModel,
+    blocks: Sequence[Block],
+    made: Plan,
+    compute: str,
+    device: torch.device,
+    run: RunFolder,
+    reporter: Reporter,
+) -> PreTrainedModel:
+    """The model to convert, with the blocks to convert proven; a resumed run refuses another than it began with."""
+    offload = run.scratch if made.offloaded else None
+    base, found_out = base_model.load_examined(blocks, dtype=made.dtype, compute=compute, device=device, offload=offload)
+    run.confirm(base=found_out.digest)
+    proven = f"{len(blocks)} blocks recomputed from their weights, largest relative error {found_out.error:.1e}"
+    reporter.say(f"proof      {proven}")
+    return base
+
+
 def _evaluated(
     base: PreTrainedModel,
     layers: dict[int, nn.Module],
@@ -220,7 +240,7 @@ def _evaluated(
 def _training_record(made: Plan, training: Training, peak_bytes: int | None, evaluation_seconds: float) -> dict[str, Any]:
     """For evaluation.json: what was trained, and planned beside measured values (None: not planned, or not measured).
 
-    `export` adds how long the export took.
+    `convert` adds how long the export took.
     """
 
     def rounded(seconds: float | None) -> float | None:

@@ -15,7 +15,7 @@ from mxdsurgery.base.dtypes import compute_in
 from mxdsurgery.base.examination import weights_digest
 from mxdsurgery.base.lora import Adapters, check_peft, healed_maps, projections
 from mxdsurgery.checkpoint.converted import Converted, chosen_dtype, load, saved_recipe
-from mxdsurgery.checkpoint.export import written_as
+from mxdsurgery.checkpoint.export import check_reload, written_as
 from mxdsurgery.checkpoint.writing import check_apart, check_output, check_room_for_copy
 from mxdsurgery.conversion.heal_record import Healed, heldout_kl, record_of, say_healed, trained_on_now, write_healed
 from mxdsurgery.conversion.heal_text import Answered, HealingTexts, healing_texts, with_answers, with_kept_answers
@@ -98,13 +98,11 @@ def heal(
         recipe = _settled(converted, recipe, compute, run, reporter)
         accelerator = make_accelerator(recipe)
         texts = healing_texts(converted, saved, recipe, how.data, reporter)
-        original = load_original(converted, base or recipe.model, recipe).to(accelerator.device)
-        run.confirm(original=weights_digest(original))
+        original = _original(converted, base, recipe, accelerator.device, run)
         healed = _open_for_healing(converted, original, recipe, how, reporter)
         state = _where_it_stands(size * how.accumulate * recipe.context, healed, recipe, run, reporter)
         answered = _answered(original, healed, texts, size, run.scratch, how, recipe, state)
-        if how.teacher == "cached":
-            original = None
+        original = None if how.teacher == "cached" else original
         step = _train(healed, texts, answered, recipe, how, accelerator, state, run, reporter)
         if rank():
             accelerator.end_training()
@@ -113,7 +111,9 @@ def heal(
         del answered, original  # `evaluate` loads it anew
         origin = (converted.plan.model, converted.plan.revision) if base is None else (base, None)
         with written_as(target, how.format, *origin, within=run.scratch, trust_remote_code=trust) as checkpoint:
-            write_healed(healed, checkpoint, step, how, texts.validation[:_CHECK_CONTEXTS], record)
+            reference = write_healed(healed, checkpoint, step, how, texts.validation[:_CHECK_CONTEXTS], record)
+            del converted, healed, state  # what is written is loaded in another process, with no model beside it
+            check_reload(checkpoint, reference)
             where |= {"data": texts.measured_on, "contexts": texts.heldout, "compute": recipe.compute}
             evaluation = evaluate(checkpoint, **where, reporter=reporter)
     accelerator.end_training()
@@ -127,6 +127,13 @@ def _settled(converted: Converted, recipe: Recipe, compute: str | None, run: Run
     settled = run.as_begun(settled, reporter.say)
     compute_in(converted.model, getattr(torch, settled.compute))
     return settled
+
+
+def _original(converted: Converted, base: str | None, recipe: Recipe, device: torch.device, run: RunFolder) -> PreTrainedModel:
+    """The original model; a resumed run refuses another than it began with."""
+    original = load_original(converted, base or recipe.model, recipe).to(device)
+    run.confirm(original=weights_digest(original))
+    return original
 
 
 def _where_it_stands(step: int, healed: Healed, recipe: Recipe, run: RunFolder, reporter: Reporter) -> EndToEnd:

@@ -13,7 +13,7 @@ from mxdsurgery.base.dtypes import as_stored, compute_in, computed_in
 from mxdsurgery.base.lora import ADAPTER_FOLDER, Adapters
 from mxdsurgery.checkpoint.adapter import ABOUT
 from mxdsurgery.checkpoint.converted import Converted
-from mxdsurgery.checkpoint.export import check_reload, reference_outputs, write_code
+from mxdsurgery.checkpoint.export import Reference, reference_outputs, write_code
 from mxdsurgery.checkpoint.trained_on import TrainedOn, text_used
 from mxdsurgery.conversion.heal_text import Answered, HealingTexts
 from mxdsurgery.conversion.healing import Healing
@@ -93,8 +93,8 @@ def trained_on_now(texts: HealingTexts, read: Read) -> TrainedOn | None:
 
 def write_healed(
     healed: Healed, folder: Path, step: dict[str, Any], how: Healing, check: Tensor, record: TrainedOn | None
-) -> None:
-    """Writes the healed model's folder, all but evaluation and card; reloads it in a fresh process and compares."""
+) -> Reference:
+    """Writes the healed model's folder, all but evaluation and card; returns what it computes, for `check_reload`."""
     converted, adapters = healed.converted, healed.adapters
     for path in converted.folder.iterdir():
         if path.is_file() and path.name not in ABOUT and ".safetensors" not in path.name:
@@ -115,4 +115,4 @@ def write_healed(
     model.config.mxd["healed"] = [*model.config.mxd.get("healed", []), step]
     model.save_pretrained(folder, max_shard_size="5GB", save_original_format=False)
     write_code(model, folder)
-    check_reload(folder, reference)
+    return reference

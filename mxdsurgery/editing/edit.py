@@ -1,7 +1,6 @@
 """``edit``: puts edits of experts into the weights of a converted model, in a new folder, and takes them back."""
 
 import dataclasses
-import gc
 import json
 import shutil
 import warnings
@@ -140,8 +139,7 @@ def edit(
         _note(staging, [*steps, result], plan, recipe)
         with in_weights(made):
             reference = reference_outputs(before.model, ids[:_CHECKED])
-        del before, made
-        gc.collect()  # what is written is loaded in another process, with no model beside it
+        del before, made  # what is written is loaded in another process, with no model beside it
         check_reload(staging, reference)
     why = {} if unmeasured is None else {"unmeasured": unmeasured}
     return result | why | {"out": str(target), "fingerprint": named.model}

@@ -85,8 +85,8 @@ class EndToEnd(Progress):
         kl: KL(original ‖ converted) on the training text since the last look, nats per token.
         validation: (step, KL) on the validation text, of the layers as they would be written; the first is of the start.
         best_step: the step at which KL on the validation text was lowest; 0 is the start.
-        best: the layers' weights at that step, rounded as they will be stored, on the CPU.
-        best_adapters: the adapters' weights at that step, on the CPU.
+        best: while it trains, the layers' weights at that step, rounded as they will be stored, on the CPU.
+        best_adapters: while it trains, the adapters' weights at that step, on the CPU.
         stopped: whether it ended early, because no new best came.
     """
 
@@ -408,6 +408,7 @@ class _Trainer:
             job.finish(plan.k)
         if self.adapters is not None:
             self.adapters.load(self.state.best_adapters)
+        self.state.best, self.state.best_adapters = {}, {}
 
 
 def _as_written(plan: LayerPlan, layer: nn.Module, model: PreTrainedModel) -> nn.Module:

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook
-from running import ROOT
+from running import ROOT, without_reloads
 from safetensors.torch import load_file
 from tiny import IDS, RECIPE, export_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -159,7 +159,7 @@ def test_blocks_on_disk_compute_the_same_with_less_in_memory(converted, run):
 
 
 def test_the_threshold_is_never_rounded_whatever_a_checkpoint_is_loaded_in(tmp_path, monkeypatch):
-    monkeypatch.setattr("mxdsurgery.checkpoint.export.check_reload", lambda *_: {})
+    without_reloads(monkeypatch)
     wanted, ids, least = torch.tensor(0.3012), torch.randint(1, 64, (64, 64), generator=torch.Generator().manual_seed(5)), {}
     for dtype in (torch.bfloat16, torch.float16):
         out = tmp_path / str(dtype)
@@ -196,7 +196,7 @@ def test_the_threshold_is_never_rounded_whatever_a_checkpoint_is_loaded_in(tmp_p
     ],
 )
 def test_every_kind_of_layer_works_from_disk_as_a_whole_and_in_parts(family, changes, tmp_path, monkeypatch):
-    monkeypatch.setattr("mxdsurgery.checkpoint.export.check_reload", lambda *_: {})
+    without_reloads(monkeypatch)
     out = tmp_path / "out"
     export_tiny(family, out, recipe=dataclasses.replace(RECIPE, **changes))
     model = load(out)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from running import without_reloads
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, IDS, export_tiny
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -30,7 +31,7 @@ def test_a_fresh_process_without_mxdsurgery_computes_the_same_logits(family, tmp
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_auto_classes_load_it_as_a_subclass_of_the_familys_own(family, tmp_path, monkeypatch):
-    monkeypatch.setattr("mxdsurgery.checkpoint.export.check_reload", lambda *_: {})  # this test does it in this process
+    without_reloads(monkeypatch)  # this test does it in this process
     model, blocks, layers, _ = export_tiny(family, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert isinstance(loaded, type(model)) and type(loaded).__name__ == f"MxD{type(model).__name__}"

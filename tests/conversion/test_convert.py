@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
-from running import ROOT
+from running import ROOT, held_at_reload
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -152,6 +152,14 @@ def test_the_commands_do_what_the_functions_do(tmp_path, whole_reloads):
     assert json.loads(measured.stdout)["all"] == json.loads((out / "evaluation.json").read_text())["all"]
     spoken = CliRunner().invoke(main, ["generate", str(out), "--prompt", "import", "--max-new-tokens", "5"])
     assert spoken.exit_code == 0 and spoken.output.startswith("import")
+
+
+@pytest.mark.parametrize("inputs", ["original", "joint"])
+def test_no_model_is_in_memory_while_what_was_written_is_loaded_elsewhere(inputs, tmp_path, monkeypatch):
+    held = held_at_reload(monkeypatch)
+    size = {"layers": "1-2", "tokens": 2048, "eval_tokens": 512, "context": 64, "n_experts": 256, "k": 8, "shuffle": 20_000}
+    mxdsurgery.convert("demo-glu", **size, inputs=inputs, warmup=0.0, out=str(tmp_path / "out"), device="cpu")
+    assert len(held) == 1 and held[0] < 2**20, held
 
 
 def test_ctrl_c_says_what_is_there_and_writes_no_model(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import Said
+from running import Said, held_at_reload, without_reloads
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -62,7 +62,7 @@ def layers_only(source, text, tmp_path_factory, forked_reloads):
 def merged(source, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("heal") / "both"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mxdsurgery.conversion.heal_record.check_reload", lambda *_: {})
+        without_reloads(patch)
         return heal(source, out=out, data=text, mode="both", lora_rank=4, lr=3e-4, teacher="cached", top_n=32, **QUICK)
 
 
@@ -70,13 +70,13 @@ def merged(source, text, tmp_path_factory):
 def adapter(source, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("heal") / "lora"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mxdsurgery.conversion.heal_record.check_reload", lambda *_: {})
+        without_reloads(patch)
         return heal(source, out=out, data=text, mode="lora", lora="adapter", lr=1e-3, **QUICK)
 
 
 @pytest.fixture
 def no_reload(monkeypatch):
-    monkeypatch.setattr("mxdsurgery.conversion.heal_record.check_reload", lambda *_: {})
+    without_reloads(monkeypatch)
 
 
 def changed(folder, other):
@@ -196,6 +196,13 @@ def test_healing_goes_on_from_a_healed_folder(merged, text, tmp_path, no_reload)
     assert "Step 2: the new layers, trained" in (tmp_path / "again" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("options", [{"mode": "mxd"}, {"mode": "both", "teacher": "cached"}], ids=str)
+def test_no_model_is_in_memory_while_what_was_written_is_loaded_elsewhere(options, source, text, tmp_path, monkeypatch):
+    held = held_at_reload(monkeypatch)
+    heal(source, out=tmp_path / "healed", data=text, **QUICK | {"tokens": 1024}, **options)
+    assert len(held) == 1 and held[0] < 2**20, held
+
+
 def test_healing_never_returns_what_is_worse_than_the_start(source, text, tmp_path, no_reload, monkeypatch):
     said = []
 
@@ -216,7 +223,7 @@ def test_healing_never_returns_what_is_worse_than_the_start(source, text, tmp_pa
 
 def test_only_what_changed_is_written_where_an_adapter_is_asked_for(source, text, tmp_path, no_reload, monkeypatch):
     monkeypatch.setattr("mxdsurgery.conversion.heal.evaluate", lambda folder, **_: write_json(folder / "evaluation.json", {}))
-    monkeypatch.setattr("mxdsurgery.checkpoint.apply.check_reload", lambda *_: {})
+    without_reloads(monkeypatch)
     heal(source, out=tmp_path / "small", data=text, format="adapter", **QUICK)
     assert not (tmp_path / "small" / "model.safetensors").exists()
     assert list(tmp_path.iterdir()) == [tmp_path / "small"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from running import watch_models
+from running import held_at_reload, watch_models, without_reloads
 from safetensors.torch import load_file
 from tiny import IDS, RECIPE, export_tiny
 from transformers import AutoModelForCausalLM
@@ -82,7 +82,7 @@ def bake(model, edits):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 @pytest.mark.parametrize("layers", ["mxd", "transcoder"])
 def test_live_and_baked_edits_give_equal_logits(family, kind, layers, tmp_path, monkeypatch):
-    monkeypatch.setattr("mxdsurgery.checkpoint.export.check_reload", lambda *_: {})
+    without_reloads(monkeypatch)
     export_tiny(family, tmp_path / "out", recipe=dataclasses.replace(RECIPE, kind=layers))
     model = load(tmp_path / "out").model
     what = [[0.25, -0.5] * 16] if kind == "replace" else None
@@ -130,7 +130,7 @@ def test_measured_anew_the_card_speaks_of_the_edited_model(folder, tmp_path):
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float32"])
 def test_figures_are_those_of_the_two_folders_loaded_side_by_side(folder, tmp_path, monkeypatch, compute):
-    monkeypatch.setattr("mxdsurgery.editing.edit.check_reload", lambda *_: {})
+    without_reloads(monkeypatch)
     edits = edits_from({"layers": {1: ONE_OF_EACH, 2: {"steer": {0: 5.0}}}}, "here")
     result = edit(folder, out=tmp_path / "edited", edits=edits, tokens=1000, compute=compute)
     before, recipe = load_with_recipe(folder, compute=compute)
@@ -166,12 +166,10 @@ def test_changes_are_in_the_weights_for_a_while_only(folder):
 
 
 def test_one_model_is_held_and_none_while_what_was_written_is_loaded_elsewhere(folder, tmp_path, monkeypatch):
-    made, alive = watch_models(monkeypatch), []
-    monkeypatch.setattr("mxdsurgery.editing.edit.check_reload", lambda *_: alive.extend(one() for one in made))
+    made, held = watch_models(monkeypatch), held_at_reload(monkeypatch)
     edit(folder, out=tmp_path / "edited", edits=edits_from_flags(ablate="1:3", steer="1:4=2"), tokens=500)
-    assert alive == [None]
     edit(tmp_path / "edited", out=tmp_path / "undone", undo=True)
-    assert len(made) == 1
+    assert len(made) == 1 and len(held) == 1 and held[0] < 2**20  # the logits to compare with
 
 
 def test_ablating_for_good_gives_bit_for_bit_the_live_logits(folder, tmp_path):

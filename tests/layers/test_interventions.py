@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
+from running import without_reloads
 from safetensors.torch import save_file
 from tiny import IDS, export_tiny
 from transformers import AutoModelForCausalLM
@@ -22,7 +23,7 @@ LAYER = 1
 def folder(request, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param) / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mxdsurgery.checkpoint.export.check_reload", lambda *_: {})
+        without_reloads(patch)
         export_tiny(request.param, out)
     return out
 

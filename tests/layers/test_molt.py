@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from running import without_reloads
 from tiny import IDS, RECIPE, busy_layer, export_tiny, tiny_opened
 
 from mxdsurgery.catalogue.experts import recorded_coefficients
@@ -120,7 +121,7 @@ def test_the_catalogue_knows_what_a_transform_adds_on_average():
 
 
 def test_live_and_baked_edits_give_equal_logits(tmp_path, monkeypatch):
-    monkeypatch.setattr("mxdsurgery.checkpoint.export.check_reload", lambda *_: {})
+    without_reloads(monkeypatch)
     export_tiny("llama", tmp_path / "out", recipe=dataclasses.replace(RECIPE, kind="molt"))
     converted = load(tmp_path / "out")
     edits = edits_from({"layers": {0: {"ablate": [60, 61], "drop": [1], "scale": {0: -2.5}, "copy": {63: 62}}}}, "here")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import Said
+from running import Said, without_reloads
 
 import mxdsurgery
 from mxdsurgery.checkpoint.card import evaluation_table
@@ -167,7 +167,7 @@ def test_a_copy_of_the_training_text_is_no_new_text_for_healing(opened, document
 
 
 def test_a_healed_folder_records_both_trainings(made, opened, tmp_path, monkeypatch):
-    monkeypatch.setattr("mxdsurgery.conversion.heal_record.check_reload", lambda *_: {})
+    without_reloads(monkeypatch)
     healed = mxdsurgery.heal(made, out=tmp_path / "healed", tokens=2_048, batch=1_024, device="cpu")
     record, texts = read_trained_on(tmp_path / "healed"), opened[2]
     contexts = torch.stack(list(texts.train.contexts()))

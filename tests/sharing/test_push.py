@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import sys
 
 import huggingface_hub
 import pyarrow
@@ -13,7 +12,7 @@ import torch
 from hub_stub import TOKEN, Hub, Repository
 from huggingface_hub import constants, snapshot_download
 from rich.console import Console
-from running import Said
+from running import Said, without_reloads
 from safetensors.torch import load_file, save_file
 from tiny import IDS, export_tiny, tiny_model
 from transformers import AutoModelForCausalLM
@@ -33,7 +32,7 @@ def made(tmp_path_factory):
     """A tiny converted llama without local paths, and an adapter of it."""
     place = tmp_path_factory.mktemp("push")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mxdsurgery.checkpoint.export.check_reload", lambda *_: {})
+        without_reloads(patch)
         model, *_ = export_tiny("llama", place / "whole", layers=(1,))
     model.save_pretrained(place / "base")
     make_adapter(place / "whole", base=str(place / "base"), out=place / "adapter")
@@ -164,8 +163,7 @@ def test_what_xet_is_refused_is_named_too(hub, made, monkeypatch):
 
 
 def test_an_adapter_arrives_without_the_base_and_applies(hub, made, tmp_path, monkeypatch):
-    for module in ("checkpoint.apply", "checkpoint.export"):
-        monkeypatch.setattr(sys.modules[f"mxdsurgery.{module}"], "check_reload", lambda *_: {})
+    without_reloads(monkeypatch)
     push(made / "adapter", "someone/model")
     assert arrived(hub) == contents(made / "adapter") and "model.safetensors" not in arrived(hub)
     fetched = snapshot_download("someone/model", cache_dir=tmp_path / "cache", endpoint=hub.url)
@@ -175,8 +173,7 @@ def test_an_adapter_arrives_without_the_base_and_applies(hub, made, tmp_path, mo
 
 
 def test_a_redacted_adapter_still_applies(hub, made, folder, tmp_path, monkeypatch):
-    for module in ("checkpoint.apply", "checkpoint.export"):
-        monkeypatch.setattr(sys.modules[f"mxdsurgery.{module}"], "check_reload", lambda *_: {})
+    without_reloads(monkeypatch)
     recipe = (folder / "recipe.yaml").read_text()
     (folder / "recipe.yaml").write_text(recipe.replace("eval_data: null", "eval_data: /home/me/held.txt"))
     (folder / "notes.txt").write_text("mine")
