@@ -100,11 +100,11 @@ def convert(model: str, recipe: str | None, **overrides: Any) -> None:
 
     Every flag is a key of the recipe; what is not given comes from the recipe made for the model, or from --recipe.
     """
-    from mxdsurgery.checkpoint.card import LEGEND, evaluation_table
+    from mxdsurgery.checkpoint.card import evaluation_table
 
     made = mxdsurgery.convert(model, recipe=recipe, reporter=console_reporter(), **overrides)
     if made is not None:  # the first of several processes says it
-        _print_table(evaluation_table(made.evaluation), LEGEND, f"\nThe converted model is in {made.recipe.out}")
+        _print_table(evaluation_table(made.evaluation), f"\nThe converted model is in {made.recipe.out}")
 
 
 @main.command()
@@ -143,10 +143,10 @@ def evaluate(folder: str, growth: bool, tokens_single: int | None, as_json: bool
         result = mxdsurgery.growth(folder, reporter=console_reporter(), **options)
         _print_json(result) if as_json else _print_table(*growth_table(result))
         return
-    from mxdsurgery.checkpoint.card import LEGEND, evaluation_table
+    from mxdsurgery.checkpoint.card import evaluation_table
 
     figures = mxdsurgery.evaluate(folder, tokens_single=tokens_single, reporter=console_reporter(), **options)
-    _print_json(figures) if as_json else _print_table(evaluation_table(figures), LEGEND)
+    _print_json(figures) if as_json else _print_table(evaluation_table(figures))
 
 
 @main.command()
@@ -163,7 +163,7 @@ def heal(folder: str, as_json: bool, **options: Any) -> None:
 
     What learns keeps its form and K. The best weights on text that is not trained on are written.
     """
-    from mxdsurgery.checkpoint.card import LEGEND, evaluation_table
+    from mxdsurgery.checkpoint.card import evaluation_table
     from mxdsurgery.conversion.heal import heal_table
 
     result = mxdsurgery.heal(folder, reporter=console_reporter(), **options)
@@ -172,7 +172,7 @@ def heal(folder: str, as_json: bool, **options: Any) -> None:
     if as_json:
         _print_json(result)
         return
-    _print_table(heal_table(result), evaluation_table(result["evaluation"]), LEGEND, f"\nThe model is in {result['out']}")
+    _print_table(heal_table(result), evaluation_table(result["evaluation"]), f"\nThe model is in {result['out']}")
 
 
 @main.command(name="apply")

@@ -32,12 +32,13 @@ from transformers import PreTrainedTokenizerBase
 from mxdsurgery.aside import file_aside
 from mxdsurgery.base.model import read_tokenizer
 from mxdsurgery.catalogue.files import Catalogue, open_catalogue
-from mxdsurgery.checkpoint.card import FIGURES, LEGEND, before_last_edit, figure_rows
+from mxdsurgery.checkpoint.card import FIGURES, before_last_edit, figure_rows
 from mxdsurgery.checkpoint.converted import EVALUATION_FILE, converted_classes, read_config
 from mxdsurgery.checkpoint.writing import written_whole
 from mxdsurgery.errors import CatalogueError, NotConvertedError, OutputError, as_typed, first_line
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.terminal.figures import legend
 from mxdsurgery.text.fingerprints import tokens_in_words
 from mxdsurgery.text.sources import token_strings
 
@@ -263,12 +264,13 @@ def _figures(folder: Path, edits: list[dict[str, Any]]) -> dict[str, Any]:
     try:
         evaluation = json.loads(path.read_text(encoding="utf-8"))
         older = "; before the last edit" if before_last_edit(evaluation, edits) else ""
+        headings = ["layer", *(heading for _, heading, _ in FIGURES)]
         return {
-            "headings": ["layer", *(heading for _, heading, _ in FIGURES)],
+            "headings": headings,
             "rows": figure_rows(evaluation),
             "rests_on": f"{tokens_in_words(evaluation)}; original cross-entropy "
             f"{evaluation['original']['ce']:.4f} nats per token{older}",
-            "legend": " ".join(LEGEND.split()),
+            "legend": legend(headings),
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise NotConvertedError(

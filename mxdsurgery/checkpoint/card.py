@@ -12,7 +12,7 @@ from mxdsurgery.checkpoint.readme import whole_card
 from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import compact, duration, size
-from mxdsurgery.terminal.figures import SHARES, SHORT_LEGEND, SHORT_SHARES, range_of, value_of, with_range
+from mxdsurgery.terminal.figures import SHARES, SHORT_SHARES, legend, range_of, value_of, with_range
 from mxdsurgery.text.fingerprints import tokens_in_words
 from mxdsurgery.text.places import text_name
 from mxdsurgery.training.cost import LayerPlan
@@ -35,6 +35,9 @@ _WITH_RANGE = ("delta_ce", "loss_recovered", "expert_share")
 # The figures that a terminal shows: enough to see whether a layer is faithful and its experts matter.
 _SHORT = ("delta_ce", "kl", "nmse", "jacobian_nmse", "zero_delta_ce", "expert_share", "dead_share")
 
+# Lines of text on the card.
+_WIDTH = 125
+
 # In a heading, and in a sentence.
 _KINDS = {
     "mxd": ("Mixtures of Decoders", "Mixture-of-Decoders layers (arXiv 2505.21364)"),
@@ -44,17 +47,6 @@ _KINDS = {
     "molt": ("mixtures of linear transforms", "sparse mixtures of linear transforms of several ranks (MOLT)"),
     "dense": ("retrained dense layers", "dense layers of the same width, retrained"),
 }
-
-LEGEND = """\
-ΔCE: nats per token that next-token prediction got worse by; if zeroed: with the block removed altogether. KL: from the
-original's predictions. Same top-1: how often the likeliest next token is the original's. NMSE: squared error of the block's
-output over its squared size (all: the mean over layers, all in place); of its Jacobian: of how the output changes with the
-input, in random directions (1: as a constant; all: the mean over layers, each alone). Expert share: how much of the layer's
-worth the token-by-token choice of experts carries (0: the dense path does it all; measured by freezing the experts' say at its
-best constant). Unused: never fired on these tokens.
-In brackets: 95 % intervals. A share of nothing is n/a: where it is not certain, by the 95 % interval, that the model predicts
-better with the layer (loss recovered: with the original's block) than without any."""
-
 
 _SHARES_LEGEND = """\
 Each is the part of the layer's worth (what it predicts better by than no block) that is lost if the choice of experts is
@@ -103,7 +95,7 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
         table.add_column(SHARES[column], justify="right")
         for row, entry in zip(rows, [*evaluation["layers"], evaluation["all"]], strict=True):
             row.append(with_range(entry, column, ".2f"))
-        table.caption, table.caption_justify = SHORT_LEGEND, "left"
+    table.caption, table.caption_justify = legend([str(column.header) for column in table.columns]), "left"
     *single, every = rows
     for row in single:
         table.add_row(*row)
@@ -161,7 +153,7 @@ def model_card(plan: Plan, recipe: Recipe, evaluation: dict[str, Any], edits: Se
             "",
             *table,
             "",
-            LEGEND,
+            *textwrap.wrap(legend(columns), _WIDTH),
             "",
             *_share_lines(evaluation, recipe),
             "",
@@ -193,7 +185,7 @@ def _share_lines(evaluation: dict[str, Any], recipe: Recipe) -> list[str]:
         "|" + " --- |" * len(columns),
         *("| " + " | ".join(row) + " |" for row in rows),
         "",
-        *textwrap.wrap(_SHARES_LEGEND, 125),
+        *textwrap.wrap(_SHARES_LEGEND, _WIDTH),
         "",
     ]
 

@@ -29,7 +29,7 @@ from mxdsurgery.layers.layer import Coefficients
 from mxdsurgery.measuring.intervals import Table, with_interval
 from mxdsurgery.measuring.usage import firings
 from mxdsurgery.terminal.console import ProgressLine, Reporter
-from mxdsurgery.terminal.figures import value_of, with_range
+from mxdsurgery.terminal.figures import legend, value_of, with_range
 from mxdsurgery.text.sources import token_strings
 
 # How many tokens are shown before a prediction.
@@ -43,11 +43,14 @@ _LISTED = 8
 PARTS = ("all", "firing", "silent")
 
 _FORMS = {"delta_ce": "+.3g", "kl": ".3g"}
-_LEGEND = (
-    "ΔCE: nats per token that next-token prediction got worse by (below 0: better). KL: how much predictions changed, in\n"
-    "nats per token. Same top-1: how often the likeliest next token stayed the same. In brackets: 95 % intervals over\n"
-    "contexts. Other experts: the same edits on experts drawn at random that fire about as often, from least to most."
-)
+# What the columns of figures say.
+WORDS = {
+    "ΔCE": "nats per token that next-token prediction got worse by (below 0: better)",
+    "KL": "how much predictions changed, in nats per token",
+    "same top-1": "how often the likeliest next token stayed the same",
+}
+_RANGES = "In brackets: 95 % intervals over contexts."
+_OTHERS = "Other experts: the same edits on experts drawn at random that fire about as often; in brackets, from least to most."
 
 
 @guarded
@@ -354,7 +357,7 @@ def effect_tables(result: dict[str, Any]) -> list[RichTable | str]:
     if result["controls"] is not None:
         on = [one["fired"] for one in result["controls"]["draws"]]
         lines.append(f"other experts edited alike, {len(on)} times over, fire {min(on):,} to {max(on):,} times")
-    parts: list[RichTable | str] = [escape("\n".join(lines)), _figures_table(result), _LEGEND]
+    parts: list[RichTable | str] = [escape("\n".join(lines)), _figures_table(result)]
     where = "firing" if result["firing"]["tokens"] else "all"
     parts.append(_moved_table(result[where], "where an edited expert fires" if where == "firing" else "everywhere"))
     if result["predictions"]:
@@ -373,14 +376,15 @@ def _shortened(items: list[str], rest: str) -> list[str]:
 def _figures_table(result: dict[str, Any]) -> RichTable:
     ce = result["original"]["ce"]
     title = f"On {result['tokens']:,} predictions of {result['data']}; unedited cross-entropy {ce:.4f} nats per token"
-    table = RichTable("predictions", title=escape(title))
-    for heading in ("tokens", "ΔCE", "KL", "same top-1"):
+    headings, others = ("tokens", "ΔCE", "KL", "same top-1"), result["controls"]
+    ranges = _RANGES if others is None else f"{_RANGES} {_OTHERS}"
+    table = RichTable("predictions", title=escape(title), caption=legend(headings, WORDS, ranges), caption_justify="left")
+    for heading in headings:
         table.add_column(heading, justify="right")
     for part, name in zip(PARTS, ("all", "where an edited expert fires", "where none fires"), strict=True):
         figures = result[part]
         cells = [escape(with_range(figures, key, form)) for key, form in _FORMS.items()]
         table.add_row(name, f"{figures['tokens']:,}", *cells, value_of(figures, "top1_agreement", ".2%"))
-    others = result["controls"]
     if others is not None:
         table.add_section()
         ranges = {f"{key}_ci": others[f"{key}_range"] for key in _FORMS}

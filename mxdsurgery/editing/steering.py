@@ -43,7 +43,7 @@ from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.measuring.evaluate import check_before_loading, load_original
 from mxdsurgery.measuring.intervals import with_interval
 from mxdsurgery.terminal.console import Reporter
-from mxdsurgery.terminal.figures import with_range
+from mxdsurgery.terminal.figures import legend, with_range
 
 # Tokens on each side of a place that belong to the concept. With so few, held-out contexts of an expert are distinguished from
 # those of others much better (standardised difference 8.9 and 4.2 in two small models) than with the catalogue's whole windows
@@ -56,11 +56,14 @@ _AT_ONCE = 8
 # Characters of a text in the table.
 _SHOWN = 70
 
-_LEGEND = (
-    "Similarity: cosine of the texts and the expert's top contexts, in TF-IDF space. Strength: how much steering adds to it.\n"
-    "Others: the same with other experts, steered as strongly in units of their own maximum; in brackets, least and most.\n"
-    "Perplexity: of the texts, under the original model. In square brackets: 95 % intervals over texts."
-)
+# What the columns say.
+WORDS = {
+    "similarity": "cosine of the texts and the expert's top contexts, in TF-IDF space",
+    "strength": "how much steering adds to it",
+    "perplexity": "of the texts, under the original model",
+    "others": "the same with other experts, steered as strongly in units of their own maximum; in brackets, least and most",
+} | {f"{name}, judged": "a language model's mean rating of the texts, from 0 to 1" for name in RATINGS}
+_RANGES = "In square brackets: 95 % intervals over texts."
 
 
 @guarded
@@ -319,13 +322,14 @@ def steering_table(result: dict[str, Any]) -> Table:
     title = (
         f"Layer {result['layer']}, expert {result['expert']}: {result['samples']} texts of {result['max_new_tokens']} tokens"
     )
-    table = Table("text", title=f"{title} after {result['prompt']!r}", caption=_LEGEND, caption_justify="left")
+    table = Table("text", title=f"{title} after {result['prompt']!r}", caption_justify="left")
     for heading in ("coefficient", "similarity", "strength", "others", "perplexity", "others"):
         table.add_column(heading, justify="right", no_wrap=True)
     judged = "judge" in result
     for name in RATINGS if judged else ():
         table.add_column(f"{name}, judged", justify="right", no_wrap=True)
     table.add_column("the first begins")
+    table.caption = escape(legend([str(column.header) for column in table.columns], WORDS, _RANGES))
     for row in [result["unsteered"], *result["steered"]]:
         cells = ["unsteered", "-", f"{row['similarity']:.4f}", "-", "-", with_range(row, "perplexity", ".1f", "\n"), "-"]
         if "amount" in row:

@@ -32,16 +32,22 @@ from mxdsurgery.errors import UnsupportedBlockError
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.layers.layer import Coefficients
 from mxdsurgery.terminal.console import ProgressLine, Reporter, size
+from mxdsurgery.terminal.figures import legend
 from mxdsurgery.text.sources import token_strings
 
 # Counts of (expert, token) are merged whenever so many more have come in.
 _COUNTS = 2**20
 
-_LEGEND = (
-    "KL and ΔCE: nats per 1,000 predictions of the text, against the unedited model's; scaled up from the contexts that were "
-    "measured, with the standard error that comes of it. KL: how much predictions change; ΔCE: how much worse (above 0) they "
-    "get. Position 0 is left out."
-)
+# What the columns say.
+WORDS = {
+    "fires on": "the share of the text's tokens",
+    "contexts measured": "out of those in which it fires",
+    "KL per 1,000": "how much predictions change against the unedited model's: nats per 1,000 predictions of the text, scaled "
+    "up from the contexts that were measured",
+    "± error": "the standard error that comes of it",
+    "ΔCE per 1,000": "how much worse (above 0) predictions get, in the same unit",
+    "KL per firing": "nats for each token that it fires on",
+}
 
 
 @guarded
@@ -413,9 +419,10 @@ def sweep_table(result: dict[str, Any], top: int = 20) -> Table:
     rows = result["experts"]
     firing = f"{len(rows):,} of {len(rows) + result['never_fired']:,} experts fire on them"
     title = f"Layer {result['layer']}, each expert ablated alone, on {result['tokens']:,} predictions; {firing}"
-    table = Table("expert", title=title, caption=_LEGEND, caption_justify="left")
-    for heading in ("fires on", "contexts measured", "KL per 1,000", "± error", "ΔCE per 1,000", "KL per firing"):
+    table = Table("expert", title=title, caption_justify="left")
+    for heading in WORDS:
         table.add_column(heading, justify="right")
+    table.caption = legend(WORDS, WORDS, "Position 0 is left out.")
     table.add_column("fires most at")
     for row in rows[:top]:
         cells = [f"{row['frequency']:.2%}", f"{row['measured']} of {row['contexts']}", f"{row['kl']:.4g}"]

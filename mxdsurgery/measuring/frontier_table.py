@@ -20,7 +20,7 @@ from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.journal import METRICS_FILE
 from mxdsurgery.terminal.console import compact
-from mxdsurgery.terminal.figures import SHARES, SHORT_LEGEND, SHORT_SHARES, interval, times, value_of, with_range
+from mxdsurgery.terminal.figures import SHARES, SHORT_SHARES, interval, legend, times, value_of, with_range
 from mxdsurgery.training.cost import LayerPlan
 from mxdsurgery.training.initialize import layer_shape
 
@@ -66,11 +66,12 @@ class Frontier:
     def table(self) -> Table:
         """For a terminal."""
         title = f"On {self.tokens:,} held-out tokens; original cross-entropy {self.original['ce']:.4f} nats per token"
-        table = Table("layer", "kind", title=title, caption=SHORT_LEGEND, caption_justify="left")
         shares = ("expert_share", *SHORT_SHARES)
+        table = Table("layer", "kind", title=title, caption_justify="left")
         headings = ("K", "N", "parameters", "ΔCE", "KL", "NMSE", "Jacobian NMSE", *map(SHARES.get, shares), "unused experts")
         for heading in headings:
             table.add_column(heading, justify="right", no_wrap=heading in ("ΔCE", "expert share"))
+        table.caption = legend(headings)
         for row in self.rows:
             cells = [str(row["k"] or "-"), str(row["n_experts"] or "-"), compact(row["params"])]
             cells += [with_range(row, "delta_ce", "+.4f"), f"{row['kl']:.4f}", value_of(row, "nmse", ".4f")]

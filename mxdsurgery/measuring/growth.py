@@ -32,7 +32,7 @@ from mxdsurgery.measuring.held_out import held_out, trained_share
 from mxdsurgery.measuring.intervals import Sums, Table, error_sums, scored_predictions, with_interval
 from mxdsurgery.measuring.scoring import Original, prediction_sums, run_original
 from mxdsurgery.terminal.console import Reporter
-from mxdsurgery.terminal.figures import interval, range_of, value_of
+from mxdsurgery.terminal.figures import EXPLAINED, interval, legend, range_of, value_of
 from mxdsurgery.text.fingerprints import tokens_in_words
 from mxdsurgery.text.packing import in_batches
 from mxdsurgery.text.places import text_name
@@ -43,11 +43,16 @@ _Set = tuple[int, ...]
 # What a row's layers have in common: name in JSON, and in words.
 PARTS = (("bottom", "from the bottom"), ("top", "from the top"), ("alone", "each alone"))
 
-LEGEND = """\
-ΔCE: nats per token that next-token prediction got worse by; KL: from the original's predictions; same top-1: how often the
-likeliest next token is the original's. Sum: ΔCE of the same layers, each converted alone, added up. Stream error: squared
-distance of a decoder layer's output from the original's, over its squared size; FVU: over its variance. Own: the same with
-this layer alone converted; what all layers have beyond it comes from below."""
+# What its columns say, beside those of `EXPLAINED`.
+WORDS = {
+    "sum": "ΔCE of the same layers, each converted alone, added up",
+    "difference": "ΔCE beyond that sum",
+    "stream error": "squared distance of a decoder layer's output from the original's, over its squared size",
+    "FVU": "the same over its variance",
+    "own": "stream error with this layer alone converted; what all layers have beyond it comes from below",
+}
+_PREDICTIONS = ("", "layers", "ΔCE", "95 % interval", "KL", "same top-1", "sum", "difference")
+_STREAM = ("layer", "stream error", "95 % interval", "FVU", "own")
 
 
 @guarded
@@ -271,7 +276,7 @@ def _verdict(joint: dict[str, Any]) -> str:
 def growth_table(result: dict[str, Any]) -> list[Any]:
     """What `growth` returns, for a terminal."""
     predictions = RichTable(title=f"On {tokens_in_words(result)}{computed_in(result)}; layers in place")
-    for heading in ("", "layers", "ΔCE", "95 % interval", "KL", "same top-1", "sum", "difference"):
+    for heading in _PREDICTIONS:
         predictions.add_column(heading, justify="left" if heading in ("", "layers") else "right")
     for part, words in PARTS:
         predictions.add_section()
@@ -285,10 +290,15 @@ def growth_table(result: dict[str, Any]) -> list[Any]:
             sums = (f"{row['singles_delta_ce']:+.4f}", f"{row['excess_delta_ce']:+.4f}") if part != "alone" else ("", "")
             predictions.add_row(words if number == 0 else "", write_layers(row["layers"]), *cells, *sums)
     stream = RichTable(title="The residual stream after each decoder layer, all in place")
-    for heading in ("layer", "stream error", "95 % interval", "FVU", "own"):
+    for heading in _STREAM:
         stream.add_column(heading, justify="left" if heading == "layer" else "right")
     for row in result["stream"]:
         own = "" if row["own_error"] is None else f"{row['own_error']:.5f}"
         cells = (value_of(row, "error", ".5f"), range_of(row, "error", ".5f"), value_of(row, "fvu", ".5f"))
         stream.add_row(str(row["layer"]), *cells, own)
-    return [predictions, stream, Text(f"{result['verdict']}\n\n{LEGEND}")]
+    return [predictions, stream, Text(f"{result['verdict']}\n\n{growth_legend()}")]
+
+
+def growth_legend() -> str:
+    """What the columns of both tables say."""
+    return legend((*_PREDICTIONS, *_STREAM), EXPLAINED | WORDS, more="")

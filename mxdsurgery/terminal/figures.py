@@ -4,6 +4,7 @@
 specification such as ``+.4f``.
 """
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 NONE = "n/a"
@@ -17,11 +18,35 @@ SHARES = {
     "few_experts_share": "beyond a few",
     "earned_share": "earned",
 }
-# Those of them that a terminal and a chart show beside the first, with what they say.
+# Those of them that a terminal and a chart show beside the first.
 SHORT_SHARES = ("few_experts_share", "earned_share")
-SHORT_LEGEND = """\
-Beyond a few, earned: what is left of the expert share against a few experts, the same for every token, of any size and sign,
-and against a dense path fitted anew. Where one of them is near 0, this choice of experts was not needed."""
+
+# What a column says, by its heading.
+EXPLAINED = {
+    "ΔCE": "nats per token that next-token prediction got worse by",
+    "ΔCE if zeroed": "the same with the block removed altogether",
+    "ΔCE, experts frozen": "the same with the layer in place and its experts' say a constant, the best one",
+    "KL": "from the original's predictions, in nats per token",
+    "same top-1": "how often the likeliest next token is the original's",
+    "NMSE": "squared error of the block's output over its squared size (all: the mean over layers, all in place)",
+    "Jacobian NMSE": "the same of how the output changes with the input, in random directions (1: as a constant; all: the "
+    "mean over layers, each alone)",
+    "loss recovered": "the part that the layer keeps of what is lost if the block is zeroed (n/a: it is not certain, by the "
+    "95 % interval, that anything is)",
+    "expert share": "how much of the layer's worth the token-by-token choice of experts carries (0: the dense path does it "
+    "all; measured by freezing the experts' say at its best constant; n/a: it is not certain, by the 95 % interval, that the "
+    "model predicts better with the layer than without any)",
+    "beyond a few": "what is left of the expert share against a few experts, the same for every token, of any size and sign "
+    "(near 0: this choice of experts was not needed)",
+    "earned": "what is left of it against a dense path fitted anew (near 0: as before)",
+    "unused experts": "never fired on these tokens",
+}
+
+
+def legend(headings: Collection[str], words: Mapping[str, str] = EXPLAINED, more: str = "In brackets: 95 % intervals.") -> str:
+    """What the columns of these headings say, a sentence each, and ``more``; those not among ``words`` say it themselves."""
+    said = [f"{heading[0].upper()}{heading[1:]}: {text}." for heading, text in words.items() if heading in headings]
+    return " ".join([*said, more]).strip()
 
 
 def value_of(row: dict[str, Any], name: str, form: str) -> str:

@@ -10,6 +10,7 @@ scripts/measure/bench_memory.py, whose lines are docs/all-layers/memory.jsonl.
 """
 
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ import mxdsurgery
 from mxdsurgery.base.selection import write_layers
 from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.keys import parse_count
-from mxdsurgery.measuring.growth import LEGEND, PARTS, growth
+from mxdsurgery.measuring.growth import PARTS, growth, growth_legend
 from mxdsurgery.terminal.console import ConsoleReporter, compact, size
 from mxdsurgery.terminal.figures import times, with_range
 
@@ -285,7 +286,8 @@ def curve_section(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def growth_section(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     """How errors grow with the number of layers."""
-    yield "## How the error grows\n\nEach table by `mxdsurgery evaluate DIR --growth`.\n\n" + LEGEND + "\n"
+    yield "## How the error grows\n\nEach table by `mxdsurgery evaluate DIR --growth`.\n"
+    yield textwrap.fill(growth_legend(), 127) + "\n"
     for name, result in found.items():
         yield f"### {name}\n\n{result['verdict']} ({result['tokens']:,} held-out tokens)\n"
         yield table(" | layers in place | ΔCE | KL | same top-1 | sum | difference", _growth_rows(result))

@@ -8,6 +8,7 @@ The shared folder holds models/, text/ and probing/ (CONTRIBUTING.md says where 
 """
 
 import shutil
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,10 @@ from material import BOOKS, STORIES, shared_option
 from pages import DOCS, cells, machine, read_json, table, unused
 
 import mxdsurgery
-from mxdsurgery.checkpoint.card import LEGEND
 from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.measuring.frontier_table import Frontier
 from mxdsurgery.terminal.console import ConsoleReporter, compact
-from mxdsurgery.terminal.figures import NONE, range_of, times, with_range
+from mxdsurgery.terminal.figures import NONE, legend, range_of, times, with_range
 
 KEPT = DOCS / "frontier"
 RIVALS_FOLDER = KEPT / "rivals"
@@ -201,9 +201,14 @@ def frontier_section(name: str, read: dict[str, Any]) -> Iterator[str]:
     yield table(cells("K", *every), ratios(measured, every))
     yield ""
     jacobians = all("jacobian_nmse" in row for row in measured.rows)  # older versions did not measure it
-    names = "kind | K | N | parameters | ΔCE | 95 % interval | KL | NMSE" + " | Jacobian NMSE" * jacobians
-    yield table(f"{names} | ΔCE, experts frozen | expert share | unused", rows_of(measured, jacobians))
+    yield table(cells(*_headings(jacobians)), rows_of(measured, jacobians))
     yield ""
+
+
+def _headings(jacobians: bool) -> list[str]:
+    """Of a frontier's table."""
+    names = ["kind", "K", "N", "parameters", "ΔCE", "95 % interval", "KL", "NMSE", *["Jacobian NMSE"] * jacobians]
+    return [*names, "ΔCE, experts frozen", "expert share", "unused experts"]
 
 
 def probed(found: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -274,10 +279,9 @@ def measure(shared: Path, runs: Path, only: str | None) -> None:
 def page() -> None:
     """Print docs/frontier.md."""
     click.echo((KEPT / "introduction.md").read_text())
-    for subject in SUBJECTS:
-        path = KEPT / f"{subject.model}.json"
-        if path.is_file():
-            click.echo("\n".join(frontier_section(subject.model, read_json(path))))
+    there = {path.stem: read_json(path) for subject in SUBJECTS if (path := KEPT / f"{subject.model}.json").is_file()}
+    for model, read in there.items():
+        click.echo("\n".join(frontier_section(model, read)))
     for line in rivals_section():
         click.echo(line)
     name = SUBJECTS[0].model
@@ -288,7 +292,8 @@ def page() -> None:
         click.echo(f"## {heading}: {name}, layer {SUBJECTS[0].layer}, K = {LOOKED_AT}\n")
         click.echo((KEPT / f"{heading.split()[0].lower()}.md").read_text())
         click.echo("\n".join(section(kept(pattern))))
-    click.echo(LEGEND)
+    jacobians = any("jacobian_nmse" in row for read in there.values() for row in read["rows"])
+    click.echo(textwrap.fill(legend(_headings(jacobians), more=""), 127))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Each conversion is kept under --runs and not repeated: delete its folder to meas
 models/ and text/ (CONTRIBUTING.md says where it is); two CPU cores take about an hour for everything.
 """
 
+import textwrap
 from pathlib import Path
 
 import click
@@ -13,9 +14,9 @@ from material import BOOKS, STORIES, Subject, shared_option
 from pages import cells, machine, read_json, table
 
 import mxdsurgery
-from mxdsurgery.checkpoint.card import FIGURES, LEGEND, figure_rows
+from mxdsurgery.checkpoint.card import FIGURES, figure_rows
 from mxdsurgery.terminal.console import ConsoleReporter, compact
-from mxdsurgery.terminal.figures import with_range
+from mxdsurgery.terminal.figures import legend, with_range
 
 INITS, KS = ("encoder", "random", "pretrained"), (16, 64)
 SUBJECTS = (
@@ -77,7 +78,7 @@ def main(shared: Path, runs: Path, only: str | None) -> None:
     click.echo("Printed by `python scripts/measure/results.py --shared ../shared > docs/results.md`")
     click.echo(f"({machine()}; base models and all figures in fp32; layers trained under bf16 autocast if the CPU has AMX).\n")
     click.echo("K is constant and the penalty `specialise` is 0: docs/training.md has what these two change.\n")
-    click.echo(LEGEND + "\n")
+    click.echo(textwrap.fill(legend([heading for _, heading, _ in FIGURES]), 127) + "\n")
     click.echo("## All layers at once, by `init` and K\n")
     rows = []
     for (model, init, k), evaluation in results.items():

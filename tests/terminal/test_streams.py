@@ -45,11 +45,11 @@ def streams(monkeypatch):
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_tables_are_printed_in_every_encoding(encoding, streams, converted):
     from mxdsurgery import cli
-    from mxdsurgery.checkpoint.card import LEGEND, evaluation_table
+    from mxdsurgery.checkpoint.card import evaluation_table
 
     evaluation = json.loads((Path(converted.out) / "evaluation.json").read_text(encoding="utf-8"))
     stdout, _ = streams(encoding)
-    cli._print_table(evaluation_table(evaluation), LEGEND)
+    cli._print_table(evaluation_table(evaluation))
     printed = stdout.buffer.getvalue().decode(encoding)
     assert "dCE: nats per token" in printed and "\\u" not in printed
     rows = [line for line in printed.splitlines() if line.startswith("|")]
