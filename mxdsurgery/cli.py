@@ -80,6 +80,8 @@ def plan(model: str, recipe: str | None, measure: bool, as_json: bool, **overrid
 
     Every flag is a key of the recipe; what is not given comes from the recipe made for the model, or from --recipe.
     """
+    from mxdsurgery.planning.summary import group_table, layer_table, summary
+
     made, resolved = mxdsurgery.plan(model, recipe=recipe, measure=measure, **overrides)
     if as_json:
         _print_json(made.to_dict() | {"recipe": resolved.to_dict()})
@@ -87,7 +89,7 @@ def plan(model: str, recipe: str | None, measure: bool, as_json: bool, **overrid
     refusal = []
     if made.refusal is not None:
         refusal.append(f"\nconvert would refuse: {MemoryBudgetError(**made.refusal).for_command(flags_of(convert))}")
-    _print_table(made.table(), made.group_table(), *made.summary(resolved), *refusal)
+    _print_table(layer_table(made), group_table(made), *summary(made, resolved), *refusal)
 
 
 @main.command()

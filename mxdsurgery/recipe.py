@@ -5,6 +5,7 @@ functions. Flags override the recipe's file, the file overrides the defaults; th
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,11 @@ _PACKAGE = Path(__file__).parent
 # Inside the package in an installed wheel; at the top of the repository in a checkout.
 RECIPES_FOLDER = next(path for path in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if path.is_dir())
 
-# The fixed weight of the penalty on frozen experts, where no share is asked for and no weight given.
+# What the experts are to carry, and the fixed weight of the penalty on frozen experts where no share can be asked for.
+EXPERT_SHARE = 0.5
 SPECIALISE = 0.003
+# Steps that a training has if nothing else is said, and the batches, in tokens, between which it is so.
+_STEPS, _BATCHES = 512, (256, 4096)
 # Unless k_start says otherwise, K starts at most at this, or at k where that is more: early steps would cost too much.
 _MOST_K_START = 256
 
@@ -55,7 +59,7 @@ class Recipe:
         None,
         "text",
         "start of training: the whole block, as a shared expert; the block's encoder; the paper's random one; or the whole "
-        "block, by experts that are all alike; default: shared where expert_share is asked for, else encoder",
+        "block, by experts that are all alike; default: shared where a share is asked for, else encoder",
         choices=("shared", "encoder", "random", "pretrained"),
     )
     sparsity: str = _key(
@@ -79,15 +83,15 @@ class Recipe:
         None,
         "number",
         "share of a block's worth that the experts of a Mixture of Decoders are trained to carry, in each layer; 0: as it "
-        "comes; default: as it comes, with a penalty of the weight specialise",
+        f"comes; default: {EXPERT_SHARE:g}, but none where specialise is given, or with inputs: joint, or init: pretrained",
         low=0.0,
         high=0.95,
     )
     specialise: float | None = _key(
         None,
         "number",
-        "fixed weight of the penalty on what a Mixture of Decoders could do with frozen experts; more: experts carry more; "
-        f"default: {SPECIALISE:g}, or 0 where expert_share is given",
+        "instead of a share: fixed weight of the penalty on what a Mixture of Decoders could do with frozen experts; more: "
+        f"experts carry more; default: 0, or {SPECIALISE:g} with inputs: joint, or init: pretrained",
         low=0.0,
         high=10.0,
     )
@@ -140,7 +144,12 @@ class Recipe:
         0, "count", "positions in the buffer of activations that batches are drawn from at random; 0: as the text comes", low=0
     )
     # How
-    batch: int = _key(4096, "count", "tokens per optimiser step", low=8)
+    batch: int | None = _key(
+        None,
+        "count",
+        f"tokens per optimiser step; default: what gives about {_STEPS} steps, from {_BATCHES[0]} to {_BATCHES[1]}",
+        low=8,
+    )
     lr: float = _key(
         1e-3,
         "number",
@@ -219,6 +228,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, key in RECIPE_KEYS.items():
             object.__setattr__(self, name, key.parse(name, getattr(self, name)))
+        if self.batch is None:
+            object.__setattr__(self, "batch", max(self.context, usual_batch(self.tokens)))
         if self.n_experts is not None and self.k > self.n_experts:
             raise RecipeError(
                 f"recipe key 'k' is {self.k}, more than n_experts = {self.n_experts}",
@@ -284,14 +295,17 @@ class Recipe:
     @property
     def share_target(self) -> float | None:
         """The `expert_share` that a Mixture of Decoders is trained to reach; None where it comes as it may."""
-        return self.expert_share or None
+        if self.expert_share is not None:
+            return self.expert_share or None
+        steered = self.specialise is None and self.inputs != "joint" and self.init != "pretrained"
+        return EXPERT_SHARE if steered else None
 
     @property
     def penalty(self) -> float:
         """The fixed weight of the penalty on what could be done with frozen experts; 0 where there is none."""
         if self.specialise is not None:
             return self.specialise
-        return SPECIALISE if self.expert_share is None else 0.0
+        return SPECIALISE if self.expert_share is None and self.share_target is None else 0.0
 
     @property
     def first_k(self) -> int:
@@ -336,6 +350,15 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"the recipe {path} holds a {type(content).__name__}", expected="a mapping of keys to values")
     check_names(content, f"in {path}", extra=("match",))
     return content
+
+
+def usual_batch(tokens: int) -> int:
+    """Tokens per step of a training on so many: a power of two that gives about `_STEPS` steps, within limits.
+
+    A layer needs some hundred steps, whatever their size: docs/training.md. Larger batches than the largest only cost tokens.
+    """
+    least, most = _BATCHES
+    return min(max(2 ** round(math.log2(max(1, tokens / _STEPS))), least), most)
 
 
 def check_names(values: Mapping[str, Any], where: str, extra: tuple[str, ...] = ()) -> None:

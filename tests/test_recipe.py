@@ -241,9 +241,27 @@ def test_the_papers_recipes_match_a_transcoder_of_32_d_features_and_come_to_the_
 
 
 def test_overrides_win_over_the_file_and_the_files_held_out_text_goes_with_its_training_text():
-    plan, resolved = mxdsurgery.plan("demo-glu", recipe="demo", k=5, lr=None, data="other.txt")
-    assert (resolved.k, resolved.lr, resolved.data, resolved.eval_data) == (5, 2e-3, "other.txt", None)
+    plan, resolved = mxdsurgery.plan("demo-glu", recipe="demo", k=5, tokens=None, data="other.txt")
+    assert (resolved.k, resolved.tokens, resolved.data, resolved.eval_data) == (5, 500_000, "other.txt", None)
     assert {layer.k for layer in plan.layers} == {5}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context", "batch"),
+    [
+        (1, 128, 256),
+        (40_000, 128, 256),
+        (300_000, 128, 512),
+        (500_000, 128, 1024),
+        (10**6, 128, 2048),
+        (10**9, 128, 4096),
+        (1, 8192, 8192),
+    ],
+)
+def test_a_batch_is_by_default_what_gives_some_hundred_steps(tokens, context, batch):
+    assert Recipe(tokens=tokens, context=context).batch == batch
+    assert Recipe(tokens=tokens, context=context, batch=9_000).batch == 9_000
+    assert Recipe(**Recipe(tokens=tokens, context=context).to_dict()).batch == batch
 
 
 def test_an_unknown_keyword_is_refused():

@@ -30,6 +30,7 @@ from mxdsurgery.measuring.shares import warn_of_shortfalls
 from mxdsurgery.planning.effort import EVALUATION_SHARE, Alone
 from mxdsurgery.planning.plan import WORTH_PREDICTING, Plan, open_and_plan, read_plan, with_layers, with_time
 from mxdsurgery.planning.resolve import saying_whose
+from mxdsurgery.planning.summary import leaves, summary
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
 from mxdsurgery.runs.parallel import layer_shares, rank
 from mxdsurgery.runs.run_folder import RunFolder
@@ -98,7 +99,7 @@ def convert(
         accelerator = make_accelerator(settled)
         made = _settled(made.computing_as(settled), resolved, base_model, run, reporter, resume)
         mine, shares = _my_share(made, resolved, base_model, run)
-        for line in made.leaves():
+        for line in leaves(made):
             reporter.say(line)
         tokenizer = base_model.tokenizer()
         with saying_whose(resolved.to_dict(), overrides, made.recipe_file):
@@ -157,7 +158,7 @@ def _settled(made: Plan, recipe: Recipe, base_model: BaseModel, run: RunFolder, 
         write_json(run.path / PLAN_FILE, made.to_dict())
         if resume:
             reporter.say(f"resume     no checkpoint in {run.path}: it begins at the start")
-    for line in (f"recipe     {made.recipe_file}", *made.summary(recipe)):
+    for line in (f"recipe     {made.recipe_file}", *summary(made, recipe)):
         reporter.say(line)
     return made
 

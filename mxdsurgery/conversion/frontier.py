@@ -21,6 +21,7 @@ from mxdsurgery.measuring.fidelity import Measurement
 from mxdsurgery.measuring.frontier_table import FRONTIER_FILE, Frontier, read_frontier, remove_frontier, row_key, save_layer
 from mxdsurgery.planning.plan import WORTH_PREDICTING, Plan, open_and_plan, plan_layer, with_layers, with_time
 from mxdsurgery.planning.resolve import saying_whose
+from mxdsurgery.planning.summary import summary
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
 from mxdsurgery.runs.run_folder import RunFolder, depends_on
 from mxdsurgery.terminal.console import Reporter
@@ -92,7 +93,7 @@ def frontier(
     run.check_decision(resume, resolved.overwrite, f"delete {run.path}")
     made = with_time(made, resolved, base_model, WORTH_PREDICTING)
     made = dataclasses.replace(made, export_seconds=None)  # nothing is exported
-    for line in (f"recipe     {made.recipe_file}", *made.summary(resolved)[1:-1]):
+    for line in (f"recipe     {made.recipe_file}", *summary(made, resolved)[1:-1]):
         reporter.say(line)
     start_processes(resolved)
     alone("a frontier")

@@ -33,7 +33,7 @@ from mxdsurgery.training.distill import Progress, batches_taken, distill, layer_
 from mxdsurgery.training.end_to_end import EndToEnd, Settings, train_end_to_end
 from mxdsurgery.training.initialize import initial_layers, layer_shape
 from mxdsurgery.training.inputs import ConvertedInputs, OriginalInputs, Read
-from mxdsurgery.training.share import SharesOf, look_tokens
+from mxdsurgery.training.share import SharesOf
 from mxdsurgery.training.teacher import original_examples
 
 # The weight of each layer's own loss beside the KL, where layers are trained jointly from their start.
@@ -137,7 +137,7 @@ def train_groups(
         # One line for all groups; it counts from when the first of them is ready to train.
         line = functools.cache(lambda: stack.enter_context(reporter.progress("distil", "tokens", made.training_cost(recipe))))
         stack.enter_context(run.watching(reporter.say))
-        work = _Work(base, made.steps, source, texts.validation, recipe, accelerator, training, run, line)
+        work = _Work(base, made.steps, made.look_tokens, source, texts.validation, recipe, accelerator, training, run, line)
         remaining = iter(made.layers)
         for number, group in enumerate(made.groups):
             layers = list(itertools.islice(remaining, len(group.layers)))
@@ -189,6 +189,7 @@ class _Work:
 
     base: PreTrainedModel
     steps: int
+    look_tokens: int
     source: OriginalInputs | ConvertedInputs
     validation: Tensor
     recipe: Recipe
@@ -271,9 +272,9 @@ class _Work:
         """Measures what the layers' experts carry, where a share is asked for; processes that train the same layers hear one
         answer."""
         recipe = self.recipe
-        if recipe.share_target is None or len(self.validation) == 0:
+        if not self.look_tokens or len(self.validation) == 0:
             return None
-        contexts = self.validation[: max(1, look_tokens(recipe.tokens) // recipe.context)]
+        contexts = self.validation[: max(1, self.look_tokens // recipe.context)]
         measured = Shares(self.base, contexts, recipe.batch)
 
         def shares_of(layers: Mapping[LayerPlan, nn.Module]) -> dict[LayerPlan, dict[str, float]]:

@@ -47,7 +47,7 @@ from mxdsurgery.training.cost import (
 )
 from mxdsurgery.training.distill import LayerInTraining, active_experts, train_step
 from mxdsurgery.training.initialize import layer_shape
-from mxdsurgery.training.share import LOOKS, look_tokens
+from mxdsurgery.training.share import LOOKS
 
 # A measurement is repeated for so many seconds.
 _SECONDS = 2.0
@@ -151,18 +151,13 @@ class Calibration:
         alone = Alone(recipe.eval_tokens_single, EVALUATION_SHARE * training_seconds)
         return once + contexts * together + alone.contexts(together, single, contexts, recipe.context, once) * single
 
-    def whole_seconds(self, group: Group, steps: int, layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe) -> float:
-        """As `seconds`, with those in which it is measured what the experts carry; the group is of some of the layers."""
-        mine = [layer for layer in layers if layer.block.layer in group.layers]
-        return self.seconds(group, steps) + self.looking_seconds(mine, base, recipe)
-
-    def looking_seconds(self, layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe) -> float:
-        """Seconds to measure, again and again, what the experts of layers in training carry; 0 where no share is asked for."""
+    def looking_seconds(self, layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, tokens: int) -> float:
+        """Seconds to measure, again and again, what the experts of layers in training carry, on so many tokens each time."""
         blocks = [layer.block for layer in layers if layer.kind == "mxd"]
-        if recipe.share_target is None or not blocks:
+        if not tokens or not blocks:
             return 0.0
         rates = self.rates(largest_layer(layers), base, max(block.layer for block in blocks), recipe.batch // recipe.context)
-        contexts = len(LOOKS) * max(1, look_tokens(recipe.tokens) // recipe.context)
+        contexts = len(LOOKS) * max(1, tokens // recipe.context)
         return contexts * rates.seconds(looking_runs(blocks, len(base.layer_parameters)))
 
     def export_seconds(self, checkpoint_bytes: int) -> float:

@@ -7,13 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mxdsurgery.base.blocks import Block
-from mxdsurgery.training.cost import FIT_BYTES, fit_bytes, fit_flops
-from mxdsurgery.training.share import SHARES
+from mxdsurgery.recipe import Recipe
+from mxdsurgery.text.sources import VALIDATION_TOKENS
+from mxdsurgery.training.cost import FIT_BYTES, BaseShape, LayerPlan, base_forward_flops, fit_bytes, fit_flops, layer_flops
+from mxdsurgery.training.share import LOOKS, SHARES
 
 # By default, evaluation takes at most this share of the training time: single layers are measured on fewer contexts.
 EVALUATION_SHARE = 0.2
 # But not on fewer tokens than these, nor on fewer contexts, over which the intervals are taken.
 _FEWEST_TOKENS_ALONE, _FEWEST_CONTEXTS_ALONE = 8192, 16
+# What the experts carry is measured, while they learn, on so many tokens that it takes this share of the training's work; but
+# at least on so many, or on this share of what is trained on if that is fewer.
+_LOOKING_SHARE, _LEAST_LOOKED_AT, _OF_FEW = 0.15, 1024, 1 / 32
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Rates:
 JACOBIAN_INPUTS = 4096
 # A layer's takes as long as so many passes through it: it is taken by backward passes.
 _DERIVATIVE = 3
+# A training step is the work of so many passes through a layer.
+_STEP_IN_PASSES = 3
 # What is measured of a candidate, by kind: the layers themselves, with their experts frozen, and the `controls`.
 _ALL_VARIANTS = ("converted", "frozen", "permuted", "shuffled", "random_gate", "few_experts", "retrained")
 _VARIANTS = {"dense": _ALL_VARIANTS[:2], "transcoder": _ALL_VARIANTS[:-1], "topk-sae": _ALL_VARIANTS[:-1]}
@@ -155,6 +162,32 @@ def looking_runs(blocks: Sequence[Block], n_layers: int) -> Runs:
         new_layers=(1 + variants) * len(layers),
         heads=1 + variants * len(layers),
     )
+
+
+def look_tokens(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, flops: int) -> int:
+    """On how many tokens it is measured, each time, what the experts of layers in training carry.
+
+    Args:
+        layers: that are trained.
+        base: the base model's shape.
+        recipe: tokens, context, expert_share.
+        flops: of the training, per token.
+
+    Returns:
+        Tokens of all positions; 0 where no share is asked for.
+    """
+    steered = [layer for layer in layers if layer.kind == "mxd"]
+    if recipe.share_target is None or not steered:
+        return 0
+    n_layers = len(base.layer_parameters)
+    runs = looking_runs([layer.block for layer in steered], n_layers)
+    of_decoder_layer = base_forward_flops(base, n_layers - 1, recipe.context) / n_layers
+    of_new_layer = sum(sum(layer_flops(layer).values()) for layer in steered) / len(steered) / _STEP_IN_PASSES
+    of_head = 2 * base.vocabulary * base.d_model
+    each = runs.decoder_layers * of_decoder_layer + runs.new_layers * of_new_layer + runs.heads * of_head
+    affordable = _LOOKING_SHARE * recipe.tokens * flops / (len(LOOKS) * each)
+    least = min(_LEAST_LOOKED_AT, _OF_FEW * recipe.tokens)
+    return max(1, round(min(max(affordable, least), VALIDATION_TOKENS)))
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,14 @@
 """``plan``: what a conversion would make of a model, and what it would take, before any weight is read."""
 
 import dataclasses
-import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from mxdsurgery.base.analyze import analysis_of
 from mxdsurgery.base.blocks import Block
-from mxdsurgery.base.config import model_name
 from mxdsurgery.base.model import BaseModel, check_context
-from mxdsurgery.base.selection import write_layers
 from mxdsurgery.errors import MemoryBudgetError, RecipeError
 from mxdsurgery.hardware.device import devices
 from mxdsurgery.hardware.guard import guarded_with
@@ -22,11 +16,12 @@ from mxdsurgery.hardware.memory import free_memory
 from mxdsurgery.hardware.threads import use_threads
 from mxdsurgery.planning.budget import needed_bytes, refusal, stored
 from mxdsurgery.planning.calibrate import Calibration, calibrate, matmul_rate
+from mxdsurgery.planning.effort import look_tokens
 from mxdsurgery.planning.host import host_bytes, host_refusal
 from mxdsurgery.planning.machine import this_machine
 from mxdsurgery.planning.resolve import base_shape, open_base, resolve_recipe, saying_whose
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
-from mxdsurgery.terminal.console import Cost, compact, duration, size
+from mxdsurgery.terminal.console import Cost
 from mxdsurgery.training.cost import (
     DTYPE_BYTES,
     Group,
@@ -39,7 +34,6 @@ from mxdsurgery.training.cost import (
     tokens_per_step,
 )
 from mxdsurgery.training.parameters import layer_parameters, matched_n_experts, transcoder_parameters
-from mxdsurgery.training.share import asked
 
 # A run that takes fewer seconds, at the rate of a matrix product, starts at once: its time is not predicted.
 WORTH_PREDICTING = 2.0
@@ -77,6 +71,8 @@ class Plan:
         evaluation_seconds: None where it was not measured; so is the next one.
         export_seconds: of writing the result and reloading it.
         eval_tokens_single: held-out tokens that each layer alone is measured on; None until training has shown how many.
+        look_tokens: tokens of other text on which it is measured, while the layers learn, what their experts carry; 0 where no
+            share is asked for, and in what an older version wrote.
     """
 
     model: str
@@ -103,6 +99,7 @@ class Plan:
     evaluation_seconds: float | None = None
     export_seconds: float | None = None
     eval_tokens_single: int | None = None
+    look_tokens: int = 0
 
     @property
     def blocks(self) -> list[Block]:
@@ -201,102 +198,6 @@ class Plan:
             read[name] = kind(**values[name]) if values.get(name) is not None else None
         return cls(**read)
 
-    def table(self) -> Table:
-        """For a terminal."""
-        title = f"Plan for {escape(model_name(self.model))} (recipe {Path(self.recipe_file).stem})"
-        table = Table("layer", "block", "kind", "H", "N", "K", "parameters", "was", title=title)
-        for layer in self.layers:
-            row = (
-                layer.block.layer,
-                layer.block.path,
-                layer.block.kind,
-                layer.block.d_hidden,
-                layer.n_experts or "-",
-                layer.k if layer.n_experts else "-",
-            )
-            table.add_row(*map(str, row), compact(layer.parameters), compact(layer.block.parameters))
-        return table
-
-    def group_table(self) -> Table:
-        """For a terminal: the groups, and what each takes."""
-        sequential = self.states_bytes > 0
-        title = (
-            "Layers trained one after the other"
-            if sequential
-            else "Layers trained together, one pass over the text for each row"
-        )
-        columns = {
-            "weights": "weight_bytes",
-            "gradients": "gradient_bytes",
-            "Adam": "adam_bytes",
-            "activations": "activation_bytes",
-            "text": "text_bytes",
-            **({"states": "state_bytes"} if sequential else {}),
-            "peak": "peak_bytes",
-        }
-        table = Table(title=title)
-        table.add_column("layers")
-        for column in ("parameters", *columns, "time"):
-            table.add_column(column, justify="right")
-        for group in self.groups:
-            held = (size(getattr(group, name)) for name in columns.values())
-            time = "-" if group.seconds is None else duration(group.seconds)
-            table.add_row(write_layers(group.layers), compact(group.parameters), *held, time)
-        return table
-
-    def leaves(self) -> list[str]:
-        """For a terminal: which layers are left as they are, and why."""
-        return [f"left       layers {layers} as they are: {reason}" for reason, layers in self.left.items()]
-
-    def summary(self, recipe: Recipe) -> list[str]:
-        """For a terminal: what the conversion takes, in a few lines."""
-        passes = "1 pass" if len(self.groups) == 1 else f"{len(self.groups)} passes"
-        over = f"{passes} over the text" if recipe.inputs != "converted" else "layer after layer"
-        flops, total = self.flops, sum(self.flops.values())
-        shares = ", ".join(f"{flops[name] / total:.0%} {name.replace('_', ' ')}" for name in flops)
-        budget = "no budget" if self.machine.memory is None else f"budget {size(self.machine.memory)}"
-        return [
-            *self.leaves(),
-            f"model      {compact(self.original_parameters)} parameters become {compact(self.parameters)}, {self.dtype}",
-            f"training   {compact(recipe.tokens)} tokens of {recipe.data}: {self.steps} steps of {recipe.batch}, {over}",
-            *asked(recipe),
-            f"work       {compact(total)} FLOPs per token: {shares}",
-            f"compute    {self._compute()}",
-            *self._time(),
-            f"memory     {size(self.peak_bytes)} to train, {size(self.evaluation_bytes)} to evaluate and export; {budget}, "
-            f"{self.machine.memory_source}",
-            *([f"host       {size(self.host_bytes)} of host memory beside that"] if self.host_bytes else []),
-            *self._kept_lines(),
-            f"checkpoint {size(self.checkpoint_bytes)}; {size(self.disk_bytes)} of disk while it is written",
-        ]
-
-    def _compute(self) -> str:
-        training, ranking = ("bf16" if chosen else "fp32" for chosen in (self.machine.bf16, self.machine.selection))
-        ranked = "" if ranking == training else f", their experts are ranked in {ranking}"
-        return f"{self.machine.compute}: {self.machine.compute_why}; new layers train in {training}{ranked}"
-
-    def _kept_lines(self) -> list[str]:
-        """Where the base model and the hidden states are kept, if not just in memory."""
-        lines = []
-        if self.states_bytes:
-            where = "on disk" if self.states_on_disk else "in memory"
-            lines.append(f"states     {size(self.states_bytes)} of hidden states are kept {where} from layer to layer")
-        if self.offloaded:
-            lines.append("offload    the base model's weights stay on disk; one decoder layer at a time is in memory")
-        return lines
-
-    def _time(self) -> list[str]:
-        if self.seconds is None:
-            return [f"time       not predicted: {self.unmeasured}"]
-        stages = (("train", self.seconds), ("evaluate", self.evaluation_seconds), ("export", self.export_seconds))
-        words = ", ".join(f"{duration(seconds)} to {stage}" for stage, seconds in stages if seconds is not None)
-        total = f": {duration(self.total_seconds)}" if self.total_seconds is not None else ""
-        step = f"one layer's step on {self.calibration.step_tokens} tokens"
-        return [
-            f"time       about {words}{total}",
-            f"           from {step} and a {self.calibration.base_from} for the base model",
-        ]
-
 
 @guarded_with(*RECIPE_KEYS)
 def plan(model: str, *, recipe: str | Path | None = None, measure: bool = False, **overrides: Any) -> tuple[Plan, Recipe]:
@@ -381,6 +282,7 @@ def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base_model:
         offloaded=base.offloaded,
         states_bytes=states,
         states_on_disk=base.states_on_disk,
+        look_tokens=look_tokens(layers, base, recipe, sum(flops for group in groups for flops in group.flops.values())),
     )
 
 
@@ -412,8 +314,11 @@ def with_time(made: Plan, recipe: Recipe, base_model: BaseModel, worth_it: float
             return dataclasses.replace(made, unmeasured=short)
         share = min(1.0, least / _WORTH_ALL_OF_IT)
     calibration = calibrate(made.layers, base, base_model.config, recipe, machine, share)
-    whole = functools.partial(calibration.whole_seconds, steps=made.steps, layers=made.layers, base=base, recipe=recipe)
-    timed = [dataclasses.replace(group, seconds=whole(group)) for group in made.groups]
+    timed = []
+    for group in made.groups:
+        layers = [layer for layer in made.layers if layer.block.layer in group.layers]
+        looking = calibration.looking_seconds(layers, base, recipe, made.look_tokens)
+        timed.append(dataclasses.replace(group, seconds=calibration.seconds(group, made.steps) + looking))
     made = dataclasses.replace(made, groups=timed, calibration=calibration, unmeasured=None)
     return dataclasses.replace(
         made,

@@ -26,7 +26,7 @@ from mxdsurgery.runs.resume import optimizer_state, part, prefixed, restore_opti
 from mxdsurgery.runs.run_folder import UNKEPT, Keeper
 from mxdsurgery.training.accelerator import selects_in_bf16
 from mxdsurgery.training.cost import LayerPlan, first_k
-from mxdsurgery.training.losses import distillation_loss, frozen_gain
+from mxdsurgery.training.losses import distillation_loss, frozen_gain, token_weights
 from mxdsurgery.training.share import SHARES, ShareControl, SharesOf, look_steps
 from mxdsurgery.training.thresholds import LearnedThresholds
 
@@ -227,14 +227,15 @@ def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_see
         else:
             a = layer.gate(x)
             y_hat = layer.mixture(a, x) * scale + rest
-    loss = objective = distillation_loss(y_hat, y)
+    weights = token_weights(y, job.shares)
+    loss = objective = distillation_loss(y_hat, y, weights)
     if job.specialise > 0:
-        objective = objective + job.specialise * frozen_gain(scale, y - rest, y, job.shares)
+        objective = objective + job.specialise * frozen_gain(scale, y - rest, weights, job.shares)
     if job.share is not None:
-        objective = objective + job.share.penalty(loss, scale, rest, y, job.shares)
+        objective = objective + job.share.penalty(loss, scale, rest, y, weights, job.shares)
     if job.auxk > 0 and a is not None:
         agree(job.last_fired, job.shares)
-        objective = objective + job.auxk * _auxk_loss(job, x, scale.detach(), (y - y_hat).detach(), y, tokens_seen)
+        objective = objective + job.auxk * _auxk_loss(job, x, scale.detach(), (y - y_hat).detach(), weights, tokens_seen)
     accelerator.backward(objective)
     average_gradients(layer.parameters(), job.shares)
     if job.unit_norm:
@@ -254,10 +255,12 @@ def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_see
             fired = (a.values > 0).flatten() * tokens_seen
             job.last_fired.scatter_reduce_(0, a.indices.flatten(), fired, "amax")
         error, power = (y_hat - y).square().sum(), y.square().sum()
-        job.sums += torch.stack([loss.detach(), y.norm(dim=-1).mean(), error, power])
+        job.sums += torch.stack([loss.detach(), distillation_loss(0 * y, y, weights), error, power])
 
 
-def _auxk_loss(job: LayerInTraining, x: Tensor, scale: Tensor, error: Tensor, y: Tensor, tokens_seen: int) -> Tensor | float:
+def _auxk_loss(
+    job: LayerInTraining, x: Tensor, scale: Tensor, error: Tensor, weights: Tensor, tokens_seen: int
+) -> Tensor | float:
     """The loss of the dead experts, D/2 of them per token, in predicting the error (tokens, D) that the living ones leave.
 
     It gives a gradient to experts that never fire. Source: Gao et al., arXiv 2406.04093, appendix A.2; scaled down
@@ -269,7 +272,7 @@ def _auxk_loss(job: LayerInTraining, x: Tensor, scale: Tensor, error: Tensor, y:
     gate, most = job.layer.gate, x.shape[1] // 2
     values, chosen = sparse_gate(x, gate.weight[dead], gate.bias[dead], min(most, len(dead)), gate.selection)
     makes_up = job.layer.mixture(Coefficients(values, dead[chosen]), x) * scale
-    return distillation_loss(makes_up, error, y) * min(1.0, len(dead) / most)
+    return distillation_loss(makes_up, error, weights) * min(1.0, len(dead) / most)
 
 
 def _remove_radial_gradient(weight: Tensor) -> None:

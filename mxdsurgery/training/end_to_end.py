@@ -43,7 +43,7 @@ from mxdsurgery.training.distill import (
     learning_rate,
     tracked,
 )
-from mxdsurgery.training.losses import distillation_loss, frozen_gain
+from mxdsurgery.training.losses import distillation_loss, frozen_gain, token_weights
 from mxdsurgery.training.teacher import Example, parts
 
 # Losses are looked at every so many steps: looking waits for the device.
@@ -142,16 +142,18 @@ class _Standing(nn.Module):
             y_hat = layer.mixture(a, x) * scale + rest
         flat = y_hat.flatten(0, -2)
         y = flat.detach().float() if self.target is None else self.target.flatten(0, -2).float()
-        size = y.norm(dim=-1).mean().clamp_min(1e-6)
-        loss = distillation_loss(flat, y)
+        weights = token_weights(y, job.shares)
+        size = distillation_loss(0 * y, y, weights).clamp_min(1e-6)
+        loss = distillation_loss(flat, y, weights)
         self.loss = self.local * loss / size
         if job.specialise > 0:
             # How much of the layer's present output, not of the block's, frozen experts could give: the layer's input is no
             # longer the original's.
             now = flat.detach().float()
             reached = now - rest.detach().expand_as(y_hat).flatten(0, -2)
-            now_size = now.norm(dim=-1).mean().clamp_min(1e-6)
-            self.loss = self.loss + job.specialise * frozen_gain(scale.flatten(0, -2), reached, now, job.shares) / now_size
+            weights = token_weights(now, job.shares)
+            now_size = distillation_loss(0 * now, now, weights).clamp_min(1e-6)
+            self.loss = self.loss + job.specialise * frozen_gain(scale.flatten(0, -2), reached, weights, job.shares) / now_size
         if self.watched:
             with torch.no_grad():
                 error, power = (flat - y).square().sum(), y.square().sum()

@@ -21,6 +21,7 @@ from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.parallel import agree, text_shares
 from mxdsurgery.training.cost import LayerPlan
+from mxdsurgery.training.losses import common_size
 
 # `pretrained`: how much a token's gate pre-activations spread around 1 at the start.
 _PRETRAINED_SPREAD = 1e-3
@@ -127,6 +128,14 @@ def initial_layer(model: PreTrainedModel, plan: LayerPlan, recipe: Recipe, stati
             _copy_decoder(layer, block, root)
     if plan.kind != "dense":
         layer.gate.bias.sub_(layer.gate.weight @ (statistics.mean_y if plan.kind == "topk-sae" else statistics.mean_x))
+    starts_as_block = plan.shared or (plan.kind == "mxd" and recipe.start == "pretrained")
+    if starts_as_block and recipe.share_target is None:
+        warnings.warn(
+            f"init: {recipe.start} is faithful from the start because the dense path does all the work: expert_share will be "
+            "near 0 and the experts mean little. Ask for an expert_share, or use init: encoder, to study experts.",
+            MxDWarning,
+            stacklevel=3,
+        )
     if plan.kind == "mxd" and recipe.start == "pretrained":
         _start_near_one(layer, statistics)
     if plan.shared:
@@ -137,15 +146,16 @@ def initial_layer(model: PreTrainedModel, plan: LayerPlan, recipe: Recipe, stati
 def _start_as_shared(layer: MxDLayer, statistics: Statistics, shares: int) -> None:
     """With the block's D: adds to ``D z`` what is nearly the same for every token, as large as the block's outputs are.
 
-    The hidden units' nearest linear map to 1, ``w = Zᵀ (Z Zᵀ + λ)⁻¹ 1``, is added to each row of D, times the outputs' root
-    mean square; b makes up for it. ``c_0`` is 1, C is 0. The processes that share a text take the mean of what they find.
+    The hidden units' nearest linear map to 1, ``w = Zᵀ (Z Zᵀ + λ)⁻¹ 1``, is added to each row of D, times the
+    `common_size` of the outputs; b makes up for it. ``c_0`` is 1, C is 0. The processes that share a text take the mean of
+    what they find.
     """
     z = layer.hidden(statistics.x)
     wide = z.to(widest(z.device))
     products = wide @ wide.T
     products.diagonal().add_(_RIDGE * len(z) * wide.square().mean().clamp_min(1e-30))
     constant = (wide.T @ torch.linalg.solve(products, torch.ones_like(products[:, 0]))).float()
-    layer.decoder.weight.add_(statistics.y.square().mean().sqrt() * constant)
+    layer.decoder.weight.add_(common_size(statistics.y) * constant)
     layer.bias.copy_((statistics.y - layer.decoder(z)).mean(0))
     layer.experts.weight.zero_()
     layer.experts.bias.fill_(1.0)
@@ -155,12 +165,6 @@ def _start_as_shared(layer: MxDLayer, statistics: Statistics, shares: int) -> No
 
 def _start_near_one(layer: MxDLayer, statistics: Statistics) -> None:
     """All pre-activations near 1, C constant: Cᵀa = 1 up to the spread, whichever experts are chosen."""
-    warnings.warn(
-        "init: pretrained is faithful from the start because the dense path does all the work: expert_share will be "
-        "near 0 and the experts mean little. Use init: encoder, or ask for an expert_share, to study experts.",
-        MxDWarning,
-        stacklevel=4,
-    )
     factor = _PRETRAINED_SPREAD / statistics.mean_x.square().mean().sqrt().clamp_min(1.0)
     layer.gate.weight.mul_(factor)
     layer.gate.bias.mul_(factor).add_(1.0)

@@ -19,10 +19,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.parallel import sum_of_all
-from mxdsurgery.terminal.console import compact
-from mxdsurgery.text.sources import VALIDATION_TOKENS
 from mxdsurgery.training.cost import LayerPlan
 from mxdsurgery.training.losses import distillation_loss, few_experts, how_few
 
@@ -33,9 +30,6 @@ SharesOf = Callable[[Mapping[LayerPlan, nn.Module]], dict[LayerPlan, dict[str, f
 
 # The share is measured after these shares of the steps.
 LOOKS = (0.08, 0.16, 0.3, 0.5, 0.65, 0.8, 0.9, 0.96)
-# On so many tokens of those that are set aside: this share of what is trained on; at least so many, but no more than another
-# share.
-_LOOKED_AT, _LEAST_LOOKED_AT, _OF_FEW = 1 / 128, 4096, 1 / 32
 # The penalty's weight: at first and at least, at most, and how many times it can grow e-fold in a training, from when on.
 _LEAST, _MOST, _GROWTH, _GROWS_FROM = 0.3, 1.0, 9.0, 0.1
 # A layer falls behind if more than this is missing of the share that is asked for.
@@ -50,23 +44,9 @@ _ASKED = (0.02, 0.98)
 _REMEMBERED = 10
 
 
-def look_tokens(tokens: int) -> int:
-    """On how many tokens the share is measured in a training on so many."""
-    least = min(_LEAST_LOOKED_AT, _OF_FEW * tokens)
-    return min(round(max(_LOOKED_AT * tokens, least)), VALIDATION_TOKENS)
-
-
 def look_steps(steps: int) -> list[int]:
     """After which steps, of so many, the share is measured."""
     return sorted({max(1, round(look * steps)) for look in LOOKS})
-
-
-def asked(recipe: Recipe) -> list[str]:
-    """For a terminal: what the experts are to carry, where that is steered."""
-    if recipe.share_target is None or recipe.kind != "mxd":
-        return []
-    looks = f"measured {len(LOOKS)} times while they learn, on {compact(look_tokens(recipe.tokens))} tokens of other text"
-    return [f"experts    are to carry {recipe.share_target:.2f} of each layer's worth (expert_share); {looks}"]
 
 
 class ShareControl:
@@ -94,7 +74,7 @@ class ShareControl:
         self.few = torch.linalg.qr(start)[0].to(device)
         self.step = 0
 
-    def penalty(self, loss: Tensor, scale: Tensor, rest: Tensor, y: Tensor, shares: int = 1) -> Tensor:
+    def penalty(self, loss: Tensor, scale: Tensor, rest: Tensor, y: Tensor, weights: Tensor, shares: int = 1) -> Tensor:
         """What is added to the loss of a step.
 
         Args:
@@ -102,14 +82,15 @@ class ShareControl:
             scale: (tokens, D), what the experts' sum is multiplied with.
             rest: (tokens, D), what is added.
             y: (tokens, D), the block's output.
+            weights: (tokens, 1), the loss's.
             shares: processes that each have so many tokens of the batch.
 
         Returns:
             A scalar in the loss's units, of the whole batch.
         """
-        said, self.few = few_experts(scale, y - rest, y, self.few, shares)
-        few = sum_of_all(distillation_loss(said * scale + rest, y), shares) / shares
-        loss, zero = sum_of_all(torch.stack([loss.detach(), y.norm(dim=-1).mean()]), shares) / shares
+        said, self.few = few_experts(scale, y - rest, weights, self.few, shares)
+        few = sum_of_all(distillation_loss(said * scale + rest, y, weights), shares) / shares
+        loss, zero = sum_of_all(torch.stack([loss.detach(), distillation_loss(0 * y, y, weights)]), shares) / shares
         self._follow(torch.stack([loss, zero, few.detach()]))
         return self.weight * torch.relu(self.asked * (zero - loss) - (few - loss))
 

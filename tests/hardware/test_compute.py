@@ -20,6 +20,7 @@ from mxdsurgery.editing.edits import edits_from_flags
 from mxdsurgery.errors import Interrupted
 from mxdsurgery.hardware import compute
 from mxdsurgery.hardware.compute import Shape, layer_seconds, model_dtype, product_seconds, training_dtype
+from mxdsurgery.planning.summary import summary
 from mxdsurgery.terminal.console import Reporter
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "mkldnn_linear", "_scaled_dot_product_flash_attention_for_cpu"}
@@ -298,7 +299,7 @@ def test_the_plan_counts_what_wider_weights_take(machine):
         machine(bfloat16=rates)
         made, recipe = mxdsurgery.plan("demo-glu", device="cpu")
         weights[name] = made.groups[0].base_bytes
-        line = next(line for line in made.summary(recipe) if line.startswith("compute"))
+        line = next(line for line in summary(made, recipe) if line.startswith("compute"))
         assert made.checkpoint_bytes == 2 * made.parameters
         chosen = "float32: bfloat16 takes 43 times as long" if name == "avx2" else "bfloat16: float32 takes 3.3 times as long"
         assert chosen in line and line.endswith("new layers train in " + ("fp32" if name == "avx2" else "bf16"))

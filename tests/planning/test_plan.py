@@ -13,6 +13,8 @@ from mxdsurgery.cli import main
 from mxdsurgery.errors import MemoryBudgetError, RecipeError
 from mxdsurgery.planning import calibrate
 from mxdsurgery.planning.plan import Plan, open_and_plan, with_time
+from mxdsurgery.planning.resolve import base_shape, open_base
+from mxdsurgery.planning.summary import summary
 from mxdsurgery.terminal.console import size
 
 LLAMA = "meta-llama/Llama-3.2-3B"
@@ -37,8 +39,8 @@ def test_gpt2_by_hand(tmp_path):
         memory=100,
     )
     (group,) = plan.groups
-    parameters = 3072 * 769 + 3072 * 768 + 768 + 1000 * (2 * 768 + 1)  # E and b_e, D, b, then G, b_g and C
-    assert plan.trained_parameters == group.parameters == parameters == 6_259_432
+    parameters = 3072 * 769 + 3072 * 768 + 768 + 1000 * (2 * 768 + 1) + 768  # E and b_e, D, b, then G, b_g, C and c_0
+    assert plan.trained_parameters == group.parameters == parameters == 6_260_200
     assert group.base_bytes == 4 * 124_439_808
     assert (group.new_bytes, group.gradient_bytes, group.adam_bytes) == (4 * parameters, 4 * parameters, 8 * parameters)
     # Nine decoder layers of 7,087,872 parameters, attention over 128 tokens.
@@ -54,7 +56,7 @@ def test_llama_3b_by_hand_and_in_groups(tmp_path):
     options["compute"] = "bfloat16"  # also where this machine is slow at it
     whole = plan_real(tmp_path, LLAMA, memory=1000, **options)
     (group,) = whole.groups
-    layer = 3 * 8192 * 3072 + 3072 + 8192 * (2 * 3072 + 1)
+    layer = 3 * 8192 * 3072 + 3072 + 8192 * (2 * 3072 + 1) + 3072
     assert (group.layers, group.parameters) == (list(range(28)), 28 * layer)
     assert group.base_bytes == 2 * 3_212_749_824
     assert (group.gradient_bytes, group.adam_bytes) == (4 * layer, 8 * 28 * layer)
@@ -144,11 +146,13 @@ def test_a_micro_step_and_a_pass_give_the_time():
     assert measured.step_seconds > 0 and measured.base_seconds > 0
     assert measured.base_from == "forward pass"
     assert 256 <= measured.step_tokens <= 2048  # as many as this machine makes in time
-    # Two layers like the measured one, and the pass up to the last of them.
+    # Two layers like the measured one, the pass up to the last of them, and looks at what the experts carry.
     each = 2 * measured.step_seconds + measured.base_seconds
-    assert plan.seconds == pytest.approx(plan.steps * each) and plan.steps == 1_000_000 // 2048
+    base = base_shape(open_base("demo-mlp", None, {}), plan.dtype, plan.machine.compute)
+    looking = measured.looking_seconds(plan.layers, base, recipe, plan.look_tokens)
+    assert plan.seconds == pytest.approx(plan.steps * each + looking) and plan.steps == 1_000_000 // 2048 and looking > 0
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-    assert "from one layer's step on 2048 tokens and a forward pass" in "\n".join(plan.summary(recipe))
+    assert "from one layer's step on 2048 tokens and a forward pass" in "\n".join(summary(plan, recipe))
 
 
 def test_what_is_too_large_to_measure_is_extrapolated_and_says_so(monkeypatch):
@@ -157,7 +161,7 @@ def test_what_is_too_large_to_measure_is_extrapolated_and_says_so(monkeypatch):
     plan, recipe = mxdsurgery.plan("demo-glu", layers="0", n_experts=256, measure=True, device="cpu")
     assert plan.calibration.step_tokens == 256 and plan.calibration.base_from == "matrix product"
     assert plan.seconds > 0
-    assert "one layer's step on 256 tokens and a matrix product" in "\n".join(plan.summary(recipe))
+    assert "one layer's step on 256 tokens and a matrix product" in "\n".join(summary(plan, recipe))
 
 
 def test_without_measuring_there_is_no_time():
@@ -209,6 +213,16 @@ def test_what_does_not_fit_goes_to_disk_before_it_is_refused(tmp_path):
     assert refused.offloaded and refused.states_on_disk and refused.refusal is not None
 
 
+def test_looks_at_what_experts_carry_rest_on_as_many_tokens_as_the_training_affords(tmp_path):
+    def look_tokens(**options):
+        return plan_real(tmp_path, LLAMA, n_experts=8192, memory=1000, **options).look_tokens
+
+    few, some, many = (look_tokens(layers="all", tokens=tokens) for tokens in (16_384, 2_000_000, 6_000_000))
+    assert few == 16_384 // 32 and 1024 < some < many == pytest.approx(3 * some, abs=3)
+    assert some < look_tokens(layers="12", tokens=2_000_000) < 8192  # each layer is measured alone
+    assert [look_tokens(**none) for none in ({"specialise": 0.01}, {"expert_share": 0}, {"kind": "transcoder"})] == [0] * 3
+
+
 def test_layers_that_learn_jointly_are_one_group_or_are_refused(tmp_path):
     plan = sequential(tmp_path, inputs="joint", memory=100)
     (group,) = plan.groups
@@ -221,7 +235,7 @@ def test_layers_that_learn_jointly_are_one_group_or_are_refused(tmp_path):
 def test_the_host_s_memory_by_hand(tmp_path):
     options = {"layers": "all", "n_experts": 8192, "dtype": "bfloat16", "batch": 4096, "context": 128, "memory": 1000}
     options |= {"compute": "bfloat16", "device": "cuda", "shuffle": 10**9}
-    layer, base = 3 * 8192 * 3072 + 3072 + 8192 * (2 * 3072 + 1), 2 * 3_212_749_824
+    layer, base = 3 * 8192 * 3072 + 3072 + 8192 * (2 * 3072 + 1) + 3072, 2 * 3_212_749_824
     plan = plan_real(tmp_path, LLAMA, **options)
     assert plan.host_bytes == 13 * 10**9 + 2 * 28 * layer + 12 * layer  # the text, all finished layers, one with Adam's state
     assert plan_real(tmp_path, LLAMA, **options | {"shuffle": 0, "layers": "0"}).host_bytes == base  # while it is loaded

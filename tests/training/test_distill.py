@@ -15,12 +15,22 @@ from mxdsurgery.recipe import Recipe
 from mxdsurgery.training.cost import first_k
 from mxdsurgery.training.distill import Progress, active_experts, distill, learning_rate
 from mxdsurgery.training.initialize import initial_layer, measure_statistics
-from mxdsurgery.training.losses import distillation_loss, few_experts, frozen_gain
+from mxdsurgery.training.losses import distillation_loss, few_experts, frozen_gain, token_weights
 
 
 def test_the_loss_is_the_squared_error_over_the_norm():
     y_hat, y = torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 4.0], [0.0, 2.0]])
     assert distillation_loss(y_hat, y).item() == pytest.approx((25 / 4 + 4 / 2) / 2)
+
+
+def test_no_token_counts_more_than_one_of_twice_the_mean_size():
+    y = torch.ones(100, 4)
+    y[0] *= 500  # as real models have them at the first position; the mean size is about six times the others'
+    weights = token_weights(y)[:, 0] * y.norm(dim=1)  # of relative errors, 1 each
+    counted = weights * y.norm(dim=1)
+    assert weights[1:].tolist() == pytest.approx([1.0] * 99)
+    assert counted[0].item() == pytest.approx(2 * y.norm(dim=1).mean().item())
+    assert distillation_loss(torch.zeros_like(y), y).item() == pytest.approx(counted.mean().item())
 
 
 def test_the_schedule_warms_up_stays_and_decays():
@@ -48,12 +58,12 @@ def test_the_penalty_is_what_the_best_constant_takes_off_the_loss():
     generator = torch.Generator().manual_seed(0)
     scale, y = (torch.randn(200, 6, generator=generator, dtype=torch.float64) for _ in range(2))
     scale, bias = scale + y, torch.full((6,), 0.1, dtype=torch.float64)
-    target, weight = y - bias, 1 / y.norm(dim=1, keepdim=True)
+    target, weight = y - bias, token_weights(y)
     best = torch.stack(
         [torch.linalg.lstsq(weight.sqrt() * scale[:, [d]], weight.sqrt() * target[:, [d]]).solution[0, 0] for d in range(6)]
     )
     gained = distillation_loss(bias.expand_as(y), y) - distillation_loss(best * scale + bias, y)
-    assert frozen_gain(scale, target, y).item() == pytest.approx(gained.item(), rel=1e-5)
+    assert frozen_gain(scale, target, weight).item() == pytest.approx(gained.item(), rel=1e-5)
 
 
 def test_the_penalty_makes_the_experts_carry_more():
@@ -161,7 +171,7 @@ def test_what_few_experts_say_is_the_best_sum_of_them_and_they_come_nearer_to_th
     y = m * (torch.randn(200, 2, generator=generator) @ v.T) + 0.1 * torch.randn(200, 12, generator=generator)
     few, losses = torch.linalg.qr(torch.randn(12, 2, generator=generator))[0], []
     for _ in range(12):
-        said, nearer = few_experts(m, y, y, few)
+        said, nearer = few_experts(m, y, token_weights(y), few)
         best = (few @ torch.linalg.lstsq(m[..., None] * few, y[..., None]).solution)[..., 0]
         losses.append(distillation_loss(m * said, y).item())
         assert losses[-1] == pytest.approx(distillation_loss(m * best, y).item(), rel=1e-3)
@@ -169,7 +179,7 @@ def test_what_few_experts_say_is_the_best_sum_of_them_and_they_come_nearer_to_th
         few = nearer
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.02 * distillation_loss(0 * y, y).item()  # it finds the two
-    nothing, kept = few_experts(0 * m, y, y, few)
+    nothing, kept = few_experts(0 * m, y, token_weights(y), few)
     assert nothing.isfinite().all() and kept.isfinite().all()
 
 
@@ -183,7 +193,7 @@ def test_a_loss_with_what_few_experts_say_has_the_gradient_of_the_least_loss_tha
         return distillation_loss((few.double() @ solved)[..., 0].float() * m, y)
 
     there = m.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(distillation_loss(few_experts(there, y, y, few)[0] * there, y), there)
+    (gradient,) = torch.autograd.grad(distillation_loss(few_experts(there, y, token_weights(y), few)[0] * there, y), there)
     direction = torch.randn(50, 12, generator=generator)
     slope = (least(m + 1e-3 * direction) - least(m - 1e-3 * direction)) / 2e-3
     assert (gradient * direction).sum().item() == pytest.approx(slope.item(), rel=0.02)

@@ -15,10 +15,10 @@ from mxdsurgery.measuring.fidelity import measure
 from mxdsurgery.measuring.shares import Shares, warn_of_shortfalls
 from mxdsurgery.planning.effort import looking_runs
 from mxdsurgery.planning.plan import plan_layer
-from mxdsurgery.recipe import SPECIALISE, Recipe
+from mxdsurgery.recipe import EXPERT_SHARE, SPECIALISE, Recipe
 from mxdsurgery.training.distill import Progress, distill
 from mxdsurgery.training.initialize import initial_layer, measure_statistics
-from mxdsurgery.training.losses import distillation_loss, few_experts
+from mxdsurgery.training.losses import distillation_loss, few_experts, token_weights
 from mxdsurgery.training.share import LOOKS, SHARES, ShareControl, look_steps
 
 CPU = torch.device("cpu")
@@ -29,9 +29,10 @@ def one_step(generator, share, control):
     """Scale, rest and target of a step, and a loss with which the experts carry ``share`` of it, beyond the control's few."""
     y = torch.randn(300, 6, generator=generator)
     scale, rest = torch.randn(300, 6, generator=generator) + 0.5 * y, torch.full((6,), 0.05)
-    zero = y.norm(dim=-1).mean()
-    few = distillation_loss(few_experts(scale, y - rest, y, control.few)[0] * scale + rest, y)
-    return (few - share * zero) / (1 - share), scale, rest, y
+    weights = token_weights(y)
+    zero = distillation_loss(torch.zeros_like(y), y)
+    few = distillation_loss(few_experts(scale, y - rest, weights, control.few)[0] * scale + rest, y)
+    return (few - share * zero) / (1 - share), scale, rest, y, weights
 
 
 def test_nothing_is_added_where_the_experts_carry_enough():
@@ -45,9 +46,9 @@ def test_nothing_is_added_where_the_experts_carry_enough():
 
 def test_what_is_added_is_what_is_missing_times_the_weight():
     control = ShareControl(0.5, 6, 10, CPU)
-    loss, scale, rest, y = one_step(torch.Generator().manual_seed(0), 0.6, control)
-    worth, weight = (y.norm(dim=-1).mean() - loss).item(), control.weight.item()
-    added = control.penalty(loss, scale, rest, y)
+    loss, scale, rest, y, weights = one_step(torch.Generator().manual_seed(0), 0.6, control)
+    worth, weight = (distillation_loss(torch.zeros_like(y), y) - loss).item(), control.weight.item()
+    added = control.penalty(loss, scale, rest, y, weights)
     assert added.item() == pytest.approx(weight * (control.asked - 0.6) * worth, rel=1e-3)
 
 
@@ -141,13 +142,13 @@ def test_layers_are_trained_to_the_share_that_is_asked_for():
 
 def test_a_recipe_asks_for_a_share_or_for_a_weight():
     plain, share, none, weight = Recipe(), Recipe(expert_share=0.2), Recipe(expert_share=0), Recipe(specialise=0.01)
-    assert (plain.share_target, plain.penalty, plain.start) == (None, SPECIALISE, "encoder")
+    assert (plain.share_target, plain.penalty, plain.start) == (EXPERT_SHARE, 0.0, "shared")
     assert (share.share_target, share.penalty, share.start) == (0.2, 0.0, "shared")
     assert Recipe(expert_share=0.2, init="random").start == "random"
     assert (none.share_target, none.penalty) == (None, 0.0)
-    assert (weight.share_target, weight.penalty) == (None, 0.01)
-    joint = Recipe(inputs="joint")
-    assert (joint.share_target, joint.penalty) == (None, SPECIALISE)
+    assert (weight.share_target, weight.penalty, weight.start) == (None, 0.01, "encoder")
+    for other in (Recipe(inputs="joint"), Recipe(init="pretrained")):
+        assert (other.share_target, other.penalty) == (None, SPECIALISE)
     with pytest.raises(RecipeError, match="'expert_share' and 'specialise' are 0.5 and 0.003"):
         Recipe(expert_share=0.5, specialise=0.003)
     with pytest.raises(RecipeError, match="'expert_share' and 'inputs' are 0.5 and 'joint'"):
