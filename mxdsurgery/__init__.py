@@ -47,6 +47,7 @@ _PLACES = {
     "measuring.growth": ("growth",),
     "measuring.probe": ("probe",),
     "planning.plan": ("Plan", "plan"),
+    "planning.proposal": ("Proposal", "propose"),
     "recipe": ("Recipe",),
     "runs.plot": ("plot",),
     "sharing.push": ("push",),

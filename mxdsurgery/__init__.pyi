@@ -34,6 +34,8 @@ from mxdsurgery.measuring.growth import growth as growth
 from mxdsurgery.measuring.probe import probe as probe
 from mxdsurgery.planning.plan import Plan as Plan
 from mxdsurgery.planning.plan import plan as plan
+from mxdsurgery.planning.proposal import Proposal as Proposal
+from mxdsurgery.planning.proposal import propose as propose
 from mxdsurgery.recipe import Recipe as Recipe
 from mxdsurgery.runs.plot import plot as plot
 from mxdsurgery.sharing.push import push as push

@@ -13,6 +13,7 @@ _ONE, _NONE = {"kind": "count", "low": 1}, {"kind": "count", "low": 0}
 
 ARGUMENTS: dict[str, Key] = {
     **{name: RECIPE_KEYS[name] for name in ("tokens", "seed", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints")},
+    "hours": Key("number", "that a conversion may take, evaluation and export included", above=0.0, high=100_000.0),
     "tokens_single": Key(doc="of the held-out tokens, those that each layer alone is measured on", **_ONE),
     "samples": Key(doc="texts", **_ONE),
     "context": Key("count", "tokens that each text is cut after", low=2),

@@ -32,7 +32,7 @@ from mxdsurgery.options import (
     text_options,
 )
 from mxdsurgery.recipe import RECIPE_KEYS
-from mxdsurgery.terminal.console import size
+from mxdsurgery.terminal.console import duration, size
 from mxdsurgery.terminal.ending import NamedErrors, flags_of
 from mxdsurgery.terminal.streams import can_show, say, written
 from mxdsurgery.terminal.voice import console_reporter, level_options
@@ -73,22 +73,33 @@ def analyze(model: str, as_json: bool, **options: Any) -> None:
 @click.argument("model")
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
 @click.option("--measure/--no-measure", default=True, help="Measure this machine for some seconds, for the time it takes.")
+@number("hours", "Hours that there are: propose the conversion that fits them, evaluation and export included.")
 @AS_JSON
 @recipe_options()
-def plan(model: str, recipe: str | None, measure: bool, as_json: bool, **overrides: Any) -> None:
+def plan(model: str, recipe: str | None, measure: bool, hours: float | None, as_json: bool, **overrides: Any) -> None:
     """Show what a conversion of MODEL would make and take, without weights.
 
-    Every flag is a key of the recipe; what is not given comes from the recipe made for the model, or from --recipe.
+    Every flag is a key of the recipe; what is not given comes from the recipe made for the model, or from --recipe. With
+    --hours, this machine is measured up to five times, ten seconds each.
     """
     from mxdsurgery.planning.summary import group_table, layer_table, summary
 
-    made, resolved = mxdsurgery.plan(model, recipe=recipe, measure=measure, **overrides)
+    refusal, proposal = [], {}
+    if hours is None:
+        made, resolved = mxdsurgery.plan(model, recipe=recipe, measure=measure, **overrides)
+    else:
+        found = mxdsurgery.propose(model, hours=hours, recipe=recipe, **overrides)
+        made, resolved = found.plan, found.recipe
+        proposal = {"hours": hours} | found.keys | {"command": found.command(model, recipe, overrides)}
     if as_json:
-        _print_json(made.to_dict() | {"recipe": resolved.to_dict()})
+        _print_json(made.to_dict() | {"recipe": resolved.to_dict()} | ({"proposal": proposal} if proposal else {}))
         return
-    refusal = []
     if made.refusal is not None:
         refusal.append(f"\nconvert would refuse: {MemoryBudgetError(**made.refusal).for_command(flags_of(convert))}")
+    elif proposal:
+        refusal.append(
+            f"\nIn {duration(made.total_seconds)}, of the {duration(3600 * hours)} that there are:\n{proposal['command']}"
+        )
     _print_table(layer_table(made), group_table(made), *summary(made, resolved), *refusal)
 
 
