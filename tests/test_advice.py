@@ -160,7 +160,7 @@ def test_the_functions_that_take_more_say_what():
     with pytest.raises(MxDError, match="to mend: local=0, or teacher="):
         mxdsurgery.heal("folder", out="out", teacher="cached", local=1.0)
     with pytest.raises(MxDError, match=r"to mend: .*batch="):
-        mxdsurgery.plan("demo-glu", context=8_192)
+        mxdsurgery.plan("demo-glu", context=8_192, batch=128)
 
 
 def test_what_is_left_is_said_in_python_s_words_and_in_the_command_s():

@@ -84,7 +84,7 @@ def propose(model: str, *, hours: float, recipe: str | Path | None = None, **ove
             raise RecipeError(
                 f"hours are {hours:g}, and the time that a conversion takes is not predicted: {made.unmeasured}",
                 expected="a machine that can be measured",
-                fix="give --tokens instead of --hours",
+                fix="give --tokens",
             )
         fits = made.total_seconds <= _MOST * budget
         if fits and (best is None or resolved.tokens > best.recipe.tokens):
