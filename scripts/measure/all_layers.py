@@ -19,7 +19,7 @@ from typing import Any
 import click
 import material
 from continuations import BOOK_PROMPTS, NEW_TOKENS, STORY_PROMPTS, continuations
-from material import BOOKS, STORIES, shared_option
+from material import BOOKS, FIXED, STORIES, shared_option
 from pages import DOCS, machine, read_json, read_lines, table, unused
 
 import mxdsurgery
@@ -56,7 +56,7 @@ class Way:
         words: what the page says of it.
         kind: of the layers.
         k: K at which it is measured.
-        recipe: keys for `convert`; the rest is as the recipe for small models has it.
+        recipe: keys for `convert`, beside `FIXED`; the rest is as the recipe for small models has it.
         heals: name of the conversion that this way heals.
         heal: keywords for `heal`.
     """
@@ -138,7 +138,7 @@ def make(subject: Subject, way: Way, k: int, tokens: int, shared: Path, runs: Pa
         mxdsurgery.heal(before, out=out, reporter=say, **({"tokens": tokens} | way.heal))
         return
     keys = {"kind": way.kind, "layers": "all", "k": k, "tokens": tokens, "eval_tokens": subject.eval_tokens, "out": out}
-    mxdsurgery.convert(**(subject.paths(shared) | keys | way.recipe), reporter=say)
+    mxdsurgery.convert(**(subject.paths(shared) | FIXED | keys | way.recipe), reporter=say)
 
 
 def pieces(tokens: int, shared: Path, runs: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
@@ -185,7 +185,7 @@ def runs_section(rows: list[dict[str, Any]]) -> Iterator[str]:
     """All ways, a table per model."""
     yield "## All ways\n"
     ways = (f"{_label(way.kind, way.name)} | {way.words} | `{way.command()}`" for way in WAYS)
-    yield table("way | how | command, before `--k K` and the texts", ways)
+    yield table("way | how | command, before `--k K --batch 2048 --lr 0.002 --specialise 0.003` and the texts", ways)
     order = {(way.kind, way.name): number for number, way in enumerate(WAYS)}
     for subject in SUBJECTS:
         mine = [row for row in rows if row["model"] == subject.model and (row["kind"], row["way"]) in order]

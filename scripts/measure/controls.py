@@ -14,7 +14,7 @@ from typing import Any
 import click
 import torch
 from constructed_layers import BUILDERS
-from material import BOOKS, STORIES, shared_option
+from material import BOOKS, FIXED, STEPS, STORIES, shared_option
 from matplotlib.figure import Figure
 from pages import DOCS, cells, machine, read_json, read_lines, table, write_lines
 
@@ -64,7 +64,7 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("", ("mxd", "transcoder", "skip-transcoder", "topk-sae", "dense"), {}),
+    Variant("", ("mxd", "transcoder", "skip-transcoder", "topk-sae", "dense"), FIXED),
     Variant(", expert_share 0.5", ("mxd",), {"expert_share": 0.5}),
     Variant(", init shared, specialise 0", ("mxd",), {"init": "shared", "specialise": 0.0}),
     Variant(", init random, specialise 0", ("mxd",), {"init": "random", "specialise": 0.0}),
@@ -74,7 +74,7 @@ VARIANTS = (
         for share in (0.25, 0.5, 0.75)
     ),
     *(Variant(f", specialise {weight:g}", ("mxd",), {"specialise": weight}, FRONT) for weight in (0.01, 0.03, 0.1)),
-    Variant(", 2M tokens", ("mxd", "transcoder"), {"tokens": LONG}, LONGER),
+    Variant(", 2M tokens", ("mxd", "transcoder"), FIXED | {"tokens": LONG}, LONGER),
     Variant(", expert_share 0.5, 2M tokens", ("mxd",), {"expert_share": 0.5, "tokens": LONG}, LONGER),
 )
 # Built layers stand where a block is worth the most.
@@ -92,7 +92,7 @@ def trained(shared: Path, runs: Path, only: str | None) -> None:
         for variant in VARIANTS:
             if model not in variant.models:
                 continue
-            keys = {"tokens": TOKENS} | variant.changes
+            keys = STEPS | {"tokens": TOKENS} | variant.changes
             out = runs / re.sub("[^a-z0-9.]+", "-", f"{model}{variant.name}".lower())
             made = mxdsurgery.frontier(
                 str(shared / "models" / model) if of_shared else model,

@@ -21,8 +21,12 @@ from pages import DOCS, ROOT
 
 KEPT = DOCS / "experts"
 
-_BOOKS = "--layers all --k 16 --data train.jsonl.gz --eval-data heldout.jsonl.gz --tokens 2M --eval-tokens 20k"
-_STORIES = "--layers all --k 16 --data tinystories-train.txt --eval-data tinystories-heldout.txt --tokens 1M --specialise 0.01"
+_FIXED = "--batch 2048 --lr 0.002 --specialise 0.003"
+_BOOKS = f"--layers all --k 16 --data train.jsonl.gz --eval-data heldout.jsonl.gz --tokens 2M --eval-tokens 20k {_FIXED}"
+_STORIES = (
+    "--layers all --k 16 --data tinystories-train.txt --eval-data tinystories-heldout.txt --tokens 1M "
+    "--batch 2048 --lr 0.002 --specialise 0.01"
+)
 
 # Such small models, sampled as they are, write little that can be read.
 _SAMPLING = "--temperature 0.7 --top-k 50 --top-p 0.95"

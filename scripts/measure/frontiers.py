@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 import material
-from material import BOOKS, STORIES, shared_option
+from material import BOOKS, FIXED, STORIES, shared_option
 from pages import DOCS, cells, machine, read_json, table, unused
 
 import mxdsurgery
@@ -67,7 +67,7 @@ def trained(subject: Subject, shared: Path, out: Path, kinds: tuple[str, ...], k
         device="cpu",
         out=str(out),
         reporter=ConsoleReporter(),
-        **keys,
+        **FIXED | keys,
     )
 
 

@@ -9,6 +9,10 @@ import click
 BOOKS = ("train.jsonl.gz", "heldout.jsonl.gz")
 STORIES = ("tinystories-train.txt", "tinystories-heldout.txt")
 
+# Steps and rate of the trainings that are compared with each other on most pages; K falls, and the penalty's weight is fixed.
+STEPS = {"batch": 2048, "lr": 2e-3}
+FIXED = STEPS | {"specialise": 0.003}
+
 shared_option = click.option(
     "--shared",
     type=click.Path(exists=True, file_okay=False, path_type=Path),

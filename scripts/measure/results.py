@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 import click
-from material import BOOKS, STORIES, Subject, shared_option
+from material import BOOKS, STEPS, STORIES, Subject, shared_option
 from pages import cells, machine, read_json, table
 
 import mxdsurgery
@@ -26,7 +26,7 @@ SUBJECTS = (
 )
 TOKENS = 500_000
 # K constant and no penalty, so that the starts alone are compared; docs/training.md has what these two change.
-PLAIN = {"k_start": 1, "specialise": 0.0}
+PLAIN = STEPS | {"k_start": 1, "specialise": 0.0}
 # One middle layer, trained longer and measured on more text. Over more steps a constant learning rate kills experts.
 LONG = {"layers": "3", "k": 16, "init": "encoder", "tokens": 3_600_000, "decay": 0.9, "eval_tokens": 55_296}
 

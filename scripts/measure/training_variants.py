@@ -19,7 +19,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from material import BOOKS, Subject, shared_option
+from material import BOOKS, STEPS, Subject, shared_option
 from matplotlib.figure import Figure
 from pages import DOCS, read_lines, table, unused, write_lines
 from torch import Tensor, nn
@@ -257,7 +257,14 @@ def resample(job: LayerInTraining, x: Tensor, y: Tensor, seen: int) -> None:
 def run(names: list[str], shared: Path, tokens: int, eval_tokens: int) -> Iterator[dict[str, Any]]:
     """Trains the variants side by side and judges each."""
     tokens = VARIANTS[names[0]].recipe.get("tokens", tokens)
-    common = {"layers": str(LAYER), "k": K, "tokens": tokens, "eval_tokens": eval_tokens, "device": "cpu", "dtype": "float32"}
+    common = {
+        "layers": str(LAYER),
+        "k": K,
+        "tokens": tokens,
+        "eval_tokens": eval_tokens,
+        "device": "cpu",
+        "dtype": "float32",
+    } | STEPS
     made, recipe = plan(**Subject(MODEL, *BOOKS, eval_tokens).paths(shared), **common)
     accelerator, tokenizer, block = make_accelerator(recipe), load_tokenizer(recipe.model), made.blocks[0]
     train, heldout, _ = open_texts(recipe, tokenizer)
