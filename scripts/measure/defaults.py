@@ -132,7 +132,7 @@ Printed by `python scripts/measure/defaults.py page > docs/defaults.md` from wha
 model gets, {compact(TOKENS)} tokens; *before*: the same with the former defaults,
 `{flags(FIXED)[1:]}`.
 
-By default the experts of each layer are asked to carry {EXPERT_SHARE:g} of what the layer is worth; the least of *expert share*
+By default the experts of a layer are asked to carry {EXPERT_SHARE:g} of what it is worth; the least of *expert share*
 (held against experts frozen at a constant) and *a few* (against a few experts, the same for every token) counts.
 {len(near)} of the {len(layers)} layers here have it, to {NEAR:g}, on held-out text. In brackets: 95 % intervals.
 [controls.md](controls.md) says what the shares mean."""

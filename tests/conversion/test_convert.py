@@ -93,7 +93,7 @@ def test_a_resumed_run_measures_single_layers_on_as_many_tokens_as_it_had_chosen
 
     monkeypatch.setattr("mxdsurgery.planning.effort.fewest_contexts_alone", lambda *_: 20)
     monkeypatch.setattr("mxdsurgery.conversion.convert.EVALUATION_SHARE", 0.0)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match="A checkpoint of step 2 is in"):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match="A checkpoint of step 19 is in"):
         patched.setattr("mxdsurgery.measuring.fidelity.Measurement.run", interrupted)
         mxdsurgery.convert("demo-glu", **options)
     monkeypatch.setattr("mxdsurgery.planning.effort.fewest_contexts_alone", lambda *_: 10)  # as if there were less time

@@ -106,11 +106,10 @@ def test_a_refusal_says_by_how_much_and_each_change_it_names_does(tmp_path, memo
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"context": 4096}, "(batch 2048: from the recipe demo.yaml)"),
         ({"batch": 64}, "(context 128: the default)"),
         ({"n_experts": 8}, "(k 32: the default)"),
         ({"expansion": 0.02}, "(k 32: the default)"),
-        ({"k": 50_000}, "(expansion "),
+        ({"k": 50_000}, "(expansion 16.0: from the recipe demo.yaml)"),
         ({"warmup": 0.9}, "(decay 0.3: the default)"),
     ],
 )

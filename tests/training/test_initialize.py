@@ -60,10 +60,14 @@ def test_pretrained_is_near_the_block_at_once_and_warns(family):
     assert nmse < 1e-4
 
 
+def test_shared_without_a_share_to_carry_warns():
+    with pytest.warns(MxDWarning, match="init: shared .* the experts mean little"):
+        start("llama", "shared", expert_share=0)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
 def test_shared_is_near_the_block_at_once_by_its_shared_expert_alone(family):
-    with pytest.warns(MxDWarning, match="init: shared .* the experts mean little"):  # as no share is asked for
-        _, block, statistics, layer, x, y = start(family, "shared")
+    _, block, statistics, layer, x, y = start(family, "shared")
     assert (layer.experts.bias == 1).all() and (layer.experts.weight == 0).all()
     nmse = (layer(x) - y).square().sum() / (y - y.mean(0)).square().sum()
     assert nmse < 0.7  # what is constant in D z is only nearly so
