@@ -266,7 +266,7 @@ def test_an_expert_that_never_fires_changes_nothing_and_is_said_to(converted):
     experts = [{"layer": 2, "expert": 7, "fired": 0, "of": 508}]
     rest = {"words": edits.words(), "experts": experts, "controls": None, "tokens": 504, "data": "text"}
     lines, *tables = effect_tables(figures | rest)
-    assert "2:7 never fires on this text" in lines and len(tables) == 3
+    assert "2:7 never fires on this text" in lines and len(tables) == 2
 
 
 def test_mistakes_are_named(converted):
