@@ -280,7 +280,8 @@ def _ended_for_memory(process: subprocess.CompletedProcess[str]) -> bool:
 def _reloaded(folder: Path, reference: Reference) -> tuple[dict[str, Tensor], str]:
     """What a fresh process without mxdsurgery computes, and on which device: the reference's, or the CPU if it is too full."""
     gc.collect()  # of a model that was let go, what refers to itself is still there,
-    empty_cache(reference.device.type)  # and of the device's memory, this process still holds what it does not use
+    for held in {reference.device.type, "cpu"}:
+        empty_cache(held)  # and of its memory, this process still holds what it does not use
     with tempfile.TemporaryDirectory() as scratch:
         given, result = Path(scratch) / "given.safetensors", Path(scratch) / "result.safetensors"
         save_file({"input_ids": reference.ids.contiguous()}, given)

@@ -4,7 +4,9 @@ A machine has the CPU and at most one type of accelerator: ``cuda`` (NVIDIA, and
 (Intel), or another that a plug-in of torch brings. Devices are named by their type.
 """
 
+import ctypes
 import functools
+import os
 
 import torch
 
@@ -68,9 +70,11 @@ def synchronise(device: str) -> None:
 
 
 def empty_cache(device: str) -> None:
-    """Gives back memory of a device that torch keeps cached without using it."""
+    """Gives back memory that is kept without being used: by torch, of a device; of the CPU by the C library, where it can."""
     if device != "cpu":
         getattr(torch.get_device_module(device), "empty_cache", lambda: None)()
+    elif os.name == "posix":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _kept: None)(0)
 
 
 def hardware(device: str) -> str:
