@@ -65,6 +65,7 @@ def test_a_conversion_is_timed_alone_and_beside_a_busy_process():
         ("reliability.py", "reliability.md"),
         ("families.py", "families.md"),
         ("controls.py", "controls.md"),
+        ("single_experts.py", "single-experts.md"),
     ],
 )
 def test_a_page_of_figures_is_what_its_script_prints(script, page, monkeypatch, capsys):

@@ -98,7 +98,8 @@ STEPS = (
     ),
     Step(
         "effect",
-        "## What does an expert do?\n\nAblated, beside five experts that fire as often:",
+        "## What does an expert do?\n\nAblated, beside five experts that fire as often "
+        "([single-experts.md](single-experts.md) has it for many experts, at several shares, beside transcoders and molts):",
         "mxdsurgery effect books-mxd --ablate 5:1835 --tokens 16k --top 6",
     ),
     Step(
@@ -115,7 +116,8 @@ STEPS = (
     Step(
         "score",
         "How far do samples move towards what the expert stands for, beside steering other experts as strongly, and are they "
-        "still fluent? Not far, and at a price: a single expert of this model says little by itself.",
+        "still fluent? Not far, and at a price. [Does share buy control?](single-experts.md) says what of that depends on the "
+        "share that the experts carry, and what a transcoder's feature does.",
         f"mxdsurgery generate books-mxd --steer 4:2411=8 --unit maximum --factors 0.25,1,2 --samples 40 {_SAMPLING} --score",
     ),
     Step(
@@ -134,7 +136,9 @@ STEPS = (
         "erase",
         "## Erase a capability\n\n`examples/erase_capability.py` removes the experts of Python code. `experts` has run on "
         "books-transcoder, too. What comes out is selective: Python is lost, other text hardly notices, and random experts do "
-        "not do that. Transcoder features are as selective; they start from a model that is further from the original.",
+        "not do that. Transcoder features are as selective; they start from a model that is further from the original. "
+        "How many experts it takes, and what that costs elsewhere, depends on their share "
+        "([single-experts.md](single-experts.md)).",
         "python examples/erase_capability.py books-mxd --kind python --data heldout.jsonl.gz --baseline books-transcoder",
     ),
     Step(
