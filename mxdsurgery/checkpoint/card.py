@@ -23,6 +23,7 @@ FIGURES = (
     ("kl", "KL", ".4f"),
     ("top1_agreement", "same top-1", ".1%"),
     ("nmse", "NMSE", ".4f"),
+    ("median_error", "median error", ".4f"),
     ("jacobian_nmse", "Jacobian NMSE", ".3f"),
     ("zero_delta_ce", "ΔCE if zeroed", "+.4f"),
     ("loss_recovered", "loss recovered", ".1%"),

@@ -17,6 +17,7 @@ the dense path asks whether anything had to be chosen at all.
 Shapes: B contexts of T tokens, n tokens, D model width, F features of the dense path, N experts, K active ones.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,7 @@ class Usage:
     fired: Tensor  # (N,), tokens on which each expert fired
     amount: Tensor  # (N,), the sum of each expert's coefficients
     tokens: int
+    median_error: float = math.nan  # over tokens, of ‖ŷ - y‖² / ‖y‖²
 
 
 class PermutedExperts(nn.Module):

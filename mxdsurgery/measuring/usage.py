@@ -1,4 +1,4 @@
-"""How a layer uses its experts on a text: how often each fires, how strongly, and what their sum looks like.
+"""How a layer does on a text, and how it uses its experts: how often each fires, how strongly, what their sum looks like.
 
 Shapes: n tokens, D model width, N experts.
 """
@@ -27,12 +27,16 @@ class UsageSums:
     def __init__(self) -> None:
         self.tokens = 0
         self.sums: dict[str, Tensor | int] = defaultdict(int)
+        self.errors: list[Tensor] = []  # ‖ŷ - y‖² / ‖y‖² of each token
 
     @torch.no_grad()
     def add(self, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         """Counts tokens in: the block's x and y (n, D), y in the widest dtype."""
         m, r = (part.to(y.dtype).expand_as(y) for part in layer.dense_path(x))
-        new = {"my": (m * (y - r)).sum(0), "mm": m.square().sum(0)} | use(layer, x)
+        s, used = use(layer, x)
+        error = (m if s is None else s * m) + r - y
+        self.errors.append(error.square().sum(-1) / y.square().sum(-1).clamp_min(1e-30))
+        new = {"my": (m * (y - r)).sum(0), "mm": m.square().sum(0)} | used
         for name, value in new.items():
             self.sums[name] = self.sums[name] + value
         self.tokens += len(x)
@@ -41,19 +45,20 @@ class UsageSums:
         """What they say of the layer."""
         my, mm, fired, amount, ss = (self.sums[name] for name in ("my", "mm", "fired", "amount", "ss"))
         few = controls.main_directions(ss, mm) if len(fired) else None
-        return Usage(my / mm.clamp_min(1e-30), few, fired, amount, self.tokens)
+        median = torch.cat(self.errors).median().item()
+        return Usage(my / mm.clamp_min(1e-30), few, fired, amount, self.tokens, median)
 
 
 @torch.no_grad()
-def use(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """How a layer uses experts on tokens x (n, D): `firings`, their coefficients' sums, and ``Σ s sᵀ`` of ``s = Cᵀ a``."""
+def use(layer: nn.Module, x: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The experts' term ``s = Cᵀ a`` on tokens x (n, D), None without experts; `firings`, sums of coefficients, ``Σ s sᵀ``."""
     if not hasattr(layer, "gate"):
-        return dict.fromkeys(("fired", "amount", "ss"), firings(layer, x))
+        return None, dict.fromkeys(("fired", "amount", "ss"), firings(layer, x))
     a, wide = layer.coefficients(x), widest(x.device)
     s = layer.mixture(a, x).to(wide)
     fired = _fired(a, layer.gate.n_experts)
     amount = torch.bincount(a.indices.flatten(), a.values.flatten().to(wide), minlength=len(fired))
-    return {"fired": fired, "amount": amount, "ss": s.T @ s}
+    return s, {"fired": fired, "amount": amount, "ss": s.T @ s}
 
 
 def firings(layer: nn.Module, x: Tensor) -> Tensor:
@@ -69,14 +74,14 @@ def _fired(a: Coefficients, n_experts: int) -> Tensor:
 
 
 def usage_figures(usage: Sequence[Usage]) -> dict[str, Any]:
-    """How the experts are used on these tokens: L0, the share that never fired, firing frequencies by decade.
-
-    All are None where there are no experts.
+    """The median error, the mean over layers; and how the experts are used on these tokens: L0, the share that never fired,
+    firing frequencies by decade. These are None where there are no experts.
     """
     frequency = torch.cat([layer.fired.cpu().double() / layer.tokens for layer in usage])
+    median = {"median_error": sum(layer.median_error for layer in usage) / len(usage)}
     if len(frequency) == 0:
-        return {"l0": None, "dead_share": None, "firing_frequency": None}
-    return {
+        return median | {"l0": None, "dead_share": None, "firing_frequency": None}
+    return median | {
         "l0": sum(layer.fired.sum().item() / layer.tokens for layer in usage) / len(usage),
         "dead_share": (frequency == 0).double().mean().item(),
         "firing_frequency": frequency_decades(frequency),

@@ -29,7 +29,9 @@ EXPLAINED = {
     "KL": "from the original's predictions, in nats per token",
     "same top-1": "how often the likeliest next token is the original's",
     "NMSE": "squared error of the block's output over its squared size (all: the mean over layers, all in place)",
-    "Jacobian NMSE": "the same of how the output changes with the input, in random directions (1: as a constant; all: the "
+    "median error": "the median over tokens of that ratio, which a few huge outputs do not decide (all: the mean over layers, "
+    "each alone)",
+    "Jacobian NMSE": "NMSE of how the output changes with the input, in random directions (1: as a constant; all: the "
     "mean over layers, each alone)",
     "loss recovered": "the part that the layer keeps of what is lost if the block is zeroed (n/a: it is not certain, by the "
     "95 % interval, that anything is)",

@@ -15,9 +15,9 @@ from material import BOOKS, FIXED, STORIES, Subject, shared_option
 from pages import DOCS, cells, machine, read_json, read_lines, table, unused, write_lines
 
 import mxdsurgery
+from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.measuring.shares import NEAR
 from mxdsurgery.recipe import EXPERT_SHARE
-from mxdsurgery.runs.journal import write_json
 from mxdsurgery.terminal.console import ConsoleReporter, compact
 from mxdsurgery.terminal.figures import with_range
 

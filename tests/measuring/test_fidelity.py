@@ -69,6 +69,8 @@ def test_a_layers_nmse_and_best_constant_are_those_of_its_definition(measured):
         layer = copy.deepcopy(layers[index]).double()
         error = (layer(x) - y).square().sum() / y.square().sum()
         assert entry["nmse"] == pytest.approx(error.item(), rel=1e-4)
+        errors = (layer(x) - y).square().sum(-1) / y.square().sum(-1)
+        assert entry["median_error"] == pytest.approx(errors.flatten().median().item(), rel=1e-3)
         variance = (y - y.mean(0)).square().sum() / y.square().sum()
         assert entry["fvu"] == pytest.approx((error / variance).item(), rel=1e-4)
         m = layer.decoder(layer.hidden(x))
