@@ -46,7 +46,7 @@ def _print_json(value: Any) -> None:
 def _print_table(*parts: Any) -> None:
     console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
-        console = Console(highlight=False, emoji=False, width=160)
+        console = Console(highlight=False, emoji=False, width=180)
     with written(sys.stdout):
         for part in parts:
             console.print(part, markup=not isinstance(part, str))  # a folder's name may look like markup
