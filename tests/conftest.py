@@ -1,11 +1,13 @@
 """Fixtures: the material beside the project, processes, and a converted model."""
 
+import json
 import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
 
 import pytest
+from filelock import FileLock
 from forked import ForkingInterpreter
 from running import interrupt_layer_2, shared_folder
 
@@ -29,6 +31,14 @@ def float32_is_fast():
     with pytest.MonkeyPatch.context() as patch:
         for name in ("layer_seconds", "product_seconds"):
             patch.setattr(compute, name, lambda _device, dtypes, *_shape: {d: 1.0 if d == "float32" else 4.0 for d in dtypes})
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def little_validation():
+    """The text that the best weights are chosen on is looked at many times: an eighth of it is enough to test with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mxdsurgery.text.sources.VALIDATION_TOKENS", 1_024)
         yield
 
 
@@ -64,11 +74,25 @@ def interrupted_in_layer_2(monkeypatch):
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory):
-    """demo-glu with two layers converted in a few steps; tests read the folder and never change it."""
-    import mxdsurgery
+    """demo-glu with two layers converted in a few steps; tests read the folder and never change it.
 
-    out = tmp_path_factory.mktemp("converted") / "demo"
-    return mxdsurgery.convert(
-        "demo-glu", layers="1-2", tokens=40_000, eval_tokens=4_000, n_experts=256, k=8, shuffle=100_000, out=str(out),
-        device="cpu", init="encoder", specialise=0.003,
-    )  # fmt: skip
+    One of the processes that share the tests makes it, for all of them.
+    """
+    import mxdsurgery
+    from mxdsurgery.conversion.convert import Conversion
+    from mxdsurgery.planning.plan import read_plan
+    from mxdsurgery.recipe import Recipe, load_recipe
+
+    here = tmp_path_factory.getbasetemp()
+    place = here.parent if "PYTEST_XDIST_WORKER" in os.environ else here
+    out = place / "converted" / "demo"
+    with FileLock(place / "converted.lock"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mxdsurgery.text.sources.VALIDATION_TOKENS", 8_192)  # whichever test needs it first
+        if not out.is_dir():
+            mxdsurgery.convert(
+                "demo-glu", layers="1-2", tokens=40_000, eval_tokens=4_000, n_experts=256, k=8, shuffle=100_000, out=str(out),
+                device="cpu", init="encoder", specialise=0.003,
+            )  # fmt: skip
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    recipe = Recipe(**load_recipe(out / "recipe.yaml"))
+    return Conversion(out, read_plan(out / "plan.json"), recipe, evaluation, evaluation["training"]["seconds"])

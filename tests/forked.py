@@ -5,10 +5,14 @@ Importing it takes seconds, and hundreds of tests need a process of their own.
 
 import functools
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]  # of the project
 
 # Forks for each line of its input and says how the fork ended; the fork leaves the loop, to run the code that it was given.
 _FORKING = """
@@ -52,6 +56,13 @@ class ForkingInterpreter:
             print(json.dumps(request), file=self._process.stdin, flush=True)
             status = int(self._process.stdout.readline())
             return subprocess.CompletedProcess(["-c", code, *words], status, output.read(), errors.read())
+
+    def script(self, path: Path, *words: object, lacks: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        """As ``python path words`` where mxdsurgery is this one, and the modules ``lacks`` are not installed."""
+        start = [f"sys.modules[{name!r}] = None" for name in lacks]
+        start += [f"sys.path[:0] = [{str(path.parent)!r}, {str(ROOT)!r}]", "sys.argv = sys.argv[1:]"]
+        code = "; ".join(["import runpy, sys", *start, "runpy.run_path(sys.argv[0], run_name='__main__')"])
+        return self.run(code, [str(path), *map(str, words)], os.environ, os.getcwd())
 
     @functools.cached_property
     def _process(self) -> subprocess.Popen:

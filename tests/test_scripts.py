@@ -3,23 +3,26 @@
 import dataclasses
 import json
 import runpy
-import subprocess
 import sys
 
 import pytest
 from pages import DOCS, SCRIPTS
 
 
-def run(script, *words):
+@pytest.fixture
+def run(forking):
     """The last line that a script printed, as JSON."""
-    command = [sys.executable, str(SCRIPTS / script), *map(str, words), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+
+    def printed(script, *words):
+        done = forking.script(SCRIPTS / script, *words, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return printed
 
 
 @pytest.mark.parametrize("block", [(), ("--glu",)], ids=["mlp", "glu"])
-def test_our_step_and_the_dense_one_reach_the_same_loss_from_the_same_start(shared, block):
+def test_our_step_and_the_dense_one_reach_the_same_loss_from_the_same_start(shared, block, run):
     shape = ("--d", 32, "--h", 64, "--n", 256, "--k", 8, "--batch", 128, "--steps", 20, *block)
     exact = ("--precision", "fp32", "--selection", "fp32")
     result = run("bench_step.py", *shape, *exact, "--yardstick", shared / "bench" / "dense_reference.py")
@@ -28,28 +31,28 @@ def test_our_step_and_the_dense_one_reach_the_same_loss_from_the_same_start(shar
     assert result["ours"]["tokens_per_second"] > 0 and result["yardstick"]["tokens_per_second"] > 0
 
 
-def test_bf16_reaches_the_loss_of_the_dense_fp32_step(shared):
+def test_bf16_reaches_the_loss_of_the_dense_fp32_step(shared, run):
     shape = ("--d", 64, "--h", 128, "--n", 512, "--k", 16, "--batch", 256, "--steps", 20)
     low = ("--precision", "bf16", "--selection", "bf16")
     result = run("bench_step.py", *shape, *low, "--yardstick", shared / "bench" / "dense_reference.py")
     assert result["our_precision"] == "bf16" and 0 < result["loss_difference"] < 1e-2
 
 
-def test_all_layers_train_at_once_beside_what_the_plan_said():
+def test_all_layers_train_at_once_beside_what_the_plan_said(run):
     result = run("bench_pass.py", "--model", "tiny", "--device", "cpu", "--steps", 4, "--warm-up", 2)
     assert result["layers_at_once"] == 4 and result["groups"] == 1
     assert result["tokens_per_second"] > 0 and result["planned_tokens_per_second"] > 0
     assert result["planned_peak_bytes"] > 12 * result["trained_parameters"]
 
 
-def test_inference_is_measured_for_every_n_beside_the_original():
+def test_inference_is_measured_for_every_n_beside_the_original(run):
     result = run("bench_inference.py", "--model", "tiny", "--n-experts", "64,256", "--seconds", 0.05, "--prompt", 16)
     assert list(result["by_n"]) == ["64", "256"]
     sizes = [result["original"]["weight_bytes"], *(at["weight_bytes"] for at in result["by_n"].values())]
     assert sizes == sorted(set(sizes)) and result["largest_n_within_1.3x"] >= 0
 
 
-def test_a_conversion_is_timed_alone_and_beside_a_busy_process():
+def test_a_conversion_is_timed_alone_and_beside_a_busy_process(run):
     result = run("bench_beside.py", "--tokens", 2048, "--threads", 1, "--precision", "default")
     assert result["tokens"] >= 2048 and result["alone"] > 0 and result["beside"] > 0
 

@@ -162,13 +162,13 @@ def measure_kills(count: int, runs: Path) -> dict[str, Any]:
     """Kills runs until there were so many kills."""
     source, rows, references = runs / "source", [], {}
     finished(lambda: run_convert(source, source), runs / "source.log")
-    for name in RUNS:
-        start = time.monotonic()
-        finished(lambda name=name: RUNS[name](runs / f"whole-{name}", source), runs / f"whole-{name}.log")
-        references[name] = (digest(runs / f"whole-{name}"), time.monotonic() - start)
     number = 0
     while (done := sum(row["kills"] for row in rows)) < count:
         name = list(RUNS)[number // 2 % len(RUNS)]
+        if name not in references:
+            start = time.monotonic()
+            finished(lambda name=name: RUNS[name](runs / f"whole-{name}", source), runs / f"whole-{name}.log")
+            references[name] = (digest(runs / f"whole-{name}"), time.monotonic() - start)
         rows.append(killed_run(name, number, runs, source, *references[name], most=min(MOST_KILLS, count - done)))
         click.echo(json.dumps(rows[-1]), err=True)
         number += 1

@@ -58,7 +58,7 @@ def test_such_a_model_is_converted_reloaded_and_used_once_its_code_is_trusted(tm
         lambda **how: mxdsurgery.edit(
             out, edits=mxdsurgery.edits_from_flags(None, ablate=("0:3",)), out=tmp_path / "edited", **how
         ),
-        lambda **how: mxdsurgery.experts(out, **how),
+        lambda **how: mxdsurgery.experts(out, tokens=2_000, **how),
         lambda **how: mxdsurgery.report(out, **how),
     ]
     for use in uses:

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -238,7 +236,7 @@ def test_the_command_prints_a_table_and_json(folder, labelled, tmp_path):
     assert made["layers"][0]["n_experts"] == 256 and made["classes"] == ["code", "words"] and experts_table(made)
 
 
-def test_the_example_erases_a_kind_of_text(folder, labelled):
+def test_the_example_erases_a_kind_of_text(folder, labelled, forking):
     script = ROOT / "examples" / "erase_capability.py"
     flags = [
         "--kind",
@@ -254,12 +252,13 @@ def test_the_example_erases_a_kind_of_text(folder, labelled):
         "--baseline",
         folder,
     ]
-    ran = subprocess.run([sys.executable, script, folder, *flags], capture_output=True, text=True, check=True)
+    ran = forking.script(script, folder, *flags)
+    assert ran.returncode == 0, ran.stderr
     rows = [line for line in ran.stdout.splitlines() if " of code" in line]
     assert len(rows) == 4 and rows[:2] == rows[2:]  # the baseline is the same model here
     code, words = (float(re.sub(r"[^-+.0-9]", "", cell)) for cell in rows[1].split("│")[3:5])
     assert code > abs(words)
-    wrong = subprocess.run([sys.executable, script, folder, "--kind", "verse", *flags[2:]], capture_output=True, text=True)
+    wrong = forking.script(script, folder, "--kind", "verse", *flags[2:])
     assert wrong.returncode == 1 and "knows no 'verse', only code, words" in wrong.stderr
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -140,9 +139,8 @@ def test_the_harness_scores_both_models_on_every_example(converted, run):
     assert examples == count and 0.5 < original < made < 3  # a converted model is a little worse, and far from 8 bits
 
 
-def test_the_example_with_the_harness_says_what_it_needs(converted):
-    without = "import runpy, sys; sys.modules['lm_eval'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", without, str(EXAMPLES / "lm_eval_task.py")], capture_output=True, text=True)
+def test_the_example_with_the_harness_says_what_it_needs(forking):
+    done = forking.script(EXAMPLES / "lm_eval_task.py", lacks=["lm_eval"])
     assert done.returncode == 2 and done.stderr.startswith("this example needs lm-evaluation-harness")
 
 

@@ -26,14 +26,7 @@ from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.training.teacher import KeptPredictions
 
 QUICK = {"tokens": 4096, "batch": 1024, "device": "cpu"}
-VALIDATION = 1024
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_validation():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mxdsurgery.text.sources.VALIDATION_TOKENS", VALIDATION)
-        yield
+VALIDATION = 1024  # of all tests: see `little_validation`
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 import math
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -129,27 +127,21 @@ def test_the_table_shows_both_texts_as_they_are():
     assert "once [bold]upon[/bold] a" in shown and "once [bold]there was" in shown
 
 
-def run_example(name, *words):
-    return subprocess.run([sys.executable, str(EXAMPLES / name), *map(str, words)], capture_output=True, text=True)
-
-
-def test_the_example_with_hooks_agrees_with_the_models_own_interventions(converted):
-    done = run_example("hooks.py", converted.out, "--layer", 1)
+def test_the_example_with_hooks_agrees_with_the_models_own_interventions(converted, forking):
+    done = forking.script(EXAMPLES / "hooks.py", converted.out, "--layer", 1)
     assert done.returncode == 0, done.stderr
     assert "The strongest experts of layer 1" in done.stdout and "model.mxd they differ by 0e+00" in done.stdout
 
 
-def test_the_example_with_nnsight_agrees_with_the_models_own_interventions(converted):
+def test_the_example_with_nnsight_agrees_with_the_models_own_interventions(converted, forking):
     pytest.importorskip("nnsight", reason="nnsight is not installed")
-    done = run_example("nnsight_experts.py", converted.out)
+    done = forking.script(EXAMPLES / "nnsight_experts.py", converted.out)
     assert done.returncode == 0, done.stderr
     assert "The strongest expert of layer 2" in done.stdout and "model.mxd.ablate by 0e+00" in done.stdout
 
 
-def test_the_example_with_nnsight_says_what_it_needs():
-    without = "import runpy, sys; sys.modules['nnsight'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
-    command = [sys.executable, "-c", without, str(EXAMPLES / "nnsight_experts.py")]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_the_example_with_nnsight_says_what_it_needs(forking):
+    done = forking.script(EXAMPLES / "nnsight_experts.py", lacks=["nnsight"])
     assert done.returncode == 2 and done.stderr.startswith("this example needs nnsight") and "Traceback" not in done.stderr
 
 

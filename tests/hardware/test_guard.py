@@ -16,7 +16,7 @@ from mxdsurgery.errors import OutputError
 from mxdsurgery.hardware import guard
 from mxdsurgery.hardware.guard import guarded
 
-TINY_RUN = {"tokens": 4_096, "eval_tokens": 1_000, "n_experts": 64, "k": 4, "batch": 512, "shuffle": 2_000}
+TINY_RUN = {"tokens": 4_096, "eval_tokens": 300, "n_experts": 64, "k": 4, "batch": 512, "shuffle": 2_000}
 WORKING = {name for name in mxdsurgery.__all__ if name[0].islower()} - {"register_family"}
 
 

@@ -18,7 +18,7 @@ from mxdsurgery.errors import CheckpointError, Interrupted, RecipeError
 from mxdsurgery.hardware import threads
 from mxdsurgery.training import distill
 
-TINY = {"layers": "1", "tokens": 4_096, "eval_tokens": 1_000, "n_experts": 64, "k": 4, "batch": 512, "shuffle": 2_000}
+TINY = {"layers": "1", "tokens": 4_096, "eval_tokens": 300, "n_experts": 64, "k": 4, "batch": 512, "shuffle": 2_000}
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -91,9 +89,8 @@ def test_a_converted_model_is_dissected(converted, tmp_path):
     assert weights_only["layer"] == 1 and "usage" not in weights_only["subjects"][0]
 
 
-def test_the_example_shows_what_it_says():
-    script = ROOT / "examples" / "rank_one_experts.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+def test_the_example_shows_what_it_says(forking):
+    done = forking.script(ROOT / "examples" / "rank_one_experts.py")
     assert done.returncode == 0, done.stderr
     assert "ranks of the experts: {16}; of D: 16" in done.stdout and "rank-1 experts differ by" in done.stdout
 

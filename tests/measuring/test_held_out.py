@@ -34,13 +34,6 @@ def written(path, documents):
     return str(path)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def little_validation():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mxdsurgery.text.sources.VALIDATION_TOKENS", 1_024)
-        yield
-
-
 @pytest.fixture(scope="module")
 def made(documents, tmp_path_factory, little_validation):
     """demo-glu converted on the first part of a text, whose first contexts were held out."""

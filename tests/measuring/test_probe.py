@@ -155,7 +155,7 @@ def test_wrong_layers_and_folders_are_named(converted, labelled, tmp_path):
 def test_all_kinds_of_a_frontier_are_probed_and_dissected(labelled, tmp_path):
     out = tmp_path / "out"
     kinds = ("mxd", "skip-transcoder", "topk-sae", "dense")
-    small = {"tokens": 12_000, "eval_tokens": 2_000, "expansion": 6, "batch": 1024, "device": "cpu", "shuffle": 0}
+    small = {"tokens": 6_500, "eval_tokens": 500, "expansion": 6, "batch": 1024, "device": "cpu", "shuffle": 0}
     mxdsurgery.frontier("demo-glu", layer=2, k=(4,), kinds=kinds, out=str(out), **small)
     names = ["mxd, K = 4", "skip-transcoder, K = 4", "topk-sae, K = 4"]
     result = mxdsurgery.probe(out, data=str(labelled), samples=60)

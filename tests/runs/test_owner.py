@@ -22,7 +22,7 @@ from mxdsurgery.runs.owner import OWNER_FILE, Ownership
 from mxdsurgery.runs.run_folder import RunFolder
 from mxdsurgery.terminal.console import Reporter
 
-TINY = {"layers": "1", "tokens": 4_096, "eval_tokens": 1_000, "n_experts": 64, "k": 4, "batch": 512, "shuffle": 2_000}
+TINY = {"layers": "1", "tokens": 2_048, "eval_tokens": 300, "n_experts": 64, "k": 4, "batch": 512, "shuffle": 2_000}
 FLAGS = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 # Takes the folder, says so and waits for a line before it ends, or to be killed.

@@ -21,7 +21,7 @@ from mxdsurgery.runs import parallel
 OPTIONS = {
     "layers": "0-2",
     "tokens": 8_192,
-    "eval_tokens": 1_000,
+    "eval_tokens": 300,
     "n_experts": 64,
     "k": 4,
     "batch": 1_024,
@@ -55,6 +55,13 @@ def finished(*arguments, code=0, **options):
     said = process.communicate(timeout=240)[0]
     assert (process.returncode == 0) == (code == 0), said
     return said
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_much_validation_as_the_processes_have():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mxdsurgery.text.sources.VALIDATION_TOKENS", 8_192)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import threading
 import weakref
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from running import ROOT
+from running import ROOT, without_reloads
 from safetensors.torch import load_file, save_file
 
 import mxdsurgery
@@ -25,11 +27,11 @@ from mxdsurgery.training import distill, end_to_end
 
 SMALL = {
     "layers": "0-2",
-    "tokens": 12_288,
-    "eval_tokens": 1_000,
+    "tokens": 6_144,
+    "eval_tokens": 300,
     "n_experts": 64,
     "k": 4,
-    "batch": 512,
+    "batch": 256,
     "shuffle": 4_000,
     "device": "cpu",
 }
@@ -49,9 +51,16 @@ def assert_same(first, second):
     assert figures == other_figures
 
 
-@pytest.fixture
-def stopped(monkeypatch):
-    """``stopped(n)``: a Ctrl-C comes in the n-th step of a layer, or of an end-to-end training, from here on."""
+@pytest.fixture(scope="module", autouse=True)
+def unchecked():
+    with pytest.MonkeyPatch.context() as patch:
+        without_reloads(patch)
+        yield
+
+
+@contextmanager
+def stopping(patch):
+    """Yields ``stopped(n)``: a Ctrl-C comes in the n-th step of a layer, or of an end-to-end training, from here on."""
 
     def after(count):
         counter = itertools.count(1)
@@ -64,21 +73,29 @@ def stopped(monkeypatch):
 
             return step
 
-        monkeypatch.setattr("mxdsurgery.training.distill.train_step", counting(distill.train_step))
-        monkeypatch.setattr(end_to_end._Trainer, "step", counting(end_to_end._Trainer.step))
+        patch.setattr("mxdsurgery.training.distill.train_step", counting(distill.train_step))
+        patch.setattr(end_to_end._Trainer, "step", counting(end_to_end._Trainer.step))
 
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-    yield after
-    signal.signal(signal.SIGINT, before)
+    try:
+        yield after
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    with stopping(monkeypatch) as after:
+        yield after
 
 
 WAYS = {
     "as the recipe for it says": ({}, [20]),
     "stopped twice": ({}, [11, 41]),
-    "positions mixed across batches": ({"activation_buffer": 3_000}, [20, 41]),
-    "at its last step": ({"activation_buffer": 3_000}, [3 * STEPS - 1]),
-    "block by block": ({"inputs": "converted", "kept_tokens": 4_096}, [30]),
+    "positions mixed across batches": ({"activation_buffer": 1_500}, [20, 41]),
+    "at its last step": ({"activation_buffer": 1_500}, [3 * STEPS - 1]),
+    "block by block": ({"inputs": "converted", "kept_tokens": 2_048}, [30]),
     "block by block, from disk": ({"inputs": "converted", "offload": "disk"}, [60]),
     "jointly": ({"inputs": "joint"}, [9]),
     "transcoders with rows of unit length": ({"kind": "transcoder", "unit_norm": True, "auxk": 0.1}, [25]),
@@ -87,10 +104,25 @@ WAYS = {
 }
 
 
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory):
+    """What a conversion with some keys gives that was not stopped."""
+    made = {}
+
+    def convert(keys):
+        name = json.dumps(keys)
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("unstopped") / "whole"
+            mxdsurgery.convert("demo-glu", **SMALL, **keys, out=str(made[name]))
+        return made[name]
+
+    return convert
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_a_conversion_that_was_stopped_goes_on_bit_for_bit(way, tmp_path, stopped, monkeypatch):
+def test_a_conversion_that_was_stopped_goes_on_bit_for_bit(way, unstopped, tmp_path, stopped, monkeypatch):
     keys, stops = WAYS[way]
-    mxdsurgery.convert("demo-glu", **SMALL, **keys, out=str(tmp_path / "whole"))
+    whole = unstopped(keys)
     for stop in stops:
         with monkeypatch.context() as patch:
             patch.setattr("mxdsurgery.training.distill.train_step", distill.train_step)
@@ -99,8 +131,8 @@ def test_a_conversion_that_was_stopped_goes_on_bit_for_bit(way, tmp_path, stoppe
                 mxdsurgery.convert("demo-glu", **SMALL, **keys, out=str(tmp_path / "parts"), resume=True)
         assert not (tmp_path / "parts").exists()
     mxdsurgery.convert("demo-glu", **SMALL, **keys, out=str(tmp_path / "parts"), resume=True)
-    assert_same(tmp_path / "whole", tmp_path / "parts")
-    assert {path.name for path in tmp_path.iterdir()} == {"whole", "parts"}
+    assert_same(whole, tmp_path / "parts")
+    assert {path.name for path in tmp_path.iterdir()} == {"parts"}
 
 
 HEALS = {
@@ -112,7 +144,7 @@ HEALS = {
 
 @pytest.mark.parametrize("way", HEALS)
 def test_healing_that_was_stopped_goes_on_bit_for_bit(way, converted, tmp_path, stopped, monkeypatch):
-    options = {"tokens": 6_144, "batch": 512, "specialise": 0.01} | HEALS[way]
+    options = {"tokens": 3_072, "batch": 256, "specialise": 0.01} | HEALS[way]
     if options.get("mode") == "both":
         pytest.importorskip("peft")
     mxdsurgery.heal(converted.out, out=tmp_path / "whole", **options)
@@ -158,18 +190,23 @@ def test_a_frontier_goes_on_within_a_group(tmp_path, stopped):
     assert [row["step"] for row in rows] == [1, 20, 24] and set(rows[0]["layers"]) == {"1 mxd k4", "1 transcoder k4"}
 
 
-@pytest.fixture
-def unfinished(tmp_path, stopped, monkeypatch):
-    """A conversion that was stopped at its third step, and its options."""
-    text = tmp_path / "text.txt"
+@pytest.fixture(scope="module")
+def once_stopped(tmp_path_factory):
+    """A text, and the run of a conversion on it that was stopped at its third step."""
+    place = tmp_path_factory.mktemp("stopped")
+    text = place / "text.txt"
     text.write_text("\n<|endoftext|>\n".join(f"def f{i}(x):\n    return x + {i}\n" * 20 for i in range(200)))
-    options = SMALL | {"layers": "1", "data": str(text), "out": str(tmp_path / "out")}
-    with monkeypatch.context():
+    with pytest.MonkeyPatch.context() as patch, stopping(patch) as stopped, pytest.raises(Interrupted):
         stopped(3)
-        with pytest.raises(Interrupted):
-            mxdsurgery.convert("demo-glu", **options)
-    monkeypatch.undo()
-    return options
+        mxdsurgery.convert("demo-glu", **SMALL | {"layers": "1", "data": str(text), "out": str(place / "out")})
+    return place
+
+
+@pytest.fixture
+def unfinished(once_stopped, tmp_path):
+    """A conversion that was stopped at its third step, and its options."""
+    shutil.copytree(once_stopped / "out.run", tmp_path / "out.run")
+    return SMALL | {"layers": "1", "data": str(once_stopped / "text.txt"), "out": str(tmp_path / "out")}
 
 
 def test_a_run_of_other_settings_model_or_text_is_not_resumed(unfinished, tmp_path, monkeypatch):
@@ -192,14 +229,16 @@ def test_a_run_of_other_settings_model_or_text_is_not_resumed(unfinished, tmp_pa
         patch.setattr(BaseModel, "_read", another)
         with pytest.raises(CheckpointError, match="something else: base"):
             resumed()
-    text = (tmp_path / "text.txt").read_text()
-    (tmp_path / "text.txt").write_text(text.replace("def f", "def g"))
-    with pytest.raises(CheckpointError, match="the training text is not what it was"):
-        resumed()
+    file, text = Path(unfinished["data"]), Path(unfinished["data"]).read_text()
+    file.write_text(text.replace("def f", "def g"))
+    try:
+        with pytest.raises(CheckpointError, match="the training text is not what it was"):
+            resumed()
+    finally:
+        file.write_text(text)  # of other tests, too
     assert sorted(path.name for path in (tmp_path / "out.run").rglob("*")) == before  # nothing is lost
-    (tmp_path / "text.txt").write_text(text)
     resumed(keep_checkpoints=1, checkpoint_every=5)  # keys that do not affect the result may change
-    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 @pytest.mark.parametrize("data", ["texts", "texts/*.txt"])

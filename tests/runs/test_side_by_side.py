@@ -16,7 +16,7 @@ from mxdsurgery.planning.plan import read_plan
 from mxdsurgery.recipe import Recipe, load_recipe
 from mxdsurgery.runs.owner import OWNER_FILE, my_turn
 
-TINY = ["--layers=1", "--tokens=8192", "--eval-tokens=1000", "--n-experts=64", "--k=4", "--batch=512", "--device=cpu"]
+TINY = ["--layers=1", "--tokens=8192", "--eval-tokens=300", "--n-experts=64", "--k=4", "--batch=512", "--device=cpu"]
 
 
 # Starts commands in forks: two conversions, and, while the one that got the run is stopped, the two of a launch.

@@ -32,7 +32,7 @@ COMMANDS = {
     "evaluate": lambda folder, _out, **text: mxdsurgery.evaluate(folder, **text)["tokens"],
     "growth": lambda folder, _out, **text: mxdsurgery.growth(folder, **text)["tokens"],
     "effect": lambda folder, _out, **text: mxdsurgery.effect(folder, edits=ABLATE, controls=1, **text)["tokens"],
-    "sweep": lambda folder, _out, **text: mxdsurgery.sweep(folder, layer=1, **text)["tokens"],
+    "sweep": lambda folder, _out, **text: mxdsurgery.sweep(folder, layer=1, contexts_per_expert=1, **text)["tokens"],
     "edit": lambda folder, out, **text: mxdsurgery.edit(folder, out=out, edits=ABLATE, **text)["tokens"],
     "coefficients": lambda folder, out, **text: mxdsurgery.coefficients(folder, out=out, **text)["tokens"] - 2,
     "experts": lambda folder, out, **text: mxdsurgery.experts(folder, out=out, **text)["tokens"] - 1,
@@ -95,7 +95,7 @@ def test_rows_that_hold_nothing_are_said_once_in_a_call_that_reads_a_text_often(
     for out in ("out", "again"):  # each call says it anew
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            mxdsurgery.heal(folder, out=tmp_path / out, data=str(tmp_path / "text.jsonl"), tokens=8000, batch=512)
+            mxdsurgery.heal(folder, out=tmp_path / out, data=str(tmp_path / "text.jsonl"), tokens=3000, batch=512)
         assert sum("hold nothing (null)" in str(one.message) for one in caught) == 1
 
 
