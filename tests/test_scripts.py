@@ -68,6 +68,7 @@ def test_a_conversion_is_timed_alone_and_beside_a_busy_process(run):
         ("reliability.py", "reliability.md"),
         ("families.py", "families.md"),
         ("controls.py", "controls.md"),
+        ("defaults.py", "defaults.md"),
         ("single_experts.py", "single-experts.md"),
     ],
 )

@@ -33,6 +33,8 @@ SUBJECTS = (
 )
 TOKENS = 500_000
 WAYS: dict[str, dict[str, Any]] = {"now": {}, "before": FIXED}
+# What is also healed, on so many tokens: does the share stay?
+HEALED, HEALING_TOKENS = ("stories260K",), 300_000
 SHARES = ("expert_share", "few_experts_share")
 
 
@@ -42,6 +44,11 @@ def keys(subject: Subject, shared: Path) -> dict[str, Any]:
     if subject.model.startswith("demo"):
         return {"model": subject.model, "data": subject.data, "eval_data": subject.eval_data} | counts
     return subject.paths(shared) | counts
+
+
+def ways_of(subject: Subject) -> list[str]:
+    """The ways in which a model is measured."""
+    return [*WAYS, *(["healed"] if subject.model in HEALED else [])]
 
 
 def flags(way: dict[str, Any]) -> str:
@@ -63,12 +70,13 @@ def measure(shared: Path, runs: Path, only: str | None) -> None:
     for subject in SUBJECTS:
         if only is not None and only not in subject.model:
             continue
-        for name, way in WAYS.items():
-            out = runs / f"{subject.model}-{name}"
-            if not (out / "evaluation.json").is_file():
-                mxdsurgery.convert(
-                    **keys(subject, shared), layers="all", device="cpu", out=str(out), reporter=ConsoleReporter(), **way
-                )
+        for name in ways_of(subject):
+            out, say = runs / f"{subject.model}-{name}", ConsoleReporter()
+            if name == "healed" and not out.is_dir():
+                mxdsurgery.heal(runs / f"{subject.model}-now", tokens=HEALING_TOKENS, out=str(out), reporter=say)
+            elif not (out / "evaluation.json").is_file():
+                way = keys(subject, shared) | WAYS[name]
+                mxdsurgery.convert(**way, layers="all", device="cpu", out=str(out), reporter=say)
             found = read_json(out / "evaluation.json")
             counts = {
                 "held_out": found["tokens"],
@@ -92,15 +100,15 @@ def page() -> None:
     rows = read_lines(RESULTS)
     click.echo(introduction(rows))
     for subject in SUBJECTS:
-        of = {way: [row for row in rows if (row["model"], row["way"]) == (subject.model, way)] for way in WAYS}
+        of = {way: [row for row in rows if (row["model"], row["way"]) == (subject.model, way)] for way in ways_of(subject)}
         if not of["now"]:
             continue
         every = of["now"][-1]
-        seconds = {way: some[-1]["training"]["seconds"] for way, some in of.items() if some}
-        times = ", ".join(f"{some[-1]['steps']} steps {way}" for way, some in of.items() if some)
+        seconds = [some[-1]["training"]["seconds"] for way, some in of.items() if some and way in WAYS]
+        times = ", ".join(f"{some[-1]['steps']} steps {way}" for way, some in of.items() if some and way in WAYS)
         click.echo(f"\n## {subject.model}\n")
         click.echo(
-            f"{compact(TOKENS)} tokens: {times}; trained in {' and '.join(f'{value:.0f} s' for value in seconds.values())}; "
+            f"{compact(TOKENS)} tokens: {times}; trained in {' and '.join(f'{value:.0f} s' for value in seconds)}; "
             f"{every['held_out']:,} held-out tokens, single layers on {of['now'][0]['tokens']:,}.\n"
         )
         names = "layer | defaults | ΔCE | KL | NMSE | expert share | a few | unused"
@@ -130,7 +138,7 @@ def introduction(rows: list[dict[str, Any]]) -> str:
 Printed by `python scripts/measure/defaults.py page > docs/defaults.md` from what `... measure --shared ../shared` measured
 ({read_json(SETTINGS)["machine"]}). *now*: `mxdsurgery convert MODEL --layers all`, with the recipe that the
 model gets, {compact(TOKENS)} tokens; *before*: the same with the former defaults,
-`{flags(FIXED)[1:]}`.
+`{flags(FIXED)[1:]}`; *healed*: the first, after `mxdsurgery heal` on {compact(HEALING_TOKENS)} tokens.
 
 By default the experts of a layer are asked to carry {EXPERT_SHARE:g} of what it is worth; the least of *expert share*
 (held against experts frozen at a constant) and *a few* (against a few experts, the same for every token) counts.
