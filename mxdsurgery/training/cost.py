@@ -25,6 +25,8 @@ GIB = 2**30
 WEIGHT, _GRADIENT, ADAM = 4, 4, 8
 # Evaluation holds the final hidden states of variants up to so many bytes; then it compares their predictions at once.
 HELD_BYTES = 2**28
+# Variants of a layer that are scored in an evaluation, and while it learns.
+_VARIANTS, _LOOKED_AT = 9, 4
 # Evaluation fits the dense paths of so many layers anew in one pass as need no more than so many bytes, or of one.
 FIT_BYTES = 2**29
 # Bytes of a token in the buffer that shuffles the text: an int64, and its share of Python's overhead for a context.
@@ -334,6 +336,9 @@ def make_group(
     whole = recipe.inputs == "joint"  # one backward pass through all layers, with both models' logits
     logits = batch * base.vocabulary * 3 * base.element_bytes
     working = sum(steps) + logits if whole else max(*steps, forward_bytes(base, widest, batch), drawn)
+    steered = [layer for layer in layers if layer.kind == "mxd"]
+    if recipe.share_target is not None and steered:  # now and then it is measured what the experts carry
+        working = max(working, forward_bytes(base, widest, batch) + _scoring_bytes(steered, _LOOKED_AT, base, batch, machine))
     return Group(
         layers=[layer.block.layer for layer in layers],
         parameters=parameters,
@@ -387,12 +392,8 @@ def evaluation_bytes(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recip
     weights on disk, only what is computing is in memory, and a shard of the checkpoint while it is written.
     """
     batch, widest = tokens_per_step(recipe), max(layer.block.d_hidden for layer in layers)
-    rows = min(batch, max(1, chunk_bytes(machine.device) // (4 * base.vocabulary)))
-    variants = 9 * (len(layers) + 1) * batch * base.d_model * base.element_bytes
-    logits = rows * base.vocabulary * (base.element_bytes + 5 * 4) + min(HELD_BYTES, variants)
-    kept = base.d_model * (len(base.layer_parameters) + len(layers) + 2) + widest  # elements of a token; one layer remembers z
     figures = (
-        max(logits + batch * kept * base.element_bytes, _fitting_bytes(layers))
+        max(_scoring_bytes(layers, _VARIANTS, base, batch, machine), _fitting_bytes(layers))
         + _control_bytes(layers, base)
         + forward_bytes(base, widest, batch)
     )
@@ -401,6 +402,16 @@ def evaluation_bytes(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recip
         return max(base.held_bytes, largest) + max(figures, SHARD_BYTES)
     new = base.element_bytes * sum(layer.all_parameters for layer in layers)
     return base.weight_bytes + new + max(figures, checkpoint_bytes(layers, base))
+
+
+def _scoring_bytes(layers: Sequence[LayerPlan], variants: int, base: BaseShape, batch: int, machine: Machine) -> int:
+    """To score layers and what they are compared with, a batch at a time: logits, hidden states, what decoder layers gave."""
+    rows = min(batch, max(1, chunk_bytes(machine.device) // (4 * base.vocabulary)))
+    states = variants * (len(layers) + 1) * batch * base.d_model * base.element_bytes
+    logits = rows * base.vocabulary * (base.element_bytes + 5 * 4) + min(HELD_BYTES, states)
+    widest = max(layer.block.d_hidden for layer in layers)
+    kept = base.d_model * (len(base.layer_parameters) + len(layers) + 2) + widest  # elements of a token; one layer remembers z
+    return logits + batch * kept * base.element_bytes
 
 
 def _features(block: Block, kind: str) -> int:
