@@ -91,7 +91,7 @@ def converted(tmp_path_factory):
         if not out.is_dir():
             mxdsurgery.convert(
                 "demo-glu", layers="1-2", tokens=40_000, eval_tokens=4_000, n_experts=256, k=8, shuffle=100_000, out=str(out),
-                device="cpu", init="encoder", specialise=0.003,
+                device="cpu", init="encoder", specialise=0.003, batch=2048, lr=2e-3,
             )  # fmt: skip
     evaluation = json.loads((out / "evaluation.json").read_text())
     recipe = Recipe(**load_recipe(out / "recipe.yaml"))
