@@ -104,11 +104,10 @@ def page() -> None:
         if not of["now"]:
             continue
         every = of["now"][-1]
-        seconds = [some[-1]["training"]["seconds"] for way, some in of.items() if some and way in WAYS]
         times = ", ".join(f"{some[-1]['steps']} steps {way}" for way, some in of.items() if some and way in WAYS)
         click.echo(f"\n## {subject.model}\n")
         click.echo(
-            f"{compact(TOKENS)} tokens: {times}; trained in {' and '.join(f'{value:.0f} s' for value in seconds)}; "
+            f"{compact(TOKENS)} tokens: {times}; "
             f"{every['held_out']:,} held-out tokens, single layers on {of['now'][0]['tokens']:,}.\n"
         )
         names = "layer | defaults | ΔCE | KL | NMSE | expert share | a few | unused"
