@@ -183,8 +183,9 @@ def test_a_conversion_computes_in_what_is_fast_and_stores_what_was_stored(kind, 
         made = mxdsurgery.convert("demo-glu", out=str(tmp_path / "out"), reporter=phases, **OPTIONS)
     assert phases.work.keys() == {"distil", "evaluate"}
     for name, work in phases.work.items():
-        # In bf16, the best experts are ranked again exactly, and what a few experts could do is solved for in fp32.
-        assert work[kind] > 0.9 * work.total(), f"{name}: {work}"
+        # In bf16, the best experts are ranked again exactly, and what a few experts could do is solved for in fp32; sums over
+        # tokens, and where a layer starts, are in float64.
+        assert work[kind] > 0.9 * (work.total() - work[torch.float64]), f"{name}: {work}"
     assert made.evaluation["compute"] == made.plan.machine.compute == str(kind).removeprefix("torch.")
     assert made.plan.machine.bf16 == made.plan.machine.selection == (kind == torch.bfloat16)
     assert made.recipe.compute == made.recipe.precision == "auto", "another machine chooses for itself"
