@@ -56,12 +56,12 @@ def logits(model, ids=IDS):
 def test_the_pipeline_writes_what_the_model_does_with_and_without_experts(converted, run):
     prompts = ["def read(path):\n    with open(", "class Queue:\n    def __init__(self", "for name in sorted("]
     every = ",".join(map(str, range(256)))
-    printed = run("text_pipeline.py", converted.out, "--layer", 1, "--experts", every, "--tokens", 8, "--prompt", *prompts)
+    printed = run("text_pipeline.py", converted.out, "--layer", 1, "--experts", every, "--tokens", 6, "--prompt", *prompts)
     model, tokenizer = load(converted.out), AutoTokenizer.from_pretrained(converted.out)
 
     def written(prompt):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        made = model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0)
+        made = model.generate(ids, do_sample=False, max_new_tokens=6, pad_token_id=0)
         return repr(tokenizer.decode(made[0, ids.shape[1] :]))
 
     whole = [written(prompt) for prompt in prompts]
