@@ -43,6 +43,7 @@ from mxdsurgery.training.cost import (
     fit_flops,
     largest_layer,
     layer_flops,
+    steered,
     tokens_per_step,
 )
 from mxdsurgery.training.distill import LayerInTraining, active_experts, train_step
@@ -153,8 +154,8 @@ class Calibration:
 
     def looking_seconds(self, layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, tokens: int) -> float:
         """Seconds to measure, again and again, what the experts of layers in training carry, on so many tokens each time."""
-        blocks = [layer.block for layer in layers if layer.kind == "mxd"]
-        if not tokens or not blocks:
+        blocks = [layer.block for layer in steered(layers, recipe)]
+        if not blocks:
             return 0.0
         rates = self.rates(largest_layer(layers), base, max(block.layer for block in blocks), recipe.batch // recipe.context)
         contexts = len(LOOKS) * max(1, tokens // recipe.context)

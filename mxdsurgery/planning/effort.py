@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from mxdsurgery.base.blocks import Block
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.text.sources import VALIDATION_TOKENS
-from mxdsurgery.training.cost import FIT_BYTES, BaseShape, LayerPlan, base_forward_flops, fit_bytes, fit_flops, layer_flops
+from mxdsurgery.training.cost import (
+    FIT_BYTES,
+    BaseShape,
+    LayerPlan,
+    base_forward_flops,
+    fit_bytes,
+    fit_flops,
+    layer_flops,
+    steered,
+)
 from mxdsurgery.training.share import LOOKS, SHARES
 
 # By default, evaluation takes at most this share of the training time: single layers are measured on fewer contexts.
@@ -176,13 +185,13 @@ def look_tokens(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, fl
     Returns:
         Tokens of all positions; 0 where no share is asked for.
     """
-    steered = [layer for layer in layers if layer.kind == "mxd"]
-    if recipe.share_target is None or not steered:
+    mine = steered(layers, recipe)
+    if not mine:
         return 0
     n_layers = len(base.layer_parameters)
-    runs = looking_runs([layer.block for layer in steered], n_layers)
+    runs = looking_runs([layer.block for layer in mine], n_layers)
     of_decoder_layer = base_forward_flops(base, n_layers - 1, recipe.context) / n_layers
-    of_new_layer = sum(sum(layer_flops(layer).values()) for layer in steered) / len(steered) / _STEP_IN_PASSES
+    of_new_layer = sum(sum(layer_flops(layer).values()) for layer in mine) / len(mine) / _STEP_IN_PASSES
     of_head = 2 * base.vocabulary * base.d_model
     each = runs.decoder_layers * of_decoder_layer + runs.new_layers * of_new_layer + runs.heads * of_head
     affordable = _LOOKING_SHARE * recipe.tokens * flops / (len(LOOKS) * each)

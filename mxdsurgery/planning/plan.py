@@ -24,6 +24,7 @@ from mxdsurgery.recipe import RECIPE_KEYS, Recipe
 from mxdsurgery.terminal.console import Cost
 from mxdsurgery.training.cost import (
     DTYPE_BYTES,
+    BaseShape,
     Group,
     LayerPlan,
     Machine,
@@ -269,7 +270,7 @@ def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base_model:
     states = states_bytes(base, recipe)
     on_disk = dataclasses.replace(base, dtype=made.dtype)
     finished = on_disk.element_bytes * sum(layer.all_parameters for layer in layers) if base.offloaded else 0
-    return dataclasses.replace(
+    made = dataclasses.replace(
         made,
         layers=layers,
         groups=groups,
@@ -282,8 +283,8 @@ def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base_model:
         offloaded=base.offloaded,
         states_bytes=states,
         states_on_disk=base.states_on_disk,
-        look_tokens=look_tokens(layers, base, recipe, sum(flops for group in groups for flops in group.flops.values())),
     )
+    return dataclasses.replace(made, look_tokens=look_tokens(layers, base, recipe, sum(made.flops.values())))
 
 
 def with_time(made: Plan, recipe: Recipe, base_model: BaseModel, worth_it: float = 0.0) -> Plan:
@@ -295,9 +296,7 @@ def with_time(made: Plan, recipe: Recipe, base_model: BaseModel, worth_it: float
         base_model: the model that the plan is for.
         worth_it: measure only if the run takes more seconds than this at the rate of a matrix product.
     """
-    machine = made.machine
-    recipe, base = made.settled(recipe), base_shape(base_model, made.dtype, machine.compute)
-    base = dataclasses.replace(base, offloaded=made.offloaded, states_on_disk=made.states_on_disk)
+    machine, (recipe, base) = made.machine, _as_planned(made, recipe, base_model)
     if made.refusal is not None:
         return dataclasses.replace(made, unmeasured="it does not fit the memory budget")
     if machine.device not in devices():
@@ -313,13 +312,25 @@ def with_time(made: Plan, recipe: Recipe, base_model: BaseModel, worth_it: float
             short = f"too short a run to measure first, at least {max(1.0, least):.0f} s by the rate of a matrix product"
             return dataclasses.replace(made, unmeasured=short)
         share = min(1.0, least / _WORTH_ALL_OF_IT)
-    calibration = calibrate(made.layers, base, base_model.config, recipe, machine, share)
-    timed = []
+    return timed(made, calibrate(made.layers, base, base_model.config, recipe, machine, share), recipe, base_model)
+
+
+def _as_planned(made: Plan, recipe: Recipe, base_model: BaseModel) -> tuple[Recipe, BaseShape]:
+    """The recipe with what was chosen for this machine, and the base model's shape as the plan has it."""
+    base = base_shape(base_model, made.dtype, made.machine.compute)
+    base = dataclasses.replace(base, offloaded=made.offloaded, states_on_disk=made.states_on_disk)
+    return made.settled(recipe), base
+
+
+def timed(made: Plan, calibration: Calibration, recipe: Recipe, base_model: BaseModel) -> Plan:
+    """The plan with the time that it takes by a calibration, which was measured for the same layers and batch."""
+    recipe, base = _as_planned(made, recipe, base_model)
+    groups = []
     for group in made.groups:
         layers = [layer for layer in made.layers if layer.block.layer in group.layers]
         looking = calibration.looking_seconds(layers, base, recipe, made.look_tokens)
-        timed.append(dataclasses.replace(group, seconds=calibration.seconds(group, made.steps) + looking))
-    made = dataclasses.replace(made, groups=timed, calibration=calibration, unmeasured=None)
+        groups.append(dataclasses.replace(group, seconds=calibration.seconds(group, made.steps) + looking))
+    made = dataclasses.replace(made, groups=groups, calibration=calibration, unmeasured=None)
     return dataclasses.replace(
         made,
         evaluation_seconds=calibration.evaluation_seconds(made.layers, base, recipe, made.seconds),

@@ -6,13 +6,13 @@ from typing import Any
 
 from mxdsurgery.errors import RecipeError, as_typed
 from mxdsurgery.hardware.guard import guarded_with
-from mxdsurgery.planning.plan import Plan, open_and_plan
+from mxdsurgery.planning.plan import Plan, open_and_plan, timed, with_time
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
 from mxdsurgery.terminal.console import compact, duration
 
 # A proposal takes so much of the time: no less, if more would fit, and no more, as plans are only predictions.
 _LEAST, _MOST = 0.8, 0.95
-# It is measured on so many tokens first, and at most so many times again.
+# It is planned with so many tokens first, and at most so many times again.
 _FIRST_TOKENS, _TIMES = 500_000, 4
 # Held-out text is cut where evaluation would take more than this share of the time, but not below so many tokens.
 _EVALUATION_SHARE, _FEWEST_HELD_OUT = 0.25, 8_192
@@ -56,7 +56,7 @@ def propose(model: str, *, hours: float, recipe: str | Path | None = None, **ove
     """Finds how many tokens to train on, so that training, evaluation and export fit a time; and how many experts and held-out
     tokens, where those of the recipe would be too many for it and nobody gave them.
 
-    This machine is measured a few times, about ten seconds each.
+    This machine is measured for about ten seconds, and again for each other batch or number of experts that is considered.
 
     Args:
         model: see `mxdsurgery.plan`.
@@ -75,11 +75,17 @@ def propose(model: str, *, hours: float, recipe: str | Path | None = None, **ove
             fix="leave out --tokens, or leave out --hours",
         )
     budget, keys, best = 3600 * hours, {"tokens": _FIRST_TOKENS}, None
+    measured: tuple[int, Plan] | None = None  # with which batch
     for _ in range(1 + _TIMES):
-        made, resolved, _ = open_and_plan(model, recipe, overrides | keys, measure=True)
-        found = Proposal(hours, keys, made, resolved)
+        made, resolved, base_model = open_and_plan(model, recipe, overrides | keys)
         if made.refusal is not None:
-            return found
+            return Proposal(hours, keys, made, resolved)
+        if measured is not None and measured[0] == resolved.batch and measured[1].layers == made.layers:
+            made = timed(made, measured[1].calibration, resolved, base_model)
+        else:
+            made = with_time(made, resolved, base_model)
+            measured = resolved.batch, made
+        found = Proposal(hours, keys, made, resolved)
         if made.total_seconds is None:
             raise RecipeError(
                 f"hours are {hours:g}, and the time that a conversion takes is not predicted: {made.unmeasured}",

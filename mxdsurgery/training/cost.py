@@ -305,6 +305,11 @@ def first_k(layer: LayerPlan, recipe: Recipe) -> int:
     return min(recipe.first_k_of(layer.k), max(layer.n_experts, 1))
 
 
+def steered(layers: Sequence[LayerPlan], recipe: Recipe) -> list[LayerPlan]:
+    """The layers whose experts are trained to carry a share that is asked for: elsewhere, experts multiply nothing."""
+    return [layer for layer in layers if layer.kind == "mxd" and recipe.share_target is not None]
+
+
 def make_group(
     layers: Sequence[LayerPlan], finished: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, machine: Machine
 ) -> Group:
@@ -336,9 +341,8 @@ def make_group(
     whole = recipe.inputs == "joint"  # one backward pass through all layers, with both models' logits
     logits = batch * base.vocabulary * 3 * base.element_bytes
     working = sum(steps) + logits if whole else max(*steps, forward_bytes(base, widest, batch), drawn)
-    steered = [layer for layer in layers if layer.kind == "mxd"]
-    if recipe.share_target is not None and steered:  # now and then it is measured what the experts carry
-        working = max(working, forward_bytes(base, widest, batch) + _scoring_bytes(steered, _LOOKED_AT, base, batch, machine))
+    if mine := steered(layers, recipe):  # now and then it is measured what their experts carry
+        working = max(working, forward_bytes(base, widest, batch) + _scoring_bytes(mine, _LOOKED_AT, base, batch, machine))
     return Group(
         layers=[layer.block.layer for layer in layers],
         parameters=parameters,

@@ -26,7 +26,7 @@ from mxdsurgery.runs.resume import optimizer_state, part, prefixed, restore_opti
 from mxdsurgery.runs.run_folder import UNKEPT, Keeper
 from mxdsurgery.training.accelerator import selects_in_bf16
 from mxdsurgery.training.cost import LayerPlan, first_k
-from mxdsurgery.training.losses import distillation_loss, frozen_gain, token_weights
+from mxdsurgery.training.losses import distillation_loss, frozen_gain, token_weights, zero_loss
 from mxdsurgery.training.share import SHARES, ShareControl, SharesOf, look_steps
 from mxdsurgery.training.thresholds import LearnedThresholds
 
@@ -228,11 +228,12 @@ def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_see
             a = layer.gate(x)
             y_hat = layer.mixture(a, x) * scale + rest
     weights = token_weights(y, job.shares)
-    loss = objective = distillation_loss(y_hat, y, weights)
+    loss, zero = distillation_loss(y_hat, y, weights), zero_loss(y, weights)
+    objective = loss
     if job.specialise > 0:
         objective = objective + job.specialise * frozen_gain(scale, y - rest, weights, job.shares)
     if job.share is not None:
-        objective = objective + job.share.penalty(loss, scale, rest, y, weights, job.shares)
+        objective = objective + job.share.penalty(loss, zero, scale, rest, y, weights, job.shares)
     if job.auxk > 0 and a is not None:
         agree(job.last_fired, job.shares)
         objective = objective + job.auxk * _auxk_loss(job, x, scale.detach(), (y - y_hat).detach(), weights, tokens_seen)
@@ -255,7 +256,7 @@ def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_see
             fired = (a.values > 0).flatten() * tokens_seen
             job.last_fired.scatter_reduce_(0, a.indices.flatten(), fired, "amax")
         error, power = (y_hat - y).square().sum(), y.square().sum()
-        job.sums += torch.stack([loss.detach(), distillation_loss(0 * y, y, weights), error, power])
+        job.sums += torch.stack([loss.detach(), zero, error, power])
 
 
 def _auxk_loss(

@@ -43,7 +43,7 @@ from mxdsurgery.training.distill import (
     learning_rate,
     tracked,
 )
-from mxdsurgery.training.losses import distillation_loss, frozen_gain, token_weights
+from mxdsurgery.training.losses import distillation_loss, frozen_gain, token_weights, zero_loss
 from mxdsurgery.training.teacher import Example, parts
 
 # Losses are looked at every so many steps: looking waits for the device.
@@ -143,7 +143,7 @@ class _Standing(nn.Module):
         flat = y_hat.flatten(0, -2)
         y = flat.detach().float() if self.target is None else self.target.flatten(0, -2).float()
         weights = token_weights(y, job.shares)
-        size = distillation_loss(0 * y, y, weights).clamp_min(1e-6)
+        size = zero_loss(y, weights).clamp_min(1e-6)
         loss = distillation_loss(flat, y, weights)
         self.loss = self.local * loss / size
         if job.specialise > 0:
@@ -152,7 +152,7 @@ class _Standing(nn.Module):
             now = flat.detach().float()
             reached = now - rest.detach().expand_as(y_hat).flatten(0, -2)
             weights = token_weights(now, job.shares)
-            now_size = distillation_loss(0 * now, now, weights).clamp_min(1e-6)
+            now_size = zero_loss(now, weights).clamp_min(1e-6)
             self.loss = self.loss + job.specialise * frozen_gain(scale.flatten(0, -2), reached, weights, job.shares) / now_size
         if self.watched:
             with torch.no_grad():

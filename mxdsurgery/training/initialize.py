@@ -128,15 +128,15 @@ def initial_layer(model: PreTrainedModel, plan: LayerPlan, recipe: Recipe, stati
             _copy_decoder(layer, block, root)
     if plan.kind != "dense":
         layer.gate.bias.sub_(layer.gate.weight @ (statistics.mean_y if plan.kind == "topk-sae" else statistics.mean_x))
-    starts_as_block = plan.shared or (plan.kind == "mxd" and recipe.start == "pretrained")
-    if starts_as_block and recipe.share_target is None:
+    near_one = plan.kind == "mxd" and recipe.start == "pretrained"
+    if (plan.shared or near_one) and recipe.share_target is None:
         warnings.warn(
             f"init: {recipe.start} is faithful from the start because the dense path does all the work: expert_share will be "
             "near 0 and the experts mean little. Ask for an expert_share, or use init: encoder, to study experts.",
             MxDWarning,
             stacklevel=3,
         )
-    if plan.kind == "mxd" and recipe.start == "pretrained":
+    if near_one:
         _start_near_one(layer, statistics)
     if plan.shared:
         _start_as_shared(layer, statistics, text_shares(recipe))

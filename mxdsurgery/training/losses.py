@@ -57,6 +57,11 @@ def distillation_loss(y_hat: Tensor, y: Tensor, weights: Tensor | None = None) -
     return (weights[:, 0] * (y_hat.float() - y).square().sum(-1)).mean()
 
 
+def zero_loss(y: Tensor, weights: Tensor) -> Tensor:
+    """The `distillation_loss` of an output of zero, with weights (n, 1)."""
+    return (weights[:, 0] * y.square().sum(-1)).mean()
+
+
 def frozen_gain(scale: Tensor, target: Tensor, weights: Tensor, shares: int = 1) -> Tensor:
     """How much the experts would take off the loss if their sum were the best constant, the same for every token.
 

@@ -74,11 +74,14 @@ class ShareControl:
         self.few = torch.linalg.qr(start)[0].to(device)
         self.step = 0
 
-    def penalty(self, loss: Tensor, scale: Tensor, rest: Tensor, y: Tensor, weights: Tensor, shares: int = 1) -> Tensor:
+    def penalty(
+        self, loss: Tensor, zero: Tensor, scale: Tensor, rest: Tensor, y: Tensor, weights: Tensor, shares: int = 1
+    ) -> Tensor:
         """What is added to the loss of a step.
 
         Args:
             loss: `distillation_loss` of the layer's output ``s * scale + rest``, of this process's tokens.
+            zero: `zero_loss` of the same tokens.
             scale: (tokens, D), what the experts' sum is multiplied with.
             rest: (tokens, D), what is added.
             y: (tokens, D), the block's output.
@@ -90,7 +93,7 @@ class ShareControl:
         """
         said, self.few = few_experts(scale, y - rest, weights, self.few, shares)
         few = sum_of_all(distillation_loss(said * scale + rest, y, weights), shares) / shares
-        loss, zero = sum_of_all(torch.stack([loss.detach(), distillation_loss(0 * y, y, weights)]), shares) / shares
+        loss, zero = sum_of_all(torch.stack([loss.detach(), zero]), shares) / shares
         self._follow(torch.stack([loss, zero, few.detach()]))
         return self.weight * torch.relu(self.asked * (zero - loss) - (few - loss))
 

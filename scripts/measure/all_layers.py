@@ -19,7 +19,7 @@ from typing import Any
 import click
 import material
 from continuations import BOOK_PROMPTS, NEW_TOKENS, STORY_PROMPTS, continuations
-from material import BOOKS, FIXED, STORIES, shared_option
+from material import BOOKS, FIXED, STORIES, runs_option, shared_option
 from pages import DOCS, machine, read_json, read_lines, table, unused
 
 import mxdsurgery
@@ -380,7 +380,7 @@ def main() -> None:
 
 @main.command()
 @shared_option
-@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs/all-layers"), show_default=True)
+@runs_option("all-layers")
 @click.option("--only", help="Only what has this in its name, for example stories260K-mxd-k16, or growth.")
 @click.option("--tokens", default="1M", show_default=True, help="Of a conversion, and of healing.")
 def measure(shared: Path, runs: Path, only: str | None, tokens: str) -> None:

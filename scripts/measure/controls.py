@@ -14,9 +14,9 @@ from typing import Any
 import click
 import torch
 from constructed_layers import BUILDERS
-from material import BOOKS, FIXED, STEPS, STORIES, shared_option
+from material import BOOKS, FIXED, STEPS, STORIES, runs_option, shared_option
 from matplotlib.figure import Figure
-from pages import DOCS, cells, machine, read_json, read_lines, table, write_lines
+from pages import DOCS, carried, cells, machine, read_json, read_lines, table, write_lines
 
 import mxdsurgery
 from mxdsurgery.base.activations import record_activations
@@ -79,7 +79,6 @@ VARIANTS = (
 )
 # Built layers stand where a block is worth the most.
 BUILT_ON, BUILT_LAYER, BUILT_CONTEXTS = "demo-glu", 0, 96
-CARRIED = ("expert_share", "few_experts_share")
 SHARES = ("expert_share", "permuted_share", "shuffled_share", "random_gate_share", "few_experts_share", "earned_share")
 
 
@@ -146,12 +145,12 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
         ("init encoder, a fixed weight (specialise)", "^-", lambda row: re.fullmatch("mxd(, specialise .*)?", row["name"])),
         ("other kinds", "x", lambda row: row["kind"] != "mxd"),
     ):
-        points = sorted((min(row[share] for share in CARRIED), row["delta_ce"]) for row in mine if belongs(row))
+        points = sorted((carried(row), row["delta_ce"]) for row in mine if belongs(row))
         if points:
             axes.plot(*zip(*points, strict=True), mark, label=name)
     for row in mine:
         if row["kind"] != "mxd":
-            axes.annotate(row["kind"], (min(row[share] for share in CARRIED), row["delta_ce"]), fontsize=7)
+            axes.annotate(row["kind"], (carried(row), row["delta_ce"]), fontsize=7)
     axes.set_xlabel("carried by the experts: the least of expert_share and few_experts_share")
     axes.set_ylabel("ΔCE, nats per token")
     axes.set_title(f"{FRONT[0]}, layer {mine[0]['layer']}, K = {K}, {compact(TOKENS)} tokens", fontsize=10)
@@ -167,7 +166,7 @@ def main() -> None:
 
 @main.command()
 @shared_option
-@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs/controls"), show_default=True)
+@runs_option("controls")
 @click.option("--only", help="Only models whose name contains this; 'built': only the layers that are built.")
 def measure(shared: Path, runs: Path, only: str | None) -> None:
     """Train and measure."""

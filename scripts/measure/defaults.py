@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from material import BOOKS, FIXED, STORIES, Subject, shared_option
-from pages import DOCS, cells, machine, read_json, read_lines, table, unused, write_lines
+from material import BOOKS, FIXED, STORIES, Subject, only_option, runs_option, shared_option
+from pages import DOCS, carried, cells, machine, read_json, read_lines, table, unused, write_lines
 
 import mxdsurgery
 from mxdsurgery.checkpoint.writing import write_json
@@ -20,6 +20,7 @@ from mxdsurgery.measuring.shares import NEAR
 from mxdsurgery.recipe import EXPERT_SHARE
 from mxdsurgery.terminal.console import ConsoleReporter, compact
 from mxdsurgery.terminal.figures import with_range
+from mxdsurgery.training.share import SHARES
 
 KEPT = DOCS / "defaults"
 RESULTS, SETTINGS = KEPT / "results.jsonl", KEPT / "settings.json"
@@ -35,7 +36,6 @@ TOKENS = 500_000
 WAYS: dict[str, dict[str, Any]] = {"now": {}, "before": FIXED}
 # What is also healed, on so many tokens: does the share stay?
 HEALED, HEALING_TOKENS = ("stories260K",), 300_000
-SHARES = ("expert_share", "few_experts_share")
 
 
 def keys(subject: Subject, shared: Path) -> dict[str, Any]:
@@ -63,8 +63,8 @@ def main() -> None:
 
 @main.command()
 @shared_option
-@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs/defaults"), show_default=True)
-@click.option("--only", help="Only models whose name contains this.")
+@runs_option("defaults")
+@only_option
 def measure(shared: Path, runs: Path, only: str | None) -> None:
     """Convert, and keep the figures; what is there already is not converted again."""
     for subject in SUBJECTS:
@@ -131,7 +131,7 @@ def entry(row: dict[str, Any]) -> str:
 def introduction(rows: list[dict[str, Any]]) -> str:
     """What the page shows, and how many layers have what was asked for."""
     layers = [row for row in rows if row["way"] == "now" and "layer" in row]
-    near = [row for row in layers if min(row[share] or -1.0 for share in SHARES) >= EXPERT_SHARE - NEAR]
+    near = [row for row in layers if carried(row) >= EXPERT_SHARE - NEAR]
     return f"""# What a default conversion gives
 
 Printed by `python scripts/measure/defaults.py page > docs/defaults.md` from what `... measure --shared ../shared` measured

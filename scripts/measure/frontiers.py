@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 import material
-from material import BOOKS, FIXED, STORIES, shared_option
+from material import BOOKS, FIXED, STORIES, only_option, runs_option, shared_option
 from pages import DOCS, cells, machine, read_json, table, unused
 
 import mxdsurgery
@@ -263,8 +263,8 @@ def main() -> None:
 
 @main.command()
 @shared_option
-@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs/frontiers"), show_default=True)
-@click.option("--only", help="Only models whose name contains this.")
+@runs_option("frontiers")
+@only_option
 def measure(shared: Path, runs: Path, only: str | None) -> None:
     """Measure, some minutes for a small model; gone on with where it stood."""
     chosen = [subject for subject in SUBJECTS if only is None or only in subject.model]

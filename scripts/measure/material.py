@@ -1,5 +1,6 @@
 """What the scripts measure on: models and texts of the shared folder (CONTRIBUTING.md says where that is)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,14 @@ shared_option = click.option(
     required=True,
     help="Folder with models/, text/ and probing/.",
 )
+
+
+only_option = click.option("--only", help="Only models whose name contains this.")
+
+
+def runs_option(name: str) -> Callable[[Callable], Callable]:
+    """Where what is trained stays, to be used again."""
+    return click.option("--runs", type=click.Path(path_type=Path), default=Path("runs") / name, show_default=True)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What the measuring scripts share: where the docs are, the figures kept there, the machine's description, Markdown tables."""
 
 import json
+import math
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,6 +43,12 @@ def table(names: str, rows: Iterable[str], right: Iterable[str] = ()) -> str:
 def cells(*values: object) -> str:
     """A row of a table."""
     return " | ".join(str(value).replace("|", "/") for value in values)
+
+
+def carried(row: dict[str, Any]) -> float:
+    """The share that a layer's experts carry: the least of two; where one is no number, less than any."""
+    shares = [row[name] for name in ("expert_share", "few_experts_share")]
+    return -math.inf if None in shares else min(shares)
 
 
 def unused(row: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 import click
-from material import BOOKS, STEPS, STORIES, Subject, shared_option
+from material import BOOKS, STEPS, STORIES, Subject, only_option, runs_option, shared_option
 from pages import cells, machine, read_json, table
 
 import mxdsurgery
@@ -64,8 +64,8 @@ def spent(evaluation: dict) -> str:
 
 @click.command(help=__doc__)
 @shared_option
-@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs/results"), show_default=True)
-@click.option("--only", help="Only models whose name contains this.")
+@runs_option("results")
+@only_option
 def main(shared: Path, runs: Path, only: str | None) -> None:
     subjects = [subject for subject in SUBJECTS if only is None or only in subject.model]
     results = {

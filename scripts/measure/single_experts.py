@@ -16,7 +16,7 @@ import click
 import one_expert
 import single_experts_page as printed
 import torch
-from material import BOOKS, STEPS, STORIES, shared_option
+from material import BOOKS, STEPS, STORIES, only_option, runs_option, shared_option
 from one_expert import Firings, LayerAtWork
 from pages import DOCS, machine, read_json, read_lines, write_lines
 from torch import Tensor
@@ -229,8 +229,8 @@ def main() -> None:
 
 @main.command()
 @shared_option
-@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs/single-experts"), show_default=True)
-@click.option("--only", help="Only models whose name contains this.")
+@runs_option("single-experts")
+@only_option
 def measure(shared: Path, runs: Path, only: str | None) -> None:
     """Train and measure."""
     for subject in SUBJECTS:

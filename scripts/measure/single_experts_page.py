@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from pages import cells, table
+from pages import carried, cells, table
 
 from mxdsurgery.measuring.intervals import with_interval
 from mxdsurgery.terminal.console import compact
@@ -18,11 +18,6 @@ OTHERS = {"transcoder": "#009E73", "molt": "#D55E00"}
 MXD = "#0072B2"
 # Of fewer experts nothing is said.
 _FEWEST = 8
-
-
-def carried(layer: Row) -> float:
-    """The share that a layer's experts carry: the least of `expert_share` and `few_experts_share`."""
-    return min(layer["expert_share"], layer["few_experts_share"])
 
 
 def mean(name: str, values: list[float]) -> Row:

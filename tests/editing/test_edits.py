@@ -107,7 +107,7 @@ def test_every_kind_of_edit_in_a_folder_is_what_it_is_live(folder, tmp_path, who
         # Scaled and merged experts are stored in bf16 in the folder; rarely, that lets another expert in.
         near = torch.isclose(logits(changed, ids), live, rtol=0.02, atol=0.05).all(-1)
         assert near.double().mean() > 0.95
-        assert (logits(changed, ids) - logits(model, ids)).abs().max() > 0.5
+        assert (logits(changed, ids) - logits(model, ids)).abs().max() > 1
     assert read_edits(out / "edits" / "1" / "edits.yaml") == dataclasses.replace(edits, model=fingerprint(load(folder)))
     assert result["ce_after"] != result["ce_before"] and result["kl"] > 0 and result["tokens"] > 800
     config = json.loads((out / "config.json").read_text())["mxd"]

@@ -15,7 +15,7 @@ from mxdsurgery.recipe import Recipe
 from mxdsurgery.training.cost import first_k
 from mxdsurgery.training.distill import Progress, active_experts, distill, learning_rate
 from mxdsurgery.training.initialize import initial_layer, measure_statistics
-from mxdsurgery.training.losses import distillation_loss, few_experts, frozen_gain, token_weights
+from mxdsurgery.training.losses import distillation_loss, few_experts, frozen_gain, token_weights, zero_loss
 
 
 def test_the_loss_is_the_squared_error_over_the_norm():
@@ -31,6 +31,7 @@ def test_no_token_counts_more_than_one_of_twice_the_mean_size():
     assert weights[1:].tolist() == pytest.approx([1.0] * 99)
     assert counted[0].item() == pytest.approx(2 * y.norm(dim=1).mean().item())
     assert distillation_loss(torch.zeros_like(y), y).item() == pytest.approx(counted.mean().item())
+    assert zero_loss(y, token_weights(y)) == distillation_loss(torch.zeros_like(y), y)
 
 
 def test_the_schedule_warms_up_stays_and_decays():

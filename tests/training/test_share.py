@@ -18,7 +18,7 @@ from mxdsurgery.planning.plan import plan_layer
 from mxdsurgery.recipe import EXPERT_SHARE, SPECIALISE, Recipe
 from mxdsurgery.training.distill import Progress, distill
 from mxdsurgery.training.initialize import initial_layer, measure_statistics
-from mxdsurgery.training.losses import distillation_loss, few_experts, token_weights
+from mxdsurgery.training.losses import distillation_loss, few_experts, token_weights, zero_loss
 from mxdsurgery.training.share import LOOKS, SHARES, ShareControl, look_steps
 
 CPU = torch.device("cpu")
@@ -30,9 +30,9 @@ def one_step(generator, share, control):
     y = torch.randn(300, 6, generator=generator)
     scale, rest = torch.randn(300, 6, generator=generator) + 0.5 * y, torch.full((6,), 0.05)
     weights = token_weights(y)
-    zero = distillation_loss(torch.zeros_like(y), y)
+    zero = zero_loss(y, weights)
     few = distillation_loss(few_experts(scale, y - rest, weights, control.few)[0] * scale + rest, y)
-    return (few - share * zero) / (1 - share), scale, rest, y, weights
+    return (few - share * zero) / (1 - share), zero, scale, rest, y, weights
 
 
 def test_nothing_is_added_where_the_experts_carry_enough():
@@ -46,9 +46,9 @@ def test_nothing_is_added_where_the_experts_carry_enough():
 
 def test_what_is_added_is_what_is_missing_times_the_weight():
     control = ShareControl(0.5, 6, 10, CPU)
-    loss, scale, rest, y, weights = one_step(torch.Generator().manual_seed(0), 0.6, control)
-    worth, weight = (distillation_loss(torch.zeros_like(y), y) - loss).item(), control.weight.item()
-    added = control.penalty(loss, scale, rest, y, weights)
+    loss, zero, scale, rest, y, weights = one_step(torch.Generator().manual_seed(0), 0.6, control)
+    worth, weight = (zero - loss).item(), control.weight.item()
+    added = control.penalty(loss, zero, scale, rest, y, weights)
     assert added.item() == pytest.approx(weight * (control.asked - 0.6) * worth, rel=1e-3)
 
 
