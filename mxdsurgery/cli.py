@@ -384,6 +384,7 @@ def effect(folder: str, edits: Any, sweep: int | None, as_json: bool, **options:
 @main.command()
 @click.argument("folder", metavar="DIR")
 @click.option("--prompt", help='How the text begins; needed, but with --score, where it is "Let\'s talk about ".')
+@click.option("--chat", is_flag=True, default=None, help="The prompt is a message to a chat model; show its answers.")
 @edit_options
 @click.option("--unit", type=click.Choice(UNITS), help="Of --steer and --clamp; maximum: the largest that `experts` saw.")
 @number("max_new_tokens", "Default: 100; with --score, 32.")
@@ -404,6 +405,7 @@ def generate(folder: str, score: bool, judge_url: str | None, judge_model: str |
     """Continue a prompt with the converted model in DIR; with edits, beside the unedited model."""
     given = {name: value for name, value in options.items() if value is not None}
     if score:
+        refuse_typed("chat", "goes without --score")
         from mxdsurgery.editing.judge import judge_from_flags
         from mxdsurgery.editing.steering import steering_table
 

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Collection
 
 # Settings that are on or off: their flags take no value.
-SWITCHES = ("checkpointing", "overwrite", "redact", "resume", "trust-remote-code", "undo")
+SWITCHES = ("chat", "checkpointing", "overwrite", "redact", "resume", "trust-remote-code", "undo")
 _FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)(?: ([0-9a-z][\w.,-]*(?<=\w))(?=$|[,;:)]| \(| --))?")
 # A whole other command, to be run first: its flags are its own.
 _COMMAND = re.compile(r"mxdsurgery [a-z]+(?: (?:'[^']*'|\"[^\"]*\"|[^'\") ]+))*")

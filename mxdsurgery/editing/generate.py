@@ -11,7 +11,7 @@ from rich.text import Text
 from mxdsurgery.checkpoint.converted import Converted, load_with_recipe
 from mxdsurgery.choices import UNITS
 from mxdsurgery.editing.edits import Edits, check_for
-from mxdsurgery.editing.sampling import Sampling, prompt_ids, sample
+from mxdsurgery.editing.sampling import Sampling, chat_ids, prompt_ids, sample
 from mxdsurgery.errors import CatalogueError, EditError, as_typed, first_line
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.layers.interventions import InterventionError
@@ -22,6 +22,7 @@ def generate(
     folder: str | Path,
     *,
     prompt: str,
+    chat: bool = False,
     edits: Edits | None = None,
     unit: str = "coefficient",
     max_new_tokens: int = 100,
@@ -40,7 +41,8 @@ def generate(
 
     Args:
         folder: what ``convert`` wrote.
-        prompt: how the text begins.
+        prompt: how the text begins; with ``chat``, what the user says.
+        chat: whether the prompt is a message, which the model's chat template puts into words; the texts are its answers.
         edits: what to do to which experts, on the prompt and on every token that is sampled; default: nothing.
         unit: of the numbers of ``steer`` and ``clamp``; see `in_coefficients`.
         max_new_tokens: the most tokens to add.
@@ -54,23 +56,25 @@ def generate(
         trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
 
     Returns:
-        Without edits the texts, prompt included. With edits ``prompt``, how it was sampled, ``edits`` (a line each), and the
-        texts as ``unedited`` and ``edited``: both are sampled with the same random numbers, so that sample i differs by the
-        edits only.
+        Without edits the texts, prompt included, or the answers. With edits ``prompt``, ``chat``, how it was sampled, ``edits``
+        (a line each), and the texts as ``unedited`` and ``edited``: both are sampled with the same random numbers, so that
+        sample i differs by the edits only.
 
     Raises:
         NotConvertedError: the folder is not one of ours.
         EditError: the edits do not fit this model, or make its predictions NaN or infinite.
         CatalogueError: the unit is ``maximum``, and no maxima are known.
-        RecipeError: the text would be longer than the model can read, or there are several samples at temperature 0.
+        RecipeError: the text would be longer than the model can read, there are several samples at temperature 0, or the
+            model has no chat template.
     """
     sampling = Sampling(max_new_tokens, temperature, samples, top_k, top_p, seed)
     converted, _ = load_with_recipe(folder, device, compute, rows=samples, trust_remote_code=trust_remote_code)
     tokenizer = converted.tokenizer()
-    inputs = prompt_ids(tokenizer, prompt)
+    inputs = chat_ids(tokenizer, prompt) if chat else prompt_ids(tokenizer, prompt)
 
     def texts() -> list[str]:
-        return tokenizer.batch_decode(sample(converted.model, tokenizer, inputs, sampling), skip_special_tokens=True)
+        made = sample(converted.model, tokenizer, inputs, sampling)
+        return tokenizer.batch_decode(made[:, inputs.shape[1] :] if chat else made, skip_special_tokens=True)
 
     if not edits:
         return texts()
@@ -79,7 +83,7 @@ def generate(
     with edits.live(converted.model):
         edited = texts()
     made = {"edits": edits.words(), "unedited": unedited, "edited": edited}
-    return {"prompt": prompt, **dataclasses.asdict(sampling), **made}
+    return {"prompt": prompt, "chat": chat, **dataclasses.asdict(sampling), **made}
 
 
 def in_coefficients(edits: Edits, converted: Converted, unit: str) -> Edits:

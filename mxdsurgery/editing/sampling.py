@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mxdsurgery.base.running import own_code_named
-from mxdsurgery.errors import EditError, RecipeError
+from mxdsurgery.errors import EditError, RecipeError, first_line
 
 # What says how a model's text is written down, not which text it is: the base's generation config may set these.
 _OF_THE_BASE = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
@@ -21,6 +21,31 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
     """The prompt as token ids, (1, P); the end-of-text token for an empty one with a tokenizer that adds nothing."""
     inputs = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
     return inputs if inputs.shape[1] else torch.tensor([[tokenizer.eos_token_id or 0]])
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, message: str) -> Tensor:
+    """What a user says to the model, up to where its answer begins, as token ids, (1, P), by its chat template.
+
+    Raises:
+        RecipeError: the tokenizer has no chat template, or its template does not take a user's message.
+    """
+    if not tokenizer.chat_template:
+        raise RecipeError(
+            "the model's tokenizer has no chat template",
+            expected="a model that was made for chats",
+            fix="leave out --chat, and write the prompt as the model's texts begin",
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template raises whatever it likes
+        raise RecipeError(
+            f"the model's chat template refuses a user's message: {first_line(error)}",
+            expected="a template that takes one message of the role 'user'",
+            fix="leave out --chat, and write the prompt as the model's texts begin",
+        ) from None
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,15 @@ def resolve_recipe(base: BaseModel, recipe: str | Path | None, overrides: dict[s
     # A recipe's held-out text belongs to the recipe's training text.
     if "data" in given and "eval_data" not in given:
         values.pop("eval_data", None)
+    # Where a count of experts is set, `expansion` does nothing: who asks for it does not want a recipe's count.
+    if "expansion" in given:
+        if "n_experts" in given:
+            raise RecipeError(
+                f"recipe keys 'n_experts' and 'expansion' are {given['n_experts']} and {given['expansion']}",
+                expected="one of them: a number of experts, or the size of a transcoder that they are matched to",
+                fix="leave out --expansion, or leave out --n-experts",
+            )
+        values.pop("n_experts", None)
     values["model"] = os.path.abspath(model) if model not in DEMO_MODELS and os.path.isdir(model) else model
     values.setdefault("out", f"./{Path(values['model']).name}-mxd")
     with saying_whose(values, given, Path(recipe).name):

@@ -40,6 +40,10 @@ _K_FALLS_UNTIL = 0.7
 _RATE_FACTORS = {"transcoder": 2.0, "skip-transcoder": 2.0, "topk-sae": 2.0, "molt": 4.0}
 # So does a Mixture of Decoders that starts as its block: docs/controls.md.
 _SHARED_RATE_FACTOR = 4.0
+# A gradient longer than this many times its usual length is cut to that; the usual length is a running mean over about so many
+# steps. Adam's steps are the longer the more a gradient exceeds those before it: in layers of real models with huge outputs, one
+# batch could otherwise undo a layer (docs/tried.md).
+_LONGEST, _REMEMBERED = 2.0, 10
 # An expert is dead when it has not fired for this share of the training tokens.
 _DEAD_AFTER = 0.1
 
@@ -126,6 +130,7 @@ class LayerInTraining:
         self.last_fired = torch.zeros(n_experts, dtype=torch.int64, device=device)
         # Since the last look: the loss, the loss of an output of zero, ‖ŷ-y‖² and ‖y‖².
         self.sums = torch.zeros(4, dtype=widest(device), device=device)
+        self.usual_gradient = torch.zeros((), device=device)  # its length; 0: none was seen yet
         self.first_loss: float | None = None
         self.last_loss, self.diverged = math.nan, False  # over the steps before the last look
 
@@ -138,6 +143,7 @@ class LayerInTraining:
         """All that training goes on from: weights, Adam's state, the firing record and the running sums."""
         first = math.nan if self.first_loss is None else self.first_loss
         record = {"last_fired": self.last_fired, "sums": self.sums, "first_loss": torch.tensor(first, dtype=torch.float64)}
+        record["usual_gradient"] = self.usual_gradient
         if self.thresholds is not None:
             record["log_threshold"] = self.thresholds.log.detach()
         record |= {} if self.share is None else {"share": self.share.state()}
@@ -151,6 +157,7 @@ class LayerInTraining:
             self.thresholds.restore(state["log_threshold"])
         self.last_fired.copy_(state["last_fired"])
         self.sums.copy_(state["sums"])
+        self.usual_gradient.copy_(state["usual_gradient"])
         first = state["first_loss"].item()
         self.first_loss = None if math.isnan(first) else first
         if self.share is not None:
@@ -161,6 +168,17 @@ class LayerInTraining:
         self.set_k(k)
         if self.experts is not None:
             self.layer.gate.selection = self.layer.gate.learning = None
+
+    @torch.no_grad()
+    def shorten_gradient(self) -> None:
+        """Cuts the layer's gradient to `_LONGEST` times its usual length, where it is longer."""
+        gradients = [parameter.grad for parameter in self.layer.parameters() if parameter.grad is not None]
+        length = nn.utils.get_total_norm(gradients)
+        usual = torch.where(self.usual_gradient > 0, self.usual_gradient, length)
+        kept = length.minimum(_LONGEST * usual)
+        for gradient in gradients:
+            gradient.mul_(kept / length.clamp_min(1e-30))
+        self.usual_gradient.copy_(usual + (kept - usual) / _REMEMBERED)
 
     def set_k(self, k: int) -> None:
         """Sets how many experts are active from here on; does nothing without experts."""
@@ -241,6 +259,7 @@ def train_step(job: LayerInTraining, x: Tensor, y: Tensor, lr: float, tokens_see
     average_gradients(layer.parameters(), job.shares)
     if job.unit_norm:
         _remove_radial_gradient(layer.experts.weight)
+    job.shorten_gradient()
     for group in job.optimizer.param_groups:
         group["lr"] = lr
     if job.thresholds is not None:

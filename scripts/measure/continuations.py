@@ -1,4 +1,4 @@
-"""Prompts, and how a model and its converted one continue them: for scripts/measure/all_layers.py."""
+"""Prompts and questions, and how a model and its converted one continue or answer them."""
 
 from itertools import takewhile
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 import mxdsurgery
 from mxdsurgery.base.model import open_model
-from mxdsurgery.editing.sampling import Sampling, prompt_ids, sample
+from mxdsurgery.editing.sampling import Sampling, chat_ids, prompt_ids, sample
 
 BOOK_PROMPTS = (
     "It was a dark and stormy night, and the",
@@ -34,16 +34,28 @@ STORY_PROMPTS = (
     'Mom said, "It is time to go to bed." But',
     "They saw a big tree and",
 )
+QUESTIONS = (
+    "What is the capital of France?",
+    "Write a short poem about the sea.",
+    "Explain in one sentence why the sky is blue.",
+    "Write a Python function that returns the sum of a list.",
+    "Translate into French: I am hungry.",
+    "What is 12 plus 30?",
+    "Name three animals that live in the ocean.",
+    "Who wrote Romeo and Juliet?",
+    "Give me a tip for sleeping better.",
+    "Summarise in a few words: The cat sat on the mat because it was warm.",
+)
 NEW_TOKENS = 40
 
 
-def continuations(prompts: tuple[str, ...], folder: Path, original: Path) -> dict[str, Any]:
-    """Greedy continuations of fixed prompts by the original and by the converted model."""
+def continuations(prompts: tuple[str, ...], folder: Path, original: Path, chat: bool = False) -> dict[str, Any]:
+    """Greedy continuations of fixed prompts, or answers to them in a chat, by the original and by the converted model."""
     converted, rows = mxdsurgery.load(folder), []
     tokenizer = converted.tokenizer()
     models = (open_model(str(original)).load(dtype=converted.plan.dtype), converted.model)
     for prompt in prompts:
-        ids = prompt_ids(tokenizer, prompt)
+        ids = (chat_ids if chat else prompt_ids)(tokenizer, prompt)
         made = [sample(model, tokenizer, ids, Sampling(NEW_TOKENS, temperature=0))[0, ids.shape[1] :] for model in models]
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*(new.tolist() for new in made), strict=False)))
         texts = tokenizer.batch_decode(made, skip_special_tokens=True)

@@ -5,19 +5,15 @@
 
 DIR is where the converted models are, or will be made: books-mxd (a SwiGLU model), books-transcoder (the same with
 transcoders) and tinystories-mxd (a GELU model), as the page's first commands say. What each command prints is kept in
-docs/experts/<name>.txt.
+docs/experts/<name>.txt: delete these to run everything again.
 """
 
-import os
-import subprocess
-import sys
-import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 from material import shared_option
-from pages import DOCS, ROOT
+from pages import DOCS
+from steps import Step, lay_out, run_steps
 
 KEPT = DOCS / "experts"
 
@@ -30,25 +26,6 @@ _STORIES = (
 
 # Such small models, sampled as they are, write little that can be read.
 _SAMPLING = "--temperature 0.7 --top-k 50 --top-p 0.95"
-
-
-@dataclass(frozen=True)
-class Step:
-    """A command, the text before it, and where its output is kept.
-
-    Attributes:
-        name: of the output's file.
-        text: Markdown before the command.
-        command: as a user types it.
-        last: only so many of the last lines are kept; 0: all.
-        first: only so many of the first lines of those; 0: all.
-    """
-
-    name: str
-    text: str
-    command: str
-    last: int = 0
-    first: int = 0
 
 
 # The experts here were found with `search`, `effect --sweep` and in the report.
@@ -185,50 +162,17 @@ def main() -> None:
 @main.command()
 @shared_option
 @click.option("--models", type=click.Path(file_okay=False, path_type=Path), required=True)
-@click.option("--only", help="Names of steps, with commas between them; default: all but the conversions that are there.")
+@click.option("--only", help="Names of steps, with commas between them; default: those of which docs/experts/ has nothing.")
 def measure(shared: Path, models: Path, only: str | None) -> None:
     """Runs the commands, in MODELS, where the material appears under its plain names."""
-    models.mkdir(parents=True, exist_ok=True)
-    for path in (*(shared / "models").iterdir(), *(shared / "text").iterdir(), ROOT / "scripts", ROOT / "examples"):
-        if not (models / path.name).exists():
-            (models / path.name).symlink_to(path.resolve())
-    KEPT.mkdir(exist_ok=True)
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HF_HUB_OFFLINE": "1",
-        "COLUMNS": "127",
-    }
-    environment |= {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-    for step in STEPS:
-        wanted = step.name in only.split(",") if only else not (step.name.startswith("convert") and _made(models, step))
-        if not wanted:
-            continue
-        click.echo(f"$ {step.command}")
-        ran = subprocess.run(
-            step.command, shell=True, cwd=models, env=environment, capture_output=True, text=True, check=False
-        )
-        printed = ran.stdout if ran.returncode == 0 else ran.stdout + ran.stderr
-        lines = [line.rstrip() for line in printed.replace(str(models.resolve()) + "/", "").splitlines()]
-        lines = lines[-step.last :] if step.last else lines
-        lines = lines[: step.first] if step.first else lines
-        click.echo("\n".join(lines))
-        (KEPT / f"{step.name}.txt").write_text("\n".join(lines).strip("\n") + "\n", encoding="utf-8")
-
-
-def _made(models: Path, step: Step) -> bool:
-    return (models / step.command.rpartition(" ")[2]).exists() and (KEPT / f"{step.name}.txt").is_file()
+    lay_out(models, shared=shared)
+    run_steps(STEPS, models, KEPT, only)
 
 
 @main.command()
 def page() -> None:
     """Prints docs/experts.md."""
-    parts = [INTRODUCTION]
-    for step in STEPS:
-        path = KEPT / f"{step.name}.txt"
-        printed = path.read_text(encoding="utf-8") if path.is_file() else "(not measured)\n"
-        text = "\n".join(line if line.startswith("!") else textwrap.fill(line, 127) for line in step.text.split("\n"))
-        parts.append((f"{text}\n\n" if text else "") + f"```\n$ {step.command}\n{printed}```\n")
-    click.echo("\n".join(parts), nl=False)
+    click.echo("\n".join([INTRODUCTION, *(step.markdown(KEPT) for step in STEPS)]), nl=False)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,24 @@ def test_without_edits_there_are_only_texts(converted):
     assert isinstance(mxdsurgery.generate(converted.out, prompt="", max_new_tokens=2)[0], str)
 
 
+def test_a_chat_is_written_as_the_models_template_has_it(converted, tmp_path):
+    folder = tmp_path / "chat"
+    shutil.copytree(converted.out, folder)
+    template = "# {{ messages[0].role }}: {{ messages[0].content }}\n{% if add_generation_prompt %}# answer:{% endif %}"
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    options = {"max_new_tokens": 12, "device": "cpu", "temperature": 0}
+    written = "# user: read a file\n# answer:"
+    plain = mxdsurgery.generate(converted.out, prompt=written, **options)[0]
+    assert mxdsurgery.generate(folder, prompt="read a file", chat=True, **options) == [plain.removeprefix(written)]
+    made = mxdsurgery.generate(folder, prompt="read a file", chat=True, edits=Edits(steer={1: {3: 300.0}}), **options)
+    assert made["unedited"] == [plain.removeprefix(written)] != made["edited"] and made["chat"] is True
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no users here') }}", encoding="utf-8")
+    with pytest.raises(RecipeError, match="refuses a user's message: no users here"):
+        mxdsurgery.generate(folder, prompt="hello", chat=True, **options)
+    with pytest.raises(RecipeError, match="no chat template"):
+        mxdsurgery.generate(converted.out, prompt="hello", chat=True, **options)
+
+
 def test_numbers_in_units_of_the_maximum_are_coefficients_times_it(with_maxima):
     in_maxima = Edits(steer={1: {30: 50.0}}, clamp={1: {10: 2.0}}, scale={1: {7: 0.5}}, ablate={2: [5]})
     found = in_coefficients(in_maxima, mxdsurgery.load(with_maxima), "maximum")

@@ -121,6 +121,19 @@ def test_a_value_that_nobody_gave_is_not_blamed_on_the_user(options, said):
     assert f"({name} " not in caught.value.found and f", {name} {value}:" not in caught.value.found
 
 
+def test_a_size_that_is_asked_for_counts_more_than_a_recipe_s_number_of_experts(tmp_path):
+    recipe = tmp_path / "counted.yaml"
+    recipe.write_text("n_experts: 500\nexpansion: 4\n", encoding="utf-8")
+    counts = [
+        mxdsurgery.plan("demo-glu", recipe=recipe, data="stdlib", **options)[0].layers[0].n_experts
+        for options in ({}, {"expansion": 16}, {"expansion": 8})
+    ]
+    assert counts[0] == 500 and counts[1] == mxdsurgery.plan("demo-glu", expansion=16)[0].layers[0].n_experts
+    assert counts[2] < counts[1]
+    with pytest.raises(RecipeError, match="'n_experts' and 'expansion' are 64 and 8"):
+        mxdsurgery.plan("demo-glu", n_experts=64, expansion=8)
+
+
 def test_where_evaluation_does_not_fit_that_is_said(tmp_path):
     tiny_config("llama", vocab_size=50_000).save_pretrained(tmp_path)
     options = {"n_experts": 64, "k": 4, "data": "stdlib", "device": "cpu", "shuffle": 0, "batch": 4096, "context": 64}

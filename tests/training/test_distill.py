@@ -1,5 +1,6 @@
 """Training: the loss and schedule of the paper, real learning on a real model, and named errors when it goes wrong."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -13,7 +14,7 @@ from mxdsurgery.measuring.fidelity import measure
 from mxdsurgery.planning.plan import plan_layer
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.training.cost import first_k
-from mxdsurgery.training.distill import Progress, active_experts, distill, learning_rate
+from mxdsurgery.training.distill import LayerInTraining, Progress, active_experts, distill, learning_rate
 from mxdsurgery.training.initialize import initial_layer, measure_statistics
 from mxdsurgery.training.losses import distillation_loss, few_experts, frozen_gain, token_weights, zero_loss
 
@@ -140,6 +141,28 @@ def test_a_nan_stops_with_the_layers_name_and_a_remedy():
 def test_a_diverging_loss_stops():
     with pytest.raises(DivergedError, match="layer 0 .*: the loss is"):
         train(tiny_model("llama"), dataclasses.replace(RECIPE, lr=1.0, warmup=0.0), steps=400)
+
+
+def test_a_gradient_far_longer_than_those_before_it_is_cut():
+    layers, _, _ = train(tiny_model("llama"), steps=4)
+    job = LayerInTraining("it", layers[0].train(), RECIPE)
+
+    def left_of(length):
+        parameters = [p for p in job.layer.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, length / sum(p.numel() for p in parameters) ** 0.5)
+        job.shorten_gradient()
+        return torch.cat([parameter.grad.flatten() for parameter in parameters]).norm().item()
+
+    assert [left_of(length) for length in (1.0, 1.9, 0.5)] == pytest.approx([1.0, 1.9, 0.5], rel=1e-4)
+    usual = job.usual_gradient.item()
+    assert usual == pytest.approx(1.0 + 0.09 - 0.059, rel=1e-4)
+    assert left_of(1000.0) == pytest.approx(2 * usual, rel=1e-4)
+    other = LayerInTraining("other", copy.deepcopy(layers[0]), RECIPE)
+    job.optimizer.step()  # a state has Adam's moments
+    other.restore(job.state())
+    assert other.usual_gradient.item() == pytest.approx(1.1 * usual, rel=1e-4)  # it may grow, a tenth in a step
+    assert left_of(0.0) == 0
 
 
 def test_bf16_autocast_keeps_parameters_in_fp32_and_learns():

@@ -1,0 +1,340 @@
+"""Takes SmolLM2-135M-Instruct through the whole tool, keeps what came of it, and prints docs/smollm2.md.
+
+    python ../shared/models/fetch_smollm2.py ~/.cache/smollm2                               # the model, once
+    python scripts/measure/smollm2.py measure --shared ../shared --model ~/.cache/smollm2 --runs DIR    # hours on two cores
+    python scripts/measure/smollm2.py measure --shared ../shared --model ~/.cache/smollm2 --runs DIR --only kinds   # a part
+    python scripts/measure/smollm2.py page > docs/smollm2.md
+
+DIR should lie outside of the repository: models of some hundred megabytes are made in it. The parts, in this order: `rates`,
+`kinds`, `commands` (the names of its steps, too), `growth`, `texts`, `choices`. What docs/smollm2/ has already is not measured
+again: delete it there to begin anew.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from choices import TASKS, accuracies
+from continuations import BOOK_PROMPTS, NEW_TOKENS, QUESTIONS, continuations
+from material import BOOKS, runs_option, shared_option
+from pages import DOCS, carried, cells, machine, read_json, table, unused
+from smollm2_steps import HEALED, MODEL, STEPS, WHOLE
+from steps import costs_of, lay_out, run_steps
+
+import mxdsurgery
+from mxdsurgery.checkpoint.writing import write_json
+from mxdsurgery.measuring.growth import PARTS, growth
+from mxdsurgery.terminal.console import ConsoleReporter, compact, size
+from mxdsurgery.terminal.figures import with_range
+
+KEPT = DOCS / "smollm2"
+
+# Layers with unlike outputs: one with a few huge ones, an ordinary one, a late one.
+RATE_LAYERS, RATES, RATE_TOKENS = "2,12,27", (2e-4, 4e-4, 1e-3), 100_000
+KIND_LAYER, KS = 15, (16, 32, 64, 128)
+KINDS = ("mxd", "transcoder", "skip-transcoder", "molt", "topk-sae")
+KIND_TOKENS = 600_000
+EVAL_TOKENS = 8_000
+TEXTS = 400  # of each zero-shot task
+
+
+def keys(runs: Path) -> dict[str, Any]:
+    """What all trainings of this page share."""
+    data, eval_data = (str(runs / name) for name in BOOKS)
+    return {"model": str(runs / MODEL), "data": data, "eval_data": eval_data, "eval_tokens": EVAL_TOKENS, "device": "cpu"}
+
+
+def measure_rates(runs: Path) -> list[dict[str, Any]]:
+    """Three layers, by learning rate."""
+    rows = []
+    for lr in RATES:
+        made = mxdsurgery.convert(
+            **keys(runs),
+            layers=RATE_LAYERS,
+            tokens=RATE_TOKENS,
+            lr=lr,
+            out=str(runs / f"rate-{lr:g}"),
+            overwrite=True,
+            reporter=ConsoleReporter(),
+        )
+        rows += [{"lr": lr, "steps": made.plan.steps, **without_lists(row)} for row in made.evaluation["layers"]]
+    return rows
+
+
+def measure_kinds(runs: Path) -> dict[str, Any]:
+    """One layer, by kind and K."""
+    made = mxdsurgery.frontier(
+        **keys(runs),
+        layer=KIND_LAYER,
+        k=KS,
+        kinds=KINDS,
+        tokens=KIND_TOKENS,
+        expansion=32,
+        out=str(runs / "kinds"),
+        reporter=ConsoleReporter(),
+    )
+    rows = [without_lists(row) for row in made.rows]
+    return {"rows": rows, "tokens": made.tokens, "original": made.original, "steps": made.settings["batch"]}
+
+
+def without_lists(row: dict[str, Any]) -> dict[str, Any]:
+    """A layer's figures; not how often each of its experts fires."""
+    return {name: value for name, value in row.items() if name != "firing_frequency"}
+
+
+def measure_growth(runs: Path) -> dict[str, Any]:
+    """Where errors grow."""
+    return growth(runs / HEALED, tokens=EVAL_TOKENS, reporter=ConsoleReporter())
+
+
+def measure_texts(runs: Path) -> dict[str, Any]:
+    """Continuations and answers."""
+    original, converted = runs / MODEL, runs / HEALED
+    return {
+        "continuations": continuations(BOOK_PROMPTS, converted, original)["rows"],
+        "answers": continuations(QUESTIONS, converted, original, chat=True)["rows"],
+    }
+
+
+def measure_choices(runs: Path) -> dict[str, Any]:
+    """Zero-shot accuracy."""
+    models = {"original": MODEL, "converted": WHOLE, "healed": HEALED}
+    return {name: accuracies(runs / folder, name != "original", runs, TEXTS, "bfloat16") for name, folder in models.items()}
+
+
+PARTS_MEASURED: dict[str, Callable[[Path], Any]] = {
+    "rates": measure_rates,
+    "kinds": measure_kinds,
+    "growth": measure_growth,
+    "texts": measure_texts,
+    "choices": measure_choices,
+}
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command()
+@shared_option
+@click.option("--model", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
+@runs_option("smollm2")
+@click.option("--only", help="Names of parts, or of steps of `commands`, with commas between them.")
+def measure(shared: Path, model: Path, runs: Path, only: str | None) -> None:
+    """Measure what is not kept yet; or what is named, anew."""
+    lay_out(runs, shared=shared)
+    if not (runs / MODEL).exists():
+        (runs / MODEL).symlink_to(model.resolve())
+    wanted = only.split(",") if only else ["rates", "kinds", "commands", "growth", "texts", "choices"]
+    KEPT.mkdir(exist_ok=True)
+    for name in wanted:
+        if name in PARTS_MEASURED:
+            path = KEPT / f"{name}.json"
+            if only or not path.is_file():
+                write_json(path, {"machine": machine(), "found": PARTS_MEASURED[name](runs)})
+        else:
+            run_steps(STEPS, runs, KEPT, None if name == "commands" else name)
+            keep_evaluations(runs)
+
+
+def keep_evaluations(runs: Path) -> None:
+    """Keeps the layers' figures of the conversion and of the healed model."""
+    for name, folder in (("converted", WHOLE), ("healed", HEALED)):
+        found = read_json(runs / folder / "evaluation.json")
+        if found is not None:
+            rows = [without_lists(row) for row in (*found["layers"], found["all"])]
+            some = {"tokens": found["tokens"], "original": found["original"], "training": found["training"]}
+            write_json(KEPT / f"{name}.json", {"machine": machine(), "found": some | {"rows": rows}})
+
+
+@main.command()
+def page() -> None:
+    """Print docs/smollm2.md."""
+    for section in (
+        introduction,
+        rates_section,
+        kinds_section,
+        layers_section,
+        growth_section,
+        texts_section,
+        choices_section,
+    ):
+        click.echo("\n".join(section()))
+    for step in STEPS:
+        click.echo(step.markdown(KEPT))
+    click.echo("\n".join(costs_section()))
+
+
+def found(name: str) -> Any:
+    """What a part found, and on which machine; None if it was not measured."""
+    kept = read_json(KEPT / f"{name}.json")
+    return (None, None) if kept is None else (kept["found"], kept["machine"])
+
+
+def introduction() -> Iterator[str]:
+    """What the page is about."""
+    yield "# A model that people use: SmolLM2-135M-Instruct\n"
+    yield (
+        "SmolLM2-135M-Instruct (Llama architecture, 30 layers, D 576, H 1536) through the whole tool, on two cores of a processor\n"
+        "with bf16. Printed by `python scripts/measure/smollm2.py page > docs/smollm2.md` from what `... measure` did. It trains\n"
+        f"on {BOOKS[0]} (35 M characters of books, Python code, Wikipedia, reviews) and is measured on {BOOKS[1]}, other files\n"
+        "of these kinds. Figures leave out position 0 of each context of 128 tokens. In brackets: 95 % intervals.\n"
+    )
+
+
+def rates_section() -> Iterator[str]:
+    """The rule for the learning rate."""
+    rows, where = found("rates")
+    if rows is None:
+        return
+    yield "## What the defaults rest on\n"
+    yield (
+        f"Layers {RATE_LAYERS.replace(',', ', ')} on {compact(RATE_TOKENS)} tokens ({rows[0]['steps']} steps), by learning rate,\n"
+        f"each converted alone; {rows[0]['tokens']:,} held-out tokens ({where}). Layer 2 has outputs of 561 times\n"
+        "the median size at position 0. *Carried*: the least of two shares, asked for is 0.5. The recipe for models of 512 dimensions\n"
+        "or more has 4e-4.\n"
+    )
+    names = "layer | lr | ΔCE | KL | NMSE | median error | carried | unused"
+    yield table(
+        names, (cells(row["layer"], f"{row['lr']:g}", *figures(row)) for row in sorted(rows, key=lambda r: r["layer"]))
+    )
+    yield ""
+
+
+def figures(row: dict[str, Any]) -> Iterator[str]:
+    """ΔCE, KL, NMSE, median error, share, unused experts."""
+    yield with_range(row, "delta_ce", "+.4f")
+    yield f"{row['kl']:.4f}"
+    yield f"{row['nmse']:.3f}"
+    yield f"{row['median_error']:.3f}" if row.get("median_error") is not None else "-"
+    yield f"{carried(row):.2f}"
+    yield unused(row)
+
+
+def kinds_section() -> Iterator[str]:
+    """One layer, the paper's table."""
+    kinds, where = found("kinds")
+    if kinds is None:
+        return
+    rows = kinds["rows"]
+    first = rows[0]
+    yield f"## One layer: the paper's table, layer {KIND_LAYER}\n"
+    yield (
+        f"Kinds of as many parameters as a transcoder with 32 D features ({compact(first['params'])}), all trained on the same\n"
+        f"{compact(first['train_tokens'])} tokens; {kinds['tokens']:,} held-out tokens ({where}); original cross-entropy\n"
+        f"{kinds['original']['ce']:.4f}, with the block zeroed {first['zero_delta_ce']:+.4f}, with its mean output\n"
+        f"{first['mean_delta_ce']:+.4f}. The experts of an mxd are asked to carry half of the layer. The paper's nearest model,\n"
+        "GPT-2 124M, after 480 M tokens: transcoders lose .0341 .0249 .0141 .0090, skip-transcoders .0306 .0211 .0124 .0080, mxd\n"
+        ".0032 .0029 .0022 .0017 nats at K = 16, 32, 64, 128.\n"
+    )
+    names = "kind | K | N | ΔCE | KL | NMSE | median error | carried | unused"
+    yield table(names, (cells(row["kind"], row["k"], row["n_experts"], *figures(row)) for row in rows))
+    yield ""
+
+
+def layers_section() -> Iterator[str]:
+    """All layers, converted and healed."""
+    (converted, where), (healed, _) = found("converted"), found("healed")
+    if converted is None:
+        return
+    yield "## All thirty layers\n"
+    of = {"converted": converted} | ({} if healed is None else {"healed": healed})
+    yield (
+        f"{converted['tokens']:,} held-out tokens ({where}); original cross-entropy {converted['original']['ce']:.4f}. Single\n"
+        f"layers, each converted alone, on {converted['rows'][0]['tokens']:,} of them.\n"
+    )
+    names = "layer | | ΔCE | KL | NMSE | median error | carried | unused"
+    pairs = zip(*(some["rows"] for some in of.values()), strict=True)
+    rows = (
+        cells(row.get("layer", "**all**"), name, *figures(row)) for pair in pairs for name, row in zip(of, pair, strict=True)
+    )
+    yield table(names, rows)
+    tops = ", ".join(f"{name} {some['rows'][-1]['top1_agreement']:.1%}" for name, some in of.items())
+    yield f"\nThe likeliest token is the original's, with all layers in place: {tops}.\n"
+
+
+def growth_section() -> Iterator[str]:
+    """Where errors grow."""
+    grown, _ = found("growth")
+    if grown is None:
+        return
+    yield "### Where errors grow\n"
+    yield "ΔCE of the healed model with only its first or last layers in place.\n"
+    for part, words in PARTS[:2]:
+        rows = (row for row in grown["predictions"] if row["part"] == part)
+        yield table(
+            f"layers {words} | ΔCE | KL", (cells(len(r["layers"]), f"{r['delta_ce']:+.4f}", f"{r['kl']:.4f}") for r in rows)
+        )
+        yield ""
+
+
+def texts_section() -> Iterator[str]:
+    """Continuations and answers."""
+    texts, _ = found("texts")
+    if texts is None:
+        return
+    for name, heading in (("answers", "Ten questions in the chat template"), ("continuations", "Ten beginnings of texts")):
+        rows = texts[name]
+        same = sum(row["chosen"] for row in rows) / sum(row["choices"] for row in rows)
+        yield f"### {heading}\n"
+        yield (
+            f"The likeliest token at each place, {NEW_TOKENS} at most. Given the original's text so far, the converted and healed\n"
+            f"model's likeliest token is the original's at {same:.0%} of the places.\n"
+        )
+        yield table(
+            "prompt | original | converted",
+            (cells(*(_line(row[x]) for x in ("prompt", "original", "converted"))) for row in rows),
+        )
+        yield ""
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def choices_section() -> Iterator[str]:
+    """Zero-shot accuracy."""
+    models, where = found("choices")
+    if models is None:
+        return
+    yield "### Zero-shot choices, by lm-evaluation-harness\n"
+    yield (
+        f"The likeliest of the classes after {TEXTS} texts of each set, the same for each model (scripts/measure/choices.py; {where}).\n"
+        "In brackets: standard error.\n"
+    )
+    rows = (
+        cells(task, *(f"{found[task]['acc']:.3f} ({found[task]['acc_stderr']:.3f})" for found in models.values()))
+        for task in TASKS
+    )
+    yield table(cells("task", *models), rows)
+    yield ""
+
+
+def costs_section() -> Iterator[str]:
+    """Time and memory of every command."""
+    costs = costs_of(KEPT)
+    yield "## Time and memory of every command\n"
+    yield f"Of the largest process of each, from start to end ({machine_of_costs()}).\n"
+    commands = {step.name: step.command for step in STEPS}
+    rows = (
+        cells(f"`{commands[name]}`", seconds_in_words(cost["seconds"]), size(cost["peak_bytes"]))
+        for name, cost in sorted(costs.items(), key=lambda pair: list(commands).index(pair[0]) if pair[0] in commands else -1)
+        if name in commands
+    )
+    yield table("command | time | peak memory", rows)
+
+
+def seconds_in_words(seconds: float) -> str:
+    """As plans say it."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def machine_of_costs() -> str:
+    """Where the commands ran."""
+    return found("converted")[1] or machine()
+
+
+if __name__ == "__main__":
+    main()
