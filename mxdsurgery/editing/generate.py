@@ -56,9 +56,9 @@ def generate(
         trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
 
     Returns:
-        Without edits the texts, prompt included, or the answers. With edits ``prompt``, ``chat``, how it was sampled, ``edits``
-        (a line each), and the texts as ``unedited`` and ``edited``: both are sampled with the same random numbers, so that
-        sample i differs by the edits only.
+        Without edits the texts, prompt included, or the answers. With edits ``prompt``, ``chat``, how it was sampled,
+        ``edits`` (a line each), and the texts as ``unedited`` and ``edited``: both are sampled with the same random numbers,
+        so that sample i differs by the edits only.
 
     Raises:
         NotConvertedError: the folder is not one of ours.

@@ -24,7 +24,7 @@ from mxdsurgery.training.share import LOOKS, SHARES
 # By default, evaluation takes at most this share of the training time: single layers are measured on fewer contexts.
 EVALUATION_SHARE = 0.2
 # But not on fewer tokens than these, nor on fewer contexts, over which the intervals are taken.
-_FEWEST_TOKENS_ALONE, _FEWEST_CONTEXTS_ALONE = 8192, 16
+_FEWEST_TOKENS_ALONE, _FEWEST_CONTEXTS_ALONE = 4096, 16
 # What the experts carry is measured, while they learn, on so many tokens that it takes this share of the training's work; but
 # at least on so many, or on this share of what is trained on if that is fewer.
 _LOOKING_SHARE, _LEAST_LOOKED_AT, _OF_FEW = 0.15, 1024, 1 / 32

@@ -41,8 +41,8 @@ _RATE_FACTORS = {"transcoder": 2.0, "skip-transcoder": 2.0, "topk-sae": 2.0, "mo
 # So does a Mixture of Decoders that starts as its block: docs/controls.md.
 _SHARED_RATE_FACTOR = 4.0
 # A gradient longer than this many times its usual length is cut to that; the usual length is a running mean over about so many
-# steps. Adam's steps are the longer the more a gradient exceeds those before it: in layers of real models with huge outputs, one
-# batch could otherwise undo a layer (docs/tried.md).
+# steps. Adam steps the further the more a gradient exceeds those before it: in real models, where a few tokens have huge
+# outputs, one batch could otherwise undo a layer (docs/tried.md).
 _LONGEST, _REMEMBERED = 2.0, 10
 # An expert is dead when it has not fired for this share of the training tokens.
 _DEAD_AFTER = 0.1
@@ -176,8 +176,9 @@ class LayerInTraining:
         length = nn.utils.get_total_norm(gradients)
         usual = torch.where(self.usual_gradient > 0, self.usual_gradient, length)
         kept = length.minimum(_LONGEST * usual)
-        for gradient in gradients:
-            gradient.mul_(kept / length.clamp_min(1e-30))
+        if kept.device.type != "cpu" or kept < length:  # to ask a GPU would be to wait for it
+            for gradient in gradients:
+                gradient.mul_(kept / length.clamp_min(1e-30))
         self.usual_gradient.copy_(usual + (kept - usual) / _REMEMBERED)
 
     def set_k(self, k: int) -> None:

@@ -5,8 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-# A task: how a text is put, and each class in the model's words. Of a few wordings those at which SmolLM2-135M-Instruct is well
-# above chance: where it guesses, nothing can be lost.
+# A task: how a text is put, and each class in the model's words. Of a few wordings those at which SmolLM2-135M-Instruct is
+# well above chance: where it guesses, nothing can be lost.
 TASKS = {
     "ag_news": (
         "Article: {{text}}\nTags:",

@@ -176,12 +176,12 @@ def found(name: str) -> Any:
 def introduction() -> Iterator[str]:
     """What the page is about."""
     yield "# A model that people use: SmolLM2-135M-Instruct\n"
-    yield (
-        "SmolLM2-135M-Instruct (Llama architecture, 30 layers, D 576, H 1536) through the whole tool, on two cores of a processor\n"
-        "with bf16. Printed by `python scripts/measure/smollm2.py page > docs/smollm2.md` from what `... measure` did. It trains\n"
-        f"on {BOOKS[0]} (35 M characters of books, Python code, Wikipedia, reviews) and is measured on {BOOKS[1]}, other files\n"
-        "of these kinds. Figures leave out position 0 of each context of 128 tokens. In brackets: 95 % intervals.\n"
-    )
+    yield f"""\
+SmolLM2-135M-Instruct (Llama architecture, 30 layers, D 576, H 1536) through the whole tool, on two cores of a processor with
+bf16. Printed by `python scripts/measure/smollm2.py page > docs/smollm2.md` from what `... measure` did. It trains on
+{BOOKS[0]} (35 M characters of books, Python code, Wikipedia, reviews) and is measured on {BOOKS[1]}, other files of
+these kinds. Figures leave out position 0 of each context of 128 tokens. In brackets: 95 % intervals.
+"""
 
 
 def rates_section() -> Iterator[str]:
@@ -190,12 +190,11 @@ def rates_section() -> Iterator[str]:
     if rows is None:
         return
     yield "## What the defaults rest on\n"
-    yield (
-        f"Layers {RATE_LAYERS.replace(',', ', ')} on {compact(RATE_TOKENS)} tokens ({rows[0]['steps']} steps), by learning rate,\n"
-        f"each converted alone; {rows[0]['tokens']:,} held-out tokens ({where}). Layer 2 has outputs of 561 times\n"
-        "the median size at position 0. *Carried*: the least of two shares, asked for is 0.5. The recipe for models of 512 dimensions\n"
-        "or more has 4e-4.\n"
-    )
+    yield f"""\
+Layers {RATE_LAYERS.replace(",", ", ")} on {compact(RATE_TOKENS)} tokens ({rows[0]["steps"]} steps), by learning rate, each
+converted alone; {rows[0]["tokens"]:,} held-out tokens ({where}). *Carried*: the least of
+two shares; 0.5 is asked for. The recipe for models of 512 dimensions or more has 4e-4.
+"""
     names = "layer | lr | ΔCE | KL | NMSE | median error | carried | unused"
     yield table(
         names, (cells(row["layer"], f"{row['lr']:g}", *figures(row)) for row in sorted(rows, key=lambda r: r["layer"]))

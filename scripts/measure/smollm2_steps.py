@@ -10,7 +10,7 @@ STEPS = (
     Step("analyze", "## Every command\n\n### Before", f"mxdsurgery analyze {MODEL}", last=6),
     Step("plan", "", f"mxdsurgery plan {MODEL} --layers all --hours 1.5 {_TEXTS}", last=14),
     Step(
-        "convert", "### Convert and heal", f"mxdsurgery convert {MODEL} --layers all {_TEXTS} --tokens 600k --eval-tokens 8k"
+        "convert", "### Convert and heal", f"mxdsurgery convert {MODEL} --layers all {_TEXTS} --tokens 300k --eval-tokens 8k"
     ),
     Step("heal", "", f"mxdsurgery heal {WHOLE} --tokens 200k --out {HEALED}"),
 )
