@@ -32,8 +32,9 @@ KEPT = DOCS / "smollm2"
 
 # Layers with unlike outputs: one with a few huge ones, an ordinary one, a late one.
 RATE_LAYERS, RATES, RATE_TOKENS = "2,12,27", (2e-4, 4e-4, 1e-3), 100_000
-KIND_LAYER, KS = 15, (16, 32, 64, 128)
-KINDS = ("mxd", "transcoder", "skip-transcoder", "molt", "topk-sae")
+# One layer: these kinds at every K, others at one; all as large as a transcoder of 32 D features.
+KIND_LAYER, KS, KINDS = 15, (16, 32, 64, 128), ("mxd", "transcoder", "skip-transcoder")
+OTHER_K, OTHER_KINDS = 32, ("molt", "topk-sae")
 KIND_TOKENS = 600_000
 EVAL_TOKENS = 8_000
 TEXTS = 400  # of each zero-shot task
@@ -64,18 +65,20 @@ def measure_rates(runs: Path) -> list[dict[str, Any]]:
 
 def measure_kinds(runs: Path) -> dict[str, Any]:
     """One layer, by kind and K."""
-    made = mxdsurgery.frontier(
-        **keys(runs),
-        layer=KIND_LAYER,
-        k=KS,
-        kinds=KINDS,
-        tokens=KIND_TOKENS,
-        expansion=32,
-        out=str(runs / "kinds"),
-        reporter=ConsoleReporter(),
-    )
+    for kinds, k in ((KINDS, KS), (OTHER_KINDS, (OTHER_K,))):
+        made = mxdsurgery.frontier(
+            **keys(runs),
+            layer=KIND_LAYER,
+            k=k,
+            kinds=kinds,
+            tokens=KIND_TOKENS,
+            expansion=32,
+            out=str(runs / "kinds"),
+            resume=True,
+            reporter=ConsoleReporter(),
+        )
     rows = [without_lists(row) for row in made.rows]
-    return {"rows": rows, "tokens": made.tokens, "original": made.original, "steps": made.settings["batch"]}
+    return {"rows": rows, "tokens": made.tokens, "original": made.original, "batch": made.settings["batch"]}
 
 
 def without_lists(row: dict[str, Any]) -> dict[str, Any]:

@@ -78,9 +78,9 @@ def test_dense_paths_are_fitted_in_as_many_passes_as_memory_asks(monkeypatch):
 @pytest.mark.parametrize(
     ("seconds", "contexts"),
     [
-        (0.0, 64),  # no time at all: the least that is worth measuring
-        (100.0, 64),  # all layers together take as much
-        (100.0 + 64, 64),
+        (0.0, 32),  # no time at all: the least that is worth measuring
+        (100.0, 32),  # all layers together take as much
+        (100.0 + 32, 32),
         (100.0 + 255, 128),  # a power of two, so that small differences in time change nothing
         (100.0 + 257, 256),
         (100.0 + 999, 512),
@@ -92,9 +92,9 @@ def test_single_layers_get_the_contexts_that_the_time_allows(seconds, contexts):
     assert Alone(seconds=seconds).contexts(together=0.1, alone=1.0, contexts=1000, length=128) == contexts
 
 
-def test_the_least_is_8k_tokens_in_16_contexts_or_all_there_is():
-    assert fewest_contexts_alone(1000, 128) == 64
-    assert fewest_contexts_alone(1000, 100) == 82  # no fewer than 8192 tokens
+def test_the_least_is_4k_tokens_in_16_contexts_or_all_there_is():
+    assert fewest_contexts_alone(1000, 128) == 32
+    assert fewest_contexts_alone(1000, 100) == 41  # no fewer than 4096 tokens
     assert fewest_contexts_alone(1000, 2048) == 16  # intervals are taken over contexts
     assert fewest_contexts_alone(10, 128) == 10
     assert Alone(seconds=0.0).contexts(0.1, 1.0, contexts=10, length=128) == 10
