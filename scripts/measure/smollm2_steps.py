@@ -1,4 +1,4 @@
-"""The commands of docs/smollm2.md: every one that the tool has, on SmolLM2-135M-Instruct, in the order in which they run."""
+"""The commands of docs/smollm2.md on SmolLM2-135M-Instruct, in the order in which they run; experts.py has those on experts."""
 
 from material import BOOKS
 from steps import Step
@@ -7,10 +7,28 @@ MODEL, WHOLE, HEALED = "smollm2", "smollm2-mxd", "smollm2-healed"
 _TEXTS = f"--data {BOOKS[0]} --eval-data {BOOKS[1]}"
 
 STEPS = (
-    Step("analyze", "## Every command\n\n### Before", f"mxdsurgery analyze {MODEL}", last=6),
-    Step("plan", "", f"mxdsurgery plan {MODEL} --layers all --hours 1.5 {_TEXTS}", last=14),
+    Step("analyze", "### Before", f"mxdsurgery analyze {MODEL}", last=4),
+    Step("plan", "", f"mxdsurgery plan {MODEL} --layers all --hours 1.5 {_TEXTS}", last=13),
     Step(
-        "convert", "### Convert and heal", f"mxdsurgery convert {MODEL} --layers all {_TEXTS} --tokens 300k --eval-tokens 8k"
+        "convert",
+        "### All layers",
+        f"mxdsurgery convert {MODEL} --layers all {_TEXTS} --tokens 300k --eval-tokens 8k --out {WHOLE}",
+        first=16,
     ),
-    Step("heal", "", f"mxdsurgery heal {WHOLE} --tokens 200k --out {HEALED}"),
+    Step("heal", "", f"mxdsurgery heal {WHOLE} --tokens 200k --out {HEALED}", first=14),
+    Step("evaluate", "", f"mxdsurgery evaluate {HEALED} --tokens 4k", first=3),
+    Step(
+        "convert-one",
+        "### One layer",
+        f"mxdsurgery convert {MODEL} --layers 15 {_TEXTS} --tokens 100k --eval-tokens 4k --format adapter --out layer15-adapter",
+    ),
+    Step("apply", "", "mxdsurgery apply layer15-adapter --out layer15"),
+    Step("probe", "", "mxdsurgery probe layer15 --data ag_news.jsonl --samples 1000"),
+    Step("dissect", "", "mxdsurgery dissect layer15 --data ag_news.jsonl --samples 500"),
+    Step(
+        "frontier",
+        "",
+        f"mxdsurgery frontier {MODEL} --layer 15 --kinds mxd,transcoder --k 32 {_TEXTS} --tokens 50k --eval-tokens 4k --out front",
+    ),
+    Step("plot", "", f"mxdsurgery plot {WHOLE}"),
 )
