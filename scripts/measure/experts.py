@@ -1,6 +1,6 @@
 """Runs the commands of docs/experts.md on SmolLM2-135M-Instruct, keeps what they print, and prints that page from it.
 
-    python scripts/measure/experts.py measure --shared ../shared --models DIR [--only search-text]     # half an hour on two cores
+    python scripts/measure/experts.py measure --shared ../shared --models DIR [--only search-text]   # half an hour
     python scripts/measure/experts.py page > docs/experts.md
 
 DIR is where scripts/measure/smollm2.py has converted and healed all layers. What each command prints is kept in
@@ -24,7 +24,7 @@ SAMPLING = "--temperature 0.7 --top-k 50 --top-p 0.95"
 STEPS = (
     Step(
         "experts",
-        "## Find\n\nOne pass over half a million tokens for all layers. The text has a field `kind`, so kinds are counted, too.",
+        "## Find\n\nOne pass over the text for all layers. The text has a field `kind`, so kinds are counted, too.",
         f"mxdsurgery experts {HEALED} --data {BOOKS[0]} --tokens 500k --overwrite",
     ),
     Step(
@@ -86,11 +86,11 @@ STEPS = (
     ),
     Step(
         "erase",
-        "## Erase a capability\n\n`examples/erase_capability.py` removes the experts of Python code, and as many random ones that "
-        "fire as often. How many experts it takes, and what that costs elsewhere, depends on their share "
+        "## Erase a capability\n\n`examples/erase_capability.py` removes the experts of Python code, and as many random "
+        "ones that fire as often. How many experts it takes, and what that costs elsewhere, depends on their share "
         "([single-experts.md](single-experts.md)).",
-        f"python examples/erase_capability.py {HEALED} --kind python --data {BOOKS[1]} --experts 100,1000,10000 --tokens 8000 "
-        "--random 2",
+        f"python examples/erase_capability.py {HEALED} --kind python --data {BOOKS[1]} --experts 100,1000,10000 "
+        "--tokens 8000 --random 2",
     ),
     Step(
         "hooks",

@@ -10,6 +10,7 @@ DIR should lie outside of the repository: models of some hundred megabytes are m
 again: delete it there to begin anew.
 """
 
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import mxdsurgery
 from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.measuring.growth import PARTS, growth
 from mxdsurgery.terminal.console import ConsoleReporter, compact, size
-from mxdsurgery.terminal.figures import with_range
+from mxdsurgery.terminal.figures import NONE, times, with_range
 
 KEPT = DOCS / "smollm2"
 
@@ -176,15 +177,23 @@ def found(name: str) -> Any:
     return (None, None) if kept is None else (kept["found"], kept["machine"])
 
 
+def say(*sentences: str) -> str:
+    """A paragraph."""
+    return textwrap.fill(" ".join(sentences), 127) + "\n"
+
+
 def introduction() -> Iterator[str]:
     """What the page is about."""
     yield "# A model that people use: SmolLM2-135M-Instruct\n"
-    yield f"""\
-SmolLM2-135M-Instruct (Llama architecture, 30 layers, D 576, H 1536) through the whole tool, on two cores of a processor with
-bf16. Printed by `python scripts/measure/smollm2.py page > docs/smollm2.md` from what `... measure` did. It trains on
-{BOOKS[0]} (35 M characters of books, Python code, Wikipedia, reviews) and is measured on {BOOKS[1]}, other files of
-these kinds. Figures leave out position 0 of each context of 128 tokens. In brackets: 95 % intervals.
-"""
+    yield say(
+        "SmolLM2-135M-Instruct (Llama architecture, 30 layers, D 576, H 1536) through the whole tool, on two cores of a",
+        "processor with bf16. Printed by `python scripts/measure/smollm2.py page > docs/smollm2.md` from what `... measure`",
+        "did. It trains on",
+        f"{BOOKS[0]} (35 M characters of books, Python code, Wikipedia and reviews) and is measured on {BOOKS[1]},",
+        "other files of these kinds. Figures leave out position 0 of each context of 128 tokens. In brackets: 95 % intervals.",
+        "*Carried*: the least of two shares of what a layer is worth, 0.5 of which its experts are asked to carry",
+        "([controls.md](controls.md)). [experts.md](experts.md) has the commands that find, steer and edit experts.",
+    )
 
 
 def rates_section() -> Iterator[str]:
@@ -193,15 +202,14 @@ def rates_section() -> Iterator[str]:
     if rows is None:
         return
     yield "## What the defaults rest on\n"
-    yield f"""\
-Layers {RATE_LAYERS.replace(",", ", ")} on {compact(RATE_TOKENS)} tokens ({rows[0]["steps"]} steps), by learning rate, each
-converted alone; {rows[0]["tokens"]:,} held-out tokens ({where}). *Carried*: the least of
-two shares; 0.5 is asked for. The recipe for models of 512 dimensions or more has 4e-4.
-"""
-    names = "layer | lr | ΔCE | KL | NMSE | median error | carried | unused"
-    yield table(
-        names, (cells(row["layer"], f"{row['lr']:g}", *figures(row)) for row in sorted(rows, key=lambda r: r["layer"]))
+    yield say(
+        f"Layers {RATE_LAYERS.replace(',', ', ')} on {compact(RATE_TOKENS)} tokens ({rows[0]['steps']} steps), by learning",
+        f"rate, each converted alone; {rows[0]['tokens']:,} held-out tokens ({where}).",
+        "The recipe for models of 512 dimensions or more has 4e-4.",
     )
+    names = "layer | lr | ΔCE | KL | NMSE | median error | carried | unused"
+    in_order = sorted(rows, key=lambda row: row["layer"])
+    yield table(names, (cells(row["layer"], f"{row['lr']:g}", *figures(row)) for row in in_order))
     yield ""
 
 
@@ -223,17 +231,30 @@ def kinds_section() -> Iterator[str]:
     rows = kinds["rows"]
     first = rows[0]
     yield f"## One layer: the paper's table, layer {KIND_LAYER}\n"
-    yield (
-        f"Kinds of as many parameters as a transcoder with 32 D features ({compact(first['params'])}), all trained on the same\n"
-        f"{compact(first['train_tokens'])} tokens; {kinds['tokens']:,} held-out tokens ({where}); original cross-entropy\n"
-        f"{kinds['original']['ce']:.4f}, with the block zeroed {first['zero_delta_ce']:+.4f}, with its mean output\n"
-        f"{first['mean_delta_ce']:+.4f}. The experts of an mxd are asked to carry half of the layer. The paper's nearest model,\n"
-        "GPT-2 124M, after 480 M tokens: transcoders lose .0341 .0249 .0141 .0090, skip-transcoders .0306 .0211 .0124 .0080, mxd\n"
-        ".0032 .0029 .0022 .0017 nats at K = 16, 32, 64, 128.\n"
+    yield say(
+        f"Kinds of as many parameters as a transcoder with 32 D features ({compact(first['params'])}), all trained on the",
+        "same",
+        f"{compact(first['train_tokens'])} tokens; {kinds['tokens']:,} held-out tokens ({where}); original cross-entropy",
+        f"{kinds['original']['ce']:.4f}, with the block zeroed {first['zero_delta_ce']:+.4f}, with its mean output",
+        f"{first['mean_delta_ce']:+.4f}.",
+        "The paper's nearest model, GPT-2 124M, after 480 M tokens, at K = 16, 32, 64, 128:",
+        "transcoders lose .0341 .0249 .0141 .0090, skip-transcoders .0306 .0211 .0124 .0080,",
+        "mxd .0032 .0029 .0022 .0017 nats.",
     )
     names = "kind | K | N | ΔCE | KL | NMSE | median error | carried | unused"
     yield table(names, (cells(row["kind"], row["k"], row["n_experts"], *figures(row)) for row in rows))
     yield ""
+    yield table(cells("ΔCE over mxd's", *(f"K = {k}" for k in KS)), ratios(rows))
+    yield ""
+
+
+def ratios(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """How many times mxd's ΔCE and KL the others' are, at each K."""
+    of = {(row["kind"], row["k"]): row for row in rows}
+    for kind in KINDS[1:]:
+        for figure, name in (("delta_ce", "ΔCE"), ("kl", "KL")):
+            found = [times(of[kind, k], of["mxd", k], figure) for k in KS]
+            yield cells(f"{kind}, {name}", *(NONE if ratio is None else f"{ratio:.1f}" for ratio in found))
 
 
 def layers_section() -> Iterator[str]:
@@ -243,16 +264,13 @@ def layers_section() -> Iterator[str]:
         return
     yield "## All thirty layers\n"
     of = {"converted": converted} | ({} if healed is None else {"healed": healed})
-    yield (
-        f"{converted['tokens']:,} held-out tokens ({where}); original cross-entropy {converted['original']['ce']:.4f}. Single\n"
-        f"layers, each converted alone, on {converted['rows'][0]['tokens']:,} of them.\n"
+    yield say(
+        f"{converted['tokens']:,} held-out tokens ({where}); original cross-entropy {converted['original']['ce']:.4f}.",
+        f"Single layers, each converted alone, on {converted['rows'][0]['tokens']:,} of them.",
     )
-    names = "layer | | ΔCE | KL | NMSE | median error | carried | unused"
-    pairs = zip(*(some["rows"] for some in of.values()), strict=True)
-    rows = (
-        cells(row.get("layer", "**all**"), name, *figures(row)) for pair in pairs for name, row in zip(of, pair, strict=True)
-    )
-    yield table(names, rows)
+    names = "layer | model | ΔCE | KL | NMSE | median error | carried | unused"
+    pairs = zip(*([(name, row) for row in some["rows"]] for name, some in of.items()), strict=True)
+    yield table(names, (cells(row.get("layer", "**all**"), name, *figures(row)) for pair in pairs for name, row in pair))
     tops = ", ".join(f"{name} {some['rows'][-1]['top1_agreement']:.1%}" for name, some in of.items())
     yield f"\nThe likeliest token is the original's, with all layers in place: {tops}.\n"
 
@@ -265,10 +283,9 @@ def growth_section() -> Iterator[str]:
     yield "### Where errors grow\n"
     yield "ΔCE of the healed model with only its first or last layers in place.\n"
     for part, words in PARTS[:2]:
-        rows = (row for row in grown["predictions"] if row["part"] == part)
-        yield table(
-            f"layers {words} | ΔCE | KL", (cells(len(r["layers"]), f"{r['delta_ce']:+.4f}", f"{r['kl']:.4f}") for r in rows)
-        )
+        rows = [row for row in grown["predictions"] if row["part"] == part]
+        entries = (cells(len(row["layers"]), f"{row['delta_ce']:+.4f}", f"{row['kl']:.4f}") for row in rows)
+        yield table(f"layers {words} | ΔCE | KL", entries)
         yield ""
 
 
@@ -281,19 +298,13 @@ def texts_section() -> Iterator[str]:
         rows = texts[name]
         same = sum(row["chosen"] for row in rows) / sum(row["choices"] for row in rows)
         yield f"### {heading}\n"
-        yield (
-            f"The likeliest token at each place, {NEW_TOKENS} at most. Given the original's text so far, the converted and healed\n"
-            f"model's likeliest token is the original's at {same:.0%} of the places.\n"
+        yield say(
+            f"The likeliest token at each place, {NEW_TOKENS} at most. Given the original's text so far, the healed model's",
+            f"likeliest token is the original's at {same:.0%} of the places.",
         )
-        yield table(
-            "prompt | original | converted",
-            (cells(*(_line(row[x]) for x in ("prompt", "original", "converted"))) for row in rows),
-        )
+        columns = ("prompt", "original", "converted")
+        yield table(" | ".join(columns), (cells(*(" ".join(row[column].split()) for column in columns)) for row in rows))
         yield ""
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def choices_section() -> Iterator[str]:
@@ -302,15 +313,12 @@ def choices_section() -> Iterator[str]:
     if models is None:
         return
     yield "### Zero-shot choices, by lm-evaluation-harness\n"
-    yield (
-        f"The likeliest of the classes after {TEXTS} texts of each set, the same for each model (scripts/measure/choices.py; {where}).\n"
-        "In brackets: standard error.\n"
+    yield say(
+        f"The likeliest of the classes after {TEXTS} texts of each set, the same for each model ({where}).",
+        "scripts/measure/choices.py has the wording. In brackets: standard errors.",
     )
-    rows = (
-        cells(task, *(f"{found[task]['acc']:.3f} ({found[task]['acc_stderr']:.3f})" for found in models.values()))
-        for task in TASKS
-    )
-    yield table(cells("task", *models), rows)
+    rows = ([f"{of[task]['acc']:.3f} ({of[task]['acc_stderr']:.3f})" for of in models.values()] for task in TASKS)
+    yield table(cells("task", *models), (cells(task, *row) for task, row in zip(TASKS, rows, strict=True)))
     yield ""
 
 

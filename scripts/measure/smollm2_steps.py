@@ -1,10 +1,11 @@
-"""The commands of docs/smollm2.md on SmolLM2-135M-Instruct, in the order in which they run; experts.py has those on experts."""
+"""The commands of docs/smollm2.md on SmolLM2-135M-Instruct, in the order in which they run; experts.py has the others."""
 
 from material import BOOKS
 from steps import Step
 
 MODEL, WHOLE, HEALED = "smollm2", "smollm2-mxd", "smollm2-healed"
 _TEXTS = f"--data {BOOKS[0]} --eval-data {BOOKS[1]}"
+_SHORT = "--tokens 100k --eval-tokens 4k"
 
 STEPS = (
     Step("analyze", "### Before", f"mxdsurgery analyze {MODEL}", last=4),
@@ -20,7 +21,7 @@ STEPS = (
     Step(
         "convert-one",
         "### One layer",
-        f"mxdsurgery convert {MODEL} --layers 15 {_TEXTS} --tokens 100k --eval-tokens 4k --format adapter --out layer15-adapter",
+        f"mxdsurgery convert {MODEL} --layers 15 {_TEXTS} {_SHORT} --format adapter --out layer15-adapter",
     ),
     Step("apply", "", "mxdsurgery apply layer15-adapter --out layer15"),
     Step("probe", "", "mxdsurgery probe layer15 --data ag_news.jsonl --samples 1000"),
@@ -28,7 +29,7 @@ STEPS = (
     Step(
         "frontier",
         "",
-        f"mxdsurgery frontier {MODEL} --layer 15 --kinds mxd,transcoder --k 32 {_TEXTS} --tokens 50k --eval-tokens 4k --out front",
+        f"mxdsurgery frontier {MODEL} --layer 15 --kinds mxd,transcoder --k 32 {_TEXTS} {_SHORT} --out layer15-frontier",
     ),
     Step("plot", "", f"mxdsurgery plot {WHOLE}"),
 )
