@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from pages import DOCS, SCRIPTS
+from steps import Step, costs_of, run_steps
 
 
 @pytest.fixture
@@ -57,6 +58,23 @@ def test_a_conversion_is_timed_alone_and_beside_a_busy_process(run):
     assert result["tokens"] >= 2048 and result["alone"] > 0 and result["beside"] > 0
 
 
+def test_steps_keep_what_commands_print_and_what_they_cost(tmp_path):
+    work, kept = tmp_path / "work", tmp_path / "kept"
+    work.mkdir()
+    written = Step("written", "It writes:", "echo one; pwd; echo three; echo hidden >&2", last=2)
+    failed = Step("failed", "", "echo begun; echo why >&2; exit 2")
+    run_steps((written, failed), work, kept, None)
+    assert written.markdown(kept) == f"It writes:\n\n```\n$ {written.command}\n{work}\nthree\n```\n"
+    assert failed.markdown(kept) == f"```\n$ {failed.command}\nbegun\nwhy\n```\n"
+    costs = costs_of(kept)
+    assert list(costs) == ["written"] and costs["written"]["seconds"] > 0 and costs["written"]["peak_bytes"] > 100_000
+    (kept / "written.txt").write_text("kept\n")
+    run_steps((written, failed), work, kept, None)
+    assert (kept / "written.txt").read_text() == "kept\n"  # what is there already is not run again, unless it is named
+    run_steps((written, failed), work, kept, "written")
+    assert (kept / "written.txt").read_text() != "kept\n"
+
+
 @pytest.mark.parametrize(
     ("script", "page"),
     [
@@ -64,6 +82,7 @@ def test_a_conversion_is_timed_alone_and_beside_a_busy_process(run):
         ("frontiers.py", "frontier.md"),
         ("training_variants.py", "training.md"),
         ("experts.py", "experts.md"),
+        ("smollm2.py", "smollm2.md"),
         ("scale.py", "scale.md"),
         ("reliability.py", "reliability.md"),
         ("families.py", "families.md"),

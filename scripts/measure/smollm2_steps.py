@@ -13,7 +13,7 @@ STEPS = (
     Step(
         "convert",
         "### All layers",
-        f"mxdsurgery convert {MODEL} --layers all {_TEXTS} --tokens 300k --eval-tokens 8k --out {WHOLE}",
+        f"mxdsurgery convert {MODEL} --layers all {_TEXTS} --tokens 300k --eval-tokens 8k",
         first=16,
     ),
     Step("heal", "", f"mxdsurgery heal {WHOLE} --tokens 200k --out {HEALED}", first=14),
