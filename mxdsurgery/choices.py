@@ -30,7 +30,7 @@ SPECIALISE_FACTOR = 10.0
 LOCAL = 0.3
 
 # `search`: what is looked for.
-BY = ("auto", "token", "text")
+BY = ("auto", "token", "text", "class")
 # `coefficients`
 FORMS = ("parquet", "safetensors")
 # `generate`: units of the numbers of ``steer`` and ``clamp``. Repeats interventions.py, which travels and cannot import this.

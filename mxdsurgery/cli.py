@@ -294,14 +294,17 @@ def plot(folder: str, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("folder", metavar="DIR")
-@click.argument("query")
+@click.argument("query", required=False)
 @click.option("--by", type=click.Choice(BY), default="auto", show_default=True, help="What QUERY is.")
 @click.option("--layer", type=int, help="Look in one layer only; negative: from the end.")
 @number("top", "How many experts to show.", default=20)
 @machine_options
 @AS_JSON
-def search(folder: str, query: str, as_json: bool, **options: Any) -> None:
-    """Show which experts in DIR fire most specifically on QUERY, a token or an example text."""
+def search(folder: str, query: str | None, as_json: bool, **options: Any) -> None:
+    """Show which experts in DIR fire most specifically on QUERY: a token, an example text, or a class of texts.
+
+    Without QUERY: the experts that a reader understands at once, each with the token that it fires on.
+    """
     from mxdsurgery.catalogue.search import search_table
 
     result = mxdsurgery.search(folder, query, **options)

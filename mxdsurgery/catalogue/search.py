@@ -1,10 +1,11 @@
-"""``search``: which experts of a converted model fire most specifically on a token or on an example text."""
+"""``search``: which experts of a converted model fire most specifically on a token, an example text or a class of texts."""
 
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from rich.table import Table
@@ -24,6 +25,8 @@ from mxdsurgery.layers.layer import Coefficients
 
 # By token, experts that fired on fewer tokens are left out: their firings say nothing yet.
 _LEAST_FIRED = 5
+# Without a query, experts that fired on fewer are left out: they are many, and say little about the model.
+_OFTEN = 50
 # How many tokens are shown on each side of a place.
 _AROUND = 8
 
@@ -31,7 +34,7 @@ _AROUND = 8
 @guarded
 def search(
     folder: str | Path,
-    query: str,
+    query: str | None = None,
     *,
     by: str = "auto",
     layer: int | None = None,
@@ -49,10 +52,16 @@ def search(
     By token: p is the token's share among the places that were drawn at random from an expert's firings, and q its share of
     the text; the score is ``p ln(p/q)``.
 
+    By class: as by text, where the text is all that the catalogue saw of a class.
+
+    Without a query: the experts that a reader understands at once. Each has the score of the token that has the largest, from
+    half a firing less; and of the experts of a token, the best is shown.
+
     Args:
         folder: what ``convert`` or ``edit`` wrote, with the catalogue that `experts` made of it.
-        query: an example text, or a token.
-        by: ``text``, ``token``, or ``auto``: by token if the query, alone or after a space, is one token of the vocabulary.
+        query: an example text, a token, or a class of the labelled text that the catalogue was made from; None: see above.
+        by: ``text``, ``token``, ``class``, or ``auto``: by token if the query, alone or after a space, is one token of the
+            vocabulary, or else by text.
         layer: search this layer only; default: all.
         top: how many experts to return.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
@@ -60,24 +69,31 @@ def search(
         trust_remote_code: run the code that came with the base model, where it has its own; see `load`.
 
     Returns:
-        ``by``, ``query``, ``tokens`` (of the query) and ``experts``, best first: ``layer``, ``expert``, ``score``, ``share``,
-        ``frequency`` (over the catalogue's text) and ``example``, where it fired most strongly.
+        ``by`` (``clearest`` without a query), ``query``, ``tokens`` (of the query) and ``experts``, best first: ``layer``,
+        ``expert``, ``score``, ``share``, ``frequency`` (over the catalogue's text), ``example``, where it fired most strongly,
+        and, without a query, ``token``.
 
     Raises:
         NotConvertedError, CatalogueError: the folder or its catalogue is missing, or they do not belong together.
-        DataError: the query has no token, or, by token, more than one.
+        DataError: the query has no token, or, by token, more than one; or the catalogue has no such class.
     """
-    if not query:
-        raise DataError("the query is empty", expected="a text or a token")
+    if query == "" or (query is None and by != "auto"):
+        raise DataError("the query is empty", expected="a text, a token or a class")
     converted, _ = load_with_recipe(folder, device, compute, trust_remote_code=trust_remote_code)
     catalogue = catalogue_of(converted)
     layers = list(catalogue.layers)
     if layer is not None:
         layers = [one_layer(layer, layers, catalogue.folder, layer_count(converted.model))]
-    tokenizer = converted.tokenizer()
-    single = _single_tokens(query, tokenizer)
-    by = ("token" if single else "text") if by == "auto" else by
-    if by == "token":
+    tokenizer, tokens = converted.tokenizer(), []
+    single = _single_tokens(query, tokenizer) if query is not None else []
+    by = _kind_of_query(query, single) if by == "auto" else by
+    if by == "clearest":
+        found = _clearest(catalogue, layers)
+        for row in found[:top]:
+            row["token"] = tokenizer.decode([row["token"]])
+    elif by == "class":
+        found = [row for index in layers for row in _by_class(catalogue, index, query)]
+    elif by == "token":
         if not single:
             raise DataError(f"{query!r} is more than one token", expected="a token", fix="--by text")
         found, tokens = _by_token(catalogue, layers, single), [single[0]]
@@ -100,6 +116,12 @@ def search(
     return {"by": by, "query": query, "tokens": [tokenizer.decode([token]) for token in tokens], "experts": found}
 
 
+def _kind_of_query(query: str | None, single: list[int]) -> str:
+    if query is None:
+        return "clearest"
+    return "token" if single else "text"
+
+
 def _single_tokens(query: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of the query where it is a single token: as it is, and with a space before it."""
     spellings = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (query, f" {query}"))
@@ -119,6 +141,53 @@ def _by_text(catalogue: Catalogue, layer: int, fires: Tensor, tokens: int) -> li
     ]
 
 
+def _by_class(catalogue: Catalogue, layer: int, name: str) -> list[dict[str, Any]]:
+    if name not in catalogue.classes:
+        raise DataError(
+            f"the catalogue knows no class {name!r}",
+            expected=f"one of {', '.join(catalogue.classes)}" if catalogue.classes else "a catalogue of labelled text",
+            fix="" if catalogue.classes else "run mxdsurgery experts on a text with --label-column first, or search --by text",
+        )
+    own = catalogue.classes.index(name)
+    fired = np.stack(catalogue.table(layer, ["class_fired"])["class_fired"].to_numpy())[:, own]
+    return _by_text(catalogue, layer, torch.tensor(fired), catalogue.class_tokens[own])
+
+
+def _clearest(catalogue: Catalogue, layers: list[int]) -> list[dict[str, Any]]:
+    """For each token, the expert that it tells most about; ``token`` is its id."""
+    ids = np.stack(catalogue.input_ids.to_numpy())
+    q = np.bincount(ids[:, 1:].ravel()) / ids[:, 1:].size
+    found = []
+    for layer in layers:
+        table = catalogue.table(layer, ["fired", "frequency", "sample"])
+        rows, context, position = _sampled(table)
+        places = np.bincount(rows, minlength=len(table))
+        pairs, count = np.unique(rows * len(q) + ids[context, position], return_counts=True)
+        expert, token = np.divmod(pairs, len(q))
+        share = (count - 0.5) / places[expert]
+        score = share * np.log(share / q[token])
+        often = table["fired"].to_numpy()[expert] >= _OFTEN
+        order = np.lexsort((-score, expert))
+        best = order[np.unique(expert[order], return_index=True)[1]]
+        frequency = table["frequency"].to_numpy()
+        for pair in best[(often & (score > 0))[best]].tolist():
+            row = _row(layer, int(expert[pair]), score[pair], count[pair] / places[expert[pair]], frequency[expert[pair]])
+            found.append(row | {"token": int(token[pair])})
+    found.sort(key=lambda row: -row["score"])
+    first = {row["token"]: row for row in reversed(found)}
+    return [row for row in found if first[row["token"]] is row]
+
+
+def _sampled(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each place that was drawn at random: the expert that fired, the context and the position."""
+    sample = table["sample"].combine_chunks()
+    places = pc.list_flatten(sample)
+    return (
+        pc.list_parent_indices(sample).to_numpy(),
+        *(pc.struct_field(places, name).to_numpy() for name in ("context", "position")),
+    )
+
+
 def _by_token(catalogue: Catalogue, layers: list[int], wanted: list[int]) -> list[dict[str, Any]]:
     ids = np.stack(catalogue.input_ids.to_numpy())
     q = np.isin(ids[:, 1:], wanted).mean()
@@ -127,10 +196,7 @@ def _by_token(catalogue: Catalogue, layers: list[int], wanted: list[int]) -> lis
     found = []
     for layer in layers:
         table = catalogue.table(layer, ["fired", "frequency", "sample"])
-        sample = table["sample"].combine_chunks()
-        places = pc.list_flatten(sample)
-        rows = pc.list_parent_indices(sample).to_numpy()
-        context, position = (pc.struct_field(places, name).to_numpy() for name in ("context", "position"))
+        rows, context, position = _sampled(table)
         hits = np.isin(ids[context, position], wanted)
         count = np.bincount(rows, minlength=len(table))
         share = np.bincount(rows[hits], minlength=len(table)) / np.maximum(count, 1)
@@ -161,13 +227,17 @@ def _example(catalogue: Catalogue, places: list[dict[str, Any]], tokenizer: PreT
 
 def search_table(result: dict[str, Any]) -> Table:
     """For a terminal."""
-    what = "tokens of the query" if result["by"] == "text" else "of its firings"
-    table = Table(title=f"By {result['by']}: {' '.join(map(repr, result['tokens'][:12]))}")
+    by = result["by"]
+    what = {"text": "tokens of the query", "class": "tokens of the class"}.get(by, "of its firings")
+    sought = result["query"] if by == "class" else " ".join(map(repr, result["tokens"][:12]))
+    table = Table(title="Experts that fire on one token" if by == "clearest" else f"By {by}: {sought}")
     if not result["experts"]:
-        other = "--by text reads it with the model" if result["by"] == "token" else "try another text"
+        other = "--by text reads it with the model" if by == "token" else "try another text"
         table.caption = f"No expert fires on it more often than on the catalogue's text at large: {other}."
     for heading in ("layer", "expert", "nats", f"share ({what})", "frequency"):
         table.add_column(heading, justify="right")
+    if by == "clearest":
+        table.add_column("token")
     table.add_column("fires most strongly on", no_wrap=True, overflow="ellipsis")
     for row in result["experts"]:
         before, token, after = (repr(part)[1:-1] for part in row["example"])
@@ -178,6 +248,7 @@ def search_table(result: dict[str, Any]) -> Table:
             f"{row['score']:.3f}",
             f"{row['share']:.2f}",
             f"{row['frequency']:.1e}",
+            *([repr(row["token"])] if by == "clearest" else []),
         )
         table.add_row(*cells, example)
     return table

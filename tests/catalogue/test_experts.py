@@ -296,6 +296,35 @@ def test_search_by_token_finds_experts_whose_firings_stand_on_it(folder):
         assert search(folder, "self", by=by, layer=-3) == search(folder, "self", by=by, layer=1)
 
 
+def test_search_by_class_is_a_search_by_all_that_the_class_says(folder):
+    found = search(folder, "code", by="class", layer=1)
+    catalogue = open_catalogue(folder)
+    own = catalogue.classes.index("code")
+    for row in found["experts"][:5]:
+        kept = catalogue.row(1, row["expert"], ["class_fired", "frequency"])
+        assert row["share"] == pytest.approx(kept["class_fired"][own] / catalogue.class_tokens[own])
+        assert row["share"] > kept["frequency"]
+    assert search(folder, "words", by="class", layer=1)["experts"][0]["expert"] != found["experts"][0]["expert"]
+    with pytest.raises(DataError, match=r"no class 'verse'\nexpected: one of code, words"):
+        search(folder, "verse", by="class")
+    assert "By class: code" in str(search_table(found).title)
+
+
+def test_without_a_query_each_token_has_the_expert_that_it_tells_most_about(folder):
+    found = search(folder, top=15)
+    assert found["by"] == "clearest" and len(found["experts"]) == 15
+    tokens = [row["token"] for row in found["experts"]]
+    assert len(set(tokens)) == len(tokens)
+    assert [row["score"] for row in found["experts"]] == sorted((row["score"] for row in found["experts"]), reverse=True)
+    catalogue, tokenizer = open_catalogue(folder), load(folder).tokenizer()
+    for row in found["experts"]:
+        kept = catalogue.row(row["layer"], row["expert"], ["sample", "fired"])
+        fired_on = [catalogue.input_ids[place["context"]][place["position"]].as_py() for place in kept["sample"]]
+        share = sum(tokenizer.decode([token]) == row["token"] for token in fired_on) / len(fired_on)
+        assert share == pytest.approx(row["share"]) and kept["fired"] >= 50
+    assert [column.header for column in search_table(found).columns][-2] == "token"
+
+
 def test_a_search_that_finds_nothing_says_so(folder):
     for by, way in (("token", "--by text reads it"), ("text", "try another text")):
         table = search_table({"by": by, "query": "x", "tokens": ["x"], "experts": []})
