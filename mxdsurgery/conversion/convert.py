@@ -148,7 +148,7 @@ def _settled(made: Plan, recipe: Recipe, base_model: BaseModel, run: RunFolder, 
         begun = _read_plan(run.path / PLAN_FILE)
         step = 0 if run.resumed is None else run.resumed.state["step"]
         reporter.say(f"resume     from step {step}, in {run.path}")
-        if begun.machine is not None:  # also where there is no checkpoint yet
+        if begun.machine is not None and run.resumed is None:  # a checkpoint was asked already
             run.keep_threads(begun.machine.threads, reporter.say)
         made = begun.computing_as(made.settled(recipe))
     elif rank() == 0:

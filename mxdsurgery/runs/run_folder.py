@@ -264,24 +264,20 @@ class RunFolder:
             )
 
     def keep_threads(self, count: int | None, say: Callable[[str], None]) -> None:
-        """Computes on as many CPU threads as the run did before: with another number, sums are rounded differently.
+        """Computes on as many CPU threads as the run did before, unless a number was asked for.
+
+        With another number, sums are rounded differently.
 
         Args:
             count: how many; None: an older version did not write it down.
             say: is told if this process had another number.
-
-        Raises:
-            CheckpointError: another number was asked for.
         """
         here = torch.get_num_threads()
         if count is None or count == here:
             return
         if asked_for() is not None:
-            raise CheckpointError(
-                f"{str(self.path)!r} holds a run on {count} CPU threads, and {asked_for()} were asked for",
-                expected=f"threads: {count}, for the same bits",
-                fix=f"--threads {count}, or begin anew: {self.anew}",
-            )
+            say(f"threads    {here}, as asked for; the run began with {count}, so sums are rounded differently from here on")
+            return
         set_threads(count)
         say(f"threads    {count}, as the run began; here it would have been {here}")
 

@@ -14,7 +14,7 @@ from running import Said
 
 import mxdsurgery
 from mxdsurgery.cli import main
-from mxdsurgery.errors import CheckpointError, Interrupted, RecipeError
+from mxdsurgery.errors import Interrupted, RecipeError
 from mxdsurgery.hardware import threads
 from mxdsurgery.training import distill
 
@@ -97,9 +97,6 @@ def test_a_resumed_run_keeps_its_own(tmp_path, monkeypatch):
         with pytest.raises(Interrupted):
             mxdsurgery.convert("demo-glu", **TINY, out=str(out))
     torch.set_num_threads(1)
-    with pytest.raises(CheckpointError, match="holds a run on 2 CPU threads, and 1 were asked for"):
-        mxdsurgery.convert("demo-glu", **TINY, out=str(out), resume=True, threads=1)
-    monkeypatch.setattr(threads, "_asked_for", None)
     said = Said()
     mxdsurgery.convert("demo-glu", **TINY, out=str(out), resume=True, reporter=said)
     assert torch.get_num_threads() == 2 and threads.asked_for() is None
@@ -107,3 +104,18 @@ def test_a_resumed_run_keeps_its_own(tmp_path, monkeypatch):
         "threads    2, as the run began; here it would have been 1"
     ]
     assert json.loads((out / "plan.json").read_text())["machine"]["threads"] == 2
+
+
+def test_a_resumed_run_computes_on_other_threads_where_they_are_asked_for(tmp_path, monkeypatch):
+    out, said = tmp_path / "out", Said()
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)
+    torch.set_num_threads(2)
+    with monkeypatch.context() as for_now:
+        stopped_after(3, for_now)
+        with pytest.raises(Interrupted):
+            mxdsurgery.convert("demo-glu", **TINY, out=str(out))
+    mxdsurgery.convert("demo-glu", **TINY, out=str(out), resume=True, threads=1, reporter=said)
+    assert torch.get_num_threads() == 1
+    assert [line for line in said.lines if line.startswith("threads")] == [
+        "threads    1, as asked for; the run began with 2, so sums are rounded differently from here on"
+    ]
