@@ -25,12 +25,12 @@ STEPS = (
     Step(
         "experts",
         "## Find\n\nOne pass over the text for all layers. The text has a field `kind`, so kinds are counted, too.",
-        f"mxdsurgery experts {HEALED} --data {BOOKS[0]} --tokens 500k --overwrite",
+        f"mxdsurgery experts {HEALED} --data {BOOKS[0]} --tokens 200k --overwrite",
     ),
     Step(
         "bench",
         "What that costs, against a bare forward pass (no language-model head) over the same tokens in the same run:",
-        f"python scripts/measure/bench_experts.py {HEALED} --data {BOOKS[0]} --tokens 50000",
+        f"python scripts/measure/bench_experts.py {HEALED} --data {BOOKS[0]} --tokens 20000",
     ),
     Step(
         "search-text",
