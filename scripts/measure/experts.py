@@ -25,13 +25,19 @@ STEPS = (
     Step(
         "experts",
         "## Find\n\nOne pass over the text for all layers. The text has a field `kind`, so kinds are counted, too.",
-        f"mxdsurgery experts {HEALED} --data {BOOKS[0]} --tokens 200k --overwrite",
+        f"mxdsurgery experts {HEALED} --data {BOOKS[0]} --tokens 100k --overwrite",
     ),
     Step(
         "bench",
         "What that costs, against a bare forward pass (no language-model head) over the same tokens in the same run:",
         f"python scripts/measure/bench_experts.py {HEALED} --data {BOOKS[0]} --tokens 20000",
     ),
+    Step(
+        "search",
+        "Which experts does a reader understand at once? Of each token, the one that it tells most about:",
+        f"mxdsurgery search {HEALED} --top 20",
+    ),
+    Step("search-class", "Which fire on one kind of text?", f"mxdsurgery search {HEALED} python --by class --top 10"),
     Step(
         "search-text",
         "Which experts know what follows? By example text:",
@@ -45,10 +51,15 @@ STEPS = (
         f"mxdsurgery report {HEALED}",
     ),
     Step(
+        "bench-report",
+        "How quick it is, in Chromium:",
+        f"python scripts/measure/bench_report.py {HEALED}/report.html --search king --shows {STEERED} --picture report.png",
+    ),
+    Step(
         "effect",
         "## What does an expert do?\n\nAblated, beside five experts that fire as often "
         "([single-experts.md](single-experts.md) has it for many experts, at several shares, beside transcoders and molts):",
-        f"mxdsurgery effect {HEALED} --ablate {CODE} --tokens 8k --top 6",
+        f"mxdsurgery effect {HEALED} --ablate {CODE} --tokens 4k --top 6",
     ),
     Step(
         "sweep",

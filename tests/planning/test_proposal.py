@@ -40,7 +40,7 @@ def test_what_is_proposed_fits_the_time_and_uses_it(hours):
 
 
 def test_where_time_is_short_figures_rest_on_less_text_and_there_are_fewer_experts():
-    long, short = (mxdsurgery.propose("demo-glu", hours=hours, k=1) for hours in (40, 0.03))
+    long, short = (mxdsurgery.propose("demo-glu", hours=hours, k=1) for hours in (40, 0.02))
     assert set(long.keys) == {"tokens"}
     assert 8_000 <= short.keys["eval_tokens"] < long.recipe.eval_tokens
     assert short.keys["n_experts"] < long.plan.layers[0].n_experts  # as few would have fired often enough to learn
