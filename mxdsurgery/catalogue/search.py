@@ -18,7 +18,7 @@ from mxdsurgery.base.running import run_base
 from mxdsurgery.base.selection import one_layer
 from mxdsurgery.catalogue.experts import recorded_coefficients
 from mxdsurgery.catalogue.files import Catalogue, catalogue_of
-from mxdsurgery.checkpoint.converted import load_with_recipe
+from mxdsurgery.checkpoint.converted import Converted, load_with_recipe
 from mxdsurgery.errors import DataError
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.layers.layer import Coefficients
@@ -98,22 +98,29 @@ def search(
             raise DataError(f"{query!r} is more than one token", expected="a token", fix="--by text")
         found, tokens = _by_token(catalogue, layers, single), [single[0]]
     else:
-        ids = tokenizer(query, return_tensors="pt")["input_ids"]
-        first = int(ids.shape[1] > 0 and ids[0, 0] == tokenizer.bos_token_id)
-        if ids.shape[1] == first:
-            raise DataError("the query is empty", expected="a text or a token")
-        with torch.no_grad(), recorded_coefficients(converted, layers) as seen:
-            run_base(converted.model, ids.to(converted.model.device))
-        found, tokens = [], ids[0, first:].tolist()
-        for index in layers:
-            a = Coefficients(*(part.cpu() for part in seen[index][0]))
-            fires = torch.zeros(catalogue.layers[index], dtype=torch.int64)
-            mine = a.indices.reshape(ids.shape[1], -1)[first:][a.values.reshape(ids.shape[1], -1)[first:] > 0]
-            found += _by_text(catalogue, index, fires.index_add_(0, mine, torch.ones_like(mine)), len(tokens))
+        found, tokens = _read(converted, catalogue, layers, query)
     found = sorted(found, key=lambda row: -row["score"])[:top]
     for row in found:
         row["example"] = _example(catalogue, catalogue.row(row["layer"], row["expert"], ["top"])["top"], tokenizer)
     return {"by": by, "query": query, "tokens": [tokenizer.decode([token]) for token in tokens], "experts": found}
+
+
+def _read(converted: Converted, catalogue: Catalogue, layers: list[int], query: str) -> tuple[list[dict[str, Any]], list[int]]:
+    """Rows of the experts that fire while the model reads a text, and the text's tokens."""
+    tokenizer = converted.tokenizer()
+    ids = tokenizer(query, return_tensors="pt")["input_ids"]
+    first = int(ids.shape[1] > 0 and ids[0, 0] == tokenizer.bos_token_id)
+    if ids.shape[1] == first:
+        raise DataError("the query is empty", expected="a text or a token")
+    with torch.no_grad(), recorded_coefficients(converted, layers) as seen:
+        run_base(converted.model, ids.to(converted.model.device))
+    found, tokens = [], ids[0, first:].tolist()
+    for index in layers:
+        a = Coefficients(*(part.cpu() for part in seen[index][0]))
+        fires = torch.zeros(catalogue.layers[index], dtype=torch.int64)
+        mine = a.indices.reshape(ids.shape[1], -1)[first:][a.values.reshape(ids.shape[1], -1)[first:] > 0]
+        found += _by_text(catalogue, index, fires.index_add_(0, mine, torch.ones_like(mine)), len(tokens))
+    return found, tokens
 
 
 def _kind_of_query(query: str | None, single: list[int]) -> str:
@@ -146,7 +153,7 @@ def _by_class(catalogue: Catalogue, layer: int, name: str) -> list[dict[str, Any
         raise DataError(
             f"the catalogue knows no class {name!r}",
             expected=f"one of {', '.join(catalogue.classes)}" if catalogue.classes else "a catalogue of labelled text",
-            fix="" if catalogue.classes else "run mxdsurgery experts on a text with --label-column first, or search --by text",
+            fix="" if catalogue.classes else "run mxdsurgery experts on a text with --label-column first",
         )
     own = catalogue.classes.index(name)
     fired = np.stack(catalogue.table(layer, ["class_fired"])["class_fired"].to_numpy())[:, own]

@@ -20,8 +20,8 @@ from choices import TASKS, accuracies
 from continuations import BOOK_PROMPTS, NEW_TOKENS, QUESTIONS, continuations
 from material import BOOKS, runs_option, shared_option
 from pages import DOCS, carried, cells, machine, read_json, table, unused
-from smollm2_steps import HEALED, MODEL, STEPS, WHOLE
-from steps import costs_of, lay_out, run_steps
+from smollm2_steps import EXPERT_STEPS, HEALED, MODEL, STEPS, WHOLE
+from steps import costs_of, lay_out, run_steps, written
 
 import mxdsurgery
 from mxdsurgery.checkpoint.writing import write_json
@@ -30,6 +30,7 @@ from mxdsurgery.terminal.console import ConsoleReporter, compact, size
 from mxdsurgery.terminal.figures import NONE, times, with_range
 
 KEPT = DOCS / "smollm2"
+ALL_STEPS = STEPS + EXPERT_STEPS
 
 # Layers with unlike outputs: one with a few huge ones, an ordinary one, a late one.
 RATE_LAYERS, RATES, RATE_TOKENS = "2,12,27", (2e-4, 4e-4, 1e-3), 100_000
@@ -139,7 +140,7 @@ def measure(shared: Path, model: Path, runs: Path, only: str | None) -> None:
             if only or not path.is_file():
                 write_json(path, {"machine": machine(), "found": PARTS_MEASURED[name](runs)})
         else:
-            run_steps(STEPS, runs, KEPT, None if name == "commands" else name)
+            run_steps(ALL_STEPS, runs, KEPT, None if name == "commands" else name)
             keep_evaluations(runs)
 
 
@@ -166,8 +167,7 @@ def page() -> None:
         choices_section,
     ):
         click.echo("\n".join(section()))
-    for step in STEPS:
-        click.echo(step.markdown(KEPT))
+    click.echo(written(ALL_STEPS, KEPT))
     click.echo("\n".join(costs_section()))
 
 
@@ -192,7 +192,7 @@ def introduction() -> Iterator[str]:
         f"{BOOKS[0]} (35 M characters of books, Python code, Wikipedia and reviews) and is measured on {BOOKS[1]},",
         "other files of these kinds. Figures leave out position 0 of each context of 128 tokens. In brackets: 95 % intervals.",
         "*Carried*: the least of two shares of what a layer is worth, 0.5 of which its experts are asked to carry",
-        "([controls.md](controls.md)). [experts.md](experts.md) has the commands that find, steer and edit experts.",
+        "([controls.md](controls.md)).",
     )
 
 
@@ -327,7 +327,7 @@ def costs_section() -> Iterator[str]:
     costs = costs_of(KEPT)
     yield "## Time and memory of every command\n"
     yield f"Of the largest process of each, from start to end ({machine_of_costs()}).\n"
-    commands = {step.name: step.command for step in STEPS}
+    commands = {step.name: step.command for step in ALL_STEPS}
     rows = (
         cells(f"`{commands[name]}`", seconds_in_words(cost["seconds"]), size(cost["peak_bytes"]))
         for name, cost in sorted(costs.items(), key=lambda pair: list(commands).index(pair[0]) if pair[0] in commands else -1)

@@ -40,11 +40,18 @@ class Step:
     first: int = 0
 
     def markdown(self, kept: Path) -> str:
-        """The text, the command and what it printed."""
+        """The text, the command and what it printed; nothing if it did not run yet."""
         path = kept / f"{self.name}.txt"
-        printed = path.read_text(encoding="utf-8") if path.is_file() else "(not measured)\n"
+        if not path.is_file():
+            return ""
+        printed = path.read_text(encoding="utf-8")
         text = "\n".join(line if line.startswith("!") else textwrap.fill(line, 127) for line in self.text.split("\n"))
         return (f"{text}\n\n" if text else "") + f"```\n$ {self.command}\n{printed}```\n"
+
+
+def written(steps: Sequence[Step], kept: Path) -> str:
+    """Markdown of all steps that ran."""
+    return "\n".join(filter(None, (step.markdown(kept) for step in steps)))
 
 
 def lay_out(folder: Path, *others: Path, shared: Path) -> None:
