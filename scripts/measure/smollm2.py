@@ -157,17 +157,10 @@ def keep_evaluations(runs: Path) -> None:
 @main.command()
 def page() -> None:
     """Print docs/smollm2.md."""
-    for section in (
-        introduction,
-        rates_section,
-        kinds_section,
-        layers_section,
-        growth_section,
-        texts_section,
-        choices_section,
-    ):
-        click.echo("\n".join(section()))
-    click.echo(written(ALL_STEPS, KEPT))
+    sections = (introduction, rates_section, kinds_section, layers_section, growth_section, texts_section, choices_section)
+    for part in (part for section in sections for part in section()):
+        click.echo(part)
+    click.echo(f"## The commands\n\n{written(ALL_STEPS, KEPT)}")
     click.echo("\n".join(costs_section()))
 
 
