@@ -5,7 +5,7 @@ from steps import Step
 
 MODEL, WHOLE, HEALED = "smollm2", "smollm2-mxd", "smollm2-healed"
 _TEXTS = f"--data {BOOKS[0]} --eval-data {BOOKS[1]}"
-CODE, STEERED = "27:1000", "20:1000"
+CODE, STEERED = "27:5179", "6:5651"
 SAMPLING = "--temperature 0.7 --top-k 50 --top-p 0.95"
 _SHORT = "--tokens 100k --eval-tokens 4k"
 
