@@ -63,7 +63,7 @@ EXPERT_STEPS = (
     Step(
         "report",
         "### Look\n\nOne page that opens from disk, without server or network, with all experts to browse and to search.\n\n"
-        "![The report: an expert and the places where it fires](report.png)",
+        "![The report: an expert and the places where it fires](smollm2/report.png)",
         f"mxdsurgery report {HEALED}",
     ),
     Step(
