@@ -86,11 +86,10 @@ def search(
         layers = [one_layer(layer, layers, catalogue.folder, layer_count(converted.model))]
     tokenizer, tokens = converted.tokenizer(), []
     single = _single_tokens(query, tokenizer) if query is not None else []
-    by = _kind_of_query(query, single) if by == "auto" else by
+    if by == "auto":
+        by = "clearest" if query is None else "token" if single else "text"
     if by == "clearest":
         found = _clearest(catalogue, layers)
-        for row in found[:top]:
-            row["token"] = tokenizer.decode([row["token"]])
     elif by == "class":
         found = [row for index in layers for row in _by_class(catalogue, index, query)]
     elif by == "token":
@@ -98,16 +97,18 @@ def search(
             raise DataError(f"{query!r} is more than one token", expected="a token", fix="--by text")
         found, tokens = _by_token(catalogue, layers, single), [single[0]]
     else:
-        found, tokens = _read(converted, catalogue, layers, query)
+        found, tokens = _read(converted, tokenizer, catalogue, layers, query)
     found = sorted(found, key=lambda row: -row["score"])[:top]
     for row in found:
+        row |= {"token": tokenizer.decode([row["token"]])} if by == "clearest" else {}
         row["example"] = _example(catalogue, catalogue.row(row["layer"], row["expert"], ["top"])["top"], tokenizer)
     return {"by": by, "query": query, "tokens": [tokenizer.decode([token]) for token in tokens], "experts": found}
 
 
-def _read(converted: Converted, catalogue: Catalogue, layers: list[int], query: str) -> tuple[list[dict[str, Any]], list[int]]:
+def _read(
+    converted: Converted, tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, layers: list[int], query: str
+) -> tuple[list[dict[str, Any]], list[int]]:
     """Rows of the experts that fire while the model reads a text, and the text's tokens."""
-    tokenizer = converted.tokenizer()
     ids = tokenizer(query, return_tensors="pt")["input_ids"]
     first = int(ids.shape[1] > 0 and ids[0, 0] == tokenizer.bos_token_id)
     if ids.shape[1] == first:
@@ -121,12 +122,6 @@ def _read(converted: Converted, catalogue: Catalogue, layers: list[int], query: 
         mine = a.indices.reshape(ids.shape[1], -1)[first:][a.values.reshape(ids.shape[1], -1)[first:] > 0]
         found += _by_text(catalogue, index, fires.index_add_(0, mine, torch.ones_like(mine)), len(tokens))
     return found, tokens
-
-
-def _kind_of_query(query: str | None, single: list[int]) -> str:
-    if query is None:
-        return "clearest"
-    return "token" if single else "text"
 
 
 def _single_tokens(query: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -180,9 +175,10 @@ def _clearest(catalogue: Catalogue, layers: list[int]) -> list[dict[str, Any]]:
         for pair in best[(often & (score > 0))[best]].tolist():
             row = _row(layer, int(expert[pair]), score[pair], count[pair] / places[expert[pair]], frequency[expert[pair]])
             found.append(row | {"token": int(token[pair])})
-    found.sort(key=lambda row: -row["score"])
-    first = {row["token"]: row for row in reversed(found)}
-    return [row for row in found if first[row["token"]] is row]
+    best_of: dict[int, dict[str, Any]] = {}
+    for row in sorted(found, key=lambda row: -row["score"]):
+        best_of.setdefault(row["token"], row)
+    return list(best_of.values())
 
 
 def _sampled(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -241,6 +237,8 @@ def search_table(result: dict[str, Any]) -> Table:
     if not result["experts"]:
         other = "--by text reads it with the model" if by == "token" else "try another text"
         table.caption = f"No expert fires on it more often than on the catalogue's text at large: {other}."
+        if by == "clearest":
+            table.caption = f"No expert fired {_OFTEN} times in the catalogue's text: make one of more text."
     for heading in ("layer", "expert", "nats", f"share ({what})", "frequency"):
         table.add_column(heading, justify="right")
     if by == "clearest":

@@ -20,7 +20,7 @@ import click
 import material
 from continuations import BOOK_PROMPTS, NEW_TOKENS, STORY_PROMPTS, continuations
 from material import BOOKS, FIXED, STORIES, runs_option, shared_option
-from pages import DOCS, machine, read_json, read_lines, table, unused
+from pages import DOCS, machine, read_json, read_lines, table, unused, without_lists
 
 import mxdsurgery
 from mxdsurgery.base.selection import write_layers
@@ -162,14 +162,13 @@ def row_of(subject: Subject, way: Way, k: int, runs: Path) -> dict[str, Any]:
     evaluation = read_json(runs / run_name(subject, way, k) / "evaluation.json")
     training, healed = evaluation["training"], evaluation.get("healed", [])
     tokens, seconds = (sum(took[name] for took in (training, *healed)) for name in ("tokens", "seconds"))
-    figures = {name: value for name, value in evaluation["all"].items() if name != "firing_frequency"}
     row = {"model": subject.model, "kind": way.kind, "k": k, "way": way.name, "tokens": tokens, "seconds": seconds}
     row |= {
         "healing_tokens": sum(step["tokens"] for step in healed),
         "eval_data": Path(evaluation["data"]).name,
         "eval_tokens": evaluation["tokens"],
     }
-    return row | {"original_ce": evaluation["original"]["ce"]} | figures
+    return row | {"original_ce": evaluation["original"]["ce"]} | without_lists(evaluation["all"])
 
 
 def collected(runs: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 from material import shared_option
 from pages import DOCS
-from steps import Step, lay_out, run_steps, written
+from steps import SAMPLING, Step, lay_out, run_steps, written
 
 KEPT = DOCS / "experts"
 
@@ -23,9 +23,6 @@ _STORIES = (
     "--layers all --k 16 --data tinystories-train.txt --eval-data tinystories-heldout.txt --tokens 1M "
     "--batch 2048 --lr 0.002 --specialise 0.01"
 )
-
-# Such small models, sampled as they are, write little that can be read.
-_SAMPLING = "--temperature 0.7 --top-k 50 --top-p 0.95"
 
 
 # The experts here were found with `search`, `effect --sweep` and in the report.
@@ -88,14 +85,14 @@ STEPS = (
         "generate",
         "## Steer\n\nThe same random numbers with and without an expert of film reviews at eight times its maximum:",
         "mxdsurgery generate books-mxd --prompt 'Let us talk about ' --steer 4:2411=8 --unit maximum --samples 3 "
-        f"--max-new-tokens 24 {_SAMPLING}",
+        f"--max-new-tokens 24 {SAMPLING}",
     ),
     Step(
         "score",
         "How far do samples move towards what the expert stands for, beside steering other experts as strongly, and are they "
         "still fluent? Not far, and at a price. [Does share buy control?](single-experts.md) says what of that depends on the "
         "share that the experts carry, and what a transcoder's feature does.",
-        f"mxdsurgery generate books-mxd --steer 4:2411=8 --unit maximum --factors 0.25,1,2 --samples 40 {_SAMPLING} --score",
+        f"mxdsurgery generate books-mxd --steer 4:2411=8 --unit maximum --factors 0.25,1,2 --samples 40 {SAMPLING} --score",
     ),
     Step(
         "edit",
@@ -140,7 +137,7 @@ STEPS = (
         "stories-score",
         "",
         "mxdsurgery generate tinystories-mxd --prompt 'Once upon a time' --steer 7:1374=4 --unit maximum --samples 40 "
-        f"{_SAMPLING} --score",
+        f"{SAMPLING} --score",
     ),
     Step("stories-edit", "", "mxdsurgery edit tinystories-mxd --drop 3:1374 --steer 7:12=0.5 --out edited --overwrite"),
 )

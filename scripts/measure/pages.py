@@ -51,6 +51,11 @@ def carried(row: dict[str, Any]) -> float:
     return -math.inf if None in shares else min(shares)
 
 
+def without_lists(row: dict[str, Any]) -> dict[str, Any]:
+    """The figures of layers; not how often each of their experts fires."""
+    return {name: value for name, value in row.items() if name != "firing_frequency"}
+
+
 def unused(row: dict[str, Any]) -> str:
     """The share of experts that never fire; a dense layer has none."""
     return "-" if row["dead_share"] is None else f"{row['dead_share']:.0%}"

@@ -5,9 +5,9 @@
     python scripts/measure/smollm2.py measure --shared ../shared --model ~/.cache/smollm2 --runs DIR --only kinds   # a part
     python scripts/measure/smollm2.py page > docs/smollm2.md
 
-DIR should lie outside of the repository: models of some hundred megabytes are made in it. The parts, in this order: `rates`,
-`kinds`, `commands` (the names of its steps, too), `growth`, `texts`, `choices`. What docs/smollm2/ has already is not measured
-again: delete it there to begin anew.
+DIR should lie outside of the repository: models of some hundred megabytes are made in it. The parts are `commands` (or the
+names of its steps), `rates`, `kinds`, `growth`, `texts` and `choices`. What docs/smollm2/ has already is not measured again:
+delete it there to begin anew.
 """
 
 import textwrap
@@ -19,7 +19,7 @@ import click
 from choices import TASKS, accuracies
 from continuations import BOOK_PROMPTS, NEW_TOKENS, QUESTIONS, continuations
 from material import BOOKS, runs_option, shared_option
-from pages import DOCS, carried, cells, machine, read_json, table, unused
+from pages import DOCS, carried, cells, machine, read_json, table, unused, without_lists
 from smollm2_steps import EXPERT_STEPS, HEALED, MODEL, STEPS, WHOLE
 from steps import costs_of, lay_out, run_steps, written
 
@@ -83,11 +83,6 @@ def measure_kinds(runs: Path) -> dict[str, Any]:
     return {"rows": rows, "tokens": made.tokens, "original": made.original, "batch": made.settings["batch"]}
 
 
-def without_lists(row: dict[str, Any]) -> dict[str, Any]:
-    """A layer's figures; not how often each of its experts fires."""
-    return {name: value for name, value in row.items() if name != "firing_frequency"}
-
-
 def measure_growth(runs: Path) -> dict[str, Any]:
     """Where errors grow."""
     return growth(runs / HEALED, tokens=EVAL_TOKENS, reporter=ConsoleReporter())
@@ -132,7 +127,7 @@ def measure(shared: Path, model: Path, runs: Path, only: str | None) -> None:
     lay_out(runs, shared=shared)
     if not (runs / MODEL).exists():
         (runs / MODEL).symlink_to(model.resolve())
-    wanted = only.split(",") if only else ["rates", "kinds", "commands", "growth", "texts", "choices"]
+    wanted = only.split(",") if only else ["commands", *PARTS_MEASURED]  # some are of the models that commands make
     KEPT.mkdir(exist_ok=True)
     for name in wanted:
         if name in PARTS_MEASURED:
@@ -147,11 +142,11 @@ def measure(shared: Path, model: Path, runs: Path, only: str | None) -> None:
 def keep_evaluations(runs: Path) -> None:
     """Keeps the layers' figures of the conversion and of the healed model."""
     for name, folder in (("converted", WHOLE), ("healed", HEALED)):
-        found = read_json(runs / folder / "evaluation.json")
-        if found is not None:
-            rows = [without_lists(row) for row in (*found["layers"], found["all"])]
-            some = {"tokens": found["tokens"], "original": found["original"], "training": found["training"]}
-            write_json(KEPT / f"{name}.json", {"machine": machine(), "found": some | {"rows": rows}})
+        evaluation = read_json(runs / folder / "evaluation.json")
+        if evaluation is not None:
+            kept = {part: evaluation[part] for part in ("tokens", "original", "training")}
+            kept["rows"] = [without_lists(row) for row in (*evaluation["layers"], evaluation["all"])]
+            write_json(KEPT / f"{name}.json", {"found": kept})
 
 
 @main.command()
@@ -165,9 +160,9 @@ def page() -> None:
 
 
 def found(name: str) -> Any:
-    """What a part found, and on which machine; None if it was not measured."""
-    kept = read_json(KEPT / f"{name}.json")
-    return (None, None) if kept is None else (kept["found"], kept["machine"])
+    """What a part found, and on which machine, if that was written down; None if it was not measured."""
+    kept = read_json(KEPT / f"{name}.json", {})
+    return kept.get("found"), kept.get("machine")
 
 
 def say(*sentences: str) -> str:
@@ -246,19 +241,19 @@ def ratios(rows: list[dict[str, Any]]) -> Iterator[str]:
     of = {(row["kind"], row["k"]): row for row in rows}
     for kind in KINDS[1:]:
         for figure, name in (("delta_ce", "ΔCE"), ("kl", "KL")):
-            found = [times(of[kind, k], of["mxd", k], figure) for k in KS]
-            yield cells(f"{kind}, {name}", *(NONE if ratio is None else f"{ratio:.1f}" for ratio in found))
+            multiples = [times(of[kind, k], of["mxd", k], figure) for k in KS]
+            yield cells(f"{kind}, {name}", *(NONE if multiple is None else f"{multiple:.1f}" for multiple in multiples))
 
 
 def layers_section() -> Iterator[str]:
     """All layers, converted and healed."""
-    (converted, where), (healed, _) = found("converted"), found("healed")
+    (converted, _), (healed, _) = found("converted"), found("healed")
     if converted is None:
         return
     yield "## All thirty layers\n"
     of = {"converted": converted} | ({} if healed is None else {"healed": healed})
     yield say(
-        f"{converted['tokens']:,} held-out tokens ({where}); original cross-entropy {converted['original']['ce']:.4f}.",
+        f"{converted['tokens']:,} held-out tokens; original cross-entropy {converted['original']['ce']:.4f}.",
         f"Single layers, each converted alone, on {converted['rows'][0]['tokens']:,} of them.",
     )
     names = "layer | model | ΔCE | KL | NMSE | median error | carried | unused"
@@ -319,24 +314,18 @@ def costs_section() -> Iterator[str]:
     """Time and memory of every command."""
     costs = costs_of(KEPT)
     yield "## Time and memory of every command\n"
-    yield f"Of the largest process of each, from start to end ({machine_of_costs()}).\n"
-    commands = {step.name: step.command for step in ALL_STEPS}
+    yield "Of each from start to end; memory is that of its largest process.\n"
     rows = (
-        cells(f"`{commands[name]}`", seconds_in_words(cost["seconds"]), size(cost["peak_bytes"]))
-        for name, cost in sorted(costs.items(), key=lambda pair: list(commands).index(pair[0]) if pair[0] in commands else -1)
-        if name in commands
+        cells(f"`{step.command}`", cost["threads"], seconds_in_words(cost["seconds"]), size(cost["peak_bytes"]))
+        for step in ALL_STEPS
+        if (cost := costs.get(step.name))
     )
-    yield table("command | time | peak memory", rows)
+    yield table("command | CPU threads | time | peak memory", rows)
 
 
 def seconds_in_words(seconds: float) -> str:
     """As plans say it."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
-
-
-def machine_of_costs() -> str:
-    """Where the commands ran."""
-    return found("converted")[1] or machine()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """The commands of docs/smollm2.md on SmolLM2-135M-Instruct, in the order in which they run."""
 
 from material import BOOKS
-from steps import Step
+from steps import SAMPLING, Step
 
 MODEL, WHOLE, HEALED = "smollm2", "smollm2-mxd", "smollm2-healed"
 _TEXTS = f"--data {BOOKS[0]} --eval-data {BOOKS[1]}"
 CODE, STEERED = "27:5179", "6:5651"
-SAMPLING = "--temperature 0.7 --top-k 50 --top-p 0.95"
 _SHORT = "--tokens 100k --eval-tokens 4k"
 
 STEPS = (
@@ -14,7 +13,7 @@ STEPS = (
     Step("plan", "", f"mxdsurgery plan {MODEL} --layers all --hours 1.5 {_TEXTS}", last=13),
     Step(
         "convert",
-        "### All layers",
+        "### All layers\n\nInterrupted and resumed four times, with other jobs beside it and beside `heal`:",
         f"mxdsurgery convert {MODEL} --layers all {_TEXTS} --tokens 300k --eval-tokens 8k",
         last=4,
     ),

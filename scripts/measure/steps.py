@@ -16,9 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from pages import ROOT, read_json
 
 from mxdsurgery.checkpoint.writing import write_json
+
+# How small models write what can be read.
+SAMPLING = "--temperature 0.7 --top-k 50 --top-p 0.95"
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def run_step(step: Step, folder: Path, kept: Path) -> None:
     costs = costs_of(kept)
     costs.pop(step.name, None)
     if code == 0:
-        costs[step.name] = {"seconds": seconds, "peak_bytes": peak}
+        costs[step.name] = {"seconds": seconds, "peak_bytes": peak, "threads": torch.get_num_threads()}
     write_json(kept / "costs.json", costs)
 
 
@@ -90,7 +94,7 @@ def run_steps(steps: Sequence[Step], folder: Path, kept: Path, only: str | None)
 
 
 def costs_of(kept: Path) -> dict[str, dict[str, Any]]:
-    """`seconds` and `peak_bytes` of each step, by name."""
+    """`seconds`, `peak_bytes` and CPU `threads` of each step, by name."""
     return read_json(kept / "costs.json", {})
 
 
@@ -107,5 +111,7 @@ def _ran(command: str, folder: Path) -> tuple[str, int, int]:
         process = subprocess.Popen(["bash", "-c", command], cwd=folder, env=environment, stdout=said, stderr=errors)
         _, status, usage = os.wait4(process.pid, 0)  # also what the command's own processes used
         process.returncode = os.waitstatus_to_exitcode(status)
-        printed = [file.read() for file in (said, errors)[: 1 if process.returncode == 0 else 2] if not file.seek(0)]
-    return "".join(printed), process.returncode, usage.ru_maxrss * 1024
+        said.seek(0)
+        errors.seek(0)
+        printed = said.read() + (errors.read() if process.returncode else "")
+    return printed, process.returncode, usage.ru_maxrss * 1024
