@@ -244,7 +244,7 @@ def test_the_example_erases_a_kind_of_text(folder, labelled, forking):
         "--data",
         labelled,
         "--experts",
-        "4,20",
+        "4,120",
         "--tokens",
         "3000",
         "--random",
