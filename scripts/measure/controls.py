@@ -65,17 +65,23 @@ class Variant:
 
 VARIANTS = (
     Variant("", ("mxd", "transcoder", "skip-transcoder", "topk-sae", "dense"), FIXED),
-    Variant(", expert_share 0.5", ("mxd",), {"expert_share": 0.5}),
-    Variant(", init shared, specialise 0", ("mxd",), {"init": "shared", "specialise": 0.0}),
-    Variant(", init random, specialise 0", ("mxd",), {"init": "random", "specialise": 0.0}),
-    *(Variant(f", expert_share {share:g}", ("mxd",), {"expert_share": share}, FRONT) for share in (0.25, 0.75, 0.9)),
+    Variant(", expert_share 0.5", ("mxd",), STEPS | {"expert_share": 0.5}),
+    Variant(", init shared, specialise 0", ("mxd",), STEPS | {"init": "shared", "specialise": 0.0}),
+    Variant(", init random, specialise 0", ("mxd",), STEPS | {"init": "random", "specialise": 0.0}),
+    *(Variant(f", expert_share {share:g}", ("mxd",), STEPS | {"expert_share": share}, FRONT) for share in (0.25, 0.75, 0.9)),
     *(
-        Variant(f", init encoder, expert_share {share:g}", ("mxd",), {"init": "encoder", "expert_share": share}, FRONT)
+        Variant(f", init encoder, expert_share {share:g}", ("mxd",), STEPS | {"init": "encoder", "expert_share": share}, FRONT)
         for share in (0.25, 0.5, 0.75)
     ),
-    *(Variant(f", specialise {weight:g}", ("mxd",), {"specialise": weight}, FRONT) for weight in (0.01, 0.03, 0.1)),
-    Variant(", 2M tokens", ("mxd", "transcoder"), FIXED | {"tokens": LONG}, LONGER),
-    Variant(", expert_share 0.5, 2M tokens", ("mxd",), {"expert_share": 0.5, "tokens": LONG}, LONGER),
+    *(Variant(f", specialise {weight:g}", ("mxd",), STEPS | {"specialise": weight}, FRONT) for weight in (0.01, 0.03, 0.1)),
+    # As the defaults have it, and the transcoder also in the steps of the rows above, lest it be held back by ours.
+    Variant(", defaults, 2M tokens", ("mxd", "transcoder"), {"tokens": LONG}, LONGER),
+    Variant(", 2M tokens", ("transcoder",), STEPS | {"tokens": LONG}, LONGER),
+    *(
+        Variant(f", defaults, {compact(tokens)} tokens", ("mxd", "transcoder"), {"tokens": tokens}, FRONT)
+        for tokens in (500_000, 8_000_000)
+    ),
+    Variant(", 8M tokens", ("transcoder",), STEPS | {"tokens": 8_000_000}, FRONT),
 )
 # Built layers stand where a block is worth the most.
 BUILT_ON, BUILT_LAYER, BUILT_CONTEXTS = "demo-glu", 0, 96
@@ -91,7 +97,7 @@ def trained(shared: Path, runs: Path, only: str | None) -> None:
         for variant in VARIANTS:
             if model not in variant.models:
                 continue
-            keys = STEPS | {"tokens": TOKENS} | variant.changes
+            keys = {"tokens": TOKENS} | variant.changes
             out = runs / re.sub("[^a-z0-9.]+", "-", f"{model}{variant.name}".lower())
             made = mxdsurgery.frontier(
                 str(shared / "models" / model) if of_shared else model,
