@@ -17,12 +17,10 @@ class Unembedding:
     each dimension and, in a LayerNorm, subtracting the mean.
 
     Attributes:
-        weight: (V, D) float32, multiplied with the gain.
-        centred: whether the mean over D is subtracted first.
+        weight: (V, D) float32: all of that in one matrix, less its mean over the vocabulary.
     """
 
     weight: Tensor
-    centred: bool
 
     @classmethod
     @torch.no_grad()
@@ -36,20 +34,18 @@ class Unembedding:
             if outside and getattr(module, "weight", None) is not None and module.weight.shape == weight.shape[1:]:
                 last = module
         if last is None:
-            return cls(weight, centred=False)
+            return cls(weight - weight.mean(0))
         signs = torch.ones_like(weight[0])
         signs[1::2] = -1  # of mean zero and size one, so that a norm leaves its gain
         gain = (_run(last, signs) - _run(last, -signs)) / 2 * signs
         centred = isinstance(last, nn.LayerNorm) or torch.allclose(_run(last, signs + 3), _run(last, signs), atol=1e-3)
-        return cls(weight * gain, centred)
+        weight = weight * gain
+        weight = weight - weight.mean(-1, keepdim=True) if centred else weight
+        return cls(weight - weight.mean(0))
 
     def logits(self, directions: Tensor) -> Tensor:
         """What directions (n, D) add to the logits: (n, V) float32, each less its mean over the vocabulary."""
-        directions = directions.float()
-        if self.centred:
-            directions = directions - directions.mean(-1, keepdim=True)
-        logits = directions @ self.weight.T
-        return logits - logits.mean(-1, keepdim=True)
+        return directions.float() @ self.weight.T
 
 
 def _run(norm: nn.Module, x: Tensor) -> Tensor:

@@ -55,10 +55,10 @@ def _table(
     used = fired > 0
     here, have_c = rows.to(experts.weight.device), isinstance(experts, Experts)
     said = (tally.contribution[rows] / fired.clamp_min(1)[:, None]).to(here.device)
-    direction = experts.term(here, said[:, None])[:, 0].float()
-    mine = experts.weight[here].float() if have_c else direction  # a transform scales no dimensions: none are listed
-    scales = torch.full_like(used, have_c)
+    direction = experts.term(here, said[:, None])[:, 0].float()[used.to(here.device)]
     logits = unembedding.logits(direction.to(unembedding.weight.device))
+    scales = torch.full_like(used, have_c)  # a transform scales no dimensions: none are listed
+    mine = experts.weight[here].float() if have_c else direction[:0]
     columns = {
         "expert": pa.array(rows.int().numpy()),
         "fired": pa.array(fired.numpy()),
@@ -98,10 +98,10 @@ def _places(places: Places, rows: Tensor) -> pa.ListArray:
 
 
 def _entries(name: str, values: Tensor, wanted: Tensor, largest: bool) -> pa.ListArray:
-    """The largest or smallest entries of values (n, ...) in each of the wanted rows."""
+    """For each of n rows the largest or smallest entries of values (m, ...), which are those of the m wanted rows."""
     found = values.topk(min(_ENTRIES, values.shape[1]), dim=1, largest=largest)
-    kept = wanted[:, None].expand_as(found.indices.cpu())
-    indices, values = found.indices.cpu()[kept].int(), found.values.cpu()[kept].float()
+    kept = wanted[:, None].expand(-1, found.indices.shape[1])
+    indices, values = found.indices.cpu().int().flatten(), found.values.cpu().float().flatten()
     return _ragged(kept, **{name: pa.array(indices.numpy()), "value": pa.array(values.numpy())})
 
 
