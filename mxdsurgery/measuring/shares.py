@@ -68,7 +68,8 @@ class Shares:
         parts: dict[tuple[LayerPlan, str], list[Tensor]] = defaultdict(list)
         for ids in self.batches:
             original = run_original(self.model, blocks, ids)
-            for name, sums in prediction_sums(self.model, ids, original.hidden, self._runs(stand_ins, ids, original)):
+            runs = self._runs(stand_ins, ids, original)
+            for name, sums in prediction_sums(self.model, ids, original.hidden, runs, briefly=lambda _name: True):
                 if name != "original":
                     parts[name].append(sums["ce"])
         ce = {name: torch.cat(sums) for name, sums in parts.items()}
