@@ -25,8 +25,8 @@ RECIPES_FOLDER = next(path for path in (_PACKAGE / "recipes", _PACKAGE.parent / 
 # What the experts are to carry, and the fixed weight of the penalty on frozen experts where no share can be asked for.
 EXPERT_SHARE = 0.5
 SPECIALISE = 0.003
-# Steps that a training has if nothing else is said, and the batches, in tokens, between which it is so.
-_STEPS, _BATCHES = 512, (256, 4096)
+# Tokens of a step if nothing else is said: at least, at most.
+_BATCHES = (256, 4096)
 # Unless k_start says otherwise, K starts at most at this, or at k where that is more: early steps would cost too much.
 _MOST_K_START = 256
 
@@ -147,7 +147,7 @@ class Recipe:
     batch: int | None = _key(
         None,
         "count",
-        f"tokens per optimiser step; default: what gives about {_STEPS} steps, from {_BATCHES[0]} to {_BATCHES[1]}",
+        f"tokens per optimiser step; default: by the tokens of the training, from {_BATCHES[0]} to {_BATCHES[1]}",
         low=8,
     )
     lr: float = _key(
@@ -353,12 +353,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def usual_batch(tokens: int) -> int:
-    """Tokens per step of a training on so many: a power of two that gives about `_STEPS` steps, within limits.
+    """Tokens per step of a training on so many: a power of two near a quarter of their root, within limits.
 
-    A layer needs some hundred steps, whatever their size: docs/training.md. Larger batches than the largest only cost tokens.
+    With the same tokens, more and smaller steps lose less, and each of them takes time of its own: docs/training.md.
     """
     least, most = _BATCHES
-    return min(max(2 ** round(math.log2(max(1, tokens / _STEPS))), least), most)
+    return min(max(2 ** round(math.log2(max(1, tokens) ** 0.5 / 4)), least), most)
 
 
 def check_names(values: Mapping[str, Any], where: str, extra: tuple[str, ...] = ()) -> None:

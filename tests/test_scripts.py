@@ -81,7 +81,6 @@ def test_steps_keep_what_commands_print_and_what_they_cost(tmp_path):
         ("performance.py", "performance.md"),
         ("frontiers.py", "frontier.md"),
         ("training_variants.py", "training.md"),
-        ("experts.py", "experts.md"),
         ("smollm2.py", "smollm2.md"),
         ("scale.py", "scale.md"),
         ("reliability.py", "reliability.md"),

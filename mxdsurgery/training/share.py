@@ -38,8 +38,11 @@ _BEHIND = 0.02
 _MARGIN = 0.02
 # Of the loss's share, that of cross-entropy is about the square; a layer's own power is within these limits.
 _POWER, _POWERS = 2.0, (0.5, 8.0)
-# What is asked of the loss's share is within these limits.
-_ASKED = (0.02, 0.98)
+# Shares of which a logarithm is taken are within these limits.
+_SHARES = (0.02, 0.98)
+# What is asked of the loss's share is within these limits. Above 1, a few experts have to do worse than an output of zero: in
+# some layers even that costs cross-entropy but half of what the layer is worth.
+_ASKED = (0.02, 3.0)
 # The running figures of the loss are means over about so many steps.
 _REMEMBERED = 10
 
@@ -64,7 +67,7 @@ class ShareControl:
     """
 
     def __init__(self, target: float, d_model: int, steps: int, device: torch.device) -> None:
-        self.target, self.steps = min(target + _MARGIN, _ASKED[1]), steps
+        self.target, self.steps = min(target + _MARGIN, _SHARES[1]), steps
         self.asked = self.target ** (1 / _POWER)
         self.weight = torch.tensor(_LEAST, device=device)
         # Running means of the loss, of the loss of an output of zero, and of the loss with a few experts.
@@ -115,10 +118,14 @@ class ShareControl:
         return (few - loss) / max(zero - loss, 1e-30)
 
     def learn(self, share: float) -> None:
-        """Asks for more or less of the loss, now that the share of cross-entropy was measured."""
-        reached = _limited(self.share_of_loss(), _ASKED)
-        power = _limited(math.log(_limited(share, _ASKED)) / math.log(reached), _POWERS)
-        self.asked = _limited(self.target ** (1 / power), _ASKED)
+        """Asks for more or less of the loss, now that the share of cross-entropy was measured.
+
+        By the power that the two shares show, and at least as if from here on it were `_POWER`: near 1, a power says nothing.
+        """
+        reached, found = self.share_of_loss(), _limited(share, _SHARES)
+        power = _limited(math.log(found) / math.log(_limited(reached, _SHARES)), _POWERS)
+        from_here = _limited(reached, _ASKED) * (self.target / found) ** (1 / _POWER)
+        self.asked = _limited(max(self.target ** (1 / power), from_here), _ASKED)
 
     def state(self) -> Tensor:
         """All that it goes on from, float64."""

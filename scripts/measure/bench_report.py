@@ -1,6 +1,6 @@
 """How quick the page of `mxdsurgery report` is in a real browser (Chromium): until it opens, and until a search is answered.
 
-    python scripts/measure/bench_report.py smollm2-healed/report.html --search king [--shows 20:17 --picture docs/report.png]
+    python scripts/measure/bench_report.py smollm2-healed/report.html --search king [--shows 20:17 --picture report.png]
 
 Needs chromium, chromedriver and selenium (pip install 'mxdsurgery[test]').
 """
