@@ -251,14 +251,14 @@ def test_overrides_win_over_the_file_and_the_files_held_out_text_goes_with_its_t
     [
         (1, 128, 256),
         (40_000, 128, 256),
-        (300_000, 128, 512),
-        (500_000, 128, 1024),
-        (10**6, 128, 2048),
+        (2 * 10**6, 128, 256),
+        (4 * 10**6, 128, 512),
+        (20 * 10**6, 128, 1024),
         (10**9, 128, 4096),
         (1, 8192, 8192),
     ],
 )
-def test_a_batch_is_by_default_what_gives_some_hundred_steps(tokens, context, batch):
+def test_a_batch_grows_by_default_with_the_root_of_the_tokens(tokens, context, batch):
     assert Recipe(tokens=tokens, context=context).batch == batch
     assert Recipe(tokens=tokens, context=context, batch=9_000).batch == 9_000
     assert Recipe(**Recipe(tokens=tokens, context=context).to_dict()).batch == batch

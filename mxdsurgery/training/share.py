@@ -40,9 +40,10 @@ _MARGIN = 0.02
 _POWER, _POWERS = 2.0, (0.5, 8.0)
 # Shares of which a logarithm is taken are within these limits.
 _SHARES = (0.02, 0.98)
-# What is asked of the loss's share is within these limits. Above 1, a few experts have to do worse than an output of zero: in
+_NEARLY_ALL = 0.8
+# What is asked of the loss's share is at most this. Above 1, a few experts have to do worse than an output of zero: in
 # some layers even that costs cross-entropy but half of what the layer is worth.
-_ASKED = (0.02, 3.0)
+_MOST_ASKED = 3.0
 # The running figures of the loss are means over about so many steps.
 _REMEMBERED = 10
 
@@ -120,12 +121,14 @@ class ShareControl:
     def learn(self, share: float) -> None:
         """Asks for more or less of the loss, now that the share of cross-entropy was measured.
 
-        By the power that the two shares show, and at least as if from here on it were `_POWER`: near 1, a power says nothing.
+        By the power that the two shares show; where nearly all of the loss is lost already, of which a power says little, at
+        least as if from there on it were `_POWER`.
         """
         reached, found = self.share_of_loss(), _limited(share, _SHARES)
         power = _limited(math.log(found) / math.log(_limited(reached, _SHARES)), _POWERS)
-        from_here = _limited(reached, _ASKED) * (self.target / found) ** (1 / _POWER)
-        self.asked = _limited(max(self.target ** (1 / power), from_here), _ASKED)
+        self.asked = self.target ** (1 / power)
+        if reached > _NEARLY_ALL:
+            self.asked = min(max(self.asked, reached * (self.target / found) ** (1 / _POWER)), _MOST_ASKED)
 
     def state(self) -> Tensor:
         """All that it goes on from, float64."""

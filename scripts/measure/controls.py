@@ -74,14 +74,17 @@ VARIANTS = (
         for share in (0.25, 0.5, 0.75)
     ),
     *(Variant(f", specialise {weight:g}", ("mxd",), STEPS | {"specialise": weight}, FRONT) for weight in (0.01, 0.03, 0.1)),
-    # As the defaults have it, and the transcoder also in the steps of the rows above, lest it be held back by ours.
+    # As the defaults have it; the transcoder also in the steps of the rows above, lest it be held back by ours.
     Variant(", defaults, 2M tokens", ("mxd", "transcoder"), {"tokens": LONG}, LONGER),
     Variant(", 2M tokens", ("transcoder",), STEPS | {"tokens": LONG}, LONGER),
     *(
         Variant(f", defaults, {compact(tokens)} tokens", ("mxd", "transcoder"), {"tokens": tokens}, FRONT)
         for tokens in (500_000, 8_000_000)
     ),
-    Variant(", 8M tokens", ("transcoder",), STEPS | {"tokens": 8_000_000}, FRONT),
+    *(
+        Variant(f", defaults but --batch {batch}, 2M tokens", ("mxd", "transcoder"), {"tokens": LONG, "batch": batch}, FRONT)
+        for batch in (512, 1024, 4096)
+    ),
 )
 # Built layers stand where a block is worth the most.
 BUILT_ON, BUILT_LAYER, BUILT_CONTEXTS = "demo-glu", 0, 96

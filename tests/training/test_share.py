@@ -71,6 +71,17 @@ def test_what_was_measured_says_what_has_to_be_asked_of_the_loss(power):
     assert control.asked**power == pytest.approx(control.target, rel=1e-3) and 0.5 < control.target < 0.55
 
 
+def test_where_nearly_all_of_the_loss_does_not_do_more_than_all_is_asked_for():
+    control = ShareControl(0.5, 6, 10, CPU)
+    for share, least, most in ((0.9, 1.0, 1.2), (1.2, 1.4, 1.6), (100.0, 3.0, 3.0)):
+        control.running = torch.tensor([0.0, 1.0, share])  # loss, an output of zero's, a few experts'
+        control.learn(0.35)
+        assert least <= control.asked <= most
+    control.running = torch.tensor([0.0, 1.0, 0.9])
+    control.learn(0.8)
+    assert control.asked < 0.8  # enough: less is asked for
+
+
 def test_it_goes_on_where_it_stood():
     control, other = ShareControl(0.5, 6, 60, CPU), ShareControl(0.5, 6, 60, CPU)
     for step in range(40):
