@@ -37,7 +37,7 @@ RATE_LAYERS, RATES, RATE_TOKENS = "2,12,27", (2e-4, 4e-4, 1e-3), 100_000
 # One layer: these kinds at every K, others at one; all as large as a transcoder of 32 D features.
 KIND_LAYER, KS, KINDS = 15, (16, 32, 64, 128), ("mxd", "transcoder", "skip-transcoder")
 OTHER_K, OTHER_KINDS = 32, ("molt", "topk-sae")
-KIND_TOKENS = 600_000
+KIND_TOKENS, KIND_BATCH = 600_000, 1024
 EVAL_TOKENS = 8_000
 TEXTS = 400  # of each zero-shot task
 
@@ -74,6 +74,7 @@ def measure_kinds(runs: Path) -> dict[str, Any]:
             k=k,
             kinds=kinds,
             tokens=KIND_TOKENS,
+            batch=KIND_BATCH,
             expansion=32,
             out=str(runs / "kinds"),
             resume=True,
@@ -221,10 +222,9 @@ def kinds_section() -> Iterator[str]:
     yield f"## One layer: the paper's table, layer {KIND_LAYER}\n"
     yield say(
         f"Kinds of as many parameters as a transcoder with 32 D features ({compact(first['params'])}), all trained on the",
-        "same",
-        f"{compact(first['train_tokens'])} tokens; {kinds['tokens']:,} held-out tokens ({where}); original cross-entropy",
-        f"{kinds['original']['ce']:.4f}, with the block zeroed {first['zero_delta_ce']:+.4f}, with its mean output",
-        f"{first['mean_delta_ce']:+.4f}.",
+        f"same {compact(first['train_tokens'])} tokens in steps of {kinds['batch']:,} (today's default is 256);",
+        f"{kinds['tokens']:,} held-out tokens ({where}); original cross-entropy {kinds['original']['ce']:.4f},",
+        f"with the block zeroed {first['zero_delta_ce']:+.4f}, with its mean output {first['mean_delta_ce']:+.4f}.",
         "The paper's nearest model, GPT-2 124M, after 480 M tokens, at K = 16, 32, 64, 128:",
         "transcoders lose .0341 .0249 .0141 .0090, skip-transcoders .0306 .0211 .0124 .0080,",
         "mxd .0032 .0029 .0022 .0017 nats.",
