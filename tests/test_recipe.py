@@ -242,7 +242,7 @@ def test_the_papers_recipes_match_a_transcoder_of_32_d_features_and_come_to_the_
 
 def test_overrides_win_over_the_file_and_the_files_held_out_text_goes_with_its_training_text():
     plan, resolved = mxdsurgery.plan("demo-glu", recipe="demo", k=5, tokens=None, data="other.txt")
-    assert (resolved.k, resolved.tokens, resolved.data, resolved.eval_data) == (5, 500_000, "other.txt", None)
+    assert (resolved.k, resolved.tokens, resolved.data, resolved.eval_data) == (5, 300_000, "other.txt", None)
     assert {layer.k for layer in plan.layers} == {5}
 
 
