@@ -162,9 +162,9 @@ def test_a_micro_step_and_a_pass_give_the_time():
     each = 2 * measured.step_seconds + measured.base_seconds
     base = base_shape(open_base("demo-mlp", None, {}), plan.dtype, plan.machine.compute)
     looking = measured.looking_seconds(plan.layers, base, recipe, plan.look_tokens)
-    assert plan.seconds == pytest.approx(plan.steps * each + looking) and plan.steps == 1_000_000 // 2048 and looking > 0
+    assert plan.seconds == pytest.approx(plan.steps * each + looking) and plan.steps == 1_000_000 // 256 and looking > 0
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-    assert "from one layer's step on 2048 tokens and a forward pass" in "\n".join(summary(plan, recipe))
+    assert "from one layer's step on 256 tokens and a forward pass" in "\n".join(summary(plan, recipe))
 
 
 def test_what_is_too_large_to_measure_is_extrapolated_and_says_so(monkeypatch):
@@ -236,10 +236,10 @@ def test_looks_at_what_experts_carry_rest_on_as_many_tokens_as_the_training_affo
 
 
 def test_layers_that_learn_jointly_are_one_group_or_are_refused(tmp_path):
-    plan = sequential(tmp_path, inputs="joint", memory=100)
+    plan = sequential(tmp_path, inputs="joint", batch=2048, memory=100)
     (group,) = plan.groups
     assert group.gradient_bytes == 4 * group.parameters == 4 * plan.trained_parameters
-    refused = sequential(tmp_path, inputs="joint", memory=plan.peak_bytes / 2 / 2**30)
+    refused = sequential(tmp_path, inputs="joint", batch=2048, memory=plan.peak_bytes / 2 / 2**30)
     assert "training layers 0-11 jointly" in refused.refusal["found"]
     assert "--inputs converted" in refused.refusal["fix"]
 
