@@ -200,6 +200,7 @@ def test_a_recipe_comes_back_from_its_file_unchanged(tmp_path):
         ("any/name", "gpt_neox", 2048, 24, "pythia-1.4b_all"),
         ("any/name", "qwen3", 512, 4, "small"),
         ("any/name", "gpt2", 128, 12, "small"),
+        ("any/name", "llama", 127, 12, "tiny"),
         ("any/name", "gpt2", 1024, 24, "default"),
         ("any/name", "qwen3", 4096, 36, "default"),
         ("demo-glu", "llama", 192, 4, "demo"),
