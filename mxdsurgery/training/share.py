@@ -40,10 +40,12 @@ _MARGIN = 0.02
 _POWER, _POWERS = 2.0, (0.5, 8.0)
 # Shares of which a logarithm is taken are within these limits.
 _SHARES = (0.02, 0.98)
+# From this share of the loss on, a power says little.
 _NEARLY_ALL = 0.8
 # What is asked of the loss's share is at most this. Above 1, a few experts have to do worse than an output of zero: in
 # some layers even that costs cross-entropy but half of what the layer is worth.
-_MOST_ASKED = 3.0
+# It grows in steps, as what is measured on little text is rough.
+_MOST_ASKED, _MOST_AT_ONCE = 3.0, 1.5
 # The running figures of the loss are means over about so many steps.
 _REMEMBERED = 10
 
@@ -128,7 +130,8 @@ class ShareControl:
         power = _limited(math.log(found) / math.log(_limited(reached, _SHARES)), _POWERS)
         self.asked = self.target ** (1 / power)
         if reached > _NEARLY_ALL:
-            self.asked = min(max(self.asked, reached * (self.target / found) ** (1 / _POWER)), _MOST_ASKED)
+            more = min(self.target / found, _MOST_AT_ONCE) ** (1 / _POWER)
+            self.asked = min(max(self.asked, reached * more), _MOST_ASKED)
 
     def state(self) -> Tensor:
         """All that it goes on from, float64."""

@@ -84,14 +84,14 @@ EXPERT_STEPS = (
     ),
     Step(
         "chat",
-        "### Steer\n\nThe likeliest text with and without an expert, one that fires on ` Mr`, at twice its maximum: no change.",
+        "### Steer\n\nThe likeliest text with and without an expert that fires on ` Mr`, at twice its maximum:",
         f"mxdsurgery generate {HEALED} --chat --prompt 'Tell me about the sea.' --steer {STEERED}=2 --unit maximum "
         "--max-new-tokens 40 --temperature 0",
     ),
     Step(
         "chat-code",
-        "Experts of Python code in three layers, at six times their maxima: another answer, and no code. At twenty times, the text "
-        "breaks before it turns into code:",
+        "Experts of Python code in three layers, at six times their maxima: another answer, and no code. At twenty times, the "
+        "text breaks before it turns into code:",
         f"mxdsurgery generate {HEALED} --chat --prompt 'Tell me about the sea.' --steer 18:7541=6,21:4127=6,24:5384=6 "
         "--unit maximum --max-new-tokens 40 --temperature 0",
     ),
