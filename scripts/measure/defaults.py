@@ -32,7 +32,7 @@ SUBJECTS = (
     Subject("tinystories-chat-gpt2-3M", *STORIES, 18_432),
     Subject("books-llama-6m", *BOOKS, 18_432),
 )
-TOKENS = 300_000
+TOKENS = 500_000
 WAYS: dict[str, dict[str, Any]] = {"now": {}, "before": FIXED}
 # What is also healed, on so many tokens: does the share stay?
 HEALED, HEALING_TOKENS = ("stories260K",), 300_000
@@ -137,7 +137,9 @@ def introduction(rows: list[dict[str, Any]]) -> str:
 Printed by `python scripts/measure/defaults.py page > docs/defaults.md` from what `... measure --shared ../shared` measured
 ({read_json(SETTINGS)["machine"]}). *now*: `mxdsurgery convert MODEL --layers all`, with the recipe that the
 model gets, {compact(TOKENS)} tokens; *before*: the same with the former defaults,
-`{flags(FIXED)[1:]}`; *healed*: the first, after `mxdsurgery heal` on {compact(HEALING_TOKENS)} tokens.
+`{flags(FIXED)[1:]}`; *healed*: the first, after `mxdsurgery heal` on {compact(HEALING_TOKENS)} tokens. They
+were measured before steps of 256 tokens were the default, with `--batch 1024 --lr 1e-3`: see [tried.md](tried.md) for what smaller
+steps give.
 
 By default the experts of a layer are asked to carry {EXPERT_SHARE:g} of what it is worth; the least of *expert share*
 (held against experts frozen at a constant) and *a few* (against a few experts, the same for every token) counts.
