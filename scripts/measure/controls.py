@@ -146,7 +146,7 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
     """What a share costs: ΔCE of one layer by the least of `expert_share` and `few_experts_share`, before and now."""
     drawn = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = drawn.add_subplot()
-    of = [row for row in rows if row["model"] == FRONT[0] and not row.get("built") and "2M" not in row["name"]]
+    of = [row for row in rows if row["model"] == FRONT[0] and not row.get("built") and "tokens" not in row["name"]]
     mine = [row for row in of if row["kind"] in ("mxd", "transcoder", "skip-transcoder", "topk-sae")]
     for name, mark, belongs in (
         ("init shared, a share asked for", "o-", lambda row: "mxd, expert_share" in row["name"]),

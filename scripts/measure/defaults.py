@@ -138,7 +138,7 @@ Printed by `python scripts/measure/defaults.py page > docs/defaults.md` from wha
 ({read_json(SETTINGS)["machine"]}). *now*: `mxdsurgery convert MODEL --layers all`, with the recipe that the
 model gets, {compact(TOKENS)} tokens; *before*: the same with the former defaults,
 `{flags(FIXED)[1:]}`; *healed*: the first, after `mxdsurgery heal` on {compact(HEALING_TOKENS)} tokens. They
-were measured before steps of 256 tokens were the default, with `--batch 1024 --lr 1e-3`: see [tried.md](tried.md) for what smaller
+were measured before steps of 256 tokens were the default, with `--batch 1024 --lr 1e-3`: [tried.md](tried.md) has what smaller
 steps give.
 
 By default the experts of a layer are asked to carry {EXPERT_SHARE:g} of what it is worth; the least of *expert share*
