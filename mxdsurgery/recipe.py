@@ -355,7 +355,7 @@ def _read(path: Path) -> dict[str, Any]:
 def usual_batch(tokens: int) -> int:
     """Tokens per step of a training on so many: a power of two near a quarter of their root, within limits.
 
-    With the same tokens, more and smaller steps lose less, and each of them takes time of its own: docs/training.md.
+    With the same tokens, more and smaller steps lose less, and each of them takes time of its own: docs/controls.md.
     """
     least, most = _BATCHES
     return min(max(2 ** round(math.log2(max(1, tokens) ** 0.5 / 4)), least), most)

@@ -42,9 +42,9 @@ _POWER, _POWERS = 2.0, (0.5, 8.0)
 _SHARES = (0.02, 0.98)
 # From this share of the loss on, a power says little.
 _NEARLY_ALL = 0.8
-# What is asked of the loss's share is at most this. Above 1, a few experts have to do worse than an output of zero: in
-# some layers even that costs cross-entropy but half of what the layer is worth.
-# It grows in steps, as what is measured on little text is rough.
+# What is asked of the loss's share is at most this. Above 1, a few experts have to do worse than an output of zero: in some
+# layers even that costs only half of what the layer is worth in cross-entropy. It grows by at most the root of the second
+# number at a time, as what is measured on little text is rough.
 _MOST_ASKED, _MOST_AT_ONCE = 3.0, 1.5
 # The running figures of the loss are means over about so many steps.
 _REMEMBERED = 10
