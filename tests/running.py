@@ -104,6 +104,6 @@ def _matrix_bytes() -> int:
 def _place(storage: torch.UntypedStorage) -> int | None:
     """Where it lies; None for that of a fake tensor, which torch refuses to say."""
     try:
-        return storage.data_ptr()
+        return storage.data_ptr() or None
     except RuntimeError:
         return None
