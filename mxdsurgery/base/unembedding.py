@@ -33,14 +33,12 @@ class Unembedding:
             outside = not name.startswith(f"{path}.")
             if outside and getattr(module, "weight", None) is not None and module.weight.shape == weight.shape[1:]:
                 last = module
-        if last is None:
-            return cls(weight - weight.mean(0))
-        signs = torch.ones_like(weight[0])
-        signs[1::2] = -1  # of mean zero and size one, so that a norm leaves its gain
-        gain = (_run(last, signs) - _run(last, -signs)) / 2 * signs
-        centred = isinstance(last, nn.LayerNorm) or torch.allclose(_run(last, signs + 3), _run(last, signs), atol=1e-3)
-        weight = weight * gain
-        weight = weight - weight.mean(-1, keepdim=True) if centred else weight
+        if last is not None:
+            signs = torch.ones_like(weight[0])
+            signs[1::2] = -1  # of mean zero and size one, so that a norm leaves its gain
+            weight = weight * ((_run(last, signs) - _run(last, -signs)) / 2 * signs)
+            if isinstance(last, nn.LayerNorm) or torch.allclose(_run(last, signs + 3), _run(last, signs), atol=1e-3):
+                weight = weight - weight.mean(-1, keepdim=True)
         return cls(weight - weight.mean(0))
 
     def logits(self, directions: Tensor) -> Tensor:

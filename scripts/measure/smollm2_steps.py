@@ -8,6 +8,15 @@ _TEXTS = f"--data {BOOKS[0]} --eval-data {BOOKS[1]}"
 CODE, STEERED = "27:5179", "6:5651"
 _SHORT = "--tokens 100k --eval-tokens 4k"
 
+
+def _chat(steer: str) -> str:
+    """An answer with experts steered, in units of their maxima."""
+    return (
+        f"mxdsurgery generate {HEALED} --chat --prompt 'Tell me about the sea.' --steer {steer} --unit maximum "
+        "--max-new-tokens 40 --temperature 0"
+    )
+
+
 STEPS = (
     Step("analyze", "### Before", f"mxdsurgery analyze {MODEL}", last=4),
     Step("plan", "", f"mxdsurgery plan {MODEL} --layers all --hours 1.5 {_TEXTS}", last=13),
@@ -85,22 +94,15 @@ EXPERT_STEPS = (
     Step(
         "chat",
         "### Steer\n\nThe likeliest text with and without an expert that fires on ` Mr`, at twice its maximum:",
-        f"mxdsurgery generate {HEALED} --chat --prompt 'Tell me about the sea.' --steer {STEERED}=2 --unit maximum "
-        "--max-new-tokens 40 --temperature 0",
+        _chat(f"{STEERED}=2"),
     ),
     Step(
         "chat-code",
         "Experts of Python code in three layers, at six times their maxima: another answer, and no code. At twenty times, the "
         "text breaks before it turns into code:",
-        f"mxdsurgery generate {HEALED} --chat --prompt 'Tell me about the sea.' --steer 18:7541=6,21:4127=6,24:5384=6 "
-        "--unit maximum --max-new-tokens 40 --temperature 0",
+        _chat("18:7541=6,21:4127=6,24:5384=6"),
     ),
-    Step(
-        "chat-broken",
-        "",
-        f"mxdsurgery generate {HEALED} --chat --prompt 'Tell me about the sea.' --steer 18:7541=20,21:4127=20 "
-        "--unit maximum --max-new-tokens 40 --temperature 0",
-    ),
+    Step("chat-broken", "", _chat("18:7541=20,21:4127=20")),
     Step(
         "score",
         "How far do samples move towards what the expert stands for, beside steering other experts as strongly, and are they "
