@@ -46,13 +46,22 @@ def next_token_scores(logits: Tensor, known: Known, following: Tensor) -> Tensor
     log_q = F.log_softmax(logits, dim=-1)
     ce = -log_q.gather(1, following[:, None])[:, 0]
     agree = (likeliest(logits) == known.likeliest).float()
-    kl = log_q.neg_().add_(known.log_p).mul_(known.p).sum(-1)  # in place: allocating memory costs more than the sums
-    return torch.stack([ce, kl, agree])
+    return torch.stack([ce, _divergence(log_q, known), agree])
 
 
 def cross_entropy(logits: Tensor, following: Tensor) -> Tensor:
     """The first of `next_token_scores` alone, to the bit: logits (n, V), following (n,) -> (n,) fp32."""
     return -F.log_softmax(logits.float(), dim=-1).gather(1, following[:, None])[:, 0]
+
+
+def divergence(logits: Tensor, known: Known) -> Tensor:
+    """The second of `next_token_scores` alone, to the bit: logits (n, V) -> (n,) fp32."""
+    return _divergence(F.log_softmax(logits.float(), dim=-1), known)
+
+
+def _divergence(log_q: Tensor, known: Known) -> Tensor:
+    """KL(known ‖ q) from log q (n, V), which is lost: allocating memory costs more than the sums. (n,) fp32."""
+    return log_q.neg_().add_(known.log_p).mul_(known.p).sum(-1)
 
 
 def likeliest(logits: Tensor) -> Tensor:

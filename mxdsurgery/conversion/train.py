@@ -18,6 +18,7 @@ from mxdsurgery.base.dtypes import cast, rounded, stored_in
 from mxdsurgery.base.offload import execution_device, on_disk, weights_of
 from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.measuring.shares import Shares
+from mxdsurgery.planning.effort import FITTED_PER_SCORED
 from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.journal import Journal
@@ -274,8 +275,10 @@ class _Work:
         recipe = self.recipe
         if not self.look_tokens or len(self.validation) == 0:
             return None
-        contexts = self.validation[: max(1, self.look_tokens // recipe.context)]
-        measured = Shares(self.base, contexts, recipe.batch)
+        scored = min(max(1, self.look_tokens // recipe.context), len(self.validation))
+        fitted = min(FITTED_PER_SCORED, len(self.validation) // scored)
+        contexts = self.validation[:: len(self.validation) // (scored * fitted)][: scored * fitted]
+        measured = Shares(self.base, contexts, recipe.batch, fitted)
 
         def shares_of(layers: Mapping[LayerPlan, nn.Module]) -> dict[LayerPlan, dict[str, float]]:
             if text_shares(recipe) == 1:

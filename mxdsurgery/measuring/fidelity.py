@@ -302,7 +302,7 @@ class _Work:
                 for key, table in tables.items()
                 for name in self.variants[key]
             )
-            for name, sums in prediction_sums(self.of.model, ids, original.hidden, runs, briefly=_is_compared):
+            for name, sums in prediction_sums(self.of.model, ids, original.hidden, runs, only=_of_compared):
                 if name == "original":
                     for table in tables.values():
                         table.add("original", sums)
@@ -347,9 +347,9 @@ class _Work:
         return hidden
 
 
-def _is_compared(name: tuple[int | str, str]) -> bool:
-    """Whether a run is there to compare the new layers with: then its cross-entropy says all."""
-    return not name[1].startswith("converted")
+def _of_compared(name: tuple[int | str, str]) -> str | None:
+    """The one score that says all of a run which is there to compare the new layers with."""
+    return None if name[1].startswith("converted") else "ce"
 
 
 def _spread(contexts: int, fewer: int) -> Tensor:

@@ -28,7 +28,9 @@ def measured_rates(model: PreTrainedModel, blocks: Sequence[Block], layers: dict
 
     def predicted(part: slice) -> dict:
         others = [("itself", hidden[part]), ("briefly", hidden[part])]
-        return dict(prediction_sums(model, ids[part], hidden[part], others, briefly=lambda name: name == "briefly"))
+        return dict(
+            prediction_sums(model, ids[part], hidden[part], others, only=lambda name: "ce" if name == "briefly" else None)
+        )
 
     hidden_states(model, ids[:1])  # warms up: a first run takes longer
     body, hidden = timed(lambda: hidden_states(model, ids))

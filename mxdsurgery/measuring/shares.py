@@ -1,5 +1,10 @@
 """What the experts of layers carry while they train, each alone, measured again and again on the same text; and in the end.
 
+An evaluation says it in cross-entropy, on much text. Here it is said in KL from the original's predictions: where these are
+right about the text, that is the same, and on little text it is known two to four times as well, as which token happened to
+follow does not count. What the layers are compared with is fitted on more text than is scored: a few experts would else suit
+just the tokens that they are scored on.
+
 Shapes: S contexts, B of them at a time, T tokens, D model width.
 """
 
@@ -30,7 +35,7 @@ from mxdsurgery.training.share import SHARES
 
 # How near a share has to come to what was asked for.
 NEAR = 0.05
-# Cross-entropy of each context (S,), by layer and by what stands in its block's place.
+# KL of each scored context, by layer and by what stands in its block's place.
 _Found = dict[tuple[LayerPlan, str], Tensor]
 
 
@@ -47,18 +52,21 @@ class _Float32(nn.Module):
 
 
 class Shares:
-    """Measures the `expert_share` and `few_experts_share` of layers as `fidelity.measure` does, of each alone.
+    """Measures the `expert_share` and `few_experts_share` of layers as `fidelity.measure` does, but in KL, of each alone.
 
     Args:
         model: the original model; it is left as it was.
         contexts: to measure on, (S, T).
         batch: tokens per forward pass.
+        fitted: contexts per one that is scored, on which what the layers are compared with is fitted: every so many-th of the
+            contexts is scored.
     """
 
-    def __init__(self, model: PreTrainedModel, contexts: Tensor, batch: int) -> None:
+    def __init__(self, model: PreTrainedModel, contexts: Tensor, batch: int, fitted: int = 1) -> None:
         self.model = model
-        self.batches = contexts.to(execution_device(model)).split(max(1, batch // contexts.shape[1]))
-        self._without: dict[int, Tensor] = {}  # cross-entropy without the block, (S,), by layer: it does not change
+        contexts = contexts.to(execution_device(model))
+        self.fitted, self.scored = (part.split(max(1, batch // part.shape[1])) for part in (contexts, contexts[::fitted]))
+        self._without: dict[int, Tensor] = {}  # KL without the block, by layer: it does not change
 
     @torch.no_grad()
     def __call__(self, layers: Mapping[LayerPlan, nn.Module]) -> dict[LayerPlan, dict[str, float]]:
@@ -66,22 +74,22 @@ class Shares:
         blocks = list({plan.block.layer: plan.block for plan in layers}.values())
         stand_ins = self._stand_ins(layers, blocks)
         parts: dict[tuple[LayerPlan, str], list[Tensor]] = defaultdict(list)
-        for ids in self.batches:
+        for ids in self.scored:
             original = run_original(self.model, blocks, ids)
             runs = self._runs(stand_ins, ids, original)
-            for name, sums in prediction_sums(self.model, ids, original.hidden, runs, briefly=lambda _name: True):
+            for name, sums in prediction_sums(self.model, ids, original.hidden, runs, only=lambda _name: "kl"):
                 if name != "original":
-                    parts[name].append(sums["ce"])
-        ce = {name: torch.cat(sums) for name, sums in parts.items()}
+                    parts[name].append(sums["kl"])
+        kl = {name: torch.cat(sums) for name, sums in parts.items()}
         for plan in layers:
-            if (plan, "zero") in ce:
-                self._without[plan.block.layer] = ce[plan, "zero"]
-        return {plan: self._shares(plan, ce) for plan in layers}
+            if (plan, "zero") in kl:
+                self._without[plan.block.layer] = kl[plan, "zero"]
+        return {plan: self._shares(plan, kl) for plan in layers}
 
-    def _shares(self, plan: LayerPlan, ce: _Found) -> dict[str, float]:
-        converted = ce[plan, "converted"]
+    def _shares(self, plan: LayerPlan, kl: _Found) -> dict[str, float]:
+        converted = kl[plan, "converted"]
         worth = self._without[plan.block.layer] - converted
-        found = {name: with_interval(name, ce[plan, name] - converted, worth, signed=True)[name] for name in SHARES}
+        found = {name: with_interval(name, kl[plan, name] - converted, worth, signed=True)[name] for name in SHARES}
         return {name: share for name, share in found.items() if share is not None}
 
     def _stand_ins(
@@ -89,7 +97,7 @@ class Shares:
     ) -> dict[LayerPlan, dict[str, nn.Module]]:
         """What each layer is compared with, from its use of experts on this text; without a block only the first time."""
         sums = {plan: UsageSums() for plan in layers}
-        for ids in self.batches:
+        for ids in self.fitted:
             recorded = record_activations(self.model, blocks, ids)
             for plan, layer in layers.items():
                 x, y = (part[:, 1:].flatten(0, 1).float() for part in recorded[plan.block.layer])

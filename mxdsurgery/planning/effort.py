@@ -28,6 +28,8 @@ _FEWEST_TOKENS_ALONE, _FEWEST_CONTEXTS_ALONE = 4096, 16
 # What the experts carry is measured, while they learn, on so many tokens that it takes this share of the training's work; but
 # at least on so many, or on this share of what is trained on if that is fewer.
 _LOOKING_SHARE, _LEAST_LOOKED_AT, _OF_FEW = 0.15, 1024, 1 / 32
+# What it is compared with is fitted on up to so many times as much text.
+FITTED_PER_SCORED = 4
 
 
 @dataclass(frozen=True)
@@ -162,13 +164,13 @@ def evaluation_runs(
 def looking_runs(blocks: Sequence[Block], n_layers: int) -> Runs:
     """The runs for a context on which it is measured what the experts of layers in training carry, each layer alone.
 
-    The original runs twice, to its last block and to its end; then, from its own decoder layer on, each layer, and what its
-    experts are compared with.
+    The original runs to its last block, and each layer once, on each context that is fitted on; the original to its end, and
+    from its own decoder layer on each layer, and what its experts are compared with, on the one that is scored.
     """
     layers, variants = [block.layer for block in blocks], 1 + len(SHARES)
     return Runs(
-        decoder_layers=max(layers) + 1 + n_layers + variants * sum(n_layers - layer for layer in layers),
-        new_layers=(1 + variants) * len(layers),
+        decoder_layers=FITTED_PER_SCORED * (max(layers) + 1) + n_layers + variants * sum(n_layers - layer for layer in layers),
+        new_layers=(FITTED_PER_SCORED + variants) * len(layers),
         heads=1 + variants * len(layers),
     )
 
@@ -183,7 +185,7 @@ def look_tokens(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, fl
         flops: of the training, per token.
 
     Returns:
-        Tokens of all positions; 0 where no share is asked for.
+        Tokens of all positions that are scored; 0 where no share is asked for.
     """
     mine = steered(layers, recipe)
     if not mine:

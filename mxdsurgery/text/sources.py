@@ -35,7 +35,7 @@ Item = TypeVar("Item")
 
 # Tokens of the training text that are set aside to choose on, and the largest share of the text that they may be.
 VALIDATION_TOKENS, _VALIDATION_SHARE = 8192, 8
-# Held-out contexts are spread over so many times their own amount of text.
+# Held-out contexts, and those to choose on, are spread over so many times their own amount of text.
 _SPREAD = 32
 # Of so many files of a data set on the hub at most, a sample is drawn: each is a connection.
 _SHARDS = 64
@@ -321,9 +321,9 @@ class TextStream:
         return self.shuffle // self.packing.context
 
     def for_validation(self, tokens: int) -> Tensor:
-        """As `first`, but spread over eight times as much text, and at most an eighth of it; none of a text of one context."""
+        """As `spread`, but at most an eighth of the text; none of a text of one context."""
         wanted = max(1, tokens // self.packing.context)
-        rows = list(itertools.islice(self.contexts(), wanted * _VALIDATION_SHARE))
+        rows = list(itertools.islice(self.contexts(), wanted * _SPREAD))
         least = min(1, len(rows) - 1)
         taken = min(wanted, max(least, len(rows) // _VALIDATION_SHARE))
         return torch.stack(rows)[torch.arange(taken) * len(rows) // max(1, taken)]

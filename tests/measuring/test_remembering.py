@@ -47,7 +47,7 @@ def test_an_evaluation_runs_a_layer_once_for_its_variants_and_its_figures_stay_t
 
     figures, fewer = measured()
     monkeypatch.setattr("mxdsurgery.measuring.fidelity.remembering", lambda _: nullcontext())
-    monkeypatch.setattr("mxdsurgery.measuring.fidelity._is_compared", lambda _: False)
+    monkeypatch.setattr("mxdsurgery.measuring.fidelity._of_compared", lambda _: None)
     same, more = measured()
     assert figures == same
     first, second = layers
@@ -55,10 +55,12 @@ def test_an_evaluation_runs_a_layer_once_for_its_variants_and_its_figures_stay_t
     assert fewer[first] < 0.6 * more[first]
 
 
-def test_a_cross_entropy_alone_is_that_of_all_scores_to_the_bit():
+def test_one_score_alone_is_that_of_all_to_the_bit():
     model, ids = tiny_model("llama"), next(batches(seed=5))
     hidden = torch.randn(3, *ids.shape, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    others = [("whole", hidden[1]), ("brief", hidden[1]), ("more", hidden[2])]
-    found = dict(scoring.prediction_sums(model, ids, hidden[0], others, briefly=lambda name: name == "brief"))
-    assert list(found["brief"]) == ["ce"] and list(found["whole"]) == list(found["more"]) == ["ce", "kl", "agree"]
-    assert found["brief"]["ce"].equal(found["whole"]["ce"])
+    others = [("whole", hidden[1]), ("ce", hidden[1]), ("kl", hidden[1]), ("more", hidden[2])]
+    only = {"ce": "ce", "kl": "kl"}.get
+    found = dict(scoring.prediction_sums(model, ids, hidden[0], others, only=only))
+    assert list(found["whole"]) == list(found["more"]) == ["ce", "kl", "agree"]
+    for score in ("ce", "kl"):
+        assert list(found[score]) == [score] and found[score][score].equal(found["whole"][score])
