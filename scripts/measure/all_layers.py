@@ -1,10 +1,9 @@
-"""Converts all layers of three models in several ways, heals them, measures what is left, and prints docs/all-layers.md.
+"""Converts all layers of a small model in several ways, heals them, measures what is left, and prints docs/all-layers.md.
 
-    python scripts/measure/all_layers.py measure --shared ../shared --runs DIR  # some hours on one thread
-    python scripts/measure/all_layers.py measure --shared ../shared --runs DIR --only books  # a part; two can run side by side
+    python scripts/measure/all_layers.py measure --shared ../shared --runs DIR  # an hour on one thread
     python scripts/measure/all_layers.py page > docs/all-layers.md
 
-A run is a folder DIR/<model>-<kind>-k<K>-<way>; what is in DIR is not made again, so an interrupted measurement goes on. What
+A run is a folder DIR/<model>-<kind>-<way>; what is in DIR is not made again, so an interrupted measurement goes on. What
 the page needs is kept in docs/all-layers/; `collect --runs DIR` writes it anew. Peak memory is measured by
 scripts/measure/bench_memory.py, whose lines are docs/all-layers/memory.jsonl.
 """
@@ -18,8 +17,8 @@ from typing import Any
 
 import click
 import material
-from continuations import BOOK_PROMPTS, NEW_TOKENS, STORY_PROMPTS, continuations
-from material import BOOKS, FIXED, STORIES, runs_option, shared_option
+from continuations import NEW_TOKENS, STORY_PROMPTS, continuations
+from material import STORIES, runs_option, shared_option
 from pages import DOCS, machine, read_json, read_lines, table, unused, without_lists
 
 import mxdsurgery
@@ -28,7 +27,8 @@ from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.keys import parse_count
 from mxdsurgery.measuring.growth import PARTS, growth, growth_legend
 from mxdsurgery.terminal.console import ConsoleReporter, compact, size
-from mxdsurgery.terminal.figures import times, with_range
+from mxdsurgery.terminal.figures import with_range
+from mxdsurgery.training.share import SHARES
 
 KEPT = DOCS / "all-layers"
 
@@ -40,11 +40,7 @@ class Subject(material.Subject):
     prompts: tuple[str, ...]
 
 
-SUBJECTS = (
-    Subject("stories260K", *STORIES, 20_000, STORY_PROMPTS),
-    Subject("tinystories-chat-gpt2-3M", *STORIES, 20_000, STORY_PROMPTS),
-    Subject("books-llama-6m", *BOOKS, 40_000, BOOK_PROMPTS),
-)
+SUBJECTS = (Subject("stories260K", *STORIES, 20_000, STORY_PROMPTS),)
 
 
 @dataclass(frozen=True)
@@ -55,8 +51,7 @@ class Way:
         name: the end of its runs' names.
         words: what the page says of it.
         kind: of the layers.
-        k: K at which it is measured.
-        recipe: keys for `convert`, beside `FIXED`; the rest is as the recipe for small models has it.
+        recipe: keys for `convert`; the rest is as the recipe that the model gets has it.
         heals: name of the conversion that this way heals.
         heal: keywords for `heal`.
     """
@@ -64,7 +59,6 @@ class Way:
     name: str
     words: str
     kind: str = "mxd"
-    k: tuple[int, ...] = (16, 64)
     recipe: dict[str, Any] = field(default_factory=dict)
     heals: str | None = None
     heal: dict[str, Any] = field(default_factory=dict)
@@ -81,99 +75,98 @@ def _flags(options: dict[str, Any]) -> str:
     return "".join(f" --{name} {compact(value) if isinstance(value, int) else value}" for name, value in options.items())
 
 
-BEST = "converted-heal"  # the way whose curve against tokens, and whose text, is shown; at K = SHOWN_K
-SHOWN_K = 16
-CURVE = (250_000, 500_000, 2_000_000, 4_000_000)  # tokens of healing, besides those of all ways
+BEST = "original-heal"  # the way whose curve against tokens, and whose text, is shown
+CURVE = (100_000, 1_000_000)  # tokens of healing, besides those of all ways
 GROWN = ("original", "converted", BEST)
 CONVERTED = {"inputs": "converted"}
 WAYS = (
     Way("original", "independent: original inputs"),
-    Way("original-2M", "the same, twice the tokens", k=(16,), recipe={"tokens": 2_000_000}),
+    Way("original-more", "the same, on as many tokens as with healing", recipe={"tokens": 600_000}),
     Way("converted", "sequential, toward the decoder layer's output in the original", recipe=CONVERTED),
     Way(
         "converted-block",
         "sequential, toward the block's output in the original",
-        k=(16,),
         recipe=CONVERTED | {"target": "original"},
     ),
-    Way(
-        "converted-own",
-        "sequential, toward the block's output on its own input",
-        k=(16,),
-        recipe=CONVERTED | {"target": "own"},
-    ),
-    Way("joint", "all layers together, end to end", k=(16,), recipe={"inputs": "joint"}),
+    Way("converted-own", "sequential, toward the block's output on its own input", recipe=CONVERTED | {"target": "own"}),
+    Way("joint", "all layers together, end to end", recipe={"inputs": "joint"}),
     Way("original-heal", "independent, healed", heals="original"),
     Way("converted-heal", "sequential, healed", heals="converted"),
-    Way("converted-heal-lora", "sequential, healed with LoRA", k=(16,), heals="converted", heal={"mode": "both"}),
+    Way("original-heal-lora", "independent, healed with LoRA besides", heals="original", heal={"mode": "both"}),
     Way("original", "transcoders, independent", "transcoder"),
     Way("original-heal", "transcoders, independent, healed", "transcoder", heals="original"),
 )
 CURVE_WAYS = tuple(
-    Way(f"{BEST}-{compact(tokens)}", f"{compact(tokens)} tokens", k=(SHOWN_K,), heals="converted", heal={"tokens": tokens})
+    Way(f"{BEST}-{compact(tokens)}", f"{compact(tokens)} tokens", heals="original", heal={"tokens": tokens})
     for tokens in CURVE
 )
 
 
-def run_name(subject: Subject, way: Way, k: int, other: str | None = None) -> str:
-    """A run's folder; with ``other``, that of the same model, kind and K made in another way."""
-    return f"{subject.model}-{way.kind}-k{k}-{other or way.name}"
+def run_name(subject: Subject, way: Way, other: str | None = None) -> str:
+    """A run's folder; with ``other``, that of the same model and kind made in another way."""
+    return f"{subject.model}-{way.kind}-{other or way.name}"
 
 
-def all_runs() -> Iterator[tuple[Subject, Way, int, str]]:
+def all_runs() -> Iterator[tuple[Subject, Way, str]]:
     """Every run, a conversion before its healings."""
     for way in (*WAYS, *CURVE_WAYS):
         for subject in SUBJECTS:
-            for k in way.k:
-                yield subject, way, k, run_name(subject, way, k)
+            yield subject, way, run_name(subject, way)
 
 
-def make(subject: Subject, way: Way, k: int, tokens: int, shared: Path, runs: Path) -> None:
+def make(subject: Subject, way: Way, tokens: int, shared: Path, runs: Path) -> None:
     """Converts, or heals a conversion, into the run's folder."""
-    out, say = str(runs / run_name(subject, way, k)), ConsoleReporter()
+    out, say = str(runs / run_name(subject, way)), ConsoleReporter()
     if way.heals is not None:
-        before = runs / run_name(subject, way, k, way.heals)
+        before = runs / run_name(subject, way, way.heals)
         if not before.is_dir():
             raise mxdsurgery.MxDError(f"{before.name} is not there yet", fix="measure it first, then this")
         mxdsurgery.heal(before, out=out, reporter=say, **({"tokens": tokens} | way.heal))
         return
-    keys = {"kind": way.kind, "layers": "all", "k": k, "tokens": tokens, "eval_tokens": subject.eval_tokens, "out": out}
-    mxdsurgery.convert(**(subject.paths(shared) | FIXED | keys | way.recipe), reporter=say)
+    keys = {"kind": way.kind, "layers": "all", "tokens": tokens, "eval_tokens": subject.eval_tokens, "out": out}
+    mxdsurgery.convert(**(subject.paths(shared) | keys | way.recipe), reporter=say)
 
 
 def pieces(tokens: int, shared: Path, runs: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
     """All that is to be measured: each file or folder that will be made, and the function that makes it."""
-    for subject, way, k, name in all_runs():
-        yield runs / name, lambda s=subject, w=way, n=k: make(s, w, n, tokens, shared, runs)
+    for subject, way, name in all_runs():
+        yield runs / name, lambda s=subject, w=way: make(s, w, tokens, shared, runs)
     for subject in SUBJECTS:
         for way in WAYS:
             if way.name in GROWN and way.kind == "mxd":
-                folder = runs / run_name(subject, way, SHOWN_K)
+                folder = runs / run_name(subject, way)
                 path = runs / f"{folder.name}.growth.json"
                 yield path, lambda f=folder, p=path: write_json(p, growth(f, reporter=ConsoleReporter()))
     for subject in SUBJECTS:
-        folder, path = runs / f"{subject.model}-mxd-k{SHOWN_K}-{BEST}", runs / f"{subject.model}.continuations.json"
+        folder, path = runs / f"{subject.model}-mxd-{BEST}", runs / f"{subject.model}.continuations.json"
         texts, original = subject.prompts, shared / "models" / subject.model
         yield path, lambda t=texts, f=folder, p=path, o=original: write_json(p, continuations(t, f, o))
 
 
-def row_of(subject: Subject, way: Way, k: int, runs: Path) -> dict[str, Any]:
+def row_of(subject: Subject, way: Way, runs: Path) -> dict[str, Any]:
     """A run's figures and its cost: that of the conversion, and of the healing if it was healed."""
-    evaluation = read_json(runs / run_name(subject, way, k) / "evaluation.json")
+    evaluation = read_json(runs / run_name(subject, way) / "evaluation.json")
     training, healed = evaluation["training"], evaluation.get("healed", [])
     tokens, seconds = (sum(took[name] for took in (training, *healed)) for name in ("tokens", "seconds"))
-    row = {"model": subject.model, "kind": way.kind, "k": k, "way": way.name, "tokens": tokens, "seconds": seconds}
+    row = {"model": subject.model, "kind": way.kind, "way": way.name, "tokens": tokens, "seconds": seconds}
     row |= {
         "healing_tokens": sum(step["tokens"] for step in healed),
         "eval_data": Path(evaluation["data"]).name,
         "eval_tokens": evaluation["tokens"],
+        "least_share": least_share(evaluation["layers"]),
     }
     return row | {"original_ce": evaluation["original"]["ce"]} | without_lists(evaluation["all"])
 
 
+def least_share(layers: list[dict[str, Any]]) -> float | None:
+    """Of the shares that layers' experts carry each alone, the least; None if one is no number."""
+    shares = [layer.get(name) for layer in layers for name in SHARES]
+    return None if None in shares else min(shares)
+
+
 def collected(runs: Path) -> None:
     """Writes what the page needs into docs/all-layers."""
-    rows = [row_of(s, w, k, runs) for s, w, k, name in all_runs() if (runs / name / "evaluation.json").is_file()]
+    rows = [row_of(s, w, runs) for s, w, name in all_runs() if (runs / name / "evaluation.json").is_file()]
     write_json(KEPT / "runs.json", {"machine": machine(), "rows": rows})
     for what in ("growth", "continuations"):
         found = {path.name.removesuffix(f".{what}.json"): path for path in sorted(runs.glob(f"*.{what}.json"))}
@@ -184,7 +177,7 @@ def runs_section(rows: list[dict[str, Any]]) -> Iterator[str]:
     """All ways, a table per model."""
     yield "## All ways\n"
     ways = (f"{_label(way.kind, way.name)} | {way.words} | `{way.command()}`" for way in WAYS)
-    yield table("way | how | command, before `--k K --batch 2048 --lr 0.002 --specialise 0.003` and the texts", ways)
+    yield table("way | how | command, before the texts and, where none are given, `--tokens 300k`", ways)
     order = {(way.kind, way.name): number for number, way in enumerate(WAYS)}
     for subject in SUBJECTS:
         mine = [row for row in rows if row["model"] == subject.model and (row["kind"], row["way"]) in order]
@@ -196,12 +189,12 @@ def runs_section(rows: list[dict[str, Any]]) -> Iterator[str]:
             f"cross-entropy {first['original_ce']:.4f} nats per token.\n"
         )
         yield table(
-            "K | way | ΔCE | KL | same top-1 | expert share | unused | tokens | minutes",
+            "way | ΔCE | KL | same top-1 | least share of a layer | unused | tokens | minutes",
             (
-                f"{row['k']} | {_label(row['kind'], row['way'])} | {with_range(row, 'delta_ce', '+.4f')} | {row['kl']:.4f} "
-                f"| {row['top1_agreement']:.1%} | {with_range(row, 'expert_share', '.2f')} | {unused(row)} "
+                f"{_label(row['kind'], row['way'])} | {with_range(row, 'delta_ce', '+.4f')} | {row['kl']:.4f} "
+                f"| {row['top1_agreement']:.1%} | {_share(row)} | {unused(row)} "
                 f"| {compact(row['tokens'])} | {row['seconds'] / 60:.1f}"
-                for row in sorted(mine, key=lambda row: (row["k"], order[row["kind"], row["way"]]))
+                for row in sorted(mine, key=lambda row: order[row["kind"], row["way"]])
             ),
         )
     yield ""
@@ -211,75 +204,24 @@ def _label(kind: str, way: str) -> str:
     return f"`{way}`" if kind == "mxd" else f"{kind}s `{way}`"
 
 
-def aims(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each healed model beside its aims; ``ratios`` and ``tenth`` are to healed transcoders, then to unhealed ones."""
-    found = {(row["model"], row["kind"], row["k"], row["way"]): row for row in rows}
-    for subject in SUBJECTS:
-        for k in (16, 64):
-            for way in WAYS:
-                row = found.get((subject.model, "mxd", k, way.name))
-                alone = found.get((subject.model, "mxd", k, "original"))
-                if way.kind != "mxd" or way.heals is None or row is None or alone is None:
-                    continue
-                others = [found.get((subject.model, "transcoder", k, name)) for name in ("original-heal", "original")]
-                ratios = [times(row, other, "delta_ce") if other else None for other in others]
-                shares = [one["expert_share"] for one in (row, alone)]
-                yield {
-                    "row": row,
-                    "ratios": ratios,
-                    "independent": alone,
-                    "faithful": row["delta_ce"] <= 0.02,
-                    "tenth": [None if ratio is None else ratio <= 0.1 for ratio in ratios],
-                    "share": None if None in shares else shares[0] >= shares[1],
-                }
-
-
-def _answer(reached: bool | None) -> str:
-    return "-" if reached is None else "**yes**" if reached else "no"
-
-
-def aims_section(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Were the aims reached?"""
-    yield "## Were the aims reached?\n"
-    yield (
-        "Aims for all layers converted and healed: ΔCE at most 0.02 nats; at most 1/10 of the same with transcoders of as\n"
-        "many parameters, healed as long, and, a weaker aim, of transcoders that were not healed; an expert share not below\n"
-        "that of the independent conversion at the same K.\n"
-    )
-    yield table(
-        "model | K | way | ΔCE | at most 0.02 | over healed transcoders' | at most 1/10 | over unhealed ones' | at most 1/10 "
-        "| expert share | independent | not below",
-        map(_aim_row, aims(rows)),
-    )
-    yield ""
-
-
-def _aim_row(aim: dict[str, Any]) -> str:
-    row = aim["row"]
-    shares = (with_range(one, "expert_share", ".2f") for one in (row, aim["independent"]))
-    healed, unhealed = ("-" if ratio is None else f"{ratio:.2f}" for ratio in aim["ratios"])
-    return (
-        f"{row['model']} | {row['k']} | `{row['way']}` | {row['delta_ce']:+.4f} | {_answer(aim['faithful'])} "
-        f"| {healed} | {_answer(aim['tenth'][0])} | {unhealed} | {_answer(aim['tenth'][1])} "
-        f"| {' | '.join(shares)} | {_answer(aim['share'])}"
-    )
+def _share(row: dict[str, Any]) -> str:
+    return "n/a" if row["least_share"] is None else f"{row['least_share']:.2f}"
 
 
 def curve_section(rows: list[dict[str, Any]]) -> Iterator[str]:
     """ΔCE against tokens of healing."""
     yield "## Against tokens\n"
-    yield f"`{BEST}` at K = {SHOWN_K}, by tokens of healing: `mxdsurgery heal DIR --tokens TOKENS --out DIR2`.\n"
+    yield f"`{BEST}`, by tokens of healing: `mxdsurgery heal DIR --tokens TOKENS --out DIR2`.\n"
     lines = []
     for subject in SUBJECTS:
-        mine = [row for row in rows if row["model"] == subject.model and row["k"] == SHOWN_K and row["kind"] == "mxd"]
-        shown = [row for row in mine if row["way"] in {"converted", BEST, *(way.name for way in CURVE_WAYS)}]
+        mine = [row for row in rows if row["model"] == subject.model and row["kind"] == "mxd"]
+        shown = [row for row in mine if row["way"] in {"original", BEST, *(way.name for way in CURVE_WAYS)}]
         lines += [
             f"{subject.model} | {compact(row['healing_tokens'])} | {with_range(row, 'delta_ce', '+.4f')} "
-            f"| {_answer(row['delta_ce'] <= 0.02)} | {row['kl']:.4f} | {row['top1_agreement']:.1%} "
-            f"| {with_range(row, 'expert_share', '.2f')} | {row['seconds'] / 60:.1f}"
+            f"| {row['kl']:.4f} | {row['top1_agreement']:.1%} | {_share(row)} | {row['seconds'] / 60:.1f}"
             for row in sorted(shown, key=lambda row: row["healing_tokens"])
         ]
-    yield table("model | tokens of healing | ΔCE | at most 0.02 | KL | same top-1 | expert share | minutes, all", lines)
+    yield table("model | tokens of healing | ΔCE | KL | same top-1 | least share of a layer | minutes, all", lines)
     yield ""
 
 
@@ -380,8 +322,8 @@ def main() -> None:
 @main.command()
 @shared_option
 @runs_option("all-layers")
-@click.option("--only", help="Only what has this in its name, for example stories260K-mxd-k16, or growth.")
-@click.option("--tokens", default="1M", show_default=True, help="Of a conversion, and of healing.")
+@click.option("--only", help="Only what has this in its name, for example stories260K-mxd-original, or growth.")
+@click.option("--tokens", default="300k", show_default=True, help="Of a conversion, and of healing.")
 def measure(shared: Path, runs: Path, only: str | None, tokens: str) -> None:
     """Measure what is not in RUNS yet; what fails is said, and the rest goes on."""
     runs.mkdir(parents=True, exist_ok=True)
@@ -416,7 +358,6 @@ def page() -> None:
     click.echo((KEPT / "introduction.md").read_text())
     click.echo(f"Measured with {found['machine']}.\n")
     for section, content in (
-        (aims_section, found["rows"]),
         (runs_section, found["rows"]),
         (curve_section, found["rows"]),
         (growth_section, read_json(KEPT / "growth.json", {})),

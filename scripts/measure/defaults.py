@@ -32,7 +32,7 @@ SUBJECTS = (
     Subject("tinystories-chat-gpt2-3M", *STORIES, 18_432),
     Subject("books-llama-6m", *BOOKS, 18_432),
 )
-TOKENS = 500_000
+TOKENS = 300_000
 WAYS: dict[str, dict[str, Any]] = {"now": {}, "before": FIXED}
 # What is also healed, on so many tokens: does the share stay?
 HEALED, HEALING_TOKENS = ("stories260K",), 300_000

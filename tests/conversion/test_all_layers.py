@@ -14,11 +14,6 @@ from running import ROOT
 import mxdsurgery
 
 
-def row(kind, way, delta_ce, share, k=16, model="stories260K", **others):
-    named = {"model": model, "kind": kind, "k": k, "way": way, "delta_ce": delta_ce, "expert_share": share}
-    return named | {"delta_ce_ci": [delta_ce - 0.01, delta_ce + 0.01]} | others
-
-
 def test_docs_all_layers_is_what_its_script_prints():
     command = [sys.executable, str(ROOT / "scripts" / "measure" / "all_layers.py"), "page"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -28,28 +23,16 @@ def test_docs_all_layers_is_what_its_script_prints():
 def test_every_run_has_a_name_of_its_own_and_a_conversion_stands_before_what_heals_it():
     names = [name for *_, name in all_layers.all_runs()]
     assert len(set(names)) == len(names)
-    assert "books-llama-6m-transcoder-k64-original" in names and "stories260K-mxd-k16-converted-heal-250k" in names
-    for subject, way, k, name in all_layers.all_runs():
+    assert "stories260K-transcoder-original" in names and "stories260K-mxd-original-heal-100k" in names
+    for subject, way, name in all_layers.all_runs():
         if way.heals is not None:
-            assert names.index(all_layers.run_name(subject, way, k, way.heals)) < names.index(name)
+            assert names.index(all_layers.run_name(subject, way, way.heals)) < names.index(name)
 
 
-def test_an_aim_is_reached_where_the_figures_say_so():
-    rows = [
-        row("mxd", "original", 0.05, 0.5),
-        row("mxd", "converted-heal", 0.019, 0.5),
-        row("mxd", "original-heal", 0.021, 0.49),
-    ]
-    rows += [row("transcoder", "original", 0.3, 1.0), row("transcoder", "original-heal", 0.1, 1.0)]
-    worse, better = all_layers.aims(rows)
-    assert better["row"]["way"] == "converted-heal"
-    assert better["faithful"] and better["share"] and better["tenth"] == [False, True]
-    assert better["ratios"] == pytest.approx([0.19, 0.019 / 0.3])
-    assert not worse["faithful"] and not worse["share"]
-    without = list(all_layers.aims(rows[:3]))
-    assert [aim["tenth"] for aim in without] == [[None, None]] * 2  # no transcoders: nothing is claimed
-    assert "| - |" in "\n".join(all_layers.aims_section(rows[:3]))
-    assert list(all_layers.aims(rows[1:])) == []  # nor without the independent conversion
+def test_the_least_share_is_that_of_the_layer_that_has_least():
+    layers = [{"expert_share": 0.9, "few_experts_share": 0.6}, {"expert_share": 0.4, "few_experts_share": 0.5}]
+    assert all_layers.least_share(layers) == 0.4
+    assert all_layers.least_share([*layers, {"expert_share": None, "few_experts_share": None}]) is None
 
 
 def test_texts_do_not_break_the_table():
@@ -65,7 +48,6 @@ def test_runs_are_made_once_measured_and_printed(shared, tmp_path, monkeypatch):
 
     monkeypatch.setattr(mxdsurgery, "heal", heal, raising=False)
     monkeypatch.setattr(all_layers, "KEPT", tmp_path / "kept")
-    monkeypatch.setattr(all_layers, "BEST", "original-heal")
     small = all_layers.Subject("stories260K", "tinystories-train.txt", "tinystories-heldout.txt", 512, ("Once", "The cat"))
     monkeypatch.setattr(all_layers, "SUBJECTS", (small,))
     monkeypatch.setattr(all_layers, "WAYS", tuple(w for w in all_layers.WAYS if w.name in ("original", "original-heal")))
@@ -75,20 +57,21 @@ def test_runs_are_made_once_measured_and_printed(shared, tmp_path, monkeypatch):
         words = ["measure", "--shared", shared, "--runs", tmp_path / "runs", "--tokens", "8k", "--only", only]
         return CliRunner().invoke(all_layers.main, [str(word) for word in words])
 
-    alone = run("stories260K-mxd-k16-original-heal")
+    alone = run("stories260K-mxd-original-heal")
     assert alone.exit_code == 1 and "is not there yet" in alone.output
-    assert run("stories260K-mxd-k16-original").exit_code == 0
+    assert run("stories260K-mxd-original").exit_code == 0
     assert run("continuations").exit_code == 0
-    made = tmp_path / "runs" / "stories260K-mxd-k16-original"
+    made = tmp_path / "runs" / "stories260K-mxd-original"
     written = (made / "evaluation.json").stat().st_mtime_ns
-    assert run("stories260K-mxd-k16-original").exit_code == 0 and (made / "evaluation.json").stat().st_mtime_ns == written
+    assert run("stories260K-mxd-original").exit_code == 0 and (made / "evaluation.json").stat().st_mtime_ns == written
 
     plain, healed = json.loads((tmp_path / "kept" / "runs.json").read_text())["rows"]
     evaluation = json.loads((made / "evaluation.json").read_text())
     assert plain["delta_ce"] == healed["delta_ce"] == evaluation["all"]["delta_ce"]
     assert plain["tokens"] == evaluation["training"]["tokens"] and healed["tokens"] == plain["tokens"] + 8000
     assert healed["seconds"] == plain["seconds"] + 60 and plain["eval_data"] == "tinystories-heldout.txt"
-    (grown,) = json.loads((tmp_path / "kept" / "growth.json").read_text()).values()
+    grown, same = json.loads((tmp_path / "kept" / "growth.json").read_text()).values()  # healed by a copy
+    assert grown["bottom"] == same["bottom"]
     assert grown["bottom"][-1]["delta_ce"] == pytest.approx(plain["delta_ce"], abs=1e-6)
     (texts,) = json.loads((tmp_path / "kept" / "continuations.json").read_text()).values()
     for one in texts["rows"]:
