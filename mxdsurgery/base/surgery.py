@@ -70,15 +70,43 @@ def resumed_at(layers: nn.ModuleList, index: int, outputs: Sequence[object]) -> 
 
 
 class ConstantOutput(nn.Module):
-    """An ablated block: the same output (D,) for every token."""
+    """An ablated block: the same output (D,) for every token but the first of each context, which keeps its own.
+
+    Attributes:
+        first: what the block gives at position 0 of the contexts (B, T) that are run, (B, 1, D); None: the same as elsewhere.
+    """
 
     def __init__(self, value: torch.Tensor) -> None:
         super().__init__()
         self.register_buffer("value", value)
+        self.first: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., D) -> (..., D), a copy: later modules may change it in place."""
-        return self.value.to(x.dtype).expand_as(x).clone()
+        """(B, T, D), or their tokens one after the other -> the same, a copy: later modules may change it in place."""
+        y = self.value.to(x.dtype).expand_as(x).clone()
+        if self.first is not None:
+            y.view(len(self.first), -1, x.shape[-1])[:, :1] = self.first
+        return y
+
+
+class FirstKept(nn.Module):
+    """A variant of a layer that gives at position 0 what the layer itself gives.
+
+    Args:
+        variant: stands in the layer's place at all other positions.
+        layer: itself.
+        length: T.
+    """
+
+    def __init__(self, variant: nn.Module, layer: nn.Module, length: int) -> None:
+        super().__init__()
+        self.variant, self.layer, self.length = variant, layer, length
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, D), or their tokens one after the other -> the same."""
+        contexts = (-1, self.length, x.shape[-1])
+        first = self.layer(x.reshape(contexts)[:, :1])
+        return torch.cat([first, self.variant(x).reshape(contexts)[:, 1:]], dim=1).view_as(x)
 
 
 class FrozenExperts(nn.Module):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # What variants of a layer start from: functions of its input alone, and what they take long for.
@@ -12,7 +13,7 @@ _REMEMBERED = ("coefficients", "hidden", "dense_path")
 
 @contextmanager
 def remembering(layer: nn.Module) -> Iterator[None]:
-    """While open, a layer remembers what it made of its last input, and gives that for an equal one: bit for bit the same.
+    """While open, a layer remembers what it made of its last input of a shape, and gives that for an equal one, to the bit.
 
     Its coefficients, hidden units and dense path are meant. Nobody may change what it gives in place.
     """
@@ -27,11 +28,11 @@ def remembering(layer: nn.Module) -> Iterator[None]:
 
 
 def _of_last_input(method: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    last: list[Any] = [None, None]
+    last: dict[torch.Size, tuple[Tensor, Any]] = {}
 
     def remembered(x: Tensor) -> Any:
-        if last[0] is None or last[0].shape != x.shape or not last[0].equal(x):
-            last[:] = x, method(x)
-        return last[1]
+        if x.shape not in last or not last[x.shape][0].equal(x):
+            last[x.shape] = x, method(x)
+        return last[x.shape][1]
 
     return remembered

@@ -22,7 +22,7 @@ from mxdsurgery.base.blocks import Block
 from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.base.offload import execution_device
 from mxdsurgery.base.running import hidden_states
-from mxdsurgery.base.surgery import ConstantOutput, FrozenExperts, replaced, resumed_at
+from mxdsurgery.base.surgery import ConstantOutput, FirstKept, FrozenExperts, replaced, resumed_at
 from mxdsurgery.errors import MxDWarning
 from mxdsurgery.hardware.device import widest
 from mxdsurgery.measuring.controls import FewExperts
@@ -102,13 +102,13 @@ class Shares:
             for plan, layer in layers.items():
                 x, y = (part[:, 1:].flatten(0, 1).float() for part in recorded[plan.block.layer])
                 sums[plan].add(layer, x, y.to(widest(y.device)))
-        made = {}
+        made, length = {}, self.scored[0].shape[1]
         for plan, layer in layers.items():
             usage = sums[plan].usage()
             made[plan] = {
                 "converted": layer,
-                "expert_share": FrozenExperts(layer, usage.best_constant),
-                "few_experts_share": FewExperts(layer, usage.few.to(layer.bias)),
+                "expert_share": FirstKept(FrozenExperts(layer, usage.best_constant), layer, length),
+                "few_experts_share": FirstKept(FewExperts(layer, usage.few.to(layer.bias)), layer, length),
             }
             if plan.block.layer not in self._without:
                 made[plan]["zero"] = ConstantOutput(torch.zeros_like(layer.bias))
@@ -121,6 +121,8 @@ class Shares:
         _, decoder = decoder_layers(self.model)
         for plan, of_layer in stand_ins.items():
             for name, module in of_layer.items():
+                if name == "zero":
+                    module.first = original.y[plan.block.layer][:, :1]
                 with (
                     replaced(self.model, [plan.block], {plan.block.layer: _Float32(module)}),
                     resumed_at(decoder, plan.block.layer, original.layer_outputs),

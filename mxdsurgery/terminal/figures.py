@@ -24,7 +24,7 @@ SHORT_SHARES = ("few_experts_share", "earned_share")
 # What a column says, by its heading.
 EXPLAINED = {
     "ΔCE": "nats per token that next-token prediction got worse by",
-    "ΔCE if zeroed": "the same with the block removed altogether",
+    "ΔCE if zeroed": "the same with the block removed, but for position 0",
     "ΔCE, experts frozen": "the same with the layer in place and its experts' say a constant, the best one",
     "KL": "from the original's predictions, in nats per token",
     "same top-1": "how often the likeliest next token is the original's",

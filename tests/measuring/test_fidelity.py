@@ -12,11 +12,12 @@ from mxdsurgery.base.activations import record_activations
 from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.base.finding import find_blocks
 from mxdsurgery.base.scores import likeliest
-from mxdsurgery.base.surgery import ConstantOutput, replaced, resumed_at
+from mxdsurgery.base.surgery import ConstantOutput, FrozenExperts, replaced, resumed_at
 from mxdsurgery.layers.sparse import CHUNK_BYTES
 from mxdsurgery.measuring.controls import SHARES
 from mxdsurgery.measuring.fidelity import Measurement, measure
 from mxdsurgery.measuring.scoring import run_original
+from mxdsurgery.measuring.usage import UsageSums
 from mxdsurgery.planning.effort import Alone
 
 IDS = torch.cat(list(itertools.islice(batches(seed=5), 2)))
@@ -155,7 +156,8 @@ def test_figures_in_parts_are_those_of_whole_logits(measured, monkeypatch, held)
     monkeypatch.setattr("mxdsurgery.measuring.scoring.HELD_BYTES", held)
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * 64 * 7)  # seven positions of 64 words go through the head at a time
     result = measure(model, blocks, layers, IDS, batch=256)
-    outputs = {index: pair.y[:, 1:].mean((0, 1)) for index, pair in record_activations(model, blocks, IDS).items()}
+    recorded = record_activations(model, blocks, IDS)
+    outputs = {index: pair.y[:, 1:].mean((0, 1)) for index, pair in recorded.items()}
     original = cross_entropy(model)
     for entry, subset in [(result["all"], blocks), *zip(result["layers"], ([block] for block in blocks), strict=True)]:
         ce, kl, agree = naive_figures(model, subset, {block.layer: layers[block.layer] for block in subset}, IDS)
@@ -163,8 +165,36 @@ def test_figures_in_parts_are_those_of_whole_logits(measured, monkeypatch, held)
         assert entry["kl"] == pytest.approx(kl, rel=1e-4) and entry["top1_agreement"] == pytest.approx(agree)
         for name, value in (("zero", 0.0), ("mean", 1.0)):
             ablated = {block.layer: ConstantOutput(value * outputs[block.layer]) for block in subset}
+            for layer, module in ablated.items():
+                module.first = recorded[layer].y[:, :1]
             ce, _, _ = naive_figures(model, subset, ablated, IDS)
             assert entry[f"{name}_delta_ce"] == pytest.approx(ce - original, abs=1e-5)
+
+
+def test_what_layers_are_compared_with_keeps_what_stands_at_position_0(measured):
+    """There real models have an attention sink: without it they break, and any layer would look faithful."""
+    model, blocks, layers, _ = measured
+    block, layer = blocks[0], layers[blocks[0].layer]
+    own, spoilt = (measure(model, [block], {block.layer: of}, IDS, 256)["all"] for of in (layer, _SpoilsPosition0(layer)))
+    assert own["zero_delta_ce"] == spoilt["zero_delta_ce"]  # with the block's own output there
+    pair = record_activations(model, [block], IDS)[block.layer]
+    sums = UsageSums()
+    sums.add(layer, *(part[:, 1:].flatten(0, 1) for part in (pair.x, pair.y.double())))
+    frozen = FrozenExperts(layer, sums.usage().best_constant)
+    for of, found in ((layer, own), (_SpoilsPosition0(layer), spoilt)):
+        ce, _, _ = naive_figures(model, [block], {block.layer: _FirstOf(of, frozen)}, IDS)
+        assert found["constant_gate_delta_ce"] == pytest.approx(ce - cross_entropy(model), abs=1e-5)
+
+
+class _FirstOf(torch.nn.Module):
+    def __init__(self, layer, other):
+        super().__init__()
+        self.layer, self.other = layer, other
+
+    def forward(self, x):
+        y = self.other(x).clone()
+        _first(y).copy_(_first(self.layer(x)))
+        return y
 
 
 def test_single_layers_on_fewer_contexts_are_measured_on_a_sample_spread_over_all(measured):
@@ -231,8 +261,13 @@ class _SpoilsPosition0(torch.nn.Module):
 
     def forward(self, x):
         y = self.layer(x).clone()
-        y[:, 0] = 1e4
+        _first(y).fill_(1e4)
         return y
+
+
+def _first(y):
+    """What stands at position 0 of contexts, or of first tokens alone."""
+    return y[:, 0] if y.dim() == 3 else y.view(-1, IDS.shape[1], y.shape[-1])[:, 0]
 
 
 def test_a_run_resumed_above_the_unchanged_layers_is_the_whole_run():
