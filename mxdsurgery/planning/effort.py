@@ -29,7 +29,7 @@ _FEWEST_TOKENS_ALONE, _FEWEST_CONTEXTS_ALONE = 4096, 16
 # at least on so many, or on this share of what is trained on if that is fewer.
 _LOOKING_SHARE, _LEAST_LOOKED_AT, _OF_FEW = 0.15, 1024, 1 / 32
 # What it is compared with is fitted on up to so many times as much text.
-FITTED_PER_SCORED = 4
+FITTED_PER_SCORED = 8
 
 
 @dataclass(frozen=True)

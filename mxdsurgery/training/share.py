@@ -34,8 +34,6 @@ LOOKS = (0.08, 0.16, 0.3, 0.5, 0.65, 0.8, 0.9, 0.96)
 _LEAST, _MOST, _GROWTH, _GROWS_FROM = 0.3, 1.0, 9.0, 0.1
 # A layer falls behind if more than this is missing of the share that is asked for.
 _BEHIND = 0.02
-# On other text the share differs a little: the target is aimed at from above.
-_MARGIN = 0.02
 # Of the loss's share, that of cross-entropy is about the square; a layer's own power is within these limits.
 _POWER, _POWERS = 2.0, (0.5, 8.0)
 # Shares of which a logarithm is taken are within these limits.
@@ -70,7 +68,7 @@ class ShareControl:
     """
 
     def __init__(self, target: float, d_model: int, steps: int, device: torch.device) -> None:
-        self.target, self.steps = min(target + _MARGIN, _SHARES[1]), steps
+        self.target, self.steps = min(target, _SHARES[1]), steps
         self.asked = self.target ** (1 / _POWER)
         self.weight = torch.tensor(_LEAST, device=device)
         # Running means of the loss, of the loss of an output of zero, and of the loss with a few experts.
