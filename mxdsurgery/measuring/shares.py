@@ -1,9 +1,9 @@
 """What the experts of layers carry while they train, each alone, measured again and again on the same text; and in the end.
 
-An evaluation says it in cross-entropy, on much text. Here it is said in KL from the original's predictions. Where these are right
-about the text that is the same, else some hundredths more; and on little text it is known up to four times as well, as which
-token happened to follow does not count. What the layers are compared with is fitted on more text than is scored: a few experts would else suit
-just the tokens that they are scored on.
+An evaluation says it in cross-entropy, on much text. Here it is said in KL from the original's predictions. Where these are
+right about the text that is the same, else some hundredths more; and on little text it is known up to four times as well, as
+which token happened to follow does not count. What the layers are compared with is fitted on more text than is scored: a few
+experts would else suit just the tokens that they are scored on.
 
 Shapes: S contexts, B of them at a time, T tokens, D model width.
 """

@@ -6,8 +6,8 @@ are frozen at a constant (`expert_share`) and against a few experts, the same fo
 
 In each step, the share is known in the units of the distillation loss: how much of the way from an output of zero to the
 layer's own is lost with a few experts. What users ask for, and what `evaluate` measures, is the same share of cross-entropy.
-It falls faster than the share of the loss, in each layer at its own rate; so it is measured a few times on the way, on text
-of its own, and the layer learns by which power of one it has to ask for the other.
+It falls faster than the share of the loss, in each layer at its own rate; so it is measured a few times on the way, on text of
+its own (in KL: `measuring.shares`), and the layer learns by which power of one it has to ask for the other.
 
 The penalty is small until the layer has learned what its block does; then it grows in layers that fall behind. Where the
 experts carry enough nothing is added: a layer is not brought down to the target. docs/tried.md has other ways that were tried.
@@ -119,7 +119,7 @@ class ShareControl:
         return (few - loss) / max(zero - loss, 1e-30)
 
     def learn(self, share: float) -> None:
-        """Asks for more or less of the loss, now that the share of cross-entropy was measured.
+        """Asks for more or less of the loss, now that the share in the model's predictions was measured.
 
         By the power that the two shares show; where nearly all of the loss is lost already, of which a power says little, at
         least as if from there on it were `_POWER`.
