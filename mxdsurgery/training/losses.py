@@ -108,7 +108,8 @@ def few_experts(scale: Tensor, target: Tensor, weights: Tensor, few: Tensor, sha
     pairs = (amounts[:, :, None] * amounts[:, None, :]).flatten(1)
     normal = sum_of_all((weights * square).T @ pairs, shares).unflatten(1, (r, r))
     nearer = _solved(normal, sum_of_all((weights * scale * target).T @ amounts, shares))
-    nearer /= nearer.norm(dim=0).clamp_min(1e-30)
+    sizes = nearer.norm(dim=0)
+    nearer = torch.where(sizes > 0, nearer / sizes, few)  # while the dense path is 0, as it starts, they say nothing yet
     root, _ = torch.linalg.cholesky_ex(nearer.T @ nearer + _RIDGE * torch.eye(r, device=few.device))
     nearer = torch.linalg.solve_triangular(root.T, nearer, upper=True, left=False)
     return amounts @ few.T, torch.where(nearer.isfinite().all(), nearer, few)
