@@ -1,5 +1,6 @@
 """How a prediction compares with the original's, position by position: cross-entropy, KL and agreement."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,37 +32,27 @@ def known_predictions(logits: Tensor) -> Known:
     return Known(log_p, log_p.exp(), likeliest(logits))
 
 
-def next_token_scores(logits: Tensor, known: Known, following: Tensor) -> Tensor:
+def next_token_scores(logits: Tensor, known: Known, following: Tensor, scores: Sequence[str] = SCORES) -> Tensor:
     """Cross-entropy, KL(original ‖ logits) and top-1 agreement at n positions, in nats, from one pass over the logits.
 
     Args:
         logits: (n, V).
         known: what the original predicts there.
         following: (n,), the tokens that follow.
+        scores: which of `SCORES`; each is the same to the bit, whichever others are asked for.
 
     Returns:
-        (3, n) fp32, by `SCORES`.
+        (number of scores, n) fp32.
     """
     logits = logits.float()
-    log_q = F.log_softmax(logits, dim=-1)
-    ce = -log_q.gather(1, following[:, None])[:, 0]
-    agree = (likeliest(logits) == known.likeliest).float()
-    return torch.stack([ce, _divergence(log_q, known), agree])
-
-
-def cross_entropy(logits: Tensor, following: Tensor) -> Tensor:
-    """The first of `next_token_scores` alone, to the bit: logits (n, V), following (n,) -> (n,) fp32."""
-    return -F.log_softmax(logits.float(), dim=-1).gather(1, following[:, None])[:, 0]
-
-
-def divergence(logits: Tensor, known: Known) -> Tensor:
-    """The second of `next_token_scores` alone, to the bit: logits (n, V) -> (n,) fp32."""
-    return _divergence(F.log_softmax(logits.float(), dim=-1), known)
-
-
-def _divergence(log_q: Tensor, known: Known) -> Tensor:
-    """KL(known ‖ q) from log q (n, V), which is lost: allocating memory costs more than the sums. (n,) fp32."""
-    return log_q.neg_().add_(known.log_p).mul_(known.p).sum(-1)
+    log_q, found = F.log_softmax(logits, dim=-1), {}
+    if "ce" in scores:
+        found["ce"] = -log_q.gather(1, following[:, None])[:, 0]
+    if "agree" in scores:
+        found["agree"] = (likeliest(logits) == known.likeliest).float()
+    if "kl" in scores:  # last, in place: allocating memory costs more than the sums
+        found["kl"] = log_q.neg_().add_(known.log_p).mul_(known.p).sum(-1)
+    return torch.stack([found[score] for score in scores])
 
 
 def likeliest(logits: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.base.model import check_fits
 from mxdsurgery.base.offload import execution_device
 from mxdsurgery.base.running import hidden_states
+from mxdsurgery.base.scores import SCORES
 from mxdsurgery.base.surgery import ConstantOutput, FirstKept, FrozenExperts, modules_replaced, replaced, resumed_at
 from mxdsurgery.errors import DataError
 from mxdsurgery.hardware.device import widest
@@ -310,7 +311,7 @@ class _Work:
                 for key, table in tables.items()
                 for name in self.variants[key]
             )
-            for name, sums in prediction_sums(self.of.model, ids, original.hidden, runs, only=_of_compared):
+            for name, sums in prediction_sums(self.of.model, ids, original.hidden, runs, wanted=_wanted):
                 if name == "original":
                     for table in tables.values():
                         table.add("original", sums)
@@ -362,9 +363,9 @@ class _Work:
         return hidden
 
 
-def _of_compared(name: tuple[int | str, str]) -> str | None:
-    """The one score that says all of a run which is there to compare the new layers with."""
-    return None if name[1].startswith("converted") else "ce"
+def _wanted(name: tuple[int | str, str]) -> Sequence[str]:
+    """The scores of a run: of one that is there to compare the new layers with, cross-entropy says all."""
+    return SCORES if name[1].startswith("converted") else ("ce",)
 
 
 def _spread(contexts: int, fewer: int) -> Tensor:

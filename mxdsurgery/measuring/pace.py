@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from mxdsurgery.base.blocks import Block
 from mxdsurgery.base.decoder import decoder_layers
 from mxdsurgery.base.running import hidden_states
+from mxdsurgery.base.scores import SCORES
 from mxdsurgery.base.surgery import replaced
 from mxdsurgery.hardware.device import synchronise
 from mxdsurgery.measuring.scoring import prediction_sums
@@ -27,10 +28,9 @@ def measured_rates(model: PreTrainedModel, blocks: Sequence[Block], layers: dict
         return (time.perf_counter() - start) / len(ids), result
 
     def predicted(part: slice) -> dict:
-        others = [("itself", hidden[part]), ("briefly", hidden[part])]
-        return dict(
-            prediction_sums(model, ids[part], hidden[part], others, only=lambda name: "ce" if name == "briefly" else None)
-        )
+        others = [("whole", hidden[part]), ("brief", hidden[part])]
+        wanted = {"whole": SCORES, "brief": ("ce",)}
+        return dict(prediction_sums(model, ids[part], hidden[part], others, wanted.get))
 
     hidden_states(model, ids[:1])  # warms up: a first run takes longer
     body, hidden = timed(lambda: hidden_states(model, ids))

@@ -15,7 +15,7 @@ from mxdsurgery.base.activations import recording
 from mxdsurgery.base.blocks import Block
 from mxdsurgery.base.decoder import decoder_layers, vocabulary_size
 from mxdsurgery.base.running import hidden_states, hooked, predict
-from mxdsurgery.base.scores import SCORES, Known, cross_entropy, divergence, known_predictions, next_token_scores
+from mxdsurgery.base.scores import SCORES, known_predictions, next_token_scores
 from mxdsurgery.layers.sparse import chunk_bytes
 from mxdsurgery.measuring.intervals import Sums, sum_sequences
 from mxdsurgery.training.cost import HELD_BYTES
@@ -48,7 +48,7 @@ def prediction_sums(
     ids: Tensor,
     original: Tensor,
     others: Iterable[tuple[Hashable, Tensor]],
-    only: Callable[[Hashable], str | None] = lambda _name: None,
+    wanted: Callable[[Hashable], Sequence[str]] = lambda _name: SCORES,
 ) -> Iterator[tuple[Hashable, Sums]]:
     """Compares what hidden states predict with the original's: ``original`` with its cross-entropy, then the others by name.
 
@@ -57,7 +57,7 @@ def prediction_sums(
         ids: (B, T).
         original: hidden states before the head, (B, T, D).
         others: by name, the same of other runs; they may be made when they are asked for.
-        only: the one score, ``ce`` or ``kl``, that is enough of another, by its name; None: all are wanted.
+        wanted: which of `SCORES` are wanted of another, by its name; default: all.
 
     Yields:
         A name, and sums over the scored positions of each context; see `next_token_scores`.
@@ -71,20 +71,12 @@ def prediction_sums(
             known = known_predictions(predict(model, known_states[rows]))
             ce.append(known.cross_entropy(following[rows]))
             for name, states in group.items():
-                scores[name].append(_scores(predict(model, states[rows]), known, following[rows], only(name)))
+                scores[name].append(next_token_scores(predict(model, states[rows]), known, following[rows], wanted(name)))
         if number == 0:
             yield "original", {"ce": sum_sequences(torch.cat(ce), len(ids))}
         for name, found in scores.items():
-            figures = SCORES if only(name) is None else (only(name),)
-            sums = zip(figures, torch.cat(found, dim=1), strict=True)
+            sums = zip(wanted(name), torch.cat(found, dim=1), strict=True)
             yield name, {figure: sum_sequences(values, len(ids)) for figure, values in sums}
-
-
-def _scores(logits: Tensor, known: Known, following: Tensor, only: str | None) -> Tensor:
-    """All scores of logits (n, V), or one of them: (3 or 1, n)."""
-    if only is None:
-        return next_token_scores(logits, known, following)
-    return (cross_entropy(logits, following) if only == "ce" else divergence(logits, known))[None]
 
 
 def _scored(hidden: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import batches, busy_layer, tiny_model, train
 
+from mxdsurgery.base.scores import SCORES
 from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.measuring import scoring
 from mxdsurgery.measuring.fidelity import measure
@@ -47,7 +48,7 @@ def test_an_evaluation_runs_a_layer_once_for_its_variants_and_its_figures_stay_t
 
     figures, fewer = measured()
     monkeypatch.setattr("mxdsurgery.measuring.fidelity.remembering", lambda _: nullcontext())
-    monkeypatch.setattr("mxdsurgery.measuring.fidelity._of_compared", lambda _: None)
+    monkeypatch.setattr("mxdsurgery.measuring.fidelity._wanted", lambda _: SCORES)
     same, more = measured()
     assert figures == same
     first, second = layers
@@ -59,8 +60,7 @@ def test_one_score_alone_is_that_of_all_to_the_bit():
     model, ids = tiny_model("llama"), next(batches(seed=5))
     hidden = torch.randn(3, *ids.shape, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     others = [("whole", hidden[1]), ("ce", hidden[1]), ("kl", hidden[1]), ("more", hidden[2])]
-    only = {"ce": "ce", "kl": "kl"}.get
-    found = dict(scoring.prediction_sums(model, ids, hidden[0], others, only=only))
+    found = dict(scoring.prediction_sums(model, ids, hidden[0], others, lambda name: (name,) if name in SCORES else SCORES))
     assert list(found["whole"]) == list(found["more"]) == ["ce", "kl", "agree"]
     for score in ("ce", "kl"):
         assert list(found[score]) == [score] and found[score][score].equal(found["whole"][score])
