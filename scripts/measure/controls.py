@@ -163,7 +163,7 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
     axes.set_ylabel("ΔCE, nats per token")
     axes.set_title(f"{FRONT[0]}, layer {mine[0]['layer']}, K = {K}, {compact(TOKENS)} tokens", fontsize=10)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.08, 0.93))
     return drawn
 
 

@@ -131,20 +131,19 @@ def entry(row: dict[str, Any]) -> str:
 def introduction(rows: list[dict[str, Any]]) -> str:
     """What the page shows, and how many layers have what was asked for."""
     layers = [row for row in rows if row["way"] == "now" and "layer" in row]
-    near = [row for row in layers if carried(row) >= EXPERT_SHARE - NEAR]
+    enough = [row for row in layers if carried(row) >= EXPERT_SHARE - NEAR]
+    near = [row for row in enough if carried(row) <= EXPERT_SHARE + NEAR]
     return f"""# What a default conversion gives
 
 Printed by `python scripts/measure/defaults.py page > docs/defaults.md` from what `... measure --shared ../shared` measured
 ({read_json(SETTINGS)["machine"]}). *now*: `mxdsurgery convert MODEL --layers all`, with the recipe that the
 model gets, {compact(TOKENS)} tokens; *before*: the same with the former defaults,
-`{flags(FIXED)[1:]}`; *healed*: the first, after `mxdsurgery heal` on {compact(HEALING_TOKENS)} tokens. They
-were measured before steps of 256 tokens were the default, with `--batch 1024 --lr 1e-3`: [tried.md](tried.md) has what smaller
-steps give.
+`{flags(FIXED)[1:]}`; *healed*: the first, after `mxdsurgery heal` on {compact(HEALING_TOKENS)} tokens.
 
 By default the experts of a layer are asked to carry {EXPERT_SHARE:g} of what it is worth; the least of *expert share*
 (held against experts frozen at a constant) and *a few* (against a few experts, the same for every token) counts.
-{len(near)} of the {len(layers)} layers here have it, to {NEAR:g}, on held-out text. In brackets: 95 % intervals.
-[controls.md](controls.md) says what the shares mean."""
+{len(near)} of the {len(layers)} layers here have it, to {NEAR:g}, on held-out text, and {len(enough) - len(near)} have more.
+In brackets: 95 % intervals. [controls.md](controls.md) says what the shares mean."""
 
 
 if __name__ == "__main__":
