@@ -1,9 +1,9 @@
 """What the experts of layers carry while they train, each alone, measured again and again on the same text; and in the end.
 
-An evaluation says it in cross-entropy, on much text. Here a share is measured in KL from the original's predictions: on little
-text that is known up to four times as well, as which token happened to follow does not count. Where predictions are wrong about
-the text it is some hundredths larger. A mean ratio makes up for that, one for all layers: a layer learns the same whichever
-others are in training.
+An evaluation says it in cross-entropy, on much text. Here a share is measured in KL from the original's predictions: on
+little text that is known up to four times as well, as which token happened to follow does not count. Where predictions are
+wrong about the text it is some hundredths larger. A mean ratio makes up for that, one for all layers: a layer learns the
+same whichever others are in training.
 
 What the layers are compared with is fitted on more text than is scored: a few experts would else suit just the tokens that
 they are scored on.
