@@ -18,7 +18,7 @@ from mxdsurgery.base.dtypes import cast, rounded, stored_in
 from mxdsurgery.base.offload import execution_device, on_disk, weights_of
 from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.measuring.shares import Shares
-from mxdsurgery.planning.effort import FITTED_PER_SCORED
+from mxdsurgery.planning.effort import fitted_per_scored
 from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.journal import Journal
@@ -276,7 +276,7 @@ class _Work:
         if not self.look_tokens or len(self.validation) == 0:
             return None
         scored = min(max(1, self.look_tokens // recipe.context), len(self.validation))
-        fitted = min(FITTED_PER_SCORED, len(self.validation) // scored)
+        fitted = min(fitted_per_scored(recipe.tokens, self.look_tokens), len(self.validation) // scored)
         contexts = self.validation[:: len(self.validation) // (scored * fitted)][: scored * fitted]
         measured = Shares(self.base, contexts, recipe.batch, fitted)
 

@@ -30,7 +30,15 @@ from mxdsurgery.hardware.randomness import OwnNumbers
 from mxdsurgery.hardware.timing import best_seconds
 from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.layers.sparse import chunk_bytes
-from mxdsurgery.planning.effort import EVALUATION_SHARE, Alone, Rates, evaluation_runs, looking_runs, solving_seconds
+from mxdsurgery.planning.effort import (
+    EVALUATION_SHARE,
+    Alone,
+    Rates,
+    evaluation_runs,
+    fitted_per_scored,
+    looking_runs,
+    solving_seconds,
+)
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.training.accelerator import choose_kernels, make_accelerator
 from mxdsurgery.training.cost import (
@@ -159,7 +167,8 @@ class Calibration:
             return 0.0
         rates = self.rates(largest_layer(layers), base, max(block.layer for block in blocks), recipe.batch // recipe.context)
         contexts = len(LOOKS) * max(1, tokens // recipe.context)
-        return contexts * rates.seconds(looking_runs(blocks, len(base.layer_parameters)))
+        fitted = fitted_per_scored(recipe.tokens, tokens)
+        return contexts * rates.seconds(looking_runs(blocks, len(base.layer_parameters), fitted))
 
     def export_seconds(self, checkpoint_bytes: int) -> float:
         """Seconds to write a checkpoint and to load it twice in a new process: as a model, and as a language model."""

@@ -28,8 +28,8 @@ _FEWEST_TOKENS_ALONE, _FEWEST_CONTEXTS_ALONE = 4096, 16
 # What the experts carry is measured, while they learn, on so many tokens that it takes this share of the training's work; but
 # at least on so many, or on this share of what is trained on if that is fewer.
 _LOOKING_SHARE, _LEAST_LOOKED_AT, _OF_FEW = 0.15, 1024, 1 / 32
-# What it is compared with is fitted on up to so many times as much text.
-FITTED_PER_SCORED = 8
+# What it is compared with is fitted on up to so many times as much text, and on at most the same share of what is trained on.
+_FITTED_PER_SCORED = 8
 
 
 @dataclass(frozen=True)
@@ -161,16 +161,26 @@ def evaluation_runs(
     return together, alone
 
 
-def looking_runs(blocks: Sequence[Block], n_layers: int) -> Runs:
+def fitted_per_scored(tokens: int, scored: int) -> int:
+    """Contexts that what is compared is fitted on, per one that is scored: with so many tokens to train on, and scored."""
+    return max(1, min(_FITTED_PER_SCORED, int(_OF_FEW * tokens / scored)))
+
+
+def looking_runs(blocks: Sequence[Block], n_layers: int, fitted: int = _FITTED_PER_SCORED) -> Runs:
     """The runs for a context on which it is measured what the experts of layers in training carry, each layer alone.
 
     The original runs to its last block, and each layer once, on each context that is fitted on; the original to its end, and
     from its own decoder layer on each layer, and what its experts are compared with, on the one that is scored.
+
+    Args:
+        blocks: that the layers replace.
+        n_layers: decoder layers of the model.
+        fitted: contexts that are fitted on, per one that is scored.
     """
     layers, variants = [block.layer for block in blocks], 1 + len(SHARES)
     return Runs(
-        decoder_layers=FITTED_PER_SCORED * (max(layers) + 1) + n_layers + variants * sum(n_layers - layer for layer in layers),
-        new_layers=(FITTED_PER_SCORED + variants) * len(layers),
+        decoder_layers=fitted * (max(layers) + 1) + n_layers + variants * sum(n_layers - layer for layer in layers),
+        new_layers=(fitted + variants) * len(layers),
         heads=1 + variants * len(layers),
     )
 

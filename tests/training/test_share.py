@@ -13,7 +13,7 @@ from mxdsurgery.base.finding import find_blocks
 from mxdsurgery.errors import MxDWarning, RecipeError
 from mxdsurgery.measuring.fidelity import measure
 from mxdsurgery.measuring.shares import Shares, warn_of_shortfalls
-from mxdsurgery.planning.effort import FITTED_PER_SCORED, looking_runs
+from mxdsurgery.planning.effort import fitted_per_scored, looking_runs
 from mxdsurgery.planning.plan import plan_layer
 from mxdsurgery.recipe import EXPERT_SHARE, SPECIALISE, Recipe
 from mxdsurgery.training.distill import Progress, distill
@@ -200,7 +200,7 @@ def test_the_plan_counts_the_runs_of_a_look():
     model = tiny_model("llama")
     layers, _, blocks = train(model, RECIPE, steps=1)
     plans = {plan_layer(block, RECIPE): layers[block.layer].eval() for block in blocks}
-    looks, ran = Shares(model, spoken(model, 2 * FITTED_PER_SCORED), batch=32, fitted=FITTED_PER_SCORED), []
+    looks, ran = Shares(model, spoken(model, 2 * 8), batch=32, fitted=8), []
     looks(plans)
     hooks = [x.self_attn.register_forward_hook(lambda *_: ran.append("decoder layer")) for x in model.model.layers]
     hooks += [layer.gate.register_forward_hook(_of_contexts(ran)) for layer in plans.values()]
@@ -208,7 +208,8 @@ def test_the_plan_counts_the_runs_of_a_look():
     looks(plans)
     for hook in hooks:
         hook.remove()
-    expected = looking_runs(blocks, 2)
+    assert [fitted_per_scored(tokens, 1024) for tokens in (10_000, 100_000, 300_000, 2_000_000)] == [1, 3, 8, 8]
+    expected = looking_runs(blocks, 2, fitted=8)
     assert [ran.count(what) for what in ("decoder layer", "head")] == [expected.decoder_layers, expected.heads]
     # With experts frozen, nothing is chosen.
     assert ran.count("new layer") == expected.new_layers - len(blocks)
