@@ -159,10 +159,7 @@ class Measurement:
             whole, subsets["all"] = "all", list(self.blocks)
         retrained = _retrained(self, used, progress)
         stand_ins = _stand_ins(self, outputs, used, retrained)
-        variants = {
-            key: {n: {b.layer: of[b.layer] for b in some} for n, of in stand_ins.items()} for key, some in subsets.items()
-        }
-        work = _Work(self, subsets, variants, outputs, progress)
+        work = _Work(self, subsets, stand_ins, list(retrained.values()), outputs, progress)
         scored, (contexts, length) = scored_predictions(self.input_ids), self.input_ids.shape
         columns = work.columns([whole], torch.arange(contexts))
         columns |= work.columns([key for key in subsets if key != whole], _spread(contexts, self.contexts_alone))
@@ -283,7 +280,8 @@ class _Work:
 
     of: Measurement
     subsets: dict[int | str, list[Block]]
-    variants: dict[int | str, dict[str, dict[int, nn.Module]]]
+    stand_ins: dict[str, dict[int, nn.Module]]  # by variant and layer
+    retrained: list[controls.RetrainedDensePath]  # those among them
     outputs: dict[int, Tensor]
     progress: Passes
     memory: ExitStack = field(default_factory=ExitStack)
@@ -309,7 +307,7 @@ class _Work:
             runs = (
                 ((key, name), self._run(key, name, ids, original, table))
                 for key, table in tables.items()
-                for name in self.variants[key]
+                for name in self.stand_ins
             )
             for name, sums in prediction_sums(self.of.model, ids, original.hidden, runs, wanted=_wanted):
                 if name == "original":
@@ -320,24 +318,22 @@ class _Work:
 
     def _keep_first(self, original: Original) -> None:
         """Tells ablated blocks what the original gives at position 0."""
-        for names in self.variants.values():
-            for name in _ABLATED:
-                for layer, module in names[name].items():
-                    module.first = original.y[layer][:, :1]
+        for name in _ABLATED:
+            for layer, module in self.stand_ins[name].items():
+                module.first = original.y[layer][:, :1]
 
     def _batches(self, contexts: Tensor) -> Iterator[Tensor]:
         """The contexts in batches, each from one half of the text, for which the retrained layers are told so."""
         of_half = controls.quarters(len(self.of.input_ids))[contexts] // 2
-        variants = [one for names in self.variants.values() for of in names.values() for one in of.values()]
-        retrained = [m for one in variants for m in one.modules() if isinstance(m, controls.RetrainedDensePath)]
         for half in range(2):
-            for module in retrained:
+            for module in self.retrained:
                 module.half = half
             yield from self.of.batches(contexts[of_half == half])
 
     def _run(self, key: int | str, name: str, ids: Tensor, original: Original, table: Table) -> Tensor:
         """One variant's hidden states; the errors of its blocks' outputs go into the table."""
-        of, subset, modules = self.of, self.subsets[key], self.variants[key][name]
+        of, subset = self.of, self.subsets[key]
+        modules = {block.layer: self.stand_ins[name][block.layer] for block in subset}
         ablated = name in _ABLATED
         maps = of.maps if key == "all" and not ablated else {}
         start = min(block.layer for block in subset)

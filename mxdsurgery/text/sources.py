@@ -326,7 +326,7 @@ class TextStream:
         rows = list(itertools.islice(self.contexts(), wanted * _SPREAD))
         least = min(1, len(rows) - 1)
         taken = min(wanted, max(least, len(rows) // _VALIDATION_SHARE))
-        return torch.stack(rows)[torch.arange(taken) * len(rows) // max(1, taken)]
+        return _evenly(rows, taken)
 
     def spread(self, tokens: int, short: bool = False, asked: bool = False) -> Tensor:
         """As `first`, but evenly spread over the first ``_SPREAD`` times as much text: several documents, not one.
@@ -342,8 +342,12 @@ class TextStream:
             held = f"{sum(len(row) for row in rows):,} in contexts of {len(rows[0])}"
             words = f"{tokens:,} tokens of {self.spec!r} were asked for, and it holds {held}: figures rest on these"
             warn_once(("fewer", self.spec, tokens), words)
-        wanted = min(wanted, len(rows))
-        return torch.stack([rows[index * len(rows) // wanted] for index in range(wanted)])
+        return _evenly(rows, min(wanted, len(rows)))
+
+
+def _evenly(rows: list[Tensor], count: int) -> Tensor:
+    """So many of the contexts (T,), evenly spread over them: (count, T)."""
+    return torch.stack(rows)[torch.arange(count) * len(rows) // max(1, count)]
 
 
 def check_validation(validation: Tensor, train: TextStream) -> None:

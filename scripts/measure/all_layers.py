@@ -8,6 +8,7 @@ the page needs is kept in docs/all-layers/; `collect --runs DIR` writes it anew.
 scripts/measure/bench_memory.py, whose lines are docs/all-layers/memory.jsonl.
 """
 
+import math
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ import click
 import material
 from continuations import NEW_TOKENS, STORY_PROMPTS, continuations
 from material import STORIES, runs_option, shared_option
-from pages import DOCS, machine, read_json, read_lines, table, unused, without_lists
+from pages import DOCS, carried, machine, read_json, read_lines, table, unused, without_lists
 
 import mxdsurgery
 from mxdsurgery.base.selection import write_layers
@@ -28,7 +29,6 @@ from mxdsurgery.keys import parse_count
 from mxdsurgery.measuring.growth import PARTS, growth, growth_legend
 from mxdsurgery.terminal.console import ConsoleReporter, compact, size
 from mxdsurgery.terminal.figures import with_range
-from mxdsurgery.training.share import SHARES
 
 KEPT = DOCS / "all-layers"
 
@@ -160,8 +160,8 @@ def row_of(subject: Subject, way: Way, runs: Path) -> dict[str, Any]:
 
 def least_share(layers: list[dict[str, Any]]) -> float | None:
     """Of the shares that layers' experts carry each alone, the least; None if one is no number."""
-    shares = [layer.get(name) for layer in layers for name in SHARES]
-    return None if None in shares else min(shares)
+    least = min(map(carried, layers))
+    return least if math.isfinite(least) else None
 
 
 def collected(runs: Path) -> None:
@@ -192,7 +192,7 @@ def runs_section(rows: list[dict[str, Any]]) -> Iterator[str]:
             "way | ΔCE | KL | same top-1 | least share of a layer | unused | tokens | minutes",
             (
                 f"{_label(row['kind'], row['way'])} | {with_range(row, 'delta_ce', '+.4f')} | {row['kl']:.4f} "
-                f"| {row['top1_agreement']:.1%} | {_share(row)} | {unused(row)} "
+                f"| {row['top1_agreement']:.1%} | {with_range(row, 'least_share', '.2f')} | {unused(row)} "
                 f"| {compact(row['tokens'])} | {row['seconds'] / 60:.1f}"
                 for row in sorted(mine, key=lambda row: order[row["kind"], row["way"]])
             ),
@@ -202,10 +202,6 @@ def runs_section(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def _label(kind: str, way: str) -> str:
     return f"`{way}`" if kind == "mxd" else f"{kind}s `{way}`"
-
-
-def _share(row: dict[str, Any]) -> str:
-    return "n/a" if row["least_share"] is None else f"{row['least_share']:.2f}"
 
 
 def curve_section(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -218,7 +214,8 @@ def curve_section(rows: list[dict[str, Any]]) -> Iterator[str]:
         shown = [row for row in mine if row["way"] in {"original", BEST, *(way.name for way in CURVE_WAYS)}]
         lines += [
             f"{subject.model} | {compact(row['healing_tokens'])} | {with_range(row, 'delta_ce', '+.4f')} "
-            f"| {row['kl']:.4f} | {row['top1_agreement']:.1%} | {_share(row)} | {row['seconds'] / 60:.1f}"
+            f"| {row['kl']:.4f} | {row['top1_agreement']:.1%} | {with_range(row, 'least_share', '.2f')} "
+            f"| {row['seconds'] / 60:.1f}"
             for row in sorted(shown, key=lambda row: row["healing_tokens"])
         ]
     yield table("model | tokens of healing | ΔCE | KL | same top-1 | least share of a layer | minutes, all", lines)

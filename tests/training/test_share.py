@@ -9,10 +9,12 @@ from accelerate import Accelerator
 from tiny import RECIPE as FORMER
 from tiny import batches, fed, tiny_model, train
 
+from mxdsurgery.base.activations import record_activations
 from mxdsurgery.base.finding import find_blocks
+from mxdsurgery.base.surgery import replaced
 from mxdsurgery.errors import MxDWarning, RecipeError
 from mxdsurgery.measuring.fidelity import measure
-from mxdsurgery.measuring.shares import Shares, warn_of_shortfalls
+from mxdsurgery.measuring.shares import _RATIO, Shares, warn_of_shortfalls
 from mxdsurgery.planning.effort import fitted_per_scored, looking_runs
 from mxdsurgery.planning.plan import plan_layer
 from mxdsurgery.recipe import EXPERT_SHARE, SPECIALISE, Recipe
@@ -130,13 +132,38 @@ def test_the_measured_shares_are_those_of_the_evaluation(dtype):
     before = {name: tensor.clone() for name, tensor in model.to(dtype).state_dict().items()}
     looks, of_fewer = Shares(model, ids, batch=256), Shares(model, ids, batch=256, fitted=4)
     found, found_by_fewer = looks(plans), of_fewer(plans)
-    again = looks(plans)
-    assert found == again  # now without running the model without the blocks
+    assert found == looks(plans)  # now without running the model without the blocks
     for plan, entry in zip(plans, expected, strict=True):
         assert set(found[plan]) == set(SHARES)
         assert found[plan] == pytest.approx({name: entry[name] for name in SHARES}, abs=0.05)
         assert found_by_fewer[plan] == pytest.approx(found[plan], abs=0.05)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_look_takes_the_shares_of_kl_that_whole_logits_have():
+    model = sure_of_itself()
+    ids = spoken(model, 16)
+    layers, _, blocks = train(model, dataclasses.replace(RECIPE, init="encoder", expert_share=0.0), steps=30)
+    plans = {plan_layer(block, RECIPE): layers[block.layer].eval() for block in blocks}
+    looks = Shares(model, ids, batch=64, fitted=2)
+    found, stand_ins = looks(plans), Shares(model, ids, batch=64, fitted=2)._stand_ins(plans, blocks)
+    scored = ids[::2]
+
+    @torch.no_grad()
+    def kl(plan, name):
+        module = stand_ins[plan][name]
+        if name == "zero":
+            module.first = record_activations(model, [plan.block], scored)[plan.block.layer].y[:, :1]
+        log_p = model(input_ids=scored).logits[:, 1:-1].double().log_softmax(-1)
+        with replaced(model, [plan.block], {plan.block.layer: module}):
+            log_q = model(input_ids=scored).logits[:, 1:-1].double().log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum().item()
+
+    for plan, shares in found.items():
+        own, zero = kl(plan, "converted"), kl(plan, "zero")
+        for name, share in shares.items():
+            assert share == pytest.approx(_RATIO * (kl(plan, name) - own) / (zero - own), abs=1e-4)
+    assert all(set(shares) == set(SHARES) for shares in found.values())
 
 
 def test_layers_are_trained_to_the_share_that_is_asked_for():
