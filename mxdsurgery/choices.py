@@ -23,7 +23,7 @@ HEAL_CHOICES = {
     "format": RECIPE_KEYS["format"].choices,
 }
 # The peak learning rate, as a share of that of the conversion: a higher one spoils a good start before it heals.
-LR_FACTOR = 0.25
+LR_FACTOR = 0.5
 # The weight of the penalty on frozen experts, as a multiple of the recipe's: with less, the experts' share falls with the KL.
 SPECIALISE_FACTOR = 10.0
 # The weight of each layer's own distance from its block's output, beside the KL's 1.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mxdsurgery.arguments import given_number
 from mxdsurgery.choices import HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
 from mxdsurgery.errors import HealError
-from mxdsurgery.recipe import CHECKPOINT_KEYS, SPECIALISE, Recipe
+from mxdsurgery.recipe import CHECKPOINT_KEYS, Recipe
 
 # Share of the steps until the learning rate peaks; from there it falls. Adam's first steps move all weights equally far, good
 # or not.
@@ -26,8 +26,8 @@ class Healing:
         batch: tokens per optimiser step; default: the recipe's.
         accumulate: forward and backward passes that a step is split into.
         checkpointing: compute the inside of each decoder layer twice, and keep less in memory.
-        specialise: weight of the penalty on what frozen experts could do; default: ``SPECIALISE_FACTOR`` times the recipe's,
-            or times `recipe.SPECIALISE` where that asks for a share.
+        specialise: weight of the penalty on what frozen experts could do; default: ``SPECIALISE_FACTOR`` times the recipe's.
+            Where that asks for a share, no such penalty: what the experts of each layer carry is held at what it is.
         local: weight of each layer's own distance from its block's output; default: ``LOCAL``, or 0 with a cached teacher.
         patience: stop after so many validations in a row without a new best, in the second half of the steps; there are 10
             in all.
@@ -79,6 +79,10 @@ class Healing:
                 fix="--local 0, or --teacher model",
             )
 
+    def keeps_shares(self, saved: Recipe) -> bool:
+        """Whether what the experts carry is held at what it is: they were trained for a share, and no other penalty is asked for."""
+        return self.specialise is None and saved.share_target is not None
+
     @property
     def adapts(self) -> bool:
         """Whether there are adapters."""
@@ -94,6 +98,6 @@ class Healing:
         given = {name: getattr(self, name) for name in names}
         defaults = {"lr": LR_FACTOR * saved.lr, "seed": (saved.seed + 1) % 2**32}
         defaults |= {"warmup": WARMUP, "decay": 1.0 - WARMUP, "parallel": "data"}
-        weight = SPECIALISE if saved.share_target else saved.penalty
-        defaults |= {"specialise": min(10.0, SPECIALISE_FACTOR * weight), "expert_share": None}
+        weight = 0.0 if self.keeps_shares(saved) else SPECIALISE_FACTOR * saved.penalty
+        defaults |= {"specialise": min(10.0, weight), "expert_share": None}
         return dataclasses.replace(saved, **defaults | {name: value for name, value in given.items() if value is not None})

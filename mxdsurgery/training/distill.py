@@ -27,7 +27,7 @@ from mxdsurgery.runs.run_folder import UNKEPT, Keeper
 from mxdsurgery.training.accelerator import selects_in_bf16
 from mxdsurgery.training.cost import LayerPlan, first_k
 from mxdsurgery.training.losses import distillation_loss, frozen_gain, token_weights, zero_loss
-from mxdsurgery.training.share import SHARES, ShareControl, SharesOf, look_steps
+from mxdsurgery.training.share import SHARES, ShareControl, ShareKept, SharesOf, look_steps
 from mxdsurgery.training.thresholds import LearnedThresholds
 
 # Losses are looked at every so many steps: looking waits for the device.
@@ -113,10 +113,11 @@ class LayerInTraining:
         self.shares = text_shares(recipe)  # processes that each see a part of a batch
         self.experts: Experts | Transforms | None = getattr(layer, "experts", None)
         self.unit_norm = recipe.unit_norm and self.experts is not None
-        steered = isinstance(layer, MxDLayer)  # elsewhere the experts multiply nothing
-        self.specialise = recipe.penalty if steered else 0.0
-        target = recipe.share_target if steered else None
-        self.share = None if target is None else ShareControl(target, len(layer.bias), steps, layer.bias.device)
+        self.steered = isinstance(layer, MxDLayer)  # elsewhere the experts multiply nothing
+        self.specialise = recipe.penalty if self.steered else 0.0
+        self.share: ShareControl | ShareKept | None = None
+        if self.steered and recipe.share_target is not None:
+            self.share = ShareControl(recipe.share_target, len(layer.bias), steps, layer.bias.device)
         if self.experts is not None:
             layer.gate.selection = torch.bfloat16 if selects_in_bf16(recipe) else None
         jumps = self.experts is not None and layer.gate.sparsity == "jumprelu"

@@ -44,6 +44,7 @@ from mxdsurgery.training.distill import (
     tracked,
 )
 from mxdsurgery.training.losses import distillation_loss, frozen_gain, token_weights, zero_loss
+from mxdsurgery.training.share import ShareKept
 from mxdsurgery.training.teacher import Example, parts
 
 # Losses are looked at every so many steps: looking waits for the device.
@@ -67,6 +68,7 @@ class Settings:
         validations: how many times KL on the validation text is measured, beside once at the start.
         patience: stop after so many validations without a new best, in the second half of the steps: layers that are good at
             the start get worse at first. None: never.
+        keeps_shares: hold what each layer's experts carry at what it is at the start.
     """
 
     local: float = 0.0
@@ -75,6 +77,7 @@ class Settings:
     anneal: bool = False
     validations: int = 10
     patience: int | None = None
+    keeps_shares: bool = False
 
 
 @dataclass
@@ -146,14 +149,8 @@ class _Standing(nn.Module):
         size = zero_loss(y, weights).clamp_min(1e-6)
         loss = distillation_loss(flat, y, weights)
         self.loss = self.local * loss / size
-        if job.specialise > 0:
-            # How much of the layer's present output, not of the block's, frozen experts could give: the layer's input is no
-            # longer the original's.
-            now = flat.detach().float()
-            reached = now - rest.detach().expand_as(y_hat).flatten(0, -2)
-            weights = token_weights(now, job.shares)
-            now_size = zero_loss(now, weights).clamp_min(1e-6)
-            self.loss = self.loss + job.specialise * frozen_gain(scale.flatten(0, -2), reached, weights, job.shares) / now_size
+        if job.specialise > 0 or job.share is not None:
+            self.loss = self.loss + self._without_choice(flat, scale.flatten(0, -2), rest.expand_as(y_hat).flatten(0, -2))
         if self.watched:
             with torch.no_grad():
                 error, power = (flat - y).square().sum(), y.square().sum()
@@ -162,6 +159,18 @@ class _Standing(nn.Module):
                     fired = (a.values > 0).flatten() * self.tokens_seen
                     job.last_fired.scatter_reduce_(0, a.indices.flatten(), fired, "amax")
         return y_hat.to(dtype)
+
+    def _without_choice(self, now: Tensor, scale: Tensor, rest: Tensor) -> Tensor:
+        """The penalty on what experts could do that choose nothing: of the layer's present output, not of its block's, as its
+        input is no longer the original's. All (tokens, D)."""
+        job, now, rest = self.job, now.detach().float(), rest.detach().float()
+        weights, penalty = token_weights(now, job.shares), torch.zeros((), device=now.device)
+        if job.specialise > 0:
+            size = zero_loss(now, weights).clamp_min(1e-6)
+            penalty = penalty + job.specialise * frozen_gain(scale, now - rest, weights, job.shares) / size
+        if job.share is not None:
+            penalty = penalty + job.share.penalty(scale.float(), rest, now, weights, job.shares, again=not self.watched)
+        return penalty
 
 
 def kl_and_gradient(
@@ -286,6 +295,9 @@ class _Trainer:
         self.state, self.adapters, self.shares = state, adapters, text_shares(recipe)
         dead_after = _DEAD_AFTER * state.steps * state.tokens_per_step
         self.jobs = {plan: LayerInTraining(plan.name, layer, recipe, dead_after) for plan, layer in layers.items()}
+        for job in self.jobs.values() if settings.keeps_shares else ():
+            if job.steered:
+                job.share = ShareKept(len(job.layer.bias), job.layer.bias.device)
         self.blocks = [plan.block for plan in layers]
         self.standing = {plan.block.layer: _Standing(job, settings.local) for plan, job in self.jobs.items()}
         self.optimizers = [job.optimizer for job in self.jobs.values()]

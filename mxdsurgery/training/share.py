@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mxdsurgery.runs.parallel import sum_of_all
 from mxdsurgery.training.cost import LayerPlan
-from mxdsurgery.training.losses import distillation_loss, few_experts, how_few
+from mxdsurgery.training.losses import distillation_loss, few_experts, how_few, zero_loss
 
 # What the experts carry.
 SHARES = ("expert_share", "few_experts_share")
@@ -46,6 +46,9 @@ _NEARLY_ALL = 0.8
 _MOST_ASKED, _MOST_AT_ONCE = 3.0, 1.5
 # The running figures of the loss are means over about so many steps.
 _REMEMBERED = 10
+# Where what there is is kept: the penalty's weight; the first few experts are found in so many passes, each of which brings
+# them nearer so many more times; the loss that nothing is divided by less than.
+_KEEPS, _FINDING, _FINDS, _LEAST_LOSS = 0.1, 10, 3, 1e-6
 
 
 def look_steps(steps: int) -> list[int]:
@@ -73,9 +76,7 @@ class ShareControl:
         self.weight = torch.tensor(_LEAST, device=device)
         # Running means of the loss, of the loss of an output of zero, and of the loss with a few experts.
         self.running = torch.zeros(3, device=device)
-        # The few, as columns: the same at the start in every process.
-        start = torch.randn(d_model, how_few(d_model), generator=torch.Generator().manual_seed(0))
-        self.few = torch.linalg.qr(start)[0].to(device)
+        self.few = _first_few(d_model, device)
         self.step = 0
 
     def penalty(
@@ -142,6 +143,81 @@ class ShareControl:
         self.weight.fill_(state[2].item())
         self.running.copy_(state[3:6])
         self.few.copy_(state[6:].view_as(self.few))
+
+
+class ShareKept:
+    """Holds what a layer's experts carry at what it is, while the layer learns something else than its block's output.
+
+    In units of the loss toward the layer's own output as it is now: the loss with a few experts, over that of an output of
+    zero. In the first passes it is measured; from then on, what is missing of it is the penalty.
+
+    Args:
+        d_model: D.
+        device: of the training.
+
+    Attributes:
+        asked: what a few experts have to lose, a scalar on the device; 0 while it is measured.
+        lost: what they lost over the last passes, likewise.
+    """
+
+    def __init__(self, d_model: int, device: torch.device) -> None:
+        self.few = self.used = _first_few(d_model, device)
+        self.asked, self.lost = torch.zeros(2, device=device)
+        self.passes = 0
+
+    def penalty(
+        self, scale: Tensor, rest: Tensor, now: Tensor, weights: Tensor, shares: int = 1, again: bool = False
+    ) -> Tensor:
+        """What is added to the objective of a pass.
+
+        Args:
+            scale: (tokens, D) fp32, what the experts' sum is multiplied with.
+            rest: (tokens, D), what is added; no gradient flows into it.
+            now: (tokens, D), the layer's output; no gradient flows into it.
+            weights: (tokens, 1), the loss's.
+            shares: processes that each have so many tokens of the batch.
+            again: the same pass is computed a second time (gradient checkpointing): it has the same few, and teaches nothing.
+
+        Returns:
+            A scalar, of the whole batch.
+        """
+        rest, now = rest.detach(), now.detach()
+        if not again:
+            self.used = self.few
+        said, nearer = few_experts(scale, now - rest, weights, self.used, shares)
+        few = sum_of_all(distillation_loss(said * scale + rest, now, weights), shares)
+        lost = few / sum_of_all(zero_loss(now, weights), shares).clamp_min(_LEAST_LOSS)
+        if not again:
+            for _ in range(_FINDS if self.passes < _FINDING else 0):
+                _, nearer = few_experts(scale, now - rest, weights, nearer, shares)
+            self._follow(lost.detach(), nearer)
+        return _KEEPS * torch.where(self.lost < self.asked, self.asked - lost, 0.0)
+
+    def _follow(self, lost: Tensor, few: Tensor) -> None:
+        """Remembers what the few lost in a pass, and better ones."""
+        self.few, self.passes = few, self.passes + 1
+        since = self.passes - _FINDING
+        if since > 0:
+            self.lost = self.lost + (lost - self.lost) / min(since, _REMEMBERED)
+        if since == _REMEMBERED:
+            self.asked = self.lost
+
+    def state(self) -> Tensor:
+        """All that it goes on from, float64."""
+        own = torch.stack([torch.tensor(float(self.passes)), self.asked.cpu(), self.lost.cpu()])
+        return torch.cat([own, self.few.cpu().flatten()]).double()
+
+    def restore(self, state: Tensor) -> None:
+        """Goes on from a `state`."""
+        self.passes = int(state[0])
+        self.asked, self.lost = state[1:3].to(self.few)
+        self.few = self.used = state[3:].to(self.few).view_as(self.few)
+
+
+def _first_few(d_model: int, device: torch.device) -> Tensor:
+    """A few experts (D, r) to begin with, as columns: the same in every process."""
+    start = torch.randn(d_model, how_few(d_model), generator=torch.Generator().manual_seed(0))
+    return torch.linalg.qr(start)[0].to(device)
 
 
 def _limited(value: float, limits: tuple[float, float]) -> float:

@@ -22,9 +22,8 @@ STEPS = (
     Step("plan", "", f"mxdsurgery plan {MODEL} --layers all --hours 1.5 {_TEXTS}", last=13),
     Step(
         "convert",
-        "### All layers\n\nInterrupted and resumed four times, with other jobs beside it and beside `heal`. (Today's default "
-        "is steps of 256 tokens.)",
-        f"mxdsurgery convert {MODEL} --layers all {_TEXTS} --tokens 300k --batch 512 --eval-tokens 8k",
+        "### All layers\n\nWith other jobs beside it and beside `heal`.",
+        f"mxdsurgery convert {MODEL} --layers all {_TEXTS} --tokens 300k --eval-tokens 8k",
         last=4,
     ),
     Step("heal", "", f"mxdsurgery heal {WHOLE} --tokens 100k --out {HEALED}", first=14),

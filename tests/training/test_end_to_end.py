@@ -18,8 +18,10 @@ from mxdsurgery.errors import DivergedError, LoRAError
 from mxdsurgery.layers.layer import MxDLayer
 from mxdsurgery.planning.plan import plan_layer
 from mxdsurgery.training import teacher
-from mxdsurgery.training.end_to_end import EndToEnd, Settings, kl_and_gradient, train_end_to_end, validation_kl
+from mxdsurgery.training.end_to_end import EndToEnd, Settings, _Trainer, kl_and_gradient, train_end_to_end, validation_kl
 from mxdsurgery.training.initialize import initial_layer, measure_statistics
+from mxdsurgery.training.losses import token_weights
+from mxdsurgery.training.share import ShareKept
 from mxdsurgery.training.teacher import KeptPredictions, original_examples
 
 IDS = next(batches(seed=7))
@@ -115,6 +117,29 @@ def test_the_kl_and_its_gradient_taken_in_parts_are_those_of_the_whole(monkeypat
         torch.testing.assert_close(mine, gradient, rtol=1e-4, atol=1e-8)
         assert not mine[:, 0].any()
         assert validation_kl(model, [example]) == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_what_experts_carry_is_held_while_the_whole_learns():
+    """The layers are busy at random; what predicts best gives up what varies in that."""
+    lost = {}
+    recipe = dataclasses.replace(RECIPE, lr=3e-3, specialise=0.0)
+    for keeps_shares in (False, True):
+        model = tiny_model("llama")
+        layers = started(model)
+        state = EndToEnd(150, 512)
+        trainer = _Trainer(model, layers, recipe, Settings(keeps_shares=keeps_shares), ACCELERATOR, state, None)
+        measured = {plan: ShareKept(len(layer.bias), torch.device("cpu")) for plan, layer in layers.items()}
+        examples = original_examples(tiny_model("llama"), (), batches(seed=1))
+        for step in range(state.steps):
+            trainer.step(step, examples)
+            for plan, layer in layers.items():
+                with torch.no_grad():
+                    x = torch.randn(256, len(layer.bias), generator=torch.Generator().manual_seed(step))
+                    scale, rest = layer.dense_path(x)
+                    now = layer(x)
+                    measured[plan].penalty(scale, rest.expand_as(now), now, token_weights(now))
+        lost[keeps_shares] = [(kept.lost / kept.asked).item() for kept in measured.values()]
+    assert min(lost[False]) < 0.75 and min(lost[True]) > 0.85
 
 
 def test_one_step_lowers_the_kl_on_its_own_batch():

@@ -21,7 +21,7 @@ from mxdsurgery.recipe import EXPERT_SHARE, SPECIALISE, Recipe
 from mxdsurgery.training.distill import Progress, distill
 from mxdsurgery.training.initialize import initial_layer, measure_statistics
 from mxdsurgery.training.losses import distillation_loss, few_experts, token_weights, zero_loss
-from mxdsurgery.training.share import LOOKS, SHARES, ShareControl, look_steps
+from mxdsurgery.training.share import _KEEPS, LOOKS, SHARES, ShareControl, ShareKept, look_steps
 
 CPU = torch.device("cpu")
 RECIPE = dataclasses.replace(FORMER, init="shared", specialise=None)
@@ -92,6 +92,47 @@ def test_it_goes_on_where_it_stood():
     other.restore(control.state())
     nexts = [of.penalty(*one_step(torch.Generator().manual_seed(50), 0.3, of)).item() for of in (control, other)]
     assert nexts[0] == nexts[1] > 0 and torch.equal(control.state(), other.state())
+
+
+def kept_pass(kept, seed, spread, again=False):
+    """The penalty of a pass in which the sum of experts that the output needs varies by ``spread`` between tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(300, 24, generator=generator) + 0.5
+    scale.requires_grad_()
+    sums = torch.ones(24) + spread * torch.randn(300, 24, generator=generator)
+    now, rest = (scale * sums).detach() + 0.05, torch.full((300, 24), 0.05)
+    return kept.penalty(scale, rest, now, token_weights(now), again=again), scale
+
+
+def test_what_experts_carry_is_measured_and_then_held():
+    kept = ShareKept(24, CPU)
+    assert all(kept_pass(kept, seed, 1.0)[0].item() == 0.0 for seed in range(20))  # it is measured
+    assert 0.3 < kept.asked.item() < 1.0  # four experts leave a good part of what varies in 24 directions
+    assert max(kept_pass(kept, seed, 1.3)[0].item() for seed in range(20, 50)) == 0.0  # more is not brought down
+    added = [kept_pass(kept, seed, 0.6) for seed in range(50, 110)]
+    mean = sum(penalty.item() for penalty, _ in added[-10:]) / 10
+    assert mean == pytest.approx(_KEEPS * (kept.asked - kept.lost).item(), rel=0.1) and mean > 0.01
+    added[-1][0].backward()
+    assert added[-1][1].grad.abs().max() > 0
+
+
+def test_a_pass_that_is_computed_again_is_the_same_and_teaches_nothing():
+    kept = ShareKept(24, CPU)
+    for seed in range(30):
+        kept_pass(kept, seed, 1.0 if seed < 20 else 0.5)
+    once = kept_pass(kept, 31, 0.5)[0].item()
+    before = kept.state()
+    assert kept_pass(kept, 31, 0.5, again=True)[0].item() == once > 0
+    assert torch.equal(kept.state(), before)
+
+
+def test_what_is_held_goes_on_where_it_stood():
+    kept, other = ShareKept(24, CPU), ShareKept(24, CPU)
+    for seed in range(30):
+        kept_pass(kept, seed, 1.0 if seed < 20 else 0.5)
+    other.restore(kept.state())
+    assert kept_pass(kept, 31, 0.5)[0].item() == kept_pass(other, 31, 0.5)[0].item() > 0
+    assert torch.equal(kept.state(), other.state())
 
 
 def test_the_looks_are_within_the_steps():
