@@ -163,8 +163,8 @@ def edit_options(command: Callable) -> Callable:
 def heal_options(command: Callable) -> Callable:
     """The flags of how to heal; a flag that is not given is the default of `Healing`."""
     penalty = (
-        f"Weight of the penalty on what frozen experts could do; default: {SPECIALISE_FACTOR:g} times the recipe's, or none where "
-        "it asks for an expert_share: what the experts carry is then held at what it is."
+        f"Weight of the penalty on what frozen experts could do; default: {SPECIALISE_FACTOR:g} times the recipe's, or none "
+        "where it asks for an expert_share: what the experts carry is then held at what it is."
     )
     options = (
         _choice("mode", "What learns: the new layers, LoRA on the attention projections, or both."),

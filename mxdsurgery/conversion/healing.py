@@ -80,7 +80,7 @@ class Healing:
             )
 
     def keeps_shares(self, saved: Recipe) -> bool:
-        """Whether what the experts carry is held at what it is: they were trained for a share, and no other penalty is asked for."""
+        """Whether what the experts carry is held: they were trained for a share, and no other penalty is asked for."""
         return self.specialise is None and saved.share_target is not None
 
     @property

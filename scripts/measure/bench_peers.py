@@ -1,6 +1,8 @@
 """Trains a layer on the same activations with this package and with others' own trainers, and compares what that took.
 
-    python -m venv PEERS && PEERS/bin/pip install torch==2.13.0 eai-sparsify==1.3.3 sae-lens==6.54.12 dictionary-learning==0.1.0
+    python -m venv PEERS && PEERS/bin/pip install torch==2.13.0
+    PEERS/bin/pip install torch==2.13.0 eai-sparsify==1.3.3 sae-lens==6.54.12 dictionary-learning==0.1.0
+    PEERS/bin/pip uninstall -y torchvision       # what pip chose for them was built for another torch, and stops transformers
     python scripts/measure/bench_peers.py MODEL --layer 3 --data TRAIN --eval-data HELDOUT --peers PEERS/bin/python --json
 
 What goes into a block and comes out of it is recorded once, in a random order, in fp32; every trainer learns from it, in this

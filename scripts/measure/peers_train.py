@@ -1,10 +1,10 @@
 """Trains with others' own trainers on recorded activations; `bench_peers.py` runs this in an environment that has them.
 
-    PEERS/bin/python scripts/measure/peers_train.py sparsify recorded.safetensors --expansion 32 --k 32 --batch 2048 --threads 1
+    PEERS/bin/python scripts/measure/peers_train.py sparsify FILE --expansion 32 --k 32 --batch 2048 --threads 1
 
-It imports nothing of mxdsurgery. Each function below sets a trainer up as its documentation does, with its defaults but for the
-width, K, batch and, where the default warm-up is longer than the training, a warm-up of a tenth of it; runs it; and returns
-what predicts the block's output. The last line that is printed is JSON: seconds of the training, peak memory, held-out NMSE.
+It imports nothing of mxdsurgery. Each trainer is set up as its documentation does, with its defaults but for the width, K, the
+batch and, where the default warm-up would be longer than the training, a warm-up of a tenth of it. The last line that is
+printed is JSON: seconds of the training, peak memory, held-out NMSE.
 """
 
 import argparse
@@ -43,10 +43,10 @@ class Recorded(nn.Module):
         self.device, self.dummy_inputs = torch.device("cpu"), {"input_ids": torch.zeros(1, 2, dtype=torch.int64)}
 
     @property
-    def base_model(self) -> nn.Module:
+    def base_model(self) -> nn.Module:  # noqa: D102
         return self
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor) -> Tensor:  # noqa: D102
         return self.block(self.x[input_ids], self.y[input_ids])
 
 
@@ -55,7 +55,7 @@ class _Block(nn.Module):
         return y
 
 
-def sparsify(data: dict[str, Tensor], how: argparse.Namespace, optimizer: str) -> tuple[Callable[[], Predictor], None]:
+def sparsify(data: dict[str, Tensor], how: argparse.Namespace, optimizer: str) -> Callable[[], Predictor]:
     """A transcoder; `signum` is the default optimiser, and has no warm-up."""
     from datasets import Dataset
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
@@ -129,7 +129,7 @@ def sae_lens(data: dict[str, Tensor], how: argparse.Namespace) -> Callable[[], P
 
 def dictionary_learning(data: dict[str, Tensor], how: argparse.Namespace) -> Callable[[], Predictor]:
     """A TopK autoencoder of the output."""
-    from dictionary_learning.trainers.top_k import TopKTrainer
+    from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
     from dictionary_learning.training import trainSAE
 
     y = data["y"]
@@ -153,8 +153,6 @@ def dictionary_learning(data: dict[str, Tensor], how: argparse.Namespace) -> Cal
     def train() -> Predictor:
         trainSAE(batches(), [config], steps=steps, save_dir=how.scratch, device="cpu")
         (saved,) = Path(how.scratch).rglob("ae.pt")
-        from dictionary_learning.trainers.top_k import AutoEncoderTopK
-
         coder = AutoEncoderTopK(width, how.expansion * width, how.k)
         coder.load_state_dict(torch.load(saved, weights_only=True))
         return lambda x, y: coder(y)
