@@ -64,6 +64,8 @@ def cpu_benches() -> Iterator[Bench]:
     yield Bench("kernels GPT-2 cpu", "bench_kernels.py --d 768 --n 21490 --device cpu")
     yield Bench("pass gpt2 cpu", "bench_pass.py --model gpt2 --device cpu --steps 5 --warm-up 2 --dtype float32")
     yield from any_benches()
+    for threads in (1, 2):
+        yield Bench(f"peers {threads}", f"bench_peers.py {model} --layer 3 --threads {threads} --peers {{peers}}")
     for dtype in ("float32", "bfloat16"):
         yield Bench(f"inference gpt2 cpu {dtype}", f"bench_inference.py --model gpt2 --device cpu --dtype {dtype}")
 
@@ -107,15 +109,18 @@ def main() -> None:
 @click.option("--on", type=click.Choice(["cpu", "cuda"]), default="cuda", help="Where the GPU's list runs.")
 @click.option("--shared", default="../shared", show_default=True, help="Folder with models/, text/ and bench/.")
 @click.option("--yardstick", help="Default: bench/dense_reference.py in the shared folder.")
+@click.option("--peers", help="Python of an environment with others' packages; without it they are not measured.")
 @click.option("--only", default="", help="Benchmarks whose names contain this.")
 @click.option("--kind", default="bf16", show_default=True, help="Of the processor; what `any:` measures is kept for each.")
 @click.option("--tiny", is_flag=True, help="The GPU's list at a tiny scale; nothing is kept.")
-def measure(device: str, on: str, shared: str, yardstick: str | None, only: str, kind: str, tiny: bool) -> None:
+def measure(
+    device: str, on: str, shared: str, yardstick: str | None, peers: str | None, only: str, kind: str, tiny: bool
+) -> None:
     """Run the benchmarks of a device and keep their lines."""
     benches = cpu_benches() if device == "cpu" else gpu_benches(on, tiny)
-    paths = {"shared": shared, "yardstick": yardstick or f"{shared}/bench/dense_reference.py"}
+    paths = {"shared": shared, "yardstick": yardstick or f"{shared}/bench/dense_reference.py", "peers": peers}
     for bench in benches:
-        if only not in bench.name:
+        if only not in bench.name or ("{peers}" in bench.command and peers is None):
             continue
         script, *words = shlex.split(f"{bench.command.format(**paths)} --json")
         command = shlex.join(["python", str((SCRIPTS / script).relative_to(ROOT)), *words])
@@ -226,6 +231,45 @@ def any_section(records: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def peer_row(row: dict[str, Any]) -> str:
+    """A trainer's figures."""
+    name = f"**{row['name']}**" if row["ours"] else row["name"]
+    learns = "the output from itself" if row["autoencoder"] else "the output from the input"
+    speed = (f"{row['tokens_per_second']:,}", f"{row['seconds']:.0f}", f"{row['peak_mib']:,}")
+    return cells(name, learns, *speed, f"{row['nmse']:.4f}")
+
+
+def reached_rows(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """When ours were as good as others in the end."""
+    seconds = {row["name"]: row["seconds"] for row in rows}
+    for row in rows:
+        for other, at in row.get("reached", {}).items():
+            if at["seconds"] is None:
+                yield cells(row["name"], other, "never", "", f"{seconds[other]:.0f}", "")
+            else:
+                taken = (f"{at['tokens']:,}", f"{at['seconds']:.1f}", f"{seconds[other]:.0f}")
+                yield cells(row["name"], other, *taken, f"{seconds[other] / at['seconds']:.1f}")
+
+
+def peers_section(records: dict[str, dict[str, Any]]) -> str:
+    """Our trainer beside others', a table for each run."""
+    parts = []
+    for name, record in records.items():
+        if not name.startswith("peers "):
+            continue
+        r = record["result"]
+        parts.append(
+            f"`{record['command']}`: {r['hardware']}, torch {r['torch']}, all in {r['precision']}; D {r['d']}, features "
+            f"{r['expansion'] * r['d']:,}, K {r['k']}, batch {r['batch']:,}; {r['tokens']:,} tokens, "
+            f"{r['heldout_tokens']:,} held out."
+        )
+        parts.append(table("trainer | learns | tokens/s | seconds | peak MiB | NMSE", map(peer_row, r["rows"])))
+        parts.append(
+            table("ours | as good as | after tokens | seconds | the other's seconds | over ours", reached_rows(r["rows"]))
+        )
+    return "\n\n".join(parts) if parts else "Not measured yet."
+
+
 def blocks(records: dict[str, dict[str, Any]], prefix: str) -> str:
     """Results as JSON, where they fit no table."""
     found = [r for name, r in records.items() if name.startswith(prefix)]
@@ -258,6 +302,14 @@ and Adam's moments. *Floor*: the gate's product and those of encoder and decoder
 matrix-product rate measured in the same run and precision.
 
 {steps}
+
+## Beside others' trainers
+
+Trained on the same recorded activations, in the same order, by others' own code (`scripts/measure/peers_train.py`), with
+their defaults, and by ours (bold); each alone in a process, in one run. *as good as*: when ours first had the NMSE on
+held-out activations that the other had in the end. SAELens and dictionary_learning train autoencoders only.
+
+{peers}
 
 ## Scaling of our step
 
@@ -310,6 +362,7 @@ def page() -> None:
             hardware=f"{hardware['hardware']} with bf16 instructions, torch {hardware['torch']}",
             gpu=f"Of the GPU rows: {gpu}." if gpu else "No GPU has measured its rows yet: they are empty.",
             steps=step_table(records),
+            peers=peers_section(records),
             scaling=scaling_table(records),
             convert=blocks(records, "convert "),
             passes=blocks(records, "pass "),
