@@ -91,7 +91,7 @@ def heal(
     target = _target(folder, out, overwrite)
     converted, saved = load(folder, trust_remote_code=trust), saved_recipe(folder, device)
     _check_folder(converted, how)
-    recipe, keeps_shares = how.recipe(saved), how.keeps_shares(saved)
+    recipe = how.recipe(saved)
     more = depends_on(asdict(how)) | {"source": weights_digest(converted.model)}
     with shared_run(target, recipe, more, resume, overwrite, reporter) as (run, reporter):
         size = _contexts_per_pass(recipe, how)
@@ -103,7 +103,7 @@ def heal(
         state = _where_it_stands(size * how.accumulate * recipe.context, healed, recipe, run, reporter)
         answered = _answered(original, healed, texts, size, run.scratch, how, recipe, state)
         original = None if how.teacher == "cached" else original
-        step = _train(healed, texts, answered, recipe, how, keeps_shares, accelerator, state, run, reporter)
+        step = _train(healed, texts, answered, recipe, how, how.settings(saved), accelerator, state, run, reporter)
         if rank():
             accelerator.end_training()
             return None
@@ -231,7 +231,7 @@ def _train(
     answered: Answered,
     recipe: Recipe,
     how: Healing,
-    keeps_shares: bool,
+    settings: Settings,
     accelerator: Accelerator,
     state: EndToEnd,
     run: RunFolder,
@@ -241,7 +241,6 @@ def _train(
     before = heldout_kl(healed, answered)  # a resumed run starts from the same
     tokens = state.tokens_per_step // how.accumulate
     start_kernels(accelerator, healed.converted.plan.layers, tokens, reporter)
-    settings = Settings(how.local, how.accumulate, how.checkpointing, patience=how.patience, keeps_shares=keeps_shares)
     resumed = None
     if run.resumed is not None:
         run.check_text(answered.read.digest())
@@ -257,7 +256,7 @@ def _train(
         train_end_to_end(model, layers, *given, recipe, settings, accelerator, state, report, healed.adapters, keeper)
     for plan, layer in layers.items():
         healed.converted.layers[plan.block.layer].load_state_dict(layer.state_dict())
-    step = record_of(healed, recipe, how, state, texts, before, heldout_kl(healed, answered)) | {"keeps_shares": keeps_shares}
+    step = record_of(healed, recipe, how, settings, state, texts, before, heldout_kl(healed, answered))
     say_healed(step, reporter)
     return step
 

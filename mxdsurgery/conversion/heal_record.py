@@ -22,7 +22,7 @@ from mxdsurgery.runs.parallel import rank
 from mxdsurgery.terminal.console import Reporter, compact, duration
 from mxdsurgery.text.places import text_name
 from mxdsurgery.training.cost import LayerPlan
-from mxdsurgery.training.end_to_end import EndToEnd, validation_kl
+from mxdsurgery.training.end_to_end import EndToEnd, Settings, validation_kl
 from mxdsurgery.training.inputs import Read
 
 
@@ -44,7 +44,14 @@ def heldout_kl(healed: Healed, answered: Answered) -> float:
 
 
 def record_of(
-    healed: Healed, recipe: Recipe, how: Healing, state: EndToEnd, texts: HealingTexts, before: float, after: float
+    healed: Healed,
+    recipe: Recipe,
+    how: Healing,
+    settings: Settings,
+    state: EndToEnd,
+    texts: HealingTexts,
+    before: float,
+    after: float,
 ) -> dict[str, Any]:
     """The record of this healing as config.json keeps it: plain data that names no local path."""
     return {
@@ -56,6 +63,7 @@ def record_of(
         "batch": state.tokens_per_step,
         "lr": recipe.lr,
         "specialise": recipe.specialise,
+        "keeps_shares": settings.keeps_shares,
         "local": how.local,
         "seed": recipe.seed,
         "teacher": how.teacher,

@@ -7,6 +7,7 @@ from mxdsurgery.arguments import given_number
 from mxdsurgery.choices import HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
 from mxdsurgery.errors import HealError
 from mxdsurgery.recipe import CHECKPOINT_KEYS, Recipe
+from mxdsurgery.training.end_to_end import Settings
 
 # Share of the steps until the learning rate peaks; from there it falls. Adam's first steps move all weights equally far, good
 # or not.
@@ -79,7 +80,12 @@ class Healing:
                 fix="--local 0, or --teacher model",
             )
 
-    def keeps_shares(self, saved: Recipe) -> bool:
+    def settings(self, saved: Recipe) -> Settings:
+        """How to train end to end what a recipe gave."""
+        keeps_shares = self._keeps_shares(saved)
+        return Settings(self.local, self.accumulate, self.checkpointing, patience=self.patience, keeps_shares=keeps_shares)
+
+    def _keeps_shares(self, saved: Recipe) -> bool:
         """Whether what the experts carry is held: they were trained for a share, and no other penalty is asked for."""
         return self.specialise is None and saved.share_target is not None
 
@@ -98,6 +104,6 @@ class Healing:
         given = {name: getattr(self, name) for name in names}
         defaults = {"lr": LR_FACTOR * saved.lr, "seed": (saved.seed + 1) % 2**32}
         defaults |= {"warmup": WARMUP, "decay": 1.0 - WARMUP, "parallel": "data"}
-        weight = 0.0 if self.keeps_shares(saved) else SPECIALISE_FACTOR * saved.penalty
+        weight = 0.0 if self._keeps_shares(saved) else SPECIALISE_FACTOR * saved.penalty
         defaults |= {"specialise": min(10.0, weight), "expert_share": None}
         return dataclasses.replace(saved, **defaults | {name: value for name, value in given.items() if value is not None})

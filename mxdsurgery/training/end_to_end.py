@@ -35,14 +35,7 @@ from mxdsurgery.runs.parallel import agree, average_gradients, first_ones, rank,
 from mxdsurgery.runs.resume import optimizer_state, part, prefixed, restore_optimizer
 from mxdsurgery.runs.run_folder import UNKEPT, Keeper
 from mxdsurgery.training.cost import LayerPlan, first_k
-from mxdsurgery.training.distill import (
-    LayerInTraining,
-    Progress,
-    active_experts,
-    layer_key,
-    learning_rate,
-    tracked,
-)
+from mxdsurgery.training.distill import LayerInTraining, Progress, active_experts, layer_key, learning_rate, tracked
 from mxdsurgery.training.losses import distillation_loss, frozen_gain, token_weights, zero_loss
 from mxdsurgery.training.share import ShareKept
 from mxdsurgery.training.teacher import Example, parts
@@ -161,8 +154,7 @@ class _Standing(nn.Module):
         return y_hat.to(dtype)
 
     def _without_choice(self, now: Tensor, scale: Tensor, rest: Tensor) -> Tensor:
-        """The penalty on what experts could do that choose nothing: of the layer's present output, not of its block's, as its
-        input is no longer the original's. All (tokens, D)."""
+        """The penalty on what experts could do without choosing, of the present output (tokens, D): the input changes."""
         job, now, rest = self.job, now.detach().float(), rest.detach().float()
         weights, penalty = token_weights(now, job.shares), torch.zeros((), device=now.device)
         if job.specialise > 0:
