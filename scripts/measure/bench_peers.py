@@ -9,7 +9,7 @@ What goes into a block and comes out of it is recorded once, in a random order, 
 order. Each trains in a process of its own, in turn, with as many features (--expansion times D), the same K and the same
 batch. sparsify trains a transcoder, with its defaults and with Adam. SAELens and dictionary_learning can train none: theirs is
 a TopK autoencoder of the block's output. `peers_train.py` is what runs them. Ours: a transcoder with a constant K, as theirs
-have; one as `convert` trains it; an `mxd` of as many parameters, with and without an `expert_share`; a `topk-sae`.
+have, and one with ours, which falls; an `mxd` of as many parameters; a `topk-sae`; and two with `convert`'s own small steps.
 
 Figures: `tokens_per_second` of the training, recording and measuring not counted; `peak_mib`, the most memory beyond what the
 process used with the activations read; `nmse`, ‖ŷ-y‖²/‖y‖² on held-out activations (position 0 of each context is left out);
@@ -41,13 +41,16 @@ from mxdsurgery.training.distill import Progress, distill
 from mxdsurgery.training.initialize import initial_layer, statistics_of
 from mxdsurgery.training.inputs import OriginalInputs
 
-# By name: which of the recipe's keys differ; "k" is K.
+# By name: which of the recipe's keys differ; "k" is K. With the peers' batch and the rate that so large a batch asks for; and
+# with the steps and the rate that `convert` has by default.
+LARGE = {"lr": 2e-3}
 OURS: dict[str, dict[str, Any]] = {
-    "transcoder, constant K": {"kind": "transcoder", "k_start": "k"},
-    "transcoder": {"kind": "transcoder"},
-    "mxd": {"kind": "mxd", "init": "encoder", "expert_share": 0.0},
-    "mxd, expert_share 0.5": {"kind": "mxd", "expert_share": 0.5},
-    "topk-sae": {"kind": "topk-sae"},
+    "transcoder, constant K": {"kind": "transcoder", "k_start": "k"} | LARGE,
+    "transcoder": {"kind": "transcoder"} | LARGE,
+    "mxd": {"kind": "mxd", "init": "encoder", "expert_share": 0.0} | LARGE,
+    "topk-sae": {"kind": "topk-sae"} | LARGE,
+    "transcoder, steps of 256": {"kind": "transcoder", "batch": 256},
+    "mxd, steps of 256, expert_share 0.5": {"kind": "mxd", "batch": 256},
 }
 PEERS = ("sparsify", "sparsify, adam", "sae-lens", "dictionary-learning")
 # What reconstructs the block's output from itself; the others predict it from the input.
@@ -103,7 +106,7 @@ def train_ours(name: str, options: dict[str, Any], path: Path) -> dict[str, Any]
         seen.append((progress.tokens, clock["seconds"], heldout_nmse(layer, recipe.k, data, reads_output)))
         clock["since"] = time.perf_counter()
 
-    progress, memory = Progress(made.steps, batch), PeakMemory("cpu")
+    progress, memory = Progress(len(data["x"]) // batch, batch), PeakMemory("cpu")
     clock["since"] = time.perf_counter()
     distill({plan: layer}, batches(), recipe, accelerator, progress, report)
     return {"seconds": seen[-1][1], "tokens": seen[-1][0], "nmse": seen[-1][2], "peak_bytes": memory.bytes(), "seen": seen}
