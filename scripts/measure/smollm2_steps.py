@@ -26,7 +26,7 @@ STEPS = (
         f"mxdsurgery convert {MODEL} --layers all {_TEXTS} --tokens 300k --eval-tokens 8k",
         last=4,
     ),
-    Step("heal", "", f"mxdsurgery heal {WHOLE} --tokens 100k --out {HEALED}", first=14),
+    Step("heal", "", f"mxdsurgery heal {WHOLE} --tokens 60k --out {HEALED}", first=14),
     Step("evaluate", "", f"mxdsurgery evaluate {HEALED} --tokens 4k", first=3),
     Step(
         "convert-one",
