@@ -30,6 +30,7 @@ from mxdsurgery.base.running import hidden_states, predict
 from mxdsurgery.base.surgery import answering, replaced
 from mxdsurgery.errors import DivergedError
 from mxdsurgery.hardware.device import widest
+from mxdsurgery.layers.sparse import without_autocast
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.parallel import agree, average_gradients, first_ones, rank, text_shares
 from mxdsurgery.runs.resume import optimizer_state, part, prefixed, restore_optimizer
@@ -156,12 +157,15 @@ class _Standing(nn.Module):
     def _without_choice(self, now: Tensor, scale: Tensor, rest: Tensor) -> Tensor:
         """The penalty on what experts could do without choosing, of the present output (tokens, D): the input changes."""
         job, now, rest = self.job, now.detach().float(), rest.detach().float()
-        weights, penalty = token_weights(now, job.shares), torch.zeros((), device=now.device)
-        if job.specialise > 0:
-            size = zero_loss(now, weights).clamp_min(1e-6)
-            penalty = penalty + job.specialise * frozen_gain(scale, now - rest, weights, job.shares) / size
-        if job.share is not None:
-            penalty = penalty + job.share.penalty(scale.float(), rest, now, weights, job.shares, again=not self.watched)
+        penalty = torch.zeros((), device=now.device)
+        with without_autocast(now.device.type):
+            weights = token_weights(now, job.shares)
+            if job.specialise > 0:
+                size = zero_loss(now, weights).clamp_min(1e-6)
+                penalty = penalty + job.specialise * frozen_gain(scale, now - rest, weights, job.shares) / size
+            if job.share is not None:
+                again = not self.watched
+                penalty = penalty + job.share.penalty(scale.float(), rest, now, weights, job.shares, again)
         return penalty
 
 

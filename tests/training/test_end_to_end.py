@@ -18,6 +18,7 @@ from mxdsurgery.errors import DivergedError, LoRAError
 from mxdsurgery.layers.layer import MxDLayer
 from mxdsurgery.planning.plan import plan_layer
 from mxdsurgery.training import teacher
+from mxdsurgery.training.accelerator import make_accelerator
 from mxdsurgery.training.end_to_end import EndToEnd, Settings, _Trainer, kl_and_gradient, train_end_to_end, validation_kl
 from mxdsurgery.training.initialize import initial_layer, measure_statistics
 from mxdsurgery.training.losses import token_weights
@@ -119,15 +120,17 @@ def test_the_kl_and_its_gradient_taken_in_parts_are_those_of_the_whole(monkeypat
         assert validation_kl(model, [example]) == pytest.approx(wanted.item(), rel=1e-5)
 
 
-def test_what_experts_carry_is_held_while_the_whole_learns():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_experts_carry_is_held_while_the_whole_learns(precision):
     """The layers are busy at random; what predicts best gives up what varies in that."""
     lost = {}
-    recipe = dataclasses.replace(RECIPE, lr=3e-3, specialise=0.0)
+    recipe = dataclasses.replace(RECIPE, lr=3e-3, specialise=0.0, precision=precision)
+    accelerator = make_accelerator(recipe)
     for keeps_shares in (False, True):
         model = tiny_model("llama")
         layers = started(model)
         state = EndToEnd(150, 512)
-        trainer = _Trainer(model, layers, recipe, Settings(keeps_shares=keeps_shares), ACCELERATOR, state, None)
+        trainer = _Trainer(model, layers, recipe, Settings(keeps_shares=keeps_shares), accelerator, state, None)
         measured = {plan: ShareKept(len(layer.bias), torch.device("cpu")) for plan, layer in layers.items()}
         examples = original_examples(tiny_model("llama"), (), batches(seed=1))
         for step in range(state.steps):
