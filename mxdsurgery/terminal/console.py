@@ -201,6 +201,7 @@ def timed(event: Callable[[str, str, str], None], stage: str) -> Iterator[None]:
 
 def compact(number: float) -> str:
     """1234567 as 1.23M; for parameters, tokens and rates."""
+    number = float(f"{number:.3g}")  # rounded first: 999,936 is 1M
     for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g}{suffix}"
@@ -211,7 +212,8 @@ def size(count: float) -> str:
     """Bytes in binary units."""
     for power, suffix in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         if count >= 2**power:
-            return f"{count / 2**power:.3g} {suffix}"
+            digits = 4 if count >= 999.5 * 2**power else 3  # 1,010 MiB is not yet a GiB
+            return f"{count / 2**power:.{digits}g} {suffix}"
     return f"{count:.0f} B"
 
 
