@@ -30,21 +30,22 @@ from mxdsurgery.base.running import hidden_states, predict
 from mxdsurgery.base.surgery import answering, replaced
 from mxdsurgery.errors import DivergedError
 from mxdsurgery.hardware.device import widest
-from mxdsurgery.layers.sparse import without_autocast
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.parallel import agree, average_gradients, first_ones, rank, text_shares
 from mxdsurgery.runs.resume import optimizer_state, part, prefixed, restore_optimizer
 from mxdsurgery.runs.run_folder import UNKEPT, Keeper
 from mxdsurgery.training.cost import LayerPlan, first_k
 from mxdsurgery.training.distill import LayerInTraining, Progress, active_experts, layer_key, learning_rate, tracked
-from mxdsurgery.training.losses import distillation_loss, frozen_gain, token_weights, zero_loss
 from mxdsurgery.training.share import ShareKept
+from mxdsurgery.training.standing import Standing
 from mxdsurgery.training.teacher import Example, parts
 
 # Losses are looked at every so many steps: looking waits for the device.
 _CHECK_EVERY = 10
 # An expert is dead when it has not fired for this share of the training tokens.
 _DEAD_AFTER = 0.1
+# The KL has diverged if it is this many times what it was at the start, or this many times the second number, in nats.
+_DIVERGED, _LEAST_KL = 10.0, 0.5
 # Gradients are clipped: the norm of all of them together is at most this.
 _LONGEST_GRADIENT = 1.0
 
@@ -115,58 +116,6 @@ class EndToEnd(Progress):
     def best_kl(self) -> float:
         """The lowest KL on the validation text."""
         return min(kl for _, kl in self.validation)
-
-
-class _Standing(nn.Module):
-    """A layer in training, in fp32, in a block's place in a model of another dtype; it computes its own part of the loss."""
-
-    def __init__(self, job: LayerInTraining, local: float) -> None:
-        super().__init__()
-        self.job, self.local = job, local
-        self.target: Tensor | None = None  # the block's output in the original model
-        self.tokens_seen = 0
-        self.loss: Tensor | None = None
-        self.watched = True  # whether this pass counts in the statistics; recomputing it in the backward pass does not
-
-    def forward(self, x: Tensor) -> Tensor:
-        job, layer, dtype = self.job, self.job.layer, x.dtype
-        x = x.float()
-        (scale, rest), a = layer.dense_path(x), None
-        if job.experts is None:
-            y_hat = scale + rest
-        else:
-            a = layer.coefficients(x)
-            y_hat = layer.mixture(a, x) * scale + rest
-        flat = y_hat.flatten(0, -2)
-        y = flat.detach().float() if self.target is None else self.target.flatten(0, -2).float()
-        weights = token_weights(y, job.shares)
-        size = zero_loss(y, weights).clamp_min(1e-6)
-        loss = distillation_loss(flat, y, weights)
-        self.loss = self.local * loss / size
-        if job.specialise > 0 or job.share is not None:
-            self.loss = self.loss + self._without_choice(flat, scale.flatten(0, -2), rest.expand_as(y_hat).flatten(0, -2))
-        if self.watched:
-            with torch.no_grad():
-                error, power = (flat - y).square().sum(), y.square().sum()
-                job.sums += torch.stack([loss.detach(), size, error, power])
-                if a is not None:
-                    fired = (a.values > 0).flatten() * self.tokens_seen
-                    job.last_fired.scatter_reduce_(0, a.indices.flatten(), fired, "amax")
-        return y_hat.to(dtype)
-
-    def _without_choice(self, now: Tensor, scale: Tensor, rest: Tensor) -> Tensor:
-        """The penalty on what experts could do without choosing, of the present output (tokens, D): the input changes."""
-        job, now, rest = self.job, now.detach().float(), rest.detach().float()
-        penalty = torch.zeros((), device=now.device)
-        with without_autocast(now.device.type):
-            weights = token_weights(now, job.shares)
-            if job.specialise > 0:
-                size = zero_loss(now, weights).clamp_min(1e-6)
-                penalty = penalty + job.specialise * frozen_gain(scale, now - rest, weights, job.shares) / size
-            if job.share is not None:
-                again = not self.watched
-                penalty = penalty + job.share.penalty(scale.float(), rest, now, weights, job.shares, again)
-        return penalty
 
 
 def kl_and_gradient(
@@ -295,7 +244,7 @@ class _Trainer:
             if job.steered:
                 job.share = ShareKept(len(job.layer.bias), job.layer.bias.device)
         self.blocks = [plan.block for plan in layers]
-        self.standing = {plan.block.layer: _Standing(job, settings.local) for plan, job in self.jobs.items()}
+        self.standing = {plan.block.layer: Standing(job, settings.local) for plan, job in self.jobs.items()}
         self.optimizers = [job.optimizer for job in self.jobs.values()]
         if adapters is not None:
             self.optimizers.append(torch.optim.Adam(adapters.parameters(), lr=recipe.lr, fused=True))
@@ -386,15 +335,18 @@ class _Trainer:
         self.accelerator.log(figures, step=state.steps_before + state.step)
 
     def check(self) -> None:
-        """Raises DivergedError if at the last look a loss was NaN, or a layer's output far from its block's."""
-        if not math.isfinite(self.state.kl):
+        """Raises DivergedError if at the last look a loss was NaN, or the KL far above what it was at the start.
+
+        A layer's own distance is no sign of it: one output near zero that it misses is many times as far off, relatively.
+        """
+        state, first = self.state, self.state.validation[0][1]
+        losses = [state.kl, *(job.last_loss for job in self.jobs.values())]
+        if not all(map(math.isfinite, losses)) or state.kl > _DIVERGED * max(first, _LEAST_KL):
             raise DivergedError(
-                f"training end to end: the KL at step {self.state.step} is {self.state.kl}",
+                f"training end to end: the KL at step {state.step} is {state.kl:.3g}, after {first:.3g} at the start",
                 expected="a loss that falls",
                 fix="lower --lr (a third of it), or raise --warmup, or train with --precision fp32",
             )
-        for job in self.jobs.values():
-            job.check(self.state.step)
 
     def validate(self, validation: Sequence[Example]) -> None:
         """Looks at the validation text with the layers as they would be written, and keeps them if they are the best."""
