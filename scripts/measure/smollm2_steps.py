@@ -26,7 +26,7 @@ STEPS = (
         f"mxdsurgery convert {MODEL} --layers all {_TEXTS} --tokens 300k --eval-tokens 8k",
         last=4,
     ),
-    Step("heal", "", f"mxdsurgery heal {WHOLE} --tokens 60k --out {HEALED}", first=14),
+    Step("heal", "Interrupted and resumed once:", f"mxdsurgery heal {WHOLE} --tokens 60k --out {HEALED}", first=14),
     Step("evaluate", "", f"mxdsurgery evaluate {HEALED} --tokens 4k", first=3),
     Step(
         "convert-one",
@@ -48,7 +48,9 @@ STEPS = (
 EXPERT_STEPS = (
     Step(
         "experts",
-        "### Find experts\n\nOne pass over the text for all layers. The text has a field `kind`, so kinds are counted, too.",
+        "### Find experts\n\n(From here on, of an earlier version's conversion on 300k tokens in steps of 512, healed on 100k: "
+        "its experts have other numbers.) One pass over the text for all layers. The text has a field `kind`, so kinds are "
+        "counted, too.",
         f"mxdsurgery experts {HEALED} --data {BOOKS[0]} --tokens 50k --overwrite",
     ),
     Step(
