@@ -48,7 +48,7 @@ STEPS = (
 EXPERT_STEPS = (
     Step(
         "experts",
-        "### Find experts\n\n(From here on, of an earlier version's conversion on 300k tokens in steps of 512, healed on 100k: "
+        "### Find experts\n\n(From here on, of an earlier conversion on 300k tokens in steps of 512, healed on 100k: "
         "its experts have other numbers.) One pass over the text for all layers. The text has a field `kind`, so kinds are "
         "counted, too.",
         f"mxdsurgery experts {HEALED} --data {BOOKS[0]} --tokens 50k --overwrite",
