@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 import material
-from material import BOOKS, STORIES, only_option, runs_option, shared_option
+from material import BOOKS, FIXED, STORIES, only_option, runs_option, shared_option
 from pages import DOCS, cells, machine, read_json, table, unused
 
 import mxdsurgery
@@ -24,13 +24,13 @@ from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.measuring.frontier_table import Frontier
 from mxdsurgery.terminal.console import ConsoleReporter, compact
 from mxdsurgery.terminal.figures import NONE, legend, range_of, times, with_range
-from mxdsurgery.training.share import SHARES
 
 KEPT = DOCS / "frontier"
 RIVALS_FOLDER = KEPT / "rivals"
 KINDS = ("mxd", "transcoder", "skip-transcoder", "molt", "dense")
-# Another gate, at one K, and with which kinds.
-RIVAL, RIVAL_KINDS, RIVALS_K = "jumprelu", ("mxd", "transcoder", "molt"), 16
+# Other gates, and mixtures of linear transforms, at one K: by `sparsity`, the kinds.
+RIVALS = {"topk": ("mxd", "transcoder", "skip-transcoder", "molt"), "jumprelu": ("mxd", "transcoder", "molt")}
+RIVALS_K = 16
 # An autoencoder has an easier task than the others, so it is measured at fewer K.
 AUTOENCODER_K = (16, 32)  # of the first model
 PROBING = ("ag_news", "languages", "sentiment")
@@ -47,11 +47,11 @@ class Subject(material.Subject):
 
 
 SUBJECTS = (
-    Subject("books-llama-6m", *BOOKS, 18_432, layer=3, k=(16, 32, 128)),
+    Subject("books-llama-6m", *BOOKS, 55_296, layer=3, k=(16, 32, 64, 128, 256)),
     Subject("tinystories-chat-gpt2-3M", *STORIES, 18_432, layer=4, k=(16, 64, 256)),
     Subject("stories260K", *STORIES, 18_432, layer=2, k=(16, 64, 256)),
 )
-TOKENS = 500_000
+TOKENS = 2_000_896  # 977 steps of 2,048
 
 
 def trained(subject: Subject, shared: Path, out: Path, kinds: tuple[str, ...], k: tuple[int, ...], **keys: str) -> Frontier:
@@ -67,7 +67,7 @@ def trained(subject: Subject, shared: Path, out: Path, kinds: tuple[str, ...], k
         device="cpu",
         out=str(out),
         reporter=ConsoleReporter(),
-        **keys,
+        **FIXED | keys,
     )
 
 
@@ -87,14 +87,23 @@ def measure_frontier(subject: Subject, shared: Path, runs: Path, kinds: tuple[st
 
 
 def measure_rivals(subject: Subject, shared: Path, runs: Path) -> None:
-    """Measures the `RIVAL` gate on one model; keeps its rows in docs/frontier/rivals/."""
-    made = trained(subject, shared, runs / f"{subject.model}-{RIVAL}", RIVAL_KINDS, (RIVALS_K,), sparsity=RIVAL)
-    write_json(RIVALS_FOLDER / f"{subject.model}.json", published(made))
+    """Measures the `RIVALS` on one model, each sparsity in a folder of its own; keeps all rows in docs/frontier/rivals/."""
+    for sparsity, kinds in RIVALS.items():
+        out = runs / f"{subject.model}-{sparsity}"
+        keep_rivals(subject.model, trained(subject, shared, out, kinds, (RIVALS_K,), sparsity=sparsity))
+
+
+def keep_rivals(model: str, made: Frontier) -> None:
+    """Puts rows of one sparsity beside those of the others in docs/frontier/rivals/, without local paths."""
+    path, read = RIVALS_FOLDER / f"{model}.json", published(made)
+    others = [row for row in read_json(path, {"rows": []})["rows"] if row["sparsity"] != made.rows[0]["sparsity"]]
+    rows = sorted(read["rows"] + others, key=lambda row: (row["kind"], row["sparsity"] != "topk"))
+    write_json(path, read | {"rows": rows})
 
 
 def rival_rows(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Rows of a table of gates."""
-    for row in sorted(rows, key=lambda row: (KINDS.index(row["kind"]), row["sparsity"] != "topk")):
+    """Rows of a table of `RIVALS`."""
+    for row in rows:
         yield cells(
             row["kind"] if row["sparsity"] == "topk" else f"{row['kind']}, {row['sparsity']}",
             f"{row['n_experts']:,}",
@@ -103,21 +112,28 @@ def rival_rows(rows: list[dict[str, Any]]) -> Iterator[str]:
             f"{row['kl']:.4f}",
             f"{row['nmse']:.4f}",
             with_range(row, "jacobian_nmse", ".3f"),
-            *(with_range(row, name, ".2f") for name in SHARES),
+            with_range(row, "expert_share", ".2f"),
             f"{row['l0']:.1f}",
             unused(row),
         )
 
 
-def rivals_section(there: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """The tables of the models on which the `RIVAL` gate was measured, beside the same kinds with the usual one."""
-    yield f"## Another gate, and mixtures of linear transforms: K = {RIVALS_K}\n"
+def rivals_section() -> Iterator[str]:
+    """The tables of all models on which `RIVALS` were measured."""
+    if not RIVALS_FOLDER.is_dir():
+        return
+    yield f"## Other gates, and mixtures of linear transforms: K = {RIVALS_K}\n"
     yield (KEPT / "rivals.md").read_text()
     for path in sorted(RIVALS_FOLDER.glob("*.json")):
-        usual = [row for row in there[path.stem]["rows"] if row["k"] == RIVALS_K and row["kind"] in KINDS]
-        names = "what | N | parameters | ΔCE | KL | NMSE | Jacobian NMSE | expert share | a few | L0 | unused"
-        yield f"{path.stem}, layer {usual[0]['layer']}; the rows without a gate's name are those of the tables above.\n"
-        yield table(names, rival_rows(usual + read_json(path)["rows"]))
+        read = read_json(path)
+        first, used = read["rows"][0], read["settings"]
+        yield (
+            f"{path.stem}, layer {first['layer']}: {compact(first['train_tokens'])} training tokens of {used['data']} (lr "
+            f"{used['lr']:g}, {read['machine']}); {read['tokens']:,} held-out tokens, original cross-entropy "
+            f"{read['original']['ce']:.4f}; with the block zeroed {first['zero_delta_ce']:+.4f}.\n"
+        )
+        names = "what | N | parameters | ΔCE | KL | NMSE | Jacobian NMSE | expert share | L0 | unused"
+        yield table(names, rival_rows(read["rows"]))
         yield ""
 
 
@@ -153,7 +169,7 @@ def rows_of(measured: Frontier, jacobians: bool) -> Iterator[str]:
         yield (
             f"{row['kind']} | {row['k'] or '-'} | {row['n_experts'] or '-'} | {compact(row['params'])} "
             f"| {row['delta_ce']:+.4f} | {range_of(row, 'delta_ce', '+.4f')} | {row['kl']:.4f} | {row['nmse']:.4f} "
-            f"{jacobian}| {' | '.join(with_range(row, name, '.2f') for name in SHARES)} | {unused(row)}"
+            f"{jacobian}| {row['constant_gate_delta_ce']:+.4f} | {with_range(row, 'expert_share', '.2f')} | {unused(row)}"
         )
 
 
@@ -173,7 +189,7 @@ def frontier_section(name: str, read: dict[str, Any]) -> Iterator[str]:
     yield f"## {name}, layer {layer}\n"
     yield f"![ΔCE against K](frontier/{name}.png)\n"
     used, first = read["settings"], measured.rows[0]
-    keys = ", ".join(f"{key} {used[key]}" for key in ("batch", "lr", "warmup", "decay", "expert_share"))
+    keys = ", ".join(f"{key} {used[key]}" for key in ("batch", "lr", "warmup", "decay", "specialise"))
     yield (
         f"{compact(first['train_tokens'])} training tokens of {used['data']} ({keys}; {read['machine']}); {measured.tokens:,} "
         f"held-out tokens of {used['eval_data']}, original cross-entropy {measured.original['ce']:.4f}; with the block zeroed "
@@ -192,7 +208,7 @@ def frontier_section(name: str, read: dict[str, Any]) -> Iterator[str]:
 def _headings(jacobians: bool) -> list[str]:
     """Of a frontier's table."""
     names = ["kind", "K", "N", "parameters", "ΔCE", "95 % interval", "KL", "NMSE", *["Jacobian NMSE"] * jacobians]
-    return [*names, "expert share", "beyond a few", "unused experts"]
+    return [*names, "ΔCE, experts frozen", "expert share", "unused experts"]
 
 
 def probed(found: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -266,7 +282,7 @@ def page() -> None:
     there = {path.stem: read_json(path) for subject in SUBJECTS if (path := KEPT / f"{subject.model}.json").is_file()}
     for model, read in there.items():
         click.echo("\n".join(frontier_section(model, read)))
-    for line in rivals_section(there):
+    for line in rivals_section():
         click.echo(line)
     name = SUBJECTS[0].model
     for heading, pattern, section in (
