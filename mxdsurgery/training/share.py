@@ -172,8 +172,8 @@ class ShareKept:
 
         Args:
             scale: (tokens, D) fp32, what the experts' sum is multiplied with.
-            rest: (tokens, D), what is added; no gradient flows into it.
-            now: (tokens, D), the layer's output; no gradient flows into it.
+            rest: (tokens, D), what is added, without a gradient.
+            now: (tokens, D), the layer's output, without a gradient.
             weights: (tokens, 1), the loss's.
             shares: processes that each have so many tokens of the batch.
             again: the same pass is computed a second time (gradient checkpointing): it has the same few, and teaches nothing.
@@ -181,7 +181,6 @@ class ShareKept:
         Returns:
             A scalar, of the whole batch.
         """
-        rest, now = rest.detach(), now.detach()
         if not again:
             self.used = self.few
         said, nearer = few_experts(scale, now - rest, weights, self.used, shares)

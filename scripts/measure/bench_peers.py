@@ -13,7 +13,7 @@ have, and one with ours, which falls; an `mxd` of as many parameters; a `topk-sa
 
 Figures: `tokens_per_second` of the training, recording and measuring not counted; `peak_mib`, the most memory beyond what the
 process used with the activations read; `nmse`, ‖ŷ-y‖²/‖y‖² on held-out activations (position 0 of each context is left out);
-`tokens_to` and `seconds_to` (another row's name): when this one first was as good on the way as that one was in the end.
+`reached`, by another row's name: tokens and seconds when this one first was as good, on the way, as that one was in the end.
 """
 
 import json
@@ -66,7 +66,7 @@ def recipe_keys(options: dict[str, Any], name: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def record(options: dict[str, Any], path: Path) -> None:
-    """Records the block's activations: x and y (n, D) to train on, x_heldout and y_heldout, and the first contexts' own."""
+    """Records the block's activations: x and y (n, D) to train on, x_heldout and y_heldout."""
     made, recipe, base = open_and_plan(options["model"], None, recipe_keys(options, "transcoder"))
     model, texts = base.load(dtype="float32", device="cpu"), open_texts(recipe, base.tokenizer())
     (block,) = made.blocks
@@ -87,9 +87,8 @@ def nmse(predicted: Tensor, y: Tensor) -> float:
 def train_ours(name: str, options: dict[str, Any], path: Path) -> dict[str, Any]:
     """Trains one of `OURS` in this process, as `convert` trains it; measures it some fifty times on the way."""
     made, recipe, base = open_and_plan(options["model"], None, recipe_keys(options, name))
-    model, data = base.load(dtype="float32", device="cpu"), load_file(path)
-    (plan,), accelerator = made.layers, make_accelerator(made.settled(recipe))
-    recipe = made.settled(recipe)
+    model, data, recipe = base.load(dtype="float32", device="cpu"), load_file(path), made.settled(recipe)
+    (plan,), accelerator = made.layers, make_accelerator(recipe)
     layer_number, batch = plan.block.layer, recipe.batch
     first = {layer_number: Activations(*(data[part][: 8 * batch].view(1, -1, data[part].shape[1]) for part in "xy"))}
     layer = initial_layer(model, plan, recipe, statistics_of([first])[layer_number])
