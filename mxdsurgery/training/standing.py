@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mxdsurgery.layers.sparse import without_autocast
+from mxdsurgery.runs.parallel import sum_of_all
 from mxdsurgery.training.distill import LayerInTraining
 from mxdsurgery.training.losses import distillation_loss, frozen_gain, token_weights, zero_loss
 
@@ -43,7 +44,7 @@ class Standing(nn.Module):
         flat = y_hat.flatten(0, -2)
         y = flat.detach().float() if self.target is None else self.target.flatten(0, -2).float()
         weights = token_weights(y, job.shares)
-        size = zero_loss(y, weights).clamp_min(1e-6)
+        size = self._size(y, weights)
         loss = distillation_loss(flat, y, weights)
         self.loss = self.local * loss / size
         if job.specialise > 0 or job.share is not None:
@@ -57,6 +58,10 @@ class Standing(nn.Module):
                     job.last_fired.scatter_reduce_(0, a.indices.flatten(), fired, "amax")
         return y_hat.to(dtype)
 
+    def _size(self, y: Tensor, weights: Tensor) -> Tensor:
+        """The loss of an output of zero in place of y (tokens, D), over the tokens of all processes that share the text."""
+        return sum_of_all(zero_loss(y, weights), self.job.shares).div(self.job.shares).clamp_min(1e-6)
+
     def _without_choice(self, now: Tensor, scale: Tensor, rest: Tensor) -> Tensor:
         """The penalty on what experts could do without choosing, of the present output (tokens, D): the input changes."""
         job, now, rest = self.job, now.detach().float(), rest.detach().float()
@@ -64,8 +69,8 @@ class Standing(nn.Module):
         with without_autocast(now.device.type):
             weights = token_weights(now, job.shares)
             if job.specialise > 0:
-                size = zero_loss(now, weights).clamp_min(1e-6)
-                penalty = penalty + job.specialise * frozen_gain(scale, now - rest, weights, job.shares) / size
+                gain = frozen_gain(scale, now - rest, weights, job.shares)
+                penalty = penalty + job.specialise * gain / self._size(now, weights)
             if job.share is not None:
                 again = not self.watched
                 penalty = penalty + job.share.penalty(scale.float(), rest, now, weights, job.shares, again)

@@ -76,13 +76,13 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def assert_close(first, second):
+def assert_close(first, second, within=5e-3):
     """To rounding: Adam makes more of it where a gradient is next to nothing, so the rows as a whole are compared."""
     one, other = weights(first), weights(second)
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         difference = (tensor.float() - other[name].float()).norm() / tensor.float().norm().clamp_min(1e-6)
-        assert difference < 5e-3, (name, difference)
+        assert difference < within, (name, difference)
     figures = [json.loads((folder / "evaluation.json").read_text())["all"] for folder in (first, second)]
     assert figures[0]["kl"] == pytest.approx(figures[1]["kl"], rel=2e-3)
 
@@ -109,7 +109,7 @@ def test_healing_shares_the_text(alone, tmp_path):
     options = {"tokens": 4_096, "batch": 1_024, "seed": 3, "accumulate": 4}  # one context in each pass of each process
     mxdsurgery.heal(alone, out=tmp_path / "one", **options)
     finished("heal", alone, "--out", tmp_path / "two", *flags(options))
-    assert_close(tmp_path / "one", tmp_path / "two")
+    assert_close(tmp_path / "one", tmp_path / "two", within=2e-4)
 
 
 @pytest.mark.parametrize("way", ["layers", "data"])
