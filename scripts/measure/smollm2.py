@@ -6,8 +6,8 @@
     python scripts/measure/smollm2.py page > docs/smollm2.md
 
 DIR should lie outside of the repository: models of some hundred megabytes are made in it. The parts are `commands` (or the
-names of its steps), `rates`, `kinds`, `growth`, `texts` and `choices`. What docs/smollm2/ has already is not measured again:
-delete it there to begin anew.
+names of its steps), `rates`, `kinds`, `first`, `growth`, `texts` and `choices`. What docs/smollm2/ has already is not
+measured again: delete it there to begin anew.
 """
 
 import textwrap
@@ -18,6 +18,7 @@ from typing import Any
 import click
 from choices import TASKS, accuracies
 from continuations import BOOK_PROMPTS, NEW_TOKENS, QUESTIONS, continuations
+from first_position import first_position
 from material import BOOKS, runs_option, shared_option
 from pages import DOCS, carried, cells, machine, read_json, table, unused, without_lists
 from smollm2_steps import EXPERT_STEPS, HEALED, MODEL, STEPS, WHOLE
@@ -84,6 +85,12 @@ def measure_kinds(runs: Path) -> dict[str, Any]:
     return {"rows": rows, "tokens": made.tokens, "original": made.original, "batch": made.settings["batch"]}
 
 
+def measure_first(runs: Path) -> dict[str, list[dict[str, Any]]]:
+    """What position 0 does to all others."""
+    models = {"converted": WHOLE, "healed": HEALED}
+    return {name: first_position(runs / folder, runs / MODEL, EVAL_TOKENS) for name, folder in models.items()}
+
+
 def measure_growth(runs: Path) -> dict[str, Any]:
     """Where errors grow."""
     return growth(runs / HEALED, tokens=EVAL_TOKENS, reporter=ConsoleReporter())
@@ -107,6 +114,7 @@ def measure_choices(runs: Path) -> dict[str, Any]:
 PARTS_MEASURED: dict[str, Callable[[Path], Any]] = {
     "rates": measure_rates,
     "kinds": measure_kinds,
+    "first": measure_first,
     "growth": measure_growth,
     "texts": measure_texts,
     "choices": measure_choices,
@@ -153,7 +161,8 @@ def keep_evaluations(runs: Path) -> None:
 @main.command()
 def page() -> None:
     """Print docs/smollm2.md."""
-    sections = (introduction, rates_section, kinds_section, layers_section, growth_section, texts_section, choices_section)
+    of_layers = (rates_section, kinds_section, layers_section, first_section, growth_section)
+    sections = (introduction, *of_layers, texts_section, choices_section)
     for part in (part for section in sections for part in section()):
         click.echo(part)
     click.echo(f"## The commands\n\n{written(ALL_STEPS, KEPT)}")
@@ -261,6 +270,28 @@ def layers_section() -> Iterator[str]:
     yield table(names, (cells(row.get("layer", "**all**"), name, *figures(row)) for pair in pairs for name, row in pair))
     tops = ", ".join(f"{name} {some['rows'][-1]['top1_agreement']:.1%}" for name, some in of.items())
     yield f"\nThe likeliest token is the original's, with all layers in place: {tops}.\n"
+
+
+def first_section() -> Iterator[str]:
+    """What position 0 does to all others."""
+    of, where = found("first")
+    if of is None:
+        return
+    yield "### The first position\n"
+    yield say(
+        "The first token of a context is this model's attention sink: a few layers give it outputs tens of times as large as",
+        "any other's. Where a converted layer misses that, every later prediction suffers: by context, KL in nats per token,",
+        f"all layers in place; beside it, the mean where position 0 of every layer is the original's ({where}).",
+    )
+    names = "model | contexts | mean KL | median | largest | mean, position 0 kept"
+    figures = ("kl", "median_kl", "largest_kl", "kept_kl")
+    rows = (
+        cells(name, f"{row['contexts']} {'with' if row['bos'] else 'without'} BOS", *(f"{row[key]:.3f}" for key in figures))
+        for name, some in of.items()
+        for row in some
+    )
+    yield table(names, rows)
+    yield ""
 
 
 def growth_section() -> Iterator[str]:
