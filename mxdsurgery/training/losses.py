@@ -13,7 +13,7 @@ _FEW, _FEW_OF_D = 4, 1 / 16
 # Makes the small systems of equations solvable, as a share of their mean diagonal.
 _RIDGE = 1e-6
 # Outputs of more than so many times the mean size are uncommon.
-_MOST_SIZE = 2.0
+_MOST_SIZE = 8.0
 _LEAST_SIZE = 1e-6
 
 
