@@ -1,6 +1,6 @@
 """Measures the frontiers, probes and dissections of docs/frontier.md, and prints that page from what was measured.
 
-    python scripts/measure/frontiers.py measure --shared ../shared     # about an hour on two cores
+    python scripts/measure/frontiers.py measure --shared ../shared     # an hour and a half on one core
     python scripts/measure/frontiers.py page > docs/frontier.md
 
 What is measured is kept in docs/frontier/. What is in --runs already is not measured again: delete it to begin anew.
@@ -16,24 +16,30 @@ from typing import Any
 
 import click
 import material
-from material import BOOKS, FIXED, STORIES, only_option, runs_option, shared_option
+from material import BOOKS, STORIES, only_option, runs_option, shared_option
 from pages import DOCS, cells, machine, read_json, table, unused
 
 import mxdsurgery
 from mxdsurgery.checkpoint.writing import write_json
 from mxdsurgery.measuring.frontier_table import Frontier
+from mxdsurgery.recipe import EXPERT_SHARE
 from mxdsurgery.terminal.console import ConsoleReporter, compact
 from mxdsurgery.terminal.figures import NONE, legend, range_of, times, with_range
+from mxdsurgery.training.share import SHARES
 
 KEPT = DOCS / "frontier"
 RIVALS_FOLDER = KEPT / "rivals"
 KINDS = ("mxd", "transcoder", "skip-transcoder", "molt", "dense")
-# Other gates, and mixtures of linear transforms, at one K: by `sparsity`, the kinds.
-RIVALS = {"topk": ("mxd", "transcoder", "skip-transcoder", "molt"), "jumprelu": ("mxd", "transcoder", "molt")}
-RIVALS_K = 16
+# Another gate, at one K, and with which kinds.
+RIVAL, RIVAL_KINDS, RIVALS_K = "jumprelu", ("mxd", "transcoder", "molt"), 16
 # An autoencoder has an easier task than the others, so it is measured at fewer K.
 AUTOENCODER_K = (16, 32)  # of the first model
 PROBING = ("ag_news", "languages", "sentiment")
+# What experts carry, against what.
+CARRIED = (*SHARES, "earned_share")
+# Of a frontier's table.
+HEADINGS = ("kind", "K", "N", "parameters", "ΔCE", "95 % interval", "KL", "NMSE", "Jacobian NMSE", "expert share")
+HEADINGS += ("beyond a few", "earned", "L0", "unused experts")
 # Probing and dissection examine the kinds at this K.
 LOOKED_AT = 32
 
@@ -47,11 +53,11 @@ class Subject(material.Subject):
 
 
 SUBJECTS = (
-    Subject("books-llama-6m", *BOOKS, 55_296, layer=3, k=(16, 32, 64, 128, 256)),
+    Subject("books-llama-6m", *BOOKS, 18_432, layer=3, k=(16, 32, 128)),
     Subject("tinystories-chat-gpt2-3M", *STORIES, 18_432, layer=4, k=(16, 64, 256)),
     Subject("stories260K", *STORIES, 18_432, layer=2, k=(16, 64, 256)),
 )
-TOKENS = 2_000_896  # 977 steps of 2,048
+TOKENS = 500_000
 
 
 def trained(subject: Subject, shared: Path, out: Path, kinds: tuple[str, ...], k: tuple[int, ...], **keys: str) -> Frontier:
@@ -67,7 +73,7 @@ def trained(subject: Subject, shared: Path, out: Path, kinds: tuple[str, ...], k
         device="cpu",
         out=str(out),
         reporter=ConsoleReporter(),
-        **FIXED | keys,
+        **keys,
     )
 
 
@@ -87,23 +93,14 @@ def measure_frontier(subject: Subject, shared: Path, runs: Path, kinds: tuple[st
 
 
 def measure_rivals(subject: Subject, shared: Path, runs: Path) -> None:
-    """Measures the `RIVALS` on one model, each sparsity in a folder of its own; keeps all rows in docs/frontier/rivals/."""
-    for sparsity, kinds in RIVALS.items():
-        out = runs / f"{subject.model}-{sparsity}"
-        keep_rivals(subject.model, trained(subject, shared, out, kinds, (RIVALS_K,), sparsity=sparsity))
-
-
-def keep_rivals(model: str, made: Frontier) -> None:
-    """Puts rows of one sparsity beside those of the others in docs/frontier/rivals/, without local paths."""
-    path, read = RIVALS_FOLDER / f"{model}.json", published(made)
-    others = [row for row in read_json(path, {"rows": []})["rows"] if row["sparsity"] != made.rows[0]["sparsity"]]
-    rows = sorted(read["rows"] + others, key=lambda row: (row["kind"], row["sparsity"] != "topk"))
-    write_json(path, read | {"rows": rows})
+    """Measures the `RIVAL` gate on one model; keeps its rows in docs/frontier/rivals/."""
+    made = trained(subject, shared, runs / f"{subject.model}-{RIVAL}", RIVAL_KINDS, (RIVALS_K,), sparsity=RIVAL)
+    write_json(RIVALS_FOLDER / f"{subject.model}.json", published(made))
 
 
 def rival_rows(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Rows of a table of `RIVALS`."""
-    for row in rows:
+    """Rows of a table of gates."""
+    for row in sorted(rows, key=lambda row: (KINDS.index(row["kind"]), row["sparsity"] != "topk")):
         yield cells(
             row["kind"] if row["sparsity"] == "topk" else f"{row['kind']}, {row['sparsity']}",
             f"{row['n_experts']:,}",
@@ -112,28 +109,21 @@ def rival_rows(rows: list[dict[str, Any]]) -> Iterator[str]:
             f"{row['kl']:.4f}",
             f"{row['nmse']:.4f}",
             with_range(row, "jacobian_nmse", ".3f"),
-            with_range(row, "expert_share", ".2f"),
+            *(with_range(row, name, ".2f") for name in CARRIED),
             f"{row['l0']:.1f}",
             unused(row),
         )
 
 
-def rivals_section() -> Iterator[str]:
-    """The tables of all models on which `RIVALS` were measured."""
-    if not RIVALS_FOLDER.is_dir():
-        return
-    yield f"## Other gates, and mixtures of linear transforms: K = {RIVALS_K}\n"
+def rivals_section(there: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """The tables of the models on which the `RIVAL` gate was measured, beside the same kinds with the usual one."""
+    yield f"## Another gate, and mixtures of linear transforms: K = {RIVALS_K}\n"
     yield (KEPT / "rivals.md").read_text()
     for path in sorted(RIVALS_FOLDER.glob("*.json")):
-        read = read_json(path)
-        first, used = read["rows"][0], read["settings"]
-        yield (
-            f"{path.stem}, layer {first['layer']}: {compact(first['train_tokens'])} training tokens of {used['data']} (lr "
-            f"{used['lr']:g}, {read['machine']}); {read['tokens']:,} held-out tokens, original cross-entropy "
-            f"{read['original']['ce']:.4f}; with the block zeroed {first['zero_delta_ce']:+.4f}.\n"
-        )
-        names = "what | N | parameters | ΔCE | KL | NMSE | Jacobian NMSE | expert share | L0 | unused"
-        yield table(names, rival_rows(read["rows"]))
+        usual = [row for row in there[path.stem]["rows"] if row["k"] == RIVALS_K and row["kind"] in KINDS]
+        names = "what | N | parameters | ΔCE | KL | NMSE | Jacobian NMSE | expert share | beyond a few | earned | L0 | unused"
+        yield f"{path.stem}, layer {usual[0]['layer']}; the rows without a gate's name are those of the tables above.\n"
+        yield table(names, rival_rows(usual + read_json(path)["rows"]))
         yield ""
 
 
@@ -162,14 +152,22 @@ def kept(pattern: str) -> dict[str, dict[str, Any]]:
     return {path.stem: read_json(path) for path in sorted(KEPT.glob(pattern))}
 
 
-def rows_of(measured: Frontier, jacobians: bool) -> Iterator[str]:
+def rows_of(measured: Frontier) -> Iterator[str]:
     """Rows of a frontier's table."""
     for row in measured.rows:
-        jacobian = f"| {row['jacobian_nmse']:.3f} " if jacobians else ""
-        yield (
-            f"{row['kind']} | {row['k'] or '-'} | {row['n_experts'] or '-'} | {compact(row['params'])} "
-            f"| {row['delta_ce']:+.4f} | {range_of(row, 'delta_ce', '+.4f')} | {row['kl']:.4f} | {row['nmse']:.4f} "
-            f"{jacobian}| {row['constant_gate_delta_ce']:+.4f} | {with_range(row, 'expert_share', '.2f')} | {unused(row)}"
+        yield cells(
+            row["kind"],
+            row["k"] or "-",
+            row["n_experts"] or "-",
+            compact(row["params"]),
+            f"{row['delta_ce']:+.4f}",
+            range_of(row, "delta_ce", "+.4f"),
+            f"{row['kl']:.4f}",
+            f"{row['nmse']:.4f}",
+            NONE if row["jacobian_nmse"] is None else f"{row['jacobian_nmse']:.3f}",
+            *(with_range(row, name, ".2f") for name in CARRIED),
+            "-" if row["l0"] is None else f"{row['l0']:.1f}",
+            unused(row),
         )
 
 
@@ -189,7 +187,8 @@ def frontier_section(name: str, read: dict[str, Any]) -> Iterator[str]:
     yield f"## {name}, layer {layer}\n"
     yield f"![ΔCE against K](frontier/{name}.png)\n"
     used, first = read["settings"], measured.rows[0]
-    keys = ", ".join(f"{key} {used[key]}" for key in ("batch", "lr", "warmup", "decay", "specialise"))
+    asked = EXPERT_SHARE if used["expert_share"] is None else used["expert_share"]
+    keys = ", ".join(f"{key} {used[key]}" for key in ("batch", "lr", "warmup", "decay")) + f", expert_share {asked}"
     yield (
         f"{compact(first['train_tokens'])} training tokens of {used['data']} ({keys}; {read['machine']}); {measured.tokens:,} "
         f"held-out tokens of {used['eval_data']}, original cross-entropy {measured.original['ce']:.4f}; with the block zeroed "
@@ -200,15 +199,8 @@ def frontier_section(name: str, read: dict[str, Any]) -> Iterator[str]:
     every = sorted({row["k"] for row in measured.rows if row["kind"] == "mxd"})
     yield table(cells("K", *every), ratios(measured, every))
     yield ""
-    jacobians = all("jacobian_nmse" in row for row in measured.rows)  # older versions did not measure it
-    yield table(cells(*_headings(jacobians)), rows_of(measured, jacobians))
+    yield table(cells(*HEADINGS), rows_of(measured))
     yield ""
-
-
-def _headings(jacobians: bool) -> list[str]:
-    """Of a frontier's table."""
-    names = ["kind", "K", "N", "parameters", "ΔCE", "95 % interval", "KL", "NMSE", *["Jacobian NMSE"] * jacobians]
-    return [*names, "ΔCE, experts frozen", "expert share", "unused experts"]
 
 
 def probed(found: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -253,7 +245,7 @@ def dissection_section(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     names = "data | what | effective rank | nearest cosine | chance | unused | effective experts | class information | chance"
     yield table(names, dissected(found))
     rank = next(iter(found.values()))["decoder_effective_rank"]
-    yield f"\nThe original decoder's effective rank is {rank:.0f}; a feature of the other kinds writes one direction.\n"
+    yield f"\nThe original decoder's effective rank is {rank:.0f}; a transcoder's or autoencoder's feature has rank 1.\n"
 
 
 @click.group(help=__doc__)
@@ -282,7 +274,7 @@ def page() -> None:
     there = {path.stem: read_json(path) for subject in SUBJECTS if (path := KEPT / f"{subject.model}.json").is_file()}
     for model, read in there.items():
         click.echo("\n".join(frontier_section(model, read)))
-    for line in rivals_section():
+    for line in rivals_section(there):
         click.echo(line)
     name = SUBJECTS[0].model
     for heading, pattern, section in (
@@ -292,8 +284,7 @@ def page() -> None:
         click.echo(f"## {heading}: {name}, layer {SUBJECTS[0].layer}, K = {LOOKED_AT}\n")
         click.echo((KEPT / f"{heading.split()[0].lower()}.md").read_text())
         click.echo("\n".join(section(kept(pattern))))
-    jacobians = any("jacobian_nmse" in row for read in there.values() for row in read["rows"])
-    click.echo(textwrap.fill(legend(_headings(jacobians), more=""), 127))
+    click.echo(textwrap.fill(legend(HEADINGS, more=""), 127))
 
 
 if __name__ == "__main__":
