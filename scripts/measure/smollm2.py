@@ -154,6 +154,7 @@ def keep_evaluations(runs: Path) -> None:
         evaluation = read_json(runs / folder / "evaluation.json")
         if evaluation is not None:
             kept = {part: evaluation[part] for part in ("tokens", "original", "training")}
+            kept |= {part: evaluation[part] for part in ("healed",) if part in evaluation}
             kept["rows"] = [without_lists(row) for row in (*evaluation["layers"], evaluation["all"])]
             write_json(KEPT / f"{name}.json", {"found": kept})
 
@@ -265,6 +266,11 @@ def layers_section() -> Iterator[str]:
         f"{converted['tokens']:,} held-out tokens; original cross-entropy {converted['original']['ce']:.4f}.",
         f"Single layers, each converted alone, on {converted['rows'][0]['tokens']:,} of them.",
     )
+    for record in [] if healed is None else healed["healed"]:
+        yield say(
+            f"Healed on {record['tokens']:,} tokens in {seconds_in_words(record['seconds'])} (`heal {WHOLE} --tokens 60k`): KL",
+            f"from {record['kl_before']:.3f} to {record['kl_after']:.3f}, on held-out text that nothing was chosen on.",
+        )
     names = "layer | model | ΔCE | KL | NMSE | median error | carried | unused"
     pairs = zip(*([(name, row) for row in some["rows"]] for name, some in of.items()), strict=True)
     yield table(names, (cells(row.get("layer", "**all**"), name, *figures(row)) for pair in pairs for name, row in pair))
@@ -282,6 +288,8 @@ def first_section() -> Iterator[str]:
         "The first token of a context is this model's attention sink: a few layers give it outputs tens of times as large as",
         "any other's. Where a converted layer misses that, every later prediction suffers: by context, KL in nats per token,",
         f"all layers in place; beside it, the mean where position 0 of every layer is the original's ({where}).",
+        "These layers were trained when the loss counted no output for more than one of twice the mean size; since then it is",
+        "eight times ([tried.md](tried.md)).",
     )
     names = "model | contexts | mean KL | median | largest | mean, position 0 kept"
     figures = ("kl", "median_kl", "largest_kl", "kept_kl")

@@ -5,7 +5,7 @@ from steps import SAMPLING, Step
 
 MODEL, WHOLE, HEALED = "smollm2", "smollm2-mxd", "smollm2-healed"
 _TEXTS = f"--data {BOOKS[0]} --eval-data {BOOKS[1]}"
-CODE, STEERED = "27:5179", "6:5651"
+CODE, STEERED = "28:7096", "5:1427"
 _SHORT = "--tokens 100k --eval-tokens 4k"
 
 
@@ -27,7 +27,7 @@ STEPS = (
         last=4,
     ),
     Step("heal", "Interrupted and resumed once:", f"mxdsurgery heal {WHOLE} --tokens 60k --out {HEALED}", first=14),
-    Step("evaluate", "", f"mxdsurgery evaluate {HEALED} --tokens 4k", first=3),
+    Step("evaluate", "", f"mxdsurgery evaluate {HEALED}", first=3),
     Step(
         "convert-one",
         "### One layer",
@@ -48,9 +48,7 @@ STEPS = (
 EXPERT_STEPS = (
     Step(
         "experts",
-        "### Find experts\n\n(From here on, of an earlier conversion on 300k tokens in steps of 512, healed on 100k: "
-        "its experts have other numbers.) One pass over the text for all layers. The text has a field `kind`, so kinds are "
-        "counted, too.",
+        "### Find experts\n\nOne pass over the text for all layers. The text has a field `kind`, so kinds are counted, too.",
         f"mxdsurgery experts {HEALED} --data {BOOKS[0]} --tokens 50k --overwrite",
     ),
     Step(
@@ -94,16 +92,17 @@ EXPERT_STEPS = (
     ),
     Step(
         "chat",
-        "### Steer\n\nThe likeliest text with and without an expert that fires on ` Mr`, at twice its maximum:",
+        "### Steer\n\nThe likeliest text with and without an expert that fires on ` Mr`, at twice its "
+        "maximum; it changes nothing here:",
         _chat(f"{STEERED}=2"),
     ),
     Step(
         "chat-code",
-        "Experts of Python code in three layers, at six times their maxima: another answer, and no code. At twenty times, the "
-        "text breaks before it turns into code:",
-        _chat("18:7541=6,21:4127=6,24:5384=6"),
+        "Experts of Python code in three layers, at twice their maxima: another answer, and no code. At six times, the text "
+        "breaks before it turns into code:",
+        _chat("16:5614=2,24:4322=2,28:7096=2"),
     ),
-    Step("chat-broken", "", _chat("18:7541=20,21:4127=20")),
+    Step("chat-broken", "", _chat("16:5614=6,24:4322=6,28:7096=6")),
     Step(
         "score",
         "How far do samples move towards what the expert stands for, beside steering other experts as strongly, and are they "
