@@ -268,8 +268,8 @@ def layers_section() -> Iterator[str]:
     )
     for record in [] if healed is None else healed["healed"]:
         yield say(
-            f"Healed on {record['tokens']:,} tokens in {seconds_in_words(record['seconds'])} (`heal {WHOLE} --tokens 60k`): KL",
-            f"from {record['kl_before']:.3f} to {record['kl_after']:.3f}, on held-out text that nothing was chosen on.",
+            f"Healed on {record['tokens']:,} tokens in {seconds_in_words(record['seconds'])} (`heal {WHOLE} --tokens 60k`):",
+            f"KL from {record['kl_before']:.3f} to {record['kl_after']:.3f}, on held-out text that nothing was chosen on.",
         )
     names = "layer | model | ΔCE | KL | NMSE | median error | carried | unused"
     pairs = zip(*([(name, row) for row in some["rows"]] for name, some in of.items()), strict=True)
