@@ -109,7 +109,7 @@ def test_healing_shares_the_text(alone, tmp_path):
     options = {"tokens": 4_096, "batch": 1_024, "seed": 3, "accumulate": 4}  # one context in each pass of each process
     mxdsurgery.heal(alone, out=tmp_path / "one", **options)
     finished("heal", alone, "--out", tmp_path / "two", *flags(options))
-    assert_close(tmp_path / "one", tmp_path / "two", within=2e-4)
+    assert_close(tmp_path / "one", tmp_path / "two", within=1e-3)
 
 
 @pytest.mark.parametrize("way", ["layers", "data"])
