@@ -353,7 +353,7 @@ def costs_section() -> Iterator[str]:
     """Time and memory of every command."""
     costs = costs_of(KEPT)
     yield "## Time and memory of every command\n"
-    yield "Of each from start to end; memory is that of its largest process.\n"
+    yield "Of each from start to end, most with two other jobs on the two cores; memory is that of its largest process.\n"
     rows = (
         cells(f"`{step.command}`", cost["threads"], seconds_in_words(cost["seconds"]), size(cost["peak_bytes"]))
         for step in ALL_STEPS
