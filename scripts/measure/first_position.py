@@ -12,24 +12,13 @@ from torch import Tensor, nn
 
 import mxdsurgery
 from mxdsurgery.base.running import hidden_states
-from mxdsurgery.base.surgery import FirstKept, replaced
+from mxdsurgery.base.surgery import ConstantOutput, FirstKept, replaced
 from mxdsurgery.measuring.evaluate import load_original
 from mxdsurgery.measuring.held_out import held_out
 from mxdsurgery.measuring.intervals import scored_predictions
-from mxdsurgery.measuring.scoring import Original, prediction_sums, run_original
+from mxdsurgery.measuring.scoring import prediction_sums, run_original
 from mxdsurgery.recipe import Recipe, load_recipe
 from mxdsurgery.text.packing import in_batches
-
-
-class _Given(nn.Module):
-    """Gives what it was told, whatever it gets."""
-
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, _: Tensor) -> Tensor:
-        return self.output
 
 
 def first_position(folder: Path, original: Path, tokens: int) -> list[dict[str, Any]]:
@@ -56,20 +45,18 @@ def first_position(folder: Path, original: Path, tokens: int) -> list[dict[str, 
 
 @torch.no_grad()
 def _by_context(model: nn.Module, converted: mxdsurgery.Converted, contexts: Tensor) -> dict[str, float]:
-    blocks, length, found = converted.plan.blocks, contexts.shape[1], {"converted": [], "kept": []}
-
-    def states(ids: Tensor, before: Original) -> dict[str, Tensor]:
-        layers = dict(converted.layers)
-        kept = {index: FirstKept(layer, _Given(before.y[index][:, :1]), length) for index, layer in layers.items()}
-        made = {}
-        for name, modules in (("converted", layers), ("kept", kept)):
-            with replaced(model, blocks, modules):
-                made[name] = hidden_states(model, ids)
-        return made
-
+    blocks, length, layers = converted.plan.blocks, contexts.shape[1], converted.layers
+    firsts = {index: ConstantOutput(torch.zeros(model.config.hidden_size)) for index in layers}
+    kept_first = {index: FirstKept(layer, firsts[index], length) for index, layer in layers.items()}
+    variants, found = {"converted": layers, "kept": kept_first}, {"converted": [], "kept": []}
     for ids in in_batches(contexts, 4 * length):
-        before = run_original(model, blocks, ids)
-        for name, sums in prediction_sums(model, ids, before.hidden, states(ids, before).items()):
+        before, states = run_original(model, blocks, ids), {}
+        for index, module in firsts.items():
+            module.first = before.y[index][:, :1]
+        for name, modules in variants.items():
+            with replaced(model, blocks, modules):
+                states[name] = hidden_states(model, ids)
+        for name, sums in prediction_sums(model, ids, before.hidden, states.items()):
             if name != "original":
                 found[name].append(sums["kl"] / scored_predictions(ids))
     kl, kept = (torch.cat(parts) for parts in found.values())

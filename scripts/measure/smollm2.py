@@ -232,7 +232,8 @@ def kinds_section() -> Iterator[str]:
     yield f"## One layer: the paper's table, layer {KIND_LAYER}\n"
     yield say(
         f"Kinds of as many parameters as a transcoder with 32 D features ({compact(first['params'])}), all trained on the",
-        f"same {compact(first['train_tokens'])} tokens in steps of {kinds['batch']:,} (today's default is 256);",
+        f"same {compact(first['train_tokens'])} tokens in steps of {kinds['batch']:,} (today's default is 256), transcoders",
+        "at half of today's rate, which was too little for them ([tried.md](tried.md));",
         f"{kinds['tokens']:,} held-out tokens ({where}); original cross-entropy {kinds['original']['ce']:.4f},",
         f"with the block zeroed {first['zero_delta_ce']:+.4f}, with its mean output {first['mean_delta_ce']:+.4f}.",
         "The paper's nearest model, GPT-2 124M, after 480 M tokens, at K = 16, 32, 64, 128:",
@@ -266,7 +267,7 @@ def layers_section() -> Iterator[str]:
         f"{converted['tokens']:,} held-out tokens; original cross-entropy {converted['original']['ce']:.4f}.",
         f"Single layers, each converted alone, on {converted['rows'][0]['tokens']:,} of them.",
     )
-    for record in [] if healed is None else healed["healed"]:
+    for record in (healed or {}).get("healed", []):
         yield say(
             f"Healed on {record['tokens']:,} tokens in {seconds_in_words(record['seconds'])} (`heal {WHOLE} --tokens 60k`):",
             f"KL from {record['kl_before']:.3f} to {record['kl_after']:.3f}, on held-out text that nothing was chosen on.",
