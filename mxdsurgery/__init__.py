@@ -46,6 +46,7 @@ _PLACES = {
     "measuring.frontier_table": ("Frontier",),
     "measuring.growth": ("growth",),
     "measuring.probe": ("probe",),
+    "planning.doctor": ("doctor",),
     "planning.plan": ("Plan", "plan"),
     "planning.proposal": ("Proposal", "propose"),
     "recipe": ("Recipe",),

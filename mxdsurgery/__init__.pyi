@@ -32,6 +32,7 @@ from mxdsurgery.measuring.evaluate import evaluate as evaluate
 from mxdsurgery.measuring.frontier_table import Frontier as Frontier
 from mxdsurgery.measuring.growth import growth as growth
 from mxdsurgery.measuring.probe import probe as probe
+from mxdsurgery.planning.doctor import doctor as doctor
 from mxdsurgery.planning.plan import Plan as Plan
 from mxdsurgery.planning.plan import plan as plan
 from mxdsurgery.planning.proposal import Proposal as Proposal

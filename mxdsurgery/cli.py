@@ -1,11 +1,10 @@
 """The command line: each command reads its flags, calls the public function of its name and prints what it returns."""
 
-import json
-import sys
+import dataclasses
 from typing import Any
 
 import click
-from rich.console import Console
+import cloup
 
 import mxdsurgery
 from mxdsurgery.choices import BY, DEFAULT_K, DEFAULT_KINDS, FORMS, ONE_LAYER, UNITS
@@ -14,63 +13,70 @@ from mxdsurgery.options import (
     AS_JSON,
     BASE,
     COMPUTE,
+    DIR,
     KINDS_HELP,
+    MODEL,
+    OVERWRITE,
     RESUME,
     TEXT_COLUMN,
     THREADS,
     TRUST,
-    Numbers,
     RecipeValue,
     RecipeValues,
     edit_options,
     heal_options,
+    key_help,
     labelled_options,
     machine_options,
     number,
     recipe_options,
     refuse_typed,
+    sampling_options,
+    scoring_options,
     text_options,
 )
-from mxdsurgery.recipe import RECIPE_KEYS
 from mxdsurgery.terminal.console import duration, size
 from mxdsurgery.terminal.ending import NamedErrors, flags_of
-from mxdsurgery.terminal.streams import can_show, say, written
+from mxdsurgery.terminal.results import print_json, print_table
+from mxdsurgery.terminal.streams import say
 from mxdsurgery.terminal.voice import console_reporter, level_options
 
-
-def _print_json(value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    say(text if can_show(text) else json.dumps(value, indent=2))
-
-
-def _print_table(*parts: Any) -> None:
-    console = Console(highlight=False, emoji=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, emoji=False, width=180)
-    with written(sys.stdout):
-        for part in parts:
-            console.print(part, markup=not isinstance(part, str))  # a folder's name may look like markup
+SECTIONS = LOOK, CONVERT, MEASURE, EXPERTS, CHANGE, SHARE = tuple(
+    map(cloup.Section, ("Look", "Convert", "Measure", "Experts", "Change and use", "Share"))
+)
 
 
-@click.group(cls=NamedErrors, params=level_options(), context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=NamedErrors, sections=SECTIONS, params=level_options(), context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(package_name="mxdsurgery")
 def main() -> None:
     """Replace the MLP blocks of a language model by Mixtures of Decoders, and see what it costs."""
 
 
-@main.command()
-@click.argument("model")
+@main.command(section=LOOK)
+@AS_JSON
+def doctor(as_json: bool) -> None:
+    """Show what this machine has for the other commands, and what it lacks."""
+    from mxdsurgery.planning.doctor import doctor_tables
+
+    found = mxdsurgery.doctor()
+    print_json(found) if as_json else print_table(*doctor_tables(found))
+
+
+@main.command(section=LOOK)
+@MODEL
 @click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--trust-remote-code", is_flag=True, help=RECIPE_KEYS["trust_remote_code"].doc)
+@click.option("--trust-remote-code", is_flag=True, help=key_help("trust_remote_code"))
 @AS_JSON
 def analyze(model: str, as_json: bool, **options: Any) -> None:
     """Show which MLP blocks MODEL has, from its config alone."""
     analysis = mxdsurgery.analyze(model, **options)
-    _print_json(analysis.to_dict()) if as_json else _print_table(analysis.table())
+    print_json(analysis.to_dict()) if as_json else print_table(analysis.table())
 
 
-@main.command()
-@click.argument("model")
+@main.command(section=LOOK)
+@MODEL
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
 @click.option("--measure/--no-measure", default=True, help="Measure this machine for some seconds, for the time it takes.")
 @number("hours", "Hours that there are: propose the conversion that fits them, evaluation and export included.")
@@ -92,7 +98,7 @@ def plan(model: str, recipe: str | None, measure: bool, hours: float | None, as_
         made, resolved = found.plan, found.recipe
         proposal = {"hours": hours} | found.keys | {"command": found.command(model, recipe, overrides)}
     if as_json:
-        _print_json(made.to_dict() | {"recipe": resolved.to_dict()} | ({"proposal": proposal} if proposal else {}))
+        print_json(made.to_dict() | {"recipe": resolved.to_dict()} | ({"proposal": proposal} if proposal else {}))
         return
     if made.refusal is not None:
         refusal.append(f"\nconvert would refuse: {MemoryBudgetError(**made.refusal).for_command(flags_of(convert))}")
@@ -100,15 +106,16 @@ def plan(model: str, recipe: str | None, measure: bool, hours: float | None, as_
         refusal.append(
             f"\nIn {duration(made.total_seconds)}, of the {duration(3600 * hours)} that there are:\n{proposal['command']}"
         )
-    _print_table(layer_table(made), group_table(made), *summary(made, resolved), *refusal)
+    print_table(layer_table(made), group_table(made), *summary(made, resolved), *refusal)
 
 
-@main.command()
-@click.argument("model")
+@main.command(section=CONVERT)
+@MODEL
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
 @RESUME
+@AS_JSON
 @recipe_options()
-def convert(model: str, recipe: str | None, **overrides: Any) -> None:
+def convert(model: str, recipe: str | None, as_json: bool, **overrides: Any) -> None:
     """Convert MODEL: distil, evaluate and export.
 
     Every flag is a key of the recipe; what is not given comes from the recipe made for the model, or from --recipe.
@@ -116,31 +123,39 @@ def convert(model: str, recipe: str | None, **overrides: Any) -> None:
     from mxdsurgery.checkpoint.card import evaluation_table
 
     made = mxdsurgery.convert(model, recipe=recipe, reporter=console_reporter(), **overrides)
-    if made is not None:  # the first of several processes says it
-        _print_table(evaluation_table(made.evaluation), f"\nThe converted model is in {made.recipe.out}")
+    if made is None:
+        return  # the first of several processes says it
+    if as_json:
+        print_json(made.evaluation | {"out": made.recipe.out})
+        return
+    print_table(evaluation_table(made.evaluation), f"\nThe converted model is in {made.recipe.out}")
 
 
-@main.command()
-@click.argument("model")
+@main.command(section=CONVERT)
+@MODEL
 @click.option("--layer", type=int, required=True, help="The layer whose block is replaced; negative: from the end.")
 @click.option("--k", type=RecipeValues("k"), default=DEFAULT_K, help="Values of K. [default: 16,32,64,128,256]")
 @click.option("--kinds", type=RecipeValues("kind"), default=DEFAULT_KINDS, help=KINDS_HELP)
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
 @RESUME
+@AS_JSON
 @recipe_options("layers", "k", "kind", *ONE_LAYER)
-def frontier(model: str, **options: Any) -> None:
+def frontier(model: str, as_json: bool, **options: Any) -> None:
     """Compare kinds of layers at several K in place of one block of MODEL.
 
     All are trained on the same activations and have the same number of parameters. What --out holds already is kept.
     """
     made = mxdsurgery.frontier(model, reporter=console_reporter(), **options)
-    _print_table(
+    if as_json:
+        print_json(dataclasses.asdict(made) | {"out": str(made.out)})
+        return
+    print_table(
         made.table(), *made.verdicts, f"\nfrontier.json, frontier.csv, frontier.png and frontier.svg are in {made.out}"
     )
 
 
-@main.command()
-@click.argument("folder", metavar="DIR")
+@main.command(section=MEASURE)
+@DIR
 @text_options
 @BASE
 @number("tokens_single", "Of them, those that each layer alone is measured on.")
@@ -154,22 +169,19 @@ def evaluate(folder: str, growth: bool, tokens_single: int | None, as_json: bool
         from mxdsurgery.measuring.growth import growth_table
 
         result = mxdsurgery.growth(folder, reporter=console_reporter(), **options)
-        _print_json(result) if as_json else _print_table(*growth_table(result))
+        print_json(result) if as_json else print_table(*growth_table(result))
         return
     from mxdsurgery.checkpoint.card import evaluation_table
 
     figures = mxdsurgery.evaluate(folder, tokens_single=tokens_single, reporter=console_reporter(), **options)
-    _print_json(figures) if as_json else _print_table(evaluation_table(figures))
+    print_json(figures) if as_json else print_table(evaluation_table(figures))
 
 
-@main.command()
-@click.argument("folder", metavar="DIR")
-@click.option("--out", required=True, help="The folder to write.")
-@RESUME
+@main.command(section=CONVERT)
+@DIR
 @heal_options
-@BASE
 @machine_options
-@click.option("--overwrite", is_flag=True, help="Take the place of an earlier folder of ours.")
+@BASE
 @AS_JSON
 def heal(folder: str, as_json: bool, **options: Any) -> None:
     """Train the converted model in DIR end to end, toward its original's predictions.
@@ -183,30 +195,30 @@ def heal(folder: str, as_json: bool, **options: Any) -> None:
     if result is None:
         return  # the first of several processes says it
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
-    _print_table(heal_table(result), evaluation_table(result["evaluation"]), f"\nThe model is in {result['out']}")
+    print_table(heal_table(result), evaluation_table(result["evaluation"]), f"\nThe model is in {result['out']}")
 
 
-@main.command(name="apply")
-@click.argument("adapter")
+@main.command(name="apply", section=SHARE)
+@cloup.argument("adapter", help="A folder or hub id: what --format adapter wrote.")
 @click.option("--base", help="The base model; default: the one that the adapter names.")
 @COMPUTE
 @THREADS
 @TRUST
 @click.option("--out", required=True, help="The folder to write.")
-@click.option("--overwrite", is_flag=True, help="Take the place of an earlier folder of ours.")
+@OVERWRITE
 @AS_JSON
 def apply_(adapter: str, as_json: bool, **options: Any) -> None:
     """Write the whole checkpoint of ADAPTER, bit for bit, from the base model's weights and what differs from them."""
     result = mxdsurgery.apply(adapter, reporter=console_reporter(), **options)
     made = f"{size(result['bytes'])} from an adapter of {size(result['adapter_bytes'])} and {result['base_model']}"
-    _print_json(result) if as_json else _print_table(f"The model is in {result['out']}: {made}")
+    print_json(result) if as_json else print_table(f"The model is in {result['out']}: {made}")
 
 
-@main.command()
-@click.argument("folder", metavar="DIR")
-@click.argument("repo", metavar="USER/NAME")
+@main.command(section=SHARE)
+@DIR
+@cloup.argument("repo", metavar="USER/NAME", help="Where on the hub.")
 @click.option("--private", is_flag=True, help="Only you may see it.")
 @click.option("--revision", help="Branch to write to, made if it is not there; default: main.")
 @click.option("--message", help="Of the commit.")
@@ -218,11 +230,11 @@ def push(folder: str, repo: str, as_json: bool, **options: Any) -> None:
     from mxdsurgery.sharing.push import push_table
 
     result = mxdsurgery.push(folder, repo, reporter=console_reporter(), **options)
-    _print_json(result) if as_json else _print_table(push_table(result), f"\nIt is at {result['url']}")
+    print_json(result) if as_json else print_table(push_table(result), f"\nIt is at {result['url']}")
 
 
-@main.command()
-@click.argument("folder", metavar="DIR")
+@main.command(section=MEASURE)
+@DIR
 @labelled_options(required=True)
 @AS_JSON
 def probe(folder: str, as_json: bool, **options: Any) -> None:
@@ -233,11 +245,11 @@ def probe(folder: str, as_json: bool, **options: Any) -> None:
     from mxdsurgery.measuring.probe import probe_tables
 
     result = mxdsurgery.probe(folder, reporter=console_reporter(), **options)
-    _print_json(result) if as_json else _print_table(*probe_tables(result))
+    print_json(result) if as_json else print_table(*probe_tables(result))
 
 
-@main.command()
-@click.argument("folder", metavar="DIR")
+@main.command(section=MEASURE)
+@DIR
 @labelled_options(required=False)
 @AS_JSON
 def dissect(folder: str, as_json: bool, **options: Any) -> None:
@@ -248,11 +260,11 @@ def dissect(folder: str, as_json: bool, **options: Any) -> None:
     from mxdsurgery.measuring.dissect import dissection_table
 
     result = mxdsurgery.dissect(folder, reporter=console_reporter(), **options)
-    _print_json(result) if as_json else _print_table(dissection_table(result))
+    print_json(result) if as_json else print_table(dissection_table(result))
 
 
-@main.command()
-@click.argument("folder", metavar="DIR")
+@main.command(section=EXPERTS)
+@DIR
 @click.option("--data", help="The text; default: the recipe's held-out text, or its training text.")
 @number("tokens", "How many of its tokens.", default="1M")
 @click.option("--out", help="Where to; default: DIR/experts.")
@@ -273,11 +285,11 @@ def experts(folder: str, as_json: bool, **options: Any) -> None:
     from mxdsurgery.catalogue.experts import experts_table
 
     result = mxdsurgery.experts(folder, reporter=console_reporter(), **options)
-    _print_json(result) if as_json else _print_table(experts_table(result), f"\nThe catalogue is in {result['out']}")
+    print_json(result) if as_json else print_table(experts_table(result), f"\nThe catalogue is in {result['out']}")
 
 
-@main.command()
-@click.argument("folder", metavar="DIR")
+@main.command(section=LOOK)
+@DIR
 @click.option("--out", metavar="FILE", help="A .png or .svg; both are written. Default: metrics.png beside metrics.jsonl.")
 @AS_JSON
 def plot(folder: str, as_json: bool, **options: Any) -> None:
@@ -289,12 +301,12 @@ def plot(folder: str, as_json: bool, **options: Any) -> None:
 
     result = mxdsurgery.plot(folder, reporter=console_reporter(), **options)
     drawn = f"\nThe figures are {' and '.join(result['figures'])}"
-    _print_json(result) if as_json else _print_table(*plot_table(result), drawn)
+    print_json(result) if as_json else print_table(*plot_table(result), drawn)
 
 
-@main.command()
-@click.argument("folder", metavar="DIR")
-@click.argument("query", required=False)
+@main.command(section=EXPERTS)
+@DIR
+@cloup.argument("query", required=False, help="A token, an example text, or a class of texts.")
 @click.option("--by", type=click.Choice(BY), default="auto", show_default=True, help="What QUERY is.")
 @click.option("--layer", type=int, help="Look in one layer only; negative: from the end.")
 @number("top", "How many experts to show.", default=20)
@@ -308,39 +320,41 @@ def search(folder: str, query: str | None, as_json: bool, **options: Any) -> Non
     from mxdsurgery.catalogue.search import search_table
 
     result = mxdsurgery.search(folder, query, **options)
-    _print_json(result) if as_json else _print_table(search_table(result))
+    print_json(result) if as_json else print_table(search_table(result))
 
 
-@main.command()
-@click.argument("folder", metavar="DIR")
+@main.command(section=EXPERTS)
+@DIR
 @click.option("--out", help="The page; default: report.html in DIR.")
 @number("limit_mib", "Larger data go into files beside the page.", default=64)
 @TRUST
-def report(folder: str, **options: Any) -> None:
+@AS_JSON
+def report(folder: str, as_json: bool, **options: Any) -> None:
     """Write a page that shows every expert of DIR, for a browser; `experts` must have run."""
     made = mxdsurgery.report(folder, reporter=console_reporter(), **options)
     beside = f"\nIts data are in {made['data']}: keep them together" if made["data"] else ""
-    _print_table(f"The page is in {made['page']}{beside}")
+    print_json(made) if as_json else print_table(f"The page is in {made['page']}{beside}")
 
 
-@main.command()
-@click.argument("folder", metavar="DIR")
+@main.command(section=EXPERTS)
+@DIR
 @click.option("--out", required=True, help="A new folder.")
 @click.option("--form", type=click.Choice(FORMS), default=FORMS[0], show_default=True)
 @click.option("--layers", default="all", show_default=True, help="Which; as convert's.")
 @text_options
-def coefficients(folder: str, **options: Any) -> None:
+@AS_JSON
+def coefficients(folder: str, as_json: bool, **options: Any) -> None:
     """Write every expert coefficient of DIR on a text to files that other tools read."""
     made = mxdsurgery.coefficients(folder, reporter=console_reporter(), **options)
-    _print_table(f"Coefficients on {made['tokens']:,} tokens are in {options['out']}")
+    print_json(made) if as_json else print_table(f"Coefficients on {made['tokens']:,} tokens are in {options['out']}")
 
 
-@main.command()
-@click.argument("folder", metavar="DIR")
+@main.command(section=CHANGE)
+@DIR
 @click.option("--out", required=True, help="The folder to write.")
 @click.option("--undo", is_flag=True, help="Take the last edit back, bit for bit.")
-@click.option("--overwrite", is_flag=True, help="Take the place of an earlier folder of ours.")
-@click.option("--format", type=RecipeValue("format"), default="checkpoint", help=RECIPE_KEYS["format"].doc)
+@OVERWRITE
+@click.option("--format", type=RecipeValue("format"), default="checkpoint", help=key_help("format"))
 @edit_options
 @text_options
 @AS_JSON
@@ -349,11 +363,11 @@ def edit(folder: str, as_json: bool, **options: Any) -> None:
     from mxdsurgery.editing.edit import edit_table
 
     result = mxdsurgery.edit(folder, reporter=console_reporter(), **options)
-    _print_json(result) if as_json else _print_table(*edit_table(result), f"\nThe model is in {result['out']}")
+    print_json(result) if as_json else print_table(*edit_table(result), f"\nThe model is in {result['out']}")
 
 
-@main.command()
-@click.argument("folder", metavar="DIR")
+@main.command(section=EXPERTS)
+@DIR
 @edit_options
 @click.option(
     "--sweep", type=int, metavar="LAYER", help="Instead of edits: rank all experts of a layer by what ablating does."
@@ -372,7 +386,7 @@ def effect(folder: str, edits: Any, sweep: int | None, as_json: bool, **options:
         from mxdsurgery.editing.effect import effect_tables
 
         result = mxdsurgery.effect(folder, edits=edits, reporter=console_reporter(), **options)
-        _print_json(result) if as_json else _print_table(*effect_tables(result))
+        print_json(result) if as_json else print_table(*effect_tables(result))
         return
     if edits:
         raise EditError("--sweep was given together with edits", expected="one of them: it ablates each expert alone")
@@ -381,28 +395,18 @@ def effect(folder: str, edits: Any, sweep: int | None, as_json: bool, **options:
 
     top, _ = options.pop("top"), options.pop("controls")
     ranked = mxdsurgery.sweep(folder, layer=sweep, contexts_per_expert=per_expert, reporter=console_reporter(), **options)
-    _print_json(ranked) if as_json else _print_table(sweep_table(ranked, top))
+    print_json(ranked) if as_json else print_table(sweep_table(ranked, top))
 
 
-@main.command()
-@click.argument("folder", metavar="DIR")
+@main.command(section=CHANGE)
+@DIR
 @click.option("--prompt", help='How the text begins; needed, but with --score, where it is "Let\'s talk about ".')
 @click.option("--chat", is_flag=True, default=None, help="The prompt is a message to a chat model; show its answers.")
 @edit_options
 @click.option("--unit", type=click.Choice(UNITS), help="Of --steer and --clamp; maximum: the largest that `experts` saw.")
-@number("max_new_tokens", "Default: 100; with --score, 32.")
-@number("temperature", "Default: 1, as the model predicts.")
-@number("top_k", "Sample from so many of the likeliest tokens only. Default: all.")
-@number("top_p", "Default: 1, from all.")
-@number("samples", "Default: 1; with --score, 10.")
-@number("seed", "Default: 0.")
+@sampling_options
+@scoring_options
 @machine_options
-@click.option("--score", is_flag=True, help="Measure how good the steering of one expert is, beside that of others.")
-@click.option("--factors", type=Numbers(), help="With --score: try these multiples of the strength.")
-@number("controls", "With --score: so many others. Default: 4.")
-@click.option("--base", help="With --score: the original model, if it is not where the recipe says.")
-@click.option("--judge", "judge_url", metavar="URL", help="With --score: an OpenAI-compatible judge; key in OPENAI_API_KEY.")
-@click.option("--judge-model", metavar="NAME", help="Which model judges.")
 @AS_JSON
 def generate(folder: str, score: bool, judge_url: str | None, judge_model: str | None, as_json: bool, **options: Any) -> None:
     """Continue a prompt with the converted model in DIR; with edits, beside the unedited model."""
@@ -414,7 +418,7 @@ def generate(folder: str, score: bool, judge_url: str | None, judge_model: str |
 
         judge = judge_from_flags(judge_url, judge_model)
         result = mxdsurgery.steering(folder, judge=judge, reporter=console_reporter(), **given)
-        _print_json(result) if as_json else _print_table(steering_table(result))
+        print_json(result) if as_json else print_table(steering_table(result))
         return
     if given.keys() & {"factors", "controls", "base"} or judge_url or judge_model:
         raise click.UsageError("--factors, --controls, --base and --judge go with --score")
@@ -426,7 +430,7 @@ def generate(folder: str, score: bool, judge_url: str | None, judge_model: str |
 
     result = mxdsurgery.generate(folder, **given)
     if as_json or isinstance(result, dict):
-        _print_json(result) if as_json else _print_table(side_by_side(result))
+        print_json(result) if as_json else print_table(side_by_side(result))
         return
     for text in result:
         say(text)

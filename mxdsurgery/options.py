@@ -6,12 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+import cloup
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from mxdsurgery.arguments import ARGUMENTS, given_number
 from mxdsurgery.choices import DEFAULT_KINDS, HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
+from mxdsurgery.demo import DEMO_MODELS
 from mxdsurgery.hardware.threads import use_threads
+from mxdsurgery.paths import PATH_NAMES
 from mxdsurgery.recipe import CHECKPOINT_KEYS, RECIPE_KEYS, Recipe
+
+
+def key_help(name: str) -> str:
+    """What a recipe key's flag says of it."""
+    doc = RECIPE_KEYS[name].doc
+    return doc[:1].upper() + doc[1:]
 
 
 class RecipeValue(click.ParamType):
@@ -23,6 +33,11 @@ class RecipeValue(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: D102
         return RECIPE_KEYS[self.recipe_key].parse(self.recipe_key, value)
+
+    def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: D102
+        choices = [choice for choice in RECIPE_KEYS[self.recipe_key].choices if choice.startswith(incomplete)]
+        is_path = self.recipe_key in PATH_NAMES
+        return [CompletionItem(incomplete, type="file")] if is_path else [CompletionItem(choice) for choice in choices]
 
 
 class Number(click.ParamType):
@@ -74,35 +89,66 @@ def refuse_typed(name: str, why: str) -> None:
         raise click.UsageError(f"--{name.replace('_', '-')} {why}")
 
 
+# Where, in the recipe's order of keys, the help begins a new group of flags.
+_GROUPS = {
+    "model": "What is converted",
+    "kind": "Into what",
+    "inputs": "What layers learn from",
+    "data": "The text",
+    "batch": "How they learn",
+    "compute": "Where and in what it is computed",
+    "seed": "The run",
+    "out": "What is written",
+}
+
+
 def recipe_options(*without: str) -> Callable[[Callable], Callable]:
     """A flag for every recipe key, in the recipe's order, except the model, which is the argument, and ``without``."""
-
-    def add(command: Callable) -> Callable:
-        for field in reversed(dataclasses.fields(Recipe)):
-            key = RECIPE_KEYS[field.name]
-            flag = "--" + field.name.replace("_", "-")
-            if field.name in ("model", *without):
-                continue
-            if key.kind == "flag":
-                option = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=key.doc)
-            else:
-                shown = key.doc + (f" [{', '.join(key.choices)}]" if key.choices else "")
-                option = click.option(flag, field.name, type=RecipeValue(field.name), default=None, help=shown)
-            command = option(command)
-        return command
-
-    return add
+    groups: dict[str, list[Callable]] = {}
+    for field in dataclasses.fields(Recipe):
+        if field.name in _GROUPS:
+            flags = groups.setdefault(_GROUPS[field.name], [])
+        if field.name not in ("model", *without):
+            flags.append(_recipe_option(field))
+    return _together(*(cloup.option_group(title, *flags) for title, flags in groups.items() if flags))
 
 
-DEVICE = click.option("--device", type=RecipeValue("device"), help=RECIPE_KEYS["device"].doc)
-COMPUTE = click.option("--compute", type=RecipeValue("compute"), help=RECIPE_KEYS["compute"].doc)
+def _recipe_option(field: dataclasses.Field) -> Callable[[Callable], Callable]:
+    """A recipe key's flag. None where it is not given: the model's recipe may say something else than the default."""
+    key, flag = RECIPE_KEYS[field.name], "--" + field.name.replace("_", "-")
+    shown = key_help(field.name) + (f" [{', '.join(key.choices)}]" if key.choices else "")
+    if field.default not in (None, False):
+        default = "on" if field.default is True else f"{field.default:,}" if key.kind == "count" else f"{field.default}"
+        shown += f" [default: {default}]"
+    if key.kind == "flag":
+        return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=shown)
+    return click.option(flag, field.name, type=RecipeValue(field.name), default=None, help=shown)
+
+
+def _together(*options: Callable[[Callable], Callable]) -> Callable[[Callable], Callable]:
+    """Several decorators as one, the first of them first in the help."""
+    return lambda command: functools.reduce(lambda made, option: option(made), reversed(options), command)
+
+
+def _folders(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(incomplete, type="dir")]
+
+
+MODEL = cloup.argument(
+    "model", shell_complete=_folders, help="A hub id, the folder of a model, or " + " or ".join(DEMO_MODELS) + "."
+)
+DIR = cloup.argument(
+    "folder", metavar="DIR", shell_complete=_folders, help="A converted model: what convert, heal, edit or apply wrote."
+)
+DEVICE = click.option("--device", type=RecipeValue("device"), help=key_help("device"))
+COMPUTE = click.option("--compute", type=RecipeValue("compute"), help=key_help("compute"))
 # For commands that convert nothing; for a conversion it is a recipe key, like the others.
 THREADS = click.option(
     "--threads",
     type=RecipeValue("threads"),
     expose_value=False,
     callback=lambda _ctx, _param, count: use_threads(count),
-    help=RECIPE_KEYS["threads"].doc,
+    help=key_help("threads"),
 )
 
 
@@ -112,30 +158,29 @@ TRUST = click.option("--trust-remote-code", is_flag=True, help="Run the Python c
 
 def machine_options(command: Callable) -> Callable:
     """The flags that say where and how a command that converts nothing computes."""
-    return DEVICE(COMPUTE(THREADS(TRUST(command))))
+    return cloup.option_group(_GROUPS["compute"], DEVICE, COMPUTE, THREADS)(TRUST(command))
 
 
 RESUME = click.option("--resume", is_flag=True, help="Go on with the unfinished run in OUT.run, if there is one.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Take the place of an earlier folder of ours.")
 BASE = click.option("--base", help="The original model, if it is not where the recipe says.")
 
 
-TEXT_COLUMN = click.option("--text-column", help=RECIPE_KEYS["text_column"].doc + "; default: the recipe's.")
+TEXT_COLUMN = click.option("--text-column", help=key_help("text_column") + "; default: the recipe's.")
 
 
 def labelled_options(required: bool) -> Callable[[Callable], Callable]:
     """The flags of commands that look at experts through labelled text."""
-    options = (
+    text = (
         click.option("--data", required=required, help="Labelled text: a file, folder or data set with columns."),
-        click.option("--layer", type=int, help="Negative: from the end; default: the first in DIR."),
         click.option("--text-column", default="text", show_default=True, help="The column or field that holds the text."),
         click.option("--label-column", default="label", show_default=True, help="The column or field that holds the class."),
         number("samples", "Texts, drawn at random; default: all, but 20,000 at most."),
         number("context", "Tokens that each text is cut after; default: the recipe's."),
-        BASE,
-        machine_options,
-        number("seed", default=0),
+        number("seed", "Of the drawing.", default=0),
     )
-    return lambda command: functools.reduce(lambda made, option: option(made), reversed(options), command)
+    layer = click.option("--layer", type=int, help="Negative: from the end; default: the first in DIR.")
+    return _together(cloup.option_group(_GROUPS["data"], *text), machine_options, layer, BASE)
 
 
 def edit_options(command: Callable) -> Callable:
@@ -157,7 +202,7 @@ def edit_options(command: Callable) -> Callable:
         flags = {kind: given.pop(kind) for kind in ("ablate", "drop", "scale", "steer", "clamp")}
         return command(*args, edits=edits_from_flags(edit_file, **flags), **given)
 
-    return functools.reduce(lambda made, option: option(made), reversed(options), with_edits)
+    return cloup.option_group("Edits", *options)(with_edits)
 
 
 def heal_options(command: Callable) -> Callable:
@@ -166,11 +211,14 @@ def heal_options(command: Callable) -> Callable:
         f"Weight of the penalty on what frozen experts could do; default: {SPECIALISE_FACTOR:g} times the recipe's, or none "
         "where it asks for an expert_share: what the experts carry is then held at what it is."
     )
-    options = (
-        _choice("mode", "What learns: the new layers, LoRA on the attention projections, or both."),
+    text = (
         number("tokens", "Of training; default: the recipe's."),
         click.option("--data", help="The text; default: the recipe's."),
         TEXT_COLUMN,
+        number("seed", "Of the text's order and the adapters; default: one more than the recipe's."),
+    )
+    learning = (
+        _choice("mode", "What learns: the new layers, LoRA on the attention projections, or both."),
         click.option("--lr", type=RecipeValue("lr"), help=f"Peak learning rate; default: {LR_FACTOR} times the recipe's."),
         click.option("--batch", type=RecipeValue("batch"), help="Tokens per optimiser step; default: the recipe's."),
         number("accumulate", "Forward and backward passes that a step is split into. [default: 1]"),
@@ -182,10 +230,17 @@ def heal_options(command: Callable) -> Callable:
         _choice("lora", "LoRA merged into the weights, or kept as a PEFT adapter in OUT/lora."),
         _choice("teacher", "The original runs beside the model, or once before it, its likeliest tokens kept on disk."),
         number("top_n", "How many are kept of each position. [default: 64]"),
-        number("seed", "Of the text's order and the adapters; default: one more than the recipe's."),
-        _choice("format", RECIPE_KEYS["format"].doc),
-        *(_key_option(name) for name in CHECKPOINT_KEYS),
     )
+    groups = {
+        _GROUPS["data"]: text,
+        _GROUPS["batch"]: learning,
+        _GROUPS["seed"]: (*(_key_option(name) for name in CHECKPOINT_KEYS), RESUME),
+        _GROUPS["out"]: (
+            click.option("--out", required=True, help="The folder to write."),
+            _choice("format", key_help("format")),
+            OVERWRITE,
+        ),
+    }
 
     @functools.wraps(command)
     def with_given(*args: Any, **options: Any) -> Any:
@@ -196,12 +251,12 @@ def heal_options(command: Callable) -> Callable:
             refuse_typed("lora", "goes with --mode lora or --mode both")
         return command(*args, **{name: value for name, value in options.items() if value is not None})
 
-    return functools.reduce(lambda made, option: option(made), reversed(options), with_given)
+    return _together(*(cloup.option_group(title, *flags) for title, flags in groups.items()))(with_given)
 
 
 def _key_option(name: str) -> Callable[[Callable], Callable]:
     """A recipe key's flag on a command that converts nothing."""
-    return click.option("--" + name.replace("_", "-"), type=RecipeValue(name), help=RECIPE_KEYS[name].doc)
+    return click.option("--" + name.replace("_", "-"), type=RecipeValue(name), help=key_help(name))
 
 
 def _choice(name: str, text: str) -> Callable[[Callable], Callable]:
@@ -215,10 +270,31 @@ def text_options(command: Callable) -> Callable:
         click.option("--data", help="Text; default: the recipe's held-out text."),
         number("tokens", "How many of its tokens; default: the recipe's eval_tokens."),
         TEXT_COLUMN,
-        machine_options,
     )
-    return functools.reduce(lambda made, option: option(made), reversed(options), command)
+    return _together(cloup.option_group(_GROUPS["data"], *options), machine_options)(command)
 
+
+sampling_options = cloup.option_group(
+    "Sampling",
+    number("max_new_tokens", "Default: 100; with --score, 32."),
+    number("temperature", "Default: 1, as the model predicts."),
+    number("top_k", "Sample from so many of the likeliest tokens only. Default: all."),
+    number("top_p", "Default: 1, from all."),
+    number("samples", "Default: 1; with --score, 10."),
+    number("seed", "Default: 0."),
+)
+
+scoring_options = cloup.option_group(
+    "How good steering is",
+    click.option("--score", is_flag=True, help="Measure how good the steering of one expert is, beside that of others."),
+    click.option("--factors", type=Numbers(), help="With --score: try these multiples of the strength."),
+    number("controls", "With --score: so many others. Default: 4."),
+    click.option("--base", help="With --score: the original model, if it is not where the recipe says."),
+    click.option(
+        "--judge", "judge_url", metavar="URL", help="With --score: an OpenAI-compatible judge; key in OPENAI_API_KEY."
+    ),
+    click.option("--judge-model", metavar="NAME", help="Which model judges."),
+)
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 

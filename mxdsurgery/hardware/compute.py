@@ -227,19 +227,20 @@ def _write_rate(machine: str, what: str, seconds: dict[str, float]) -> None:
 def _machine(device: str) -> str:
     """What the rates of a device depend on beside the shape."""
     if device == "cpu":
-        name = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        named, torchs = processor("model name", "model", "stepping"), torch.backends.cpu.get_cpu_capability()
+        name = f"{named}, {torchs}, {torch.get_num_threads()} threads"
     else:
         name = hardware(device)
     limits = (f"{name}={os.environ[name]}" for name in ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS") if name in os.environ)
     return ", ".join([name, f"torch {torch.__version__}", *limits])
 
 
-def _processor() -> str:
-    """The processor's name, model and stepping, where Linux says them: several processors share a name."""
+def processor(*wanted: str) -> str:
+    """What Linux says of the processor, by the names that /proc/cpuinfo has: several processors share a ``model name``."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         lines = []
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    named = (value.strip() for key, value in fields.items() if key.strip() in ("model name", "model", "stepping"))
+    named = (value.strip() for key, value in fields.items() if key.strip() in wanted)
     return " ".join(named) or platform.processor() or platform.machine()

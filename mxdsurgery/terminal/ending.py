@@ -7,6 +7,7 @@ import time
 from typing import Any, NoReturn
 
 import click
+import cloup
 
 from mxdsurgery.disclosure import masked, secrets_here
 from mxdsurgery.errors import MxDError
@@ -22,7 +23,7 @@ def flags_of(command: click.Command) -> set[str]:
     return {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
 
 
-class NamedErrors(click.Group):
+class NamedErrors(cloup.Group):
     """Prints a user's mistake, also one in a flag, on stderr: exit code 2. For Ctrl-C, what was kept: exit code 130."""
 
     command_class = Command

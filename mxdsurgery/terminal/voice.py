@@ -7,12 +7,14 @@ import warnings
 from typing import Any
 
 import click
+import cloup
 
 from mxdsurgery.disclosure import masked, secrets_here
 from mxdsurgery.errors import MxDWarning
 from mxdsurgery.once import one_call
 from mxdsurgery.paths import check_working_folder
 from mxdsurgery.terminal.console import ConsoleReporter, event_line
+from mxdsurgery.terminal.examples import EXAMPLES
 from mxdsurgery.terminal.streams import say
 
 # Where click keeps the level: the same for a group and for the command in it.
@@ -35,12 +37,16 @@ def level_options() -> list[click.Option]:
     ]
 
 
-class Command(click.Command):
-    """A command with -q and -v."""
+class Command(cloup.Command):
+    """A command with -q and -v, whose help ends with examples."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.params += level_options()
+    def __init__(self, name: str, **options: Any) -> None:
+        params = [*options.pop("params", ()), *level_options()]
+        super().__init__(name, params=params, epilog=_examples(name), **options)
+
+    def get_short_help_str(self, _limit: int = 0) -> str:
+        """The first sentence of its help, whole: the list of commands wraps it."""
+        return " ".join((self.help or "").partition("\n\n")[0].split())
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs it, with the libraries' warnings shown or not, as asked for. Raises PathError if the working folder is gone."""
@@ -48,6 +54,11 @@ class Command(click.Command):
         _hear_libraries(_level() == "debug")
         with one_call:
             return super().invoke(ctx)
+
+
+def _examples(name: str) -> str | None:
+    lines = "".join(f"\n  mxdsurgery {name} {arguments}" for arguments in EXAMPLES.get(name, ()))
+    return f"\b\nExamples:{lines}" if lines else None
 
 
 def console_reporter() -> ConsoleReporter:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mxdsurgery.terminal.console import ConsoleReporter
+from mxdsurgery.terminal.results import print_json, print_table
 from mxdsurgery.terminal.streams import can_show, say, show_all_letters
 
 ENCODINGS = ["ascii", "cp1252", "latin-1"]
@@ -44,12 +45,11 @@ def streams(monkeypatch):
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_tables_are_printed_in_every_encoding(encoding, streams, converted):
-    from mxdsurgery import cli
     from mxdsurgery.checkpoint.card import evaluation_table
 
     evaluation = json.loads((Path(converted.out) / "evaluation.json").read_text(encoding="utf-8"))
     stdout, _ = streams(encoding)
-    cli._print_table(evaluation_table(evaluation))
+    print_table(evaluation_table(evaluation))
     printed = stdout.buffer.getvalue().decode(encoding)
     assert "dCE: nats per token" in printed and "\\u" not in printed
     rows = [line for line in printed.splitlines() if line.startswith("|")]
@@ -71,10 +71,8 @@ def test_names_in_other_scripts(encoding, streams):
 
 @pytest.mark.parametrize("encoding", [*ENCODINGS, "utf-8"])
 def test_json_is_json_in_every_encoding(encoding, streams):
-    from mxdsurgery import cli
-
     stdout, _ = streams(encoding)
-    cli._print_json({"text": "Δ модель é"})
+    print_json({"text": "Δ модель é"})
     printed = stdout.buffer.getvalue().decode(encoding)
     assert json.loads(printed) == {"text": "Δ модель é"}
     assert can_show("é") == (encoding != "ascii")
