@@ -153,7 +153,7 @@ class Recipe:
     lr: float = _key(
         1e-3,
         "number",
-        "peak learning rate of Adam; of autoencoders, twice that; of transcoders, of a molt, or with init: shared, four times",
+        "peak learning rate of Adam; of transcoders, of a molt, or with init: shared, four times that; of autoencoders, eight",
         low=1e-8,
         high=1.0,
     )

@@ -37,7 +37,7 @@ _DIVERGED = 10.0
 # K has fallen to its final value after this share of the steps.
 _K_FALLS_UNTIL = 0.7
 # These learn best at a higher rate than the recipe's, a Mixture of Decoders': docs/tried.md.
-_RATE_FACTORS = {"transcoder": 4.0, "skip-transcoder": 4.0, "topk-sae": 2.0, "molt": 4.0}
+_RATE_FACTORS = {"transcoder": 4.0, "skip-transcoder": 4.0, "topk-sae": 8.0, "molt": 4.0}
 # So does a Mixture of Decoders that starts as its block: docs/controls.md.
 _SHARED_RATE_FACTOR = 4.0
 # A gradient longer than this many times its usual length is cut to that; the usual length is a running mean over about so many

@@ -32,18 +32,17 @@ from mxdsurgery.text.sources import open_texts
 KEPT = DOCS / "controls"
 RESULTS, SETTINGS = KEPT / "rows.jsonl", KEPT / "settings.json"
 K, TOKENS, LONG, EVAL_TOKENS = 16, 500_000, 2_000_000, 12_288
-STDLIB = ("stdlib:train", "stdlib:heldout")
+# The former steps of the other kinds: they train at four times the rate that is given, and did at 4e-3.
+RIVALS = {"batch": 2048, "lr": 1e-3}
 # Model, its texts, a middle layer.
 SUBJECTS = (
-    ("demo-glu", STDLIB, 2),
-    ("demo-mlp", STDLIB, 2),
     ("books-llama-6m", BOOKS, 3),
     ("tinystories-chat-gpt2-3M", STORIES, 4),
     ("stories260K", STORIES, 2),
 )
 ALL = tuple(model for model, _, _ in SUBJECTS)
-# Where the front is measured, and where layers are trained for longer.
-FRONT, LONGER = ("stories260K",), tuple(model for model, (data, _), _ in SUBJECTS if data != STDLIB[0])
+# Where the front is measured, and where layers are trained in the former steps, too.
+FRONT, FORMER = ("stories260K",), ("tinystories-chat-gpt2-3M", "stories260K")
 
 
 @dataclass(frozen=True)
@@ -55,18 +54,22 @@ class Variant:
         kinds: of layers.
         changes: what differs from the default.
         models: where.
+        rate: times the rate that the model's recipe gives.
     """
 
     name: str
     kinds: tuple[str, ...]
     changes: dict[str, Any]
     models: tuple[str, ...] = ALL
+    rate: float = 1.0
 
 
 VARIANTS = (
-    Variant("", ("mxd", "transcoder", "skip-transcoder", "topk-sae", "dense"), FIXED),
-    Variant(", init shared, specialise 0", ("mxd",), STEPS | {"init": "shared", "specialise": 0.0}),
-    Variant(", init random, specialise 0", ("mxd",), STEPS | {"init": "random", "specialise": 0.0}),
+    Variant("", ("mxd", "dense"), FIXED, FORMER),
+    Variant("", ("transcoder", "skip-transcoder"), RIVALS, FORMER),
+    Variant("", ("topk-sae",), RIVALS | {"lr": 5e-4}, FORMER),
+    Variant(", init shared, specialise 0", ("mxd",), STEPS | {"init": "shared", "specialise": 0.0}, FORMER),
+    Variant(", init random, specialise 0", ("mxd",), STEPS | {"init": "random", "specialise": 0.0}, FORMER),
     *(Variant(f", specialise {weight:g}", ("mxd",), STEPS | {"specialise": weight}, FRONT) for weight in (0.01, 0.03, 0.1)),
     Variant(", defaults", ("mxd", "transcoder"), {}),
     *(Variant(f", defaults, expert_share {share:g}", ("mxd",), {"expert_share": share}, FRONT) for share in (0.25, 0.75, 0.9)),
@@ -76,12 +79,13 @@ VARIANTS = (
         )
         for share in (0.25, 0.5, 0.75)
     ),
-    # The transcoder also in the steps of the first rows, lest it be held back by ours.
-    Variant(", defaults, 2M tokens", ("mxd", "transcoder"), {"tokens": LONG}, LONGER),
-    Variant(", 2M tokens", ("transcoder",), STEPS | {"tokens": LONG}, LONGER),
-    Variant(", defaults, 8M tokens", ("mxd", "transcoder"), {"tokens": 4 * LONG}, FRONT),
+    # The transcoder also at twice the rate, and in the steps of the first rows, lest it be held back by ours.
+    Variant(", defaults, 2M tokens", ("mxd", "transcoder"), {"tokens": LONG}),
+    Variant(", twice the rate, 2M tokens", ("transcoder",), {"tokens": LONG}, rate=2.0),
+    Variant(", 2M tokens", ("transcoder",), RIVALS | {"tokens": LONG}, FORMER),
+    Variant(", defaults, 8M tokens", ("mxd",), {"tokens": 4 * LONG}, FRONT),
     *(
-        Variant(f", defaults but --batch {batch}, 2M tokens", ("mxd", "transcoder"), {"tokens": LONG, "batch": batch}, FRONT)
+        Variant(f", defaults but --batch {batch}, 2M tokens", ("mxd",), {"tokens": LONG, "batch": batch}, FRONT)
         for batch in (1024, 4096)
     ),
 )
@@ -95,19 +99,20 @@ def trained(shared: Path, runs: Path, only: str | None) -> None:
     for model, (data, eval_data), layer in SUBJECTS:
         if only is not None and only not in model:
             continue
-        of_shared = data != STDLIB[0]
+        path = str(shared / "models" / model)
+        rate = mxdsurgery.plan(path, measure=False)[1].lr
         for variant in VARIANTS:
             if model not in variant.models:
                 continue
-            keys = {"tokens": TOKENS} | variant.changes
-            out = runs / re.sub("[^a-z0-9.]+", "-", f"{model}{variant.name}".lower())
+            keys = {"tokens": TOKENS, "lr": variant.rate * rate} | variant.changes
+            out = runs / re.sub("[^a-z0-9.]+", "-", f"{model}{variant.name} {' '.join(variant.kinds)}".lower())
             made = mxdsurgery.frontier(
-                str(shared / "models" / model) if of_shared else model,
+                path,
                 layer=layer,
                 k=(K,),
                 kinds=variant.kinds,
-                data=str(shared / "text" / data) if of_shared else data,
-                eval_data=str(shared / "text" / eval_data) if of_shared else eval_data,
+                data=str(shared / "text" / data),
+                eval_data=str(shared / "text" / eval_data),
                 eval_tokens=EVAL_TOKENS,
                 dtype="float32",
                 device="cpu",
@@ -121,7 +126,7 @@ def trained(shared: Path, runs: Path, only: str | None) -> None:
 def built() -> None:
     """Rows of the layers that are built."""
     model = open_model(BUILT_ON).load(dtype="float32", compute="float32")
-    recipe = Recipe(model=BUILT_ON, data=STDLIB[0], eval_data=STDLIB[1], eval_tokens=BUILT_CONTEXTS * 128)
+    recipe = Recipe(model=BUILT_ON, data="stdlib:train", eval_data="stdlib:heldout", eval_tokens=BUILT_CONTEXTS * 128)
     ids = open_texts(recipe, load_tokenizer(BUILT_ON))[1]
     block = find_blocks(model)[BUILT_LAYER].block
     x = record_activations(model, [block], ids[:64])[BUILT_LAYER].x[:, 1:].flatten(0, 1)
