@@ -240,7 +240,7 @@ def _train(
     """Trains; the model then has the best weights. Returns the record of it, without the KL but in the first process."""
     before = heldout_kl(healed, answered)  # a resumed run starts from the same
     tokens = state.tokens_per_step // how.accumulate
-    start_kernels(accelerator, healed.converted.plan.layers, tokens, reporter)
+    start_kernels(accelerator, healed.converted.plan.layers, tokens, None, reporter)
     resumed = None
     if run.resumed is not None:
         run.check_text(answered.read.digest())

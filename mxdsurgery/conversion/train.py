@@ -28,7 +28,7 @@ from mxdsurgery.runs.run_folder import TRAINING_FILE, Keeper, RunFolder
 from mxdsurgery.terminal.console import ProgressLine, Reporter, compact, duration
 from mxdsurgery.text.fingerprints import Fingerprints
 from mxdsurgery.text.sources import Texts, TextStream, check_validation
-from mxdsurgery.training.accelerator import choose_kernels, kernels_used, use_kernels
+from mxdsurgery.training.accelerator import choose_kernels, kernels_used, ranks_in, use_kernels
 from mxdsurgery.training.cost import LayerPlan, tokens_per_step
 from mxdsurgery.training.distill import Progress, batches_taken, distill, layer_key
 from mxdsurgery.training.end_to_end import EndToEnd, Settings, train_end_to_end
@@ -130,7 +130,8 @@ def train_groups(
     if recipe.tracker != "none":
         settings = {name: value for name, value in recipe.to_dict().items() if value is not None}
         accelerator.init_trackers("mxdsurgery", config=settings)
-    start_kernels(accelerator, made.layers, tokens_per_step(recipe), reporter)
+    selection = None if recipe.inputs == "joint" else ranks_in(recipe)
+    start_kernels(accelerator, made.layers, tokens_per_step(recipe), selection, reporter)
     start = time.perf_counter()
     source = _source(base, texts.train, recipe, accelerator.device, reporter, run.scratch if made.states_on_disk else None)
     training.seconds_feeding += time.perf_counter() - start
@@ -156,14 +157,16 @@ def train_groups(
         reporter.say(f"           the text is short: it was read {training.times_read} times over")
 
 
-def start_kernels(accelerator: Accelerator, layers: Sequence[LayerPlan], tokens: int, reporter: Reporter) -> None:
-    """Uses the Triton kernels if they are faster for the largest of the layers on ``tokens`` tokens; reports the choice.
+def start_kernels(
+    accelerator: Accelerator, layers: Sequence[LayerPlan], tokens: int, selection: torch.dtype | None, reporter: Reporter
+) -> None:
+    """Uses Triton kernels where they are faster for the largest of the layers on ``tokens`` tokens; reports the choice.
 
     The first process tries them, and decides for all: they then compute alike.
     """
     largest = max(layers, key=lambda layer: layer.n_experts)
     shape = {"d_model": largest.block.d_model, "n_experts": largest.n_experts, "k": largest.k}
-    tried = None if rank() else choose_kernels(accelerator, **shape, tokens=tokens)
+    tried = None if rank() else choose_kernels(accelerator, **shape, tokens=tokens, selection=selection)
     kernels, used = first_ones([tried, kernels_used(accelerator)])
     use_kernels(accelerator, used)
     if kernels is not None:

@@ -7,23 +7,23 @@ near the top exactly. Inside torch.func's transforms (vmap, jvp, jacrev, ...) an
 computed with gathered rows instead, (n, K, D), by operations that torch can transform.
 
 This file travels with every exported checkpoint: it imports torch only. Faster kernels for a device enter `KERNELS`
-(mxdsurgery.training.kernels does); without them everything runs in plain torch, on any device that torch knows.
+(mxdsurgery.training.trial does); without them everything runs in plain torch, on any device that torch knows.
 
 Shapes: n tokens, D model width, N rows (experts), K chosen rows per token; weight (N, D), indices (n, K) int64 in [0, N).
 """
 
 import functools
 import warnings
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# By device type, a module with `mix`, `dots` and `scatter` of its own.
-KERNELS: dict[str, ModuleType] = {}
+# By device type, what is done by functions of its own there: any of "mix", "dots", "scatter" and "select".
+KERNELS: dict[str, Mapping[str, Callable]] = {}
 
 # Pre-activations (tokens, N) are computed for as many tokens at a time as take so many bytes, by device type: on a CPU, as
 # much as stays near its cores; elsewhere, enough to keep the device busy.
@@ -82,18 +82,18 @@ def scatter(values: Tensor, indices: Tensor, x: Tensor, weight: Tensor) -> Tenso
 
 
 def _mix(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    kernels = _kernels(weight)
-    if kernels is not None:
-        return kernels.mix(values, indices, weight)
+    kernel = _kernel("mix", weight)
+    if kernel is not None:
+        return kernel(values, indices, weight)
     if not _sums_rows(weight.device.type, weight.dtype):
         return _mix_gathered(values, indices, weight)
     return _mix_bags(values.to(weight.dtype), indices, weight)
 
 
 def _dots(x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    kernels = _kernels(weight)
-    if kernels is not None:
-        return kernels.dots(x, indices, weight)
+    kernel = _kernel("dots", weight)
+    if kernel is not None:
+        return kernel(x, indices, weight)
     wide = torch.promote_types(weight.dtype, torch.float32)
     if weight.device.type == "cpu" and (_any_number() or indices.numel() > len(weight)):
         weight = weight.to(wide)  # less work than widening every row that is taken
@@ -103,9 +103,9 @@ def _dots(x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 
 
 def _scatter(values: Tensor, indices: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    kernels = _kernels(weight)
-    if kernels is not None:
-        return kernels.scatter(values, indices, x, weight)
+    kernel = _kernel("scatter", weight)
+    if kernel is not None:
+        return kernel(values, indices, x, weight)
     if not _sums_rows(weight.device.type, weight.dtype):
         return _scatter_gathered(values, indices, x, weight)
     values, x = values.to(weight.dtype), x.to(weight.dtype)
@@ -191,8 +191,17 @@ def select(x: Tensor, weight: Tensor, bias: Tensor, k: int, selection: torch.dty
         selection: dtype of the ranking; None: weight's own.
 
     Returns:
-        Pre-activations (n, k) in float32 or wider, and their indices (n, k), in no order.
+        Pre-activations (n, k) in float32 or wider, and their indices (n, k), in no order. Of several equal ones, any may be
+        chosen.
     """
+    kernel = None if _any_number() or is_transformed(x, weight, bias) else _kernel("select", weight)
+    return (kernel or select_plain)(x, weight, bias, k, selection)
+
+
+def select_plain(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, selection: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """`select` in plain torch, for some tokens at a time."""
     selection = selection or weight.dtype
     coarse = torch.finfo(selection).bits < 32
     candidates = min(k + EXTRA_CANDIDATES, len(weight)) if coarse else k
@@ -287,8 +296,8 @@ def _tried_to_sum_rows(device: str, dtype: torch.dtype) -> bool:
     return found == [[[11, 14], [27, 34]], [[3, 11], [11, 7]], [[1, 1], [4, 4], [5, 5]]]
 
 
-def _kernels(weight: Tensor) -> ModuleType | None:
-    return KERNELS.get(weight.device.type)
+def _kernel(name: str, weight: Tensor) -> Callable | None:
+    return KERNELS.get(weight.device.type, {}).get(name)
 
 
 class _Mix(torch.autograd.Function):

@@ -40,7 +40,7 @@ from mxdsurgery.planning.effort import (
     solving_seconds,
 )
 from mxdsurgery.recipe import Recipe
-from mxdsurgery.training.accelerator import choose_kernels, make_accelerator
+from mxdsurgery.training.accelerator import choose_kernels, make_accelerator, ranks_in
 from mxdsurgery.training.cost import (
     BaseShape,
     Group,
@@ -283,7 +283,8 @@ def _training_step(layer: LayerPlan, recipe: Recipe, batch: int, device: str) ->
         accelerator = make_accelerator(dataclasses.replace(recipe, tracker="none"))
         made = LAYER_KINDS[layer.kind](**layer_shape(layer))
         x, y = torch.randn(2, batch, layer.block.d_model)
-    choose_kernels(accelerator, d_model=layer.block.d_model, n_experts=layer.n_experts, k=layer.k, tokens=batch)
+    shape = {"d_model": layer.block.d_model, "n_experts": layer.n_experts, "k": layer.k}
+    choose_kernels(accelerator, **shape, tokens=batch, selection=ranks_in(recipe))
     job = LayerInTraining(layer.name, made, recipe)
 
     def step(k: int, tokens: int) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 from datetime import timedelta
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
@@ -79,8 +80,10 @@ def alone(what: str) -> None:
         )
 
 
-def choose_kernels(accelerator: Accelerator, *, d_model: int, n_experts: int, k: int, tokens: int) -> str | None:
-    """Puts the Triton kernels to use, on a device for which there are any, if they beat plain torch on a step of this shape.
+def choose_kernels(
+    accelerator: Accelerator, *, d_model: int, n_experts: int, k: int, tokens: int, selection: torch.dtype | None
+) -> str | None:
+    """Puts Triton kernels to use, on a device for which there are any, where they beat plain torch on a step of this shape.
 
     Args:
         accelerator: of the run.
@@ -88,6 +91,7 @@ def choose_kernels(accelerator: Accelerator, *, d_model: int, n_experts: int, k:
         n_experts: its N; 0 where nothing has experts.
         k: its K.
         tokens: per step.
+        selection: what the step ranks in, as `ranks_in` says.
 
     Returns:
         What was found, in a line; None where there was nothing to try.
@@ -97,34 +101,34 @@ def choose_kernels(accelerator: Accelerator, *, d_model: int, n_experts: int, k:
         return None
     if importlib.util.find_spec("triton") is None:
         return "plain torch: triton is not installed"
-    from mxdsurgery.training.kernels import install_if_faster
+    from mxdsurgery.training.trial import install_if_faster
 
-    return str(install_if_faster(d_model, n_experts, k, tokens, device))
-
-
-def kernels_used(accelerator: Accelerator) -> bool:
-    """Whether the Triton kernels are in use on the run's device."""
-    return accelerator.device.type in sparse.KERNELS
+    return "; ".join(map(str, install_if_faster(d_model, n_experts, k, tokens, device, selection)))
 
 
-def use_kernels(accelerator: Accelerator, use: bool) -> None:
-    """Puts the Triton kernels to use on the run's device, or plain torch, whatever was in use before.
+def kernels_used(accelerator: Accelerator) -> list[str]:
+    """The names of the Triton kernels that are in use on the run's device."""
+    return list(sparse.KERNELS.get(accelerator.device.type, {}))
+
+
+def use_kernels(accelerator: Accelerator, names: list[str]) -> None:
+    """Puts these Triton kernels to use on the run's device, and plain torch for all else, whatever was in use before.
 
     Raises:
         DeviceError: Triton is not installed here.
     """
-    if not use:
+    if not names:
         sparse.KERNELS.pop(accelerator.device.type, None)
-    elif not kernels_used(accelerator):
+    elif kernels_used(accelerator) != names:
         if importlib.util.find_spec("triton") is None:
             raise DeviceError(
                 "the first process uses Triton kernels, and triton is not installed where another one runs",
                 expected="the same packages for all processes",
                 fix="install triton there, or uninstall it here",
             )
-        from mxdsurgery.training.kernels import install
+        from mxdsurgery.training.trial import install
 
-        install(accelerator.device.type)
+        install(accelerator.device.type, names)
 
 
 def computes_in_bf16(recipe: Recipe, d_model: int = 512, d_hidden: int = 2048) -> bool:
@@ -135,6 +139,11 @@ def computes_in_bf16(recipe: Recipe, d_model: int = 512, d_hidden: int = 2048) -
 def selects_in_bf16(recipe: Recipe, d_model: int = 512, n_experts: int = 4096) -> bool:
     """Whether training ranks all N experts in bf16: as asked, or where products of D and N are faster in bf16 here."""
     return _in_bf16(recipe.selection, recipe, d_model, n_experts)
+
+
+def ranks_in(recipe: Recipe) -> torch.dtype | None:
+    """What training ranks all N experts in, as `sparse.select` takes it; None: the weights' own."""
+    return torch.bfloat16 if selects_in_bf16(recipe) else None
 
 
 def _in_bf16(asked: str, recipe: Recipe, d_in: int, d_out: int) -> bool:

@@ -24,7 +24,7 @@ from mxdsurgery.recipe import Recipe
 from mxdsurgery.runs.parallel import agree, average_gradients, text_shares
 from mxdsurgery.runs.resume import optimizer_state, part, prefixed, restore_optimizer
 from mxdsurgery.runs.run_folder import UNKEPT, Keeper
-from mxdsurgery.training.accelerator import selects_in_bf16
+from mxdsurgery.training.accelerator import ranks_in
 from mxdsurgery.training.cost import LayerPlan, first_k
 from mxdsurgery.training.losses import distillation_loss, frozen_gain, token_weights, zero_loss
 from mxdsurgery.training.share import SHARES, ShareControl, ShareKept, SharesOf, look_steps
@@ -119,7 +119,7 @@ class LayerInTraining:
         if self.steered and recipe.share_target is not None:
             self.share = ShareControl(recipe.share_target, len(layer.bias), steps, layer.bias.device)
         if self.experts is not None:
-            layer.gate.selection = torch.bfloat16 if selects_in_bf16(recipe) else None
+            layer.gate.selection = ranks_in(recipe)
         jumps = self.experts is not None and layer.gate.sparsity == "jumprelu"
         self.thresholds = LearnedThresholds(layer.gate) if jumps else None
         learned = [] if self.thresholds is None else [self.thresholds.log]

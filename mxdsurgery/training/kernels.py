@@ -1,88 +1,15 @@
 """Triton kernels for the three sparse products of `mxdsurgery.layers.sparse`, on CUDA and wherever else Triton compiles.
 
-`install_if_faster` puts them to use where they agree with plain torch and beat it, on the device and at the sizes of the run.
-Plain torch is the fallback and the reference. Every sum runs in float32 in a fixed order: the same inputs give the same bits.
+`trial` puts them to use where they are right and faster. Plain torch is the fallback and the reference. Every sum runs in
+float32 in a fixed order: the same inputs give the same bits.
 
 Shapes: n tokens, D model width, N rows (experts), K chosen rows per token.
 """
-
-import sys
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from mxdsurgery.errors import first_line
-from mxdsurgery.hardware.timing import median_seconds
-from mxdsurgery.layers import sparse
-
-# Largest |difference| / largest |value| between two float32 sums of the same terms in another order.
-_TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Trial:
-    """The kernels beside plain torch on random data: `mix`, `dots` and `scatter` together.
-
-    Attributes:
-        plain: milliseconds in plain torch.
-        triton: milliseconds with the kernels; None where they do not run here.
-        error: largest |difference| / largest |value|; infinite where they do not run.
-        failure: why they do not run.
-    """
-
-    plain: float
-    triton: float | None
-    error: float
-    failure: str | None = None
-
-    @property
-    def worthwhile(self) -> bool:
-        """Whether the kernels are right and faster."""
-        return self.triton is not None and self.error <= _TOLERANCE and self.triton < self.plain
-
-    def __str__(self) -> str:
-        if self.triton is None:
-            return f"plain torch: the Triton kernels do not run here ({self.failure})"
-        if self.error > _TOLERANCE:
-            return f"plain torch: the Triton kernels are {self.error:.0e} off here, relative"
-        chosen = "Triton" if self.worthwhile else "plain torch"
-        return f"{chosen}: the sparse products take {self.triton:.3g} ms in Triton, {self.plain:.3g} ms in plain torch"
-
-
-def install(device: str = "cuda") -> None:
-    """Makes `mxdsurgery.layers.sparse` use these kernels for tensors on a type of device."""
-    sparse.KERNELS[device] = sys.modules[__name__]
-
-
-def install_if_faster(d_model: int, n_experts: int, k: int, tokens: int, device: str = "cuda") -> Trial:
-    """Tries the kernels at a run's sizes, leaves them installed if they are worthwhile, and says what was found."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(rows, d_model, generator=generator).to(device) for rows in (tokens, n_experts))
-    # Some experts are used far more than others, as in training.
-    bias = torch.randn(n_experts, generator=generator).mul_(0.5 * d_model**0.5).to(device)
-    sparse.KERNELS.pop(device, None)
-    values, indices = sparse.select(x, weight, bias, k)
-
-    def products() -> list[Tensor]:
-        given = (values, indices, weight), (x, indices, weight), (values, indices, x, weight)
-        functions = (sparse.mix, sparse.dots, sparse.scatter)
-        return [function(*arguments) for function, arguments in zip(functions, given, strict=True)]
-
-    wanted, plain = products(), 1000 * median_seconds(products, 0.1)
-    install(device)
-    try:
-        errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(products(), wanted, strict=True)]
-        trial = Trial(
-            plain, 1000 * median_seconds(products, 0.1), max(errors) if all(e == e for e in errors) else float("inf")
-        )
-    except Exception as error:  # Triton compiles here, with whatever compiler and driver there are
-        trial = Trial(plain, None, float("inf"), f"{type(error).__name__}: {first_line(error)}")
-    if not trial.worthwhile:
-        del sparse.KERNELS[device]
-    return trial
 
 
 def mix(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:

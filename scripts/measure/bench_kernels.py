@@ -1,13 +1,15 @@
 """Times the parts of a training step that choose experts and touch their rows: each Triton kernel beside plain torch.
 
     python scripts/measure/bench_kernels.py --d 3072 --n 86015 --k 32 --batch 4096 --device cuda --json
+    TRITON_INTERPRET=1 python scripts/measure/bench_kernels.py --d 32 --n 656 --k 2 --batch 64  # that it runs, anywhere
 
 One line of JSON with milliseconds (medians). Random data, but experts are used unevenly, as in training: some by every
-hundredth token, most by few. On a CPU, where there are no kernels, the plain side stands alone.
+hundredth token, most by few. On a CPU the plain side stands alone, but in Triton's interpreter, whose times say nothing.
 """
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -35,10 +37,28 @@ def selections(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int
         "cast_weight_to_bf16": lambda: weight.bfloat16(),
         "torch_topk": lambda: torch.topk(pre, candidates, sorted=False),
         "top_k": lambda: sparse.top_k(pre, candidates),
+    }
+    return milliseconds(todo | choices(x, weight, bias, k))
+
+
+def choices(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int) -> dict[str, Callable[[], Any]]:
+    """The whole selection, by whatever is installed."""
+    return {
         "select_fp32": lambda: sparse.select(x, weight, bias, k),
         "select_bf16": lambda: sparse.select(x, weight, bias, k, torch.bfloat16),
     }
-    return milliseconds(todo)
+
+
+def selections_in_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int) -> dict[str, float]:
+    """The best of groups, in place of the gate's product and its top, and the whole selection."""
+    from mxdsurgery.training.gate_kernels import TILES, best_of_groups
+
+    low = x.bfloat16(), weight.bfloat16()
+    todo = {
+        "best_of_groups_fp32": lambda: best_of_groups(x, weight, bias, TILES[4]),
+        "best_of_groups_bf16": lambda: best_of_groups(*low, bias, TILES[2]),
+    }
+    return milliseconds(todo | choices(x, weight, bias, k))
 
 
 def products(x: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> dict[str, float]:
@@ -69,11 +89,16 @@ def main(d: int, n: int, k: int, batch: int, device: str, as_json: bool) -> None
     result: dict[str, Any] = {"d": d, "n": n, "k": k, "batch": batch, "device": device}
     result |= {"experts_used": (used > 0).sum().item(), "most_used": used.max().item()}
     result["plain"] = products(x, weight, values, indices) | selections(x, weight, bias, k)
-    if device != "cpu" and importlib.util.find_spec("triton") is not None:
-        from mxdsurgery.training import kernels
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if (device != "cpu" or interpreted) and importlib.util.find_spec("triton") is not None:
+        from mxdsurgery.training import trial
 
-        kernels.install(device)
-        result["triton"] = products(x, weight, values, indices) | selections(x, weight, bias, k)
+        result["trials"] = []
+        for selection in (None, torch.bfloat16):
+            trials = trial.install_if_faster(d, n, k, batch, device, selection)
+            result["trials"].append([str(tried) for tried in trials])
+        trial.install(device)
+        result["triton"] = products(x, weight, values, indices) | selections_in_triton(x, weight, bias, k)
     if as_json:
         click.echo(json.dumps(result))
     else:

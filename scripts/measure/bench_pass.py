@@ -27,7 +27,7 @@ from mxdsurgery.hardware.device import hardware, synchronise
 from mxdsurgery.hardware.memory import PeakMemory
 from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
-from mxdsurgery.training.accelerator import choose_kernels, make_accelerator
+from mxdsurgery.training.accelerator import choose_kernels, make_accelerator, ranks_in
 from mxdsurgery.training.cost import tokens_per_step
 from mxdsurgery.training.distill import Progress, distill
 from mxdsurgery.training.initialize import initial_layers, measure_statistics
@@ -53,7 +53,7 @@ def train_first_group(config: PreTrainedConfig, plan: Plan, recipe: Recipe, step
     layers = initial_layers(model, chosen, measure_statistics(model, blocks, sample), recipe)
     first = chosen[0]
     shape = {"d_model": first.block.d_model, "n_experts": first.n_experts, "k": first.k}
-    kernels = choose_kernels(accelerator, **shape, tokens=recipe.batch)
+    kernels = choose_kernels(accelerator, **shape, tokens=recipe.batch, selection=ranks_in(recipe))
     times: list[float] = []
 
     def timed(source: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -32,7 +32,7 @@ from mxdsurgery.hardware.memory import PeakMemory
 from mxdsurgery.hardware.timing import median_seconds
 from mxdsurgery.layers.layer import MxDLayer
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
-from mxdsurgery.training.accelerator import choose_kernels, computes_in_bf16, make_accelerator
+from mxdsurgery.training.accelerator import choose_kernels, computes_in_bf16, make_accelerator, ranks_in
 from mxdsurgery.training.distill import LayerInTraining, train_step
 
 LR = 4e-4
@@ -87,7 +87,8 @@ def our_steps(options: dict[str, Any], params: dict[str, Tensor], x: Tensor, y: 
         selection=options["selection"],
     )
     accelerator = make_accelerator(recipe)
-    choose_kernels(accelerator, d_model=options["d"], n_experts=options["n"], k=options["k"], tokens=options["batch"])
+    shape = {"d_model": options["d"], "n_experts": options["n"], "k": options["k"]}
+    choose_kernels(accelerator, **shape, tokens=options["batch"], selection=ranks_in(recipe))
     job = LayerInTraining("the layer", our_layer(params, options["k"]), recipe)
     # The yardstick's loss is a mean over D as well, ours a sum: Adam's steps are the same if its epsilon grows with it.
     job.optimizer.param_groups[0]["eps"] *= x.shape[1]

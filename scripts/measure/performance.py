@@ -4,6 +4,7 @@
     python scripts/measure/performance.py measure --device cpu --only "any: " --kind AVX2  # what any processor should measure
     python scripts/measure/performance.py measure --device cuda --yardstick PATH  # needs nothing but a GPU; about ten minutes
     python scripts/measure/performance.py measure --device cuda --tiny --on cpu  # the GPU's list at a tiny scale, anywhere
+    python scripts/measure/performance.py measure --device cpu --only compiled  # compiles the kernels; needs triton
     python scripts/measure/performance.py page > docs/performance.md
 
 Every benchmark is a command of its own in this folder; its line of JSON is kept in docs/performance.jsonl with the command
@@ -11,6 +12,7 @@ that printed it, and takes the place of an earlier one of the same name. `--only
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -30,9 +32,9 @@ SHAPES = {
     "Llama-3.2-3B": "--d 3072 --h 8192 --n 86015 --glu",
 }
 TINY = {
-    "GPT-2": "--d 32 --h 64 --n 256",
-    "Pythia-1.4B": "--d 32 --h 64 --n 300",
-    "Llama-3.2-3B": "--d 32 --h 64 --n 400 --glu",
+    "GPT-2": "--d 32 --h 64 --n 656",
+    "Pythia-1.4B": "--d 32 --h 64 --n 700",
+    "Llama-3.2-3B": "--d 32 --h 64 --n 800 --glu",
 }
 
 
@@ -62,6 +64,7 @@ def cpu_benches() -> Iterator[Bench]:
     yield Bench("convert books-llama-6m", f"bench_convert.py {model} --tokens 500k --eval-tokens 20k")
     yield Bench("selection books-llama-6m", f"bench_selection.py {model} --layer 3 --tokens 1M")
     yield Bench("kernels GPT-2 cpu", "bench_kernels.py --d 768 --n 21490 --device cpu")
+    yield Bench("compiled kernels", "compile_kernels.py")
     yield Bench("pass gpt2 cpu", "bench_pass.py --model gpt2 --device cpu --steps 5 --warm-up 2 --dtype float32")
     yield from any_benches()
     for threads in (1, 2):
@@ -79,14 +82,15 @@ def any_benches() -> Iterator[Bench]:
 
 def gpu_benches(device: str, tiny: bool) -> Iterator[Bench]:
     """What a data-centre GPU should measure; ``tiny`` runs the same commands at a scale that any machine manages."""
-    shapes, steps = (TINY, 6) if tiny else (SHAPES, 22)
+    shapes, steps, k = (TINY, 6, 2) if tiny else (SHAPES, 22, 32)
     batch = 128 if tiny else 4096
-    words = f"--k 32 --batch {batch} --steps {steps} --device {device} --yardstick {{yardstick}}"
+    words = f"--k {k} --batch {batch} --steps {steps} --device {device} --yardstick {{yardstick}}"
     for shape, numbers in shapes.items():
         yield Bench(f"step {shape} {device}", f"bench_step.py {numbers} {words} --rounds 2")
         yield Bench(f"step {shape} {device}, yardstick in bf16", f"bench_step.py {numbers} {words} --rounds 2 --bf16")
         d, _, n = (numbers.split()[position] for position in (1, 3, 5))
-        yield Bench(f"kernels {shape} {device}", f"bench_kernels.py --d {d} --n {n} --batch {batch} --device {device}")
+        words_of_kernels = f"bench_kernels.py --d {d} --n {n} --k {k} --batch {batch} --device {device}"
+        yield Bench(f"kernels {shape} {device}", words_of_kernels)
     model = "tiny" if tiny else "Llama-3.2-3B"
     yield Bench(f"pass {model} {device}", f"bench_pass.py --model {model} --device {device}")
     sizes = "64,128" if tiny else "2048,8192,32768"
@@ -118,6 +122,8 @@ def measure(
 ) -> None:
     """Run the benchmarks of a device and keep their lines."""
     benches = cpu_benches() if device == "cpu" else gpu_benches(on, tiny)
+    # What no GPU runs, Triton's interpreter can, if triton is installed.
+    environment = os.environ | ({"TRITON_INTERPRET": "1"} if device == "cuda" and on == "cpu" else {})
     paths = {"shared": shared, "yardstick": yardstick or f"{shared}/bench/dense_reference.py", "peers": peers}
     for bench in benches:
         if only not in bench.name or ("{peers}" in bench.command and peers is None):
@@ -125,7 +131,8 @@ def measure(
         script, *words = shlex.split(f"{bench.command.format(**paths)} --json")
         command = shlex.join(["python", str((SCRIPTS / script).relative_to(ROOT)), *words])
         click.echo(f"-- {bench.name}: {command}", err=True)
-        done = subprocess.run([sys.executable, str(SCRIPTS / script), *words], stdout=subprocess.PIPE, text=True)
+        called = [sys.executable, str(SCRIPTS / script), *words]
+        done = subprocess.run(called, env=environment, stdout=subprocess.PIPE, text=True)
         if done.returncode != 0:
             click.echo(f"   failed with exit code {done.returncode}; nothing is kept of it", err=True)
             continue
@@ -270,6 +277,30 @@ def peers_section(records: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(parts) if parts else "Not measured yet."
 
 
+def compiled_section(records: dict[str, dict[str, Any]]) -> str:
+    """What the kernels take, compiled without a GPU, and what an H100 would need by arithmetic."""
+    record = records.get("compiled kernels")
+    if record is None:
+        return "Not compiled yet."
+    r = record["result"]
+    rows, ways = [], []
+    for row in r["kernels"]:
+        taken = (
+            cells(row[target]["registers"], row[target]["stack"], f"{row[target]['shared'] / 1024:.0f}")
+            for target in ("sm_80", "sm_90")
+        )
+        predicted = row["microseconds_predicted"]
+        work = cells(row["gflop"], row["kind"], row["mb"], predicted["operations"], predicted["memory"], row["bound_by"])
+        rows.append(cells(row["shape"], row["kernel"]) + f" | {' | '.join(taken)} | {work}")
+    for way in r["ways"]:
+        ways.append(cells(way["shape"], way["way"], *way["nanoseconds_predicted"].values(), way["sum"]))
+    target = "registers | stack | KiB"
+    names = f"shape | kernel | sm_80 {target} | sm_90 {target} | GFLOP | in | MB | µs by operations | by bytes | bound by"
+    said = f"`{record['command']}`, triton {r['triton']}; {r['tokens']:,} tokens, K {r['k']}:"
+    choices = table("shape | way to choose in bf16 | product | copy of G | rest | ns a token, all predicted", ways)
+    return f"{said}\n\n{table(names, rows)}\n\n{choices}"
+
+
 def blocks(records: dict[str, dict[str, Any]], prefix: str) -> str:
     """Results as JSON, where they fit no table."""
     found = [r for name, r in records.items() if name.startswith(prefix)]
@@ -331,6 +362,20 @@ Batch 4096, GPT-2's shape where not varied.
 
 {kernels}
 
+### Compiled for GPUs, and predicted
+
+Compiled without a GPU: registers and bytes of stack (spills) of a thread, KiB of shared memory of a program. **All times are
+predicted, none was measured**: what an H100 needs at least, at 989 (bf16), 494 (TF32; three products for one of fp32) or 67
+TFLOP/s (fp32), and at 3.35 TB/s with each number read or written once. *best* finds the best three of each group of 32 (bf16)
+or 16 (fp32) of N, *hidden* computes the rest of groups that may hide more, as often as if the best lay anywhere. With a copy
+of G in bf16, *dots* of the K + 8 candidates and `torch.topk` of what was kept, they are the gate's choice.
+
+{compiled}
+
+The ways to choose differ in the *rest*, which goes through memory: plain torch writes and reads (tokens, N), for some tokens
+at a time; candidates' rows of G are read in fp32, for each token anew. Of groups of which only the maximum is kept, every
+member of the best K + 8 has to be computed again.
+
 ## Inference
 
 All blocks of a randomly initialised model replaced, K = 32; *x*: times as slow as the original, measured in turn. The
@@ -369,6 +414,7 @@ def page() -> None:
             any_kind=any_section(records),
             selection=blocks(records, "selection "),
             kernels=blocks(records, "kernels "),
+            compiled=compiled_section(records),
             largest="; ".join(largest),
             inference=inference_table(records),
             parts=parts_table(records),

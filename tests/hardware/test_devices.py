@@ -155,7 +155,7 @@ def test_accelerate_has_to_agree(monkeypatch):
 
 
 def test_triton_is_tried_only_where_it_compiles():
-    shape = {"d_model": 8, "n_experts": 8, "k": 2, "tokens": 16}
+    shape = {"d_model": 8, "n_experts": 8, "k": 2, "tokens": 16, "selection": None}
     assert choose_kernels(SimpleNamespace(device=torch.device("mps")), **shape) is None
     assert choose_kernels(SimpleNamespace(device=torch.device("cuda")), **shape | {"n_experts": 0}) is None
 

@@ -126,15 +126,15 @@ KERNEL_SHAPES = [{"n": 37, "d": 70, "rows": 90, "k": 5}, {"n": 20, "d": 1100, "r
 
 
 def check_kernels(device):
-    """The Triton kernels, put to use for the device, against dense products, and their gradients."""
-    from mxdsurgery.training import kernels
+    """The Triton kernels of the products, put to use for the device, against dense products, and their gradients."""
+    from mxdsurgery.training import trial
 
     for shape in KERNEL_SHAPES:
         for dtype, tolerance in ((torch.float32, 2e-4), (torch.bfloat16, 0.5)):
             x, weight, _, values, indices = problem(dtype=dtype, device=device, **shape)
             plain = mix(values, indices, weight.requires_grad_())
             wanted = torch.autograd.grad(plain.float().square().sum(), weight)[0]
-            sparse.KERNELS[device] = kernels
+            trial.install(device)
             try:
                 check_products(dtype, tolerance, device=device, **shape)
                 mine = torch.autograd.grad(mix(values, indices, weight).float().square().sum(), weight)[0]
@@ -148,29 +148,141 @@ def check_trial(device):
     """What a trial finds is what it installs; a kernel that is wrong or does not run is never used."""
     from unittest import mock
 
-    from mxdsurgery.training import kernels
+    from mxdsurgery.training import gate_kernels, kernels, trial
 
-    trial = kernels.install_if_faster(24, 30, 4, 16, device)
-    assert trial.error <= 1e-4 and trial.plain > 0 and trial.triton > 0
-    assert (device in sparse.KERNELS) == trial.worthwhile
+    def tried(selection=None):
+        """The trials of the products and of the choice, and what is installed."""
+        return *trial.install_if_faster(24, 600, 1, 16, device, selection), set(sparse.KERNELS.get(device, ()))
+
+    for selection in (None, torch.bfloat16):
+        products, choice, installed = tried(selection)
+        assert all(one.error <= 1e-4 and one.plain > 0 and one.triton > 0 for one in (products, choice))
+        wanted = {"mix", "dots", "scatter"} if products.worthwhile else set()
+        assert installed == wanted | ({"select"} if choice.worthwhile else set())
+    assert len(trial.install_if_faster(24, 30, 4, 16, device)) == 1  # of so few it is not tried to choose in Triton
     with mock.patch.object(kernels, "mix", lambda values, indices, weight: weight[: len(values)] * 0):
-        wrong = kernels.install_if_faster(24, 30, 4, 16, device)
-    assert not wrong.worthwhile and device not in sparse.KERNELS and "off here" in str(wrong)
+        wrong, _, installed = tried()
+    assert not wrong.worthwhile and "mix" not in installed and "off here" in str(wrong)
     with mock.patch.object(kernels, "dots", side_effect=RuntimeError("no compiler")):
-        broken = kernels.install_if_faster(24, 30, 4, 16, device)
-    assert device not in sparse.KERNELS and "do not run here (RuntimeError: no compiler)" in str(broken)
+        broken, _, installed = tried()
+        assert "mix" not in installed and "do not run here (RuntimeError: no compiler)" in str(broken)
+        for spoilt in SPOILT:
+            with mock.patch.object(gate_kernels, "select", spoilt):
+                wrong = trial.install_if_faster(24, 900, 4, 16, device)[1]
+            assert not wrong.worthwhile and device not in sparse.KERNELS and "off here" in str(wrong)
+
+
+# Choices with the experts of another token, an expert twice, values that are not those of the experts, and not the largest.
+SPOILT = [
+    lambda x, weight, bias, k, _: (sparse.select_plain(x, weight, bias, k)[0], sparse.select_plain(-x, weight, bias, k)[1]),
+    lambda *given: tuple(part[:, :1].expand_as(part) for part in sparse.select_plain(*given)),
+    lambda *given: (sparse.select_plain(*given)[0] + 1, sparse.select_plain(*given)[1]),
+    lambda x, weight, bias, k, _: sparse.select_plain(x, weight[:450], bias[:450], k),
+]
+
+
+# So that no group of columns, tile or block of tokens is full; and K = 1.
+CHOICE_SHAPES = [{"n": 131, "d": 70, "rows": 1003, "k": 5}, {"n": 17, "d": 130, "rows": 700, "k": 1}]
+# As many experts as a Llama-3.2-3B has.
+MANY_EXPERTS = {"n": 2, "d": 40, "rows": 86016, "k": 32}
+
+
+def chosen_by_kernels(device, x, weight, bias, k, selection):
+    """What the kernels choose; plain torch may not do their work, and what it says it is checked against the dense product."""
+    from unittest import mock
+
+    from mxdsurgery.training import trial
+
+    trial.install(device, ["select"])
+    try:
+        with mock.patch.object(sparse, "select_plain", side_effect=AssertionError("plain torch chose")):
+            values, indices = select(x, weight, bias, k, selection)
+    finally:
+        del sparse.KERNELS[device]
+    assert values.dtype == torch.float32 and values.shape == indices.shape == (len(x), k)
+    assert (indices.sort().values.diff() > 0).all() and 0 <= indices.min() and indices.max() < len(weight)
+    dense = x.double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(values.double(), dense.gather(1, indices), rtol=1e-4, atol=1e-4)
+    return values.double().sort().values, dense.topk(k).values.flip(1)
+
+
+def check_choice(device):
+    """The K chosen by the Triton kernels are the K largest, in any case that groups could get wrong."""
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    ways = [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None)]
+    for dtype, selection in ways:
+        for shape in CHOICE_SHAPES:
+            x, weight, bias, *_ = problem(dtype=dtype, device=device, **shape)
+            # All below zero; a group of 16 or 32 that holds the best; the same, as far apart as groups are; NaN and -inf.
+            negative, crowded, apart = bias - 300, bias.clone(), bias.clone()
+            crowded[:200:8] += 500
+            apart[::256] += 500
+            for offset in (bias, negative, crowded, apart):
+                mine, wanted = chosen_by_kernels(device, x, weight, offset, shape["k"], selection)
+                torch.testing.assert_close(mine, wanted, **close)
+            # Whole numbers: most are equal to others.
+            x, weight, bias = x.sign(), weight.sign(), bias.sign()
+            mine, wanted = chosen_by_kernels(device, x, weight, bias, shape["k"], selection)
+            assert torch.equal(mine, wanted)
+            values, _ = chosen_by_kernels(device, x, weight, torch.full_like(bias, -torch.inf), shape["k"], selection)
+            assert values.isneginf().all()
+        x, weight, bias, *_ = problem(dtype=dtype, device=device, **MANY_EXPERTS)
+        mine, wanted = chosen_by_kernels(device, x, weight, bias, MANY_EXPERTS["k"], selection)
+        torch.testing.assert_close(mine, wanted, **close)
+    check_choice_gradients(device)
+    check_choice_of_all(device)
+
+
+def check_choice_gradients(device):
+    """The derivative is that of the dense gate."""
+    from mxdsurgery.training import trial
+
+    for selection in (None, torch.bfloat16):
+        x, weight, bias, *_ = problem(n=40, d=48, rows=1500, dtype=torch.float32, device=device)
+        upstream = torch.linspace(-1, 1, 40 * 1500, device=device).view(40, 1500)
+        arguments = [t.requires_grad_() for t in (x, weight, bias)]
+        trial.install(device)
+        try:
+            mine = dense_coefficients(*sparse_gate(*arguments, 16, selection), 1500)
+            found = torch.autograd.grad((mine * upstream).sum(), arguments)
+        finally:
+            del sparse.KERNELS[device]
+        pre = torch.nn.functional.linear(*arguments).relu()
+        theirs = pre * torch.zeros_like(pre).scatter(1, pre.topk(16).indices, 1.0)
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+        for one, other in zip(found, torch.autograd.grad((theirs * upstream).sum(), arguments), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+def check_choice_of_all(device):
+    """Where there are few groups, no tokens, or float64, plain torch chooses; a NaN is chosen, as torch.topk does."""
+    from mxdsurgery.training import trial
+
+    x, weight, bias, *_ = problem(n=5, d=12, rows=600, dtype=torch.float32, device=device)
+    bias[77] = torch.nan
+    trial.install(device)
+    try:
+        assert (select(x, weight, bias, 600)[1].sort().values == torch.arange(600, device=device)).all()
+        assert select(x[:0], weight, bias, 4)[1].shape == (0, 4)
+        assert select(x.double(), weight.double(), bias.double(), 4)[0].dtype == torch.float64
+        assert (select(x, weight, bias, 4)[1] == 77).any(1).all()
+        seen = torch.func.vmap(lambda row: select(row[None], weight, bias, 4)[1][0])(x)
+        assert (seen == 77).any(1).all()
+    finally:
+        del sparse.KERNELS[device]
 
 
 @needs_cuda
 @needs_triton
-@pytest.mark.parametrize("check", [check_kernels, check_trial])
+@pytest.mark.parametrize("check", [check_kernels, check_choice, check_trial])
 def test_the_kernels_are_plain_torch_on_cuda(check):
     check("cuda")
 
 
 @needs_triton
-def test_the_kernels_are_plain_torch_in_tritons_interpreter():
-    code = "import test_sparse; test_sparse.check_kernels('cpu'); test_sparse.check_trial('cpu')"
+@pytest.mark.parametrize("check", [check_kernels, check_choice, check_trial])
+def test_the_kernels_are_plain_torch_in_tritons_interpreter(check):
+    code = f"import test_sparse; test_sparse.{check.__name__}('cpu')"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"TRITON_INTERPRET": "1"},

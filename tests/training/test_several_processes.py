@@ -55,33 +55,37 @@ def test_the_first_process_decides_which_weights_are_best_and_when_to_stop(tmp_p
 
 @pytest.mark.parametrize("first", [True, False])
 def test_the_first_process_decides_whether_kernels_are_used(first, tmp_path, monkeypatch):
-    kernels = SimpleNamespace(install=lambda device: sparse.KERNELS.__setitem__(device, sys))
-    monkeypatch.setitem(sys.modules, "mxdsurgery.training.kernels", kernels)
+    trial = SimpleNamespace(install=lambda device, names: sparse.KERNELS.__setitem__(device, dict.fromkeys(names)))
+    monkeypatch.setitem(sys.modules, "mxdsurgery.training.trial", trial)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
 
     def work(rank):
         def tried(_accelerator, **_):  # each process would find otherwise
             if (rank == 0) == first:
-                sparse.KERNELS["cuda"] = sys
+                sparse.KERNELS["cuda"] = {"select": None}
             return "what was found"
 
         said = []
         if rank and not first:
-            sparse.KERNELS["cuda"] = sys  # from an earlier run
+            sparse.KERNELS["cuda"] = {"mix": None}  # from an earlier run
         monkeypatch.setattr(conversion_train, "choose_kernels", tried)
-        conversion_train.start_kernels(CUDA, LAYERS, 64, SimpleNamespace(say=said.append))
-        return ["cuda" in sparse.KERNELS, said]
+        conversion_train.start_kernels(CUDA, LAYERS, 64, None, SimpleNamespace(say=said.append))
+        return [list(sparse.KERNELS.get("cuda", {})), said]
 
-    assert together(tmp_path, work) == [[first, ["kernels    what was found"]]] * 2
+    assert together(tmp_path, work) == [[["select"] if first else [], ["kernels    what was found"]]] * 2
 
 
 def test_kernels_that_another_process_does_not_have_are_a_named_error(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
 
     def work(rank):
-        monkeypatch.setattr(conversion_train, "choose_kernels", lambda *_, **__: sparse.KERNELS.setdefault("cuda", sys) and "")
+        def tried(*_, **__):
+            sparse.KERNELS["cuda"] = {"mix": None}
+            return ""
+
+        monkeypatch.setattr(conversion_train, "choose_kernels", tried)
         try:
-            conversion_train.start_kernels(CUDA, LAYERS, 64, SILENT)
+            conversion_train.start_kernels(CUDA, LAYERS, 64, None, SILENT)
         except DeviceError as error:
             return error.found
         return ""
