@@ -1,6 +1,7 @@
 """The benchmarks run and measure what they say, and the pages of figures in docs/ are what the scripts print."""
 
 import dataclasses
+import importlib.util
 import json
 import runpy
 import sys
@@ -56,6 +57,28 @@ def test_inference_is_measured_for_every_n_beside_the_original(run):
 def test_a_conversion_is_timed_alone_and_beside_a_busy_process(run):
     result = run("bench_beside.py", "--tokens", 2048, "--threads", 1, "--precision", "default")
     assert result["tokens"] >= 2048 and result["alone"] > 0 and result["beside"] > 0
+
+
+def test_kernels_are_measured_beside_plain_torch_where_they_run(run, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    result = run("bench_kernels.py", "--d", 16, "--n", 640, "--k", 1, "--batch", 8, "--seconds", 0.01)
+    assert min(result["plain"].values()) >= 0 and {"mix", "dots", "scatter", "select_bf16"} < set(result["plain"])
+    assert ("triton" in result) == (importlib.util.find_spec("triton") is not None)
+    if "triton" in result:
+        assert {"best_of_groups_bf16", "select_bf16"} < set(result["triton"]) and min(result["triton"].values()) > 0
+        assert all(" in Triton, " in said for trials in result["trials"] for said in trials)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_every_kernel_compiles_without_a_gpu(run):
+    result = run("compile_kernels.py", "--shape", "Llama-3.2-3B")
+    names = {row["kernel"] for row in result["kernels"]}
+    assert names == {"best bf16", "best fp32", "hidden g 32", "hidden g 16", "mix", "dots", "scatter"}
+    for row in result["kernels"]:
+        for target in (row["sm_80"], row["sm_90"]):
+            assert 0 < target["registers"] <= 255 and target["stack"] <= 8 and target["shared"] <= 163 * 1024
+    choice = {way["way"]: way["sum"] for way in result["ways"]}
+    assert choice["best three of groups of 32"] < choice["plain torch"]
 
 
 def test_steps_keep_what_commands_print_and_what_they_cost(tmp_path):

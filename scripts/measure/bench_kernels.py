@@ -1,7 +1,7 @@
 """Times the parts of a training step that choose experts and touch their rows: each Triton kernel beside plain torch.
 
     python scripts/measure/bench_kernels.py --d 3072 --n 86015 --k 32 --batch 4096 --device cuda --json
-    TRITON_INTERPRET=1 python scripts/measure/bench_kernels.py --d 32 --n 656 --k 2 --batch 64  # that it runs, anywhere
+    TRITON_INTERPRET=1 python scripts/measure/bench_kernels.py --d 32 --n 656 --k 2 --batch 32 --seconds 0.1  # that it runs
 
 One line of JSON with milliseconds (medians). Random data, but experts are used unevenly, as in training: some by every
 hundredth token, most by few. On a CPU the plain side stands alone, but in Triton's interpreter, whose times say nothing.
@@ -21,24 +21,23 @@ from mxdsurgery.layers import sparse
 from mxdsurgery.recipe import RECIPE_KEYS
 
 
-def milliseconds(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median time of a call of each."""
-    return {name: round(1000 * median_seconds(function), 3) for name, function in functions.items()}
+def milliseconds(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Median time of a call of each, called for some seconds."""
+    return {name: round(1000 * median_seconds(function, seconds), 3) for name, function in functions.items()}
 
 
-def selections(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int) -> dict[str, float]:
+def selections(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int) -> dict[str, Callable[[], Any]]:
     """The gate's product in both precisions, ways to find the top, and the whole selection."""
     low = weight.bfloat16()
     pre = torch.nn.functional.linear(x.bfloat16(), low)
     candidates = k + sparse.EXTRA_CANDIDATES
-    todo = {
+    return choices(x, weight, bias, k) | {
         "gate_product_fp32": lambda: x @ weight.T,
         "gate_product_bf16": lambda: x.bfloat16() @ low.T,
         "cast_weight_to_bf16": lambda: weight.bfloat16(),
         "torch_topk": lambda: torch.topk(pre, candidates, sorted=False),
         "top_k": lambda: sparse.top_k(pre, candidates),
     }
-    return milliseconds(todo | choices(x, weight, bias, k))
 
 
 def choices(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int) -> dict[str, Callable[[], Any]]:
@@ -49,26 +48,26 @@ def choices(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int) -
     }
 
 
-def selections_in_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int) -> dict[str, float]:
+def selections_in_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int) -> dict[str, Callable[[], Any]]:
     """The best of groups, in place of the gate's product and its top, and the whole selection."""
     from mxdsurgery.training.gate_kernels import TILES, best_of_groups
 
     low = x.bfloat16(), weight.bfloat16()
-    todo = {
+    return choices(x, weight, bias, k) | {
         "best_of_groups_fp32": lambda: best_of_groups(x, weight, bias, TILES[4]),
         "best_of_groups_bf16": lambda: best_of_groups(*low, bias, TILES[2]),
     }
-    return milliseconds(todo | choices(x, weight, bias, k))
 
 
-def products(x: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> dict[str, float]:
+def products(
+    x: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, indices: torch.Tensor
+) -> dict[str, Callable[[], Any]]:
     """The three sparse products."""
-    todo = {
+    return {
         "mix": lambda: sparse.mix(values, indices, weight),
         "dots": lambda: sparse.dots(x, indices, weight),
         "scatter": lambda: sparse.scatter(values, indices, x, weight),
     }
-    return milliseconds(todo)
 
 
 @click.command(help=__doc__)
@@ -77,8 +76,9 @@ def products(x: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, indice
 @click.option("--k", default=32, show_default=True)
 @click.option("--batch", default=4096, show_default=True)
 @click.option("--device", type=click.Choice(RECIPE_KEYS["device"].choices[1:]), default="cpu", show_default=True)
+@click.option("--seconds", default=1.0, show_default=True, help="That each part is measured for.")
 @click.option("--json", "as_json", is_flag=True)
-def main(d: int, n: int, k: int, batch: int, device: str, as_json: bool) -> None:
+def main(d: int, n: int, k: int, batch: int, device: str, seconds: float, as_json: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(batch, d, generator=generator).to(device), torch.randn(n, d, generator=generator).to(device)
     weight /= d**0.5
@@ -88,17 +88,17 @@ def main(d: int, n: int, k: int, batch: int, device: str, as_json: bool) -> None
     used = torch.bincount(indices.flatten(), minlength=n)
     result: dict[str, Any] = {"d": d, "n": n, "k": k, "batch": batch, "device": device}
     result |= {"experts_used": (used > 0).sum().item(), "most_used": used.max().item()}
-    result["plain"] = products(x, weight, values, indices) | selections(x, weight, bias, k)
+    parts = products(x, weight, values, indices)
+    result["plain"] = milliseconds(parts | selections(x, weight, bias, k), seconds)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if (device != "cpu" or interpreted) and importlib.util.find_spec("triton") is not None:
         from mxdsurgery.training import trial
 
-        result["trials"] = []
-        for selection in (None, torch.bfloat16):
-            trials = trial.install_if_faster(d, n, k, batch, device, selection)
-            result["trials"].append([str(tried) for tried in trials])
-        trial.install(device)
-        result["triton"] = products(x, weight, values, indices) | selections_in_triton(x, weight, bias, k)
+        trials = [trial.install_if_faster(d, n, k, batch, device, selection) for selection in (None, torch.bfloat16)]
+        result["trials"] = [[str(tried) for tried in some] for some in trials]
+        if all(tried.triton is not None for some in trials for tried in some):
+            trial.install(device)
+            result["triton"] = milliseconds(parts | selections_in_triton(x, weight, bias, k), seconds)
     if as_json:
         click.echo(json.dumps(result))
     else:

@@ -89,8 +89,8 @@ def gpu_benches(device: str, tiny: bool) -> Iterator[Bench]:
         yield Bench(f"step {shape} {device}", f"bench_step.py {numbers} {words} --rounds 2")
         yield Bench(f"step {shape} {device}, yardstick in bf16", f"bench_step.py {numbers} {words} --rounds 2 --bf16")
         d, _, n = (numbers.split()[position] for position in (1, 3, 5))
-        words_of_kernels = f"bench_kernels.py --d {d} --n {n} --k {k} --batch {batch} --device {device}"
-        yield Bench(f"kernels {shape} {device}", words_of_kernels)
+        few = "--batch 32 --seconds 0.1" if tiny else f"--batch {batch}"  # Triton's interpreter takes seconds for a call
+        yield Bench(f"kernels {shape} {device}", f"bench_kernels.py --d {d} --n {n} --k {k} {few} --device {device}")
     model = "tiny" if tiny else "Llama-3.2-3B"
     yield Bench(f"pass {model} {device}", f"bench_pass.py --model {model} --device {device}")
     sizes = "64,128" if tiny else "2048,8192,32768"
