@@ -47,6 +47,7 @@ _PLACES = {
     "measuring.growth": ("growth",),
     "measuring.probe": ("probe",),
     "planning.doctor": ("doctor",),
+    "planning.gpus": ("GpuHours", "gpu_hours"),
     "planning.plan": ("Plan", "plan"),
     "planning.proposal": ("Proposal", "propose"),
     "recipe": ("Recipe",),

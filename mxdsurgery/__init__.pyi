@@ -33,6 +33,8 @@ from mxdsurgery.measuring.frontier_table import Frontier as Frontier
 from mxdsurgery.measuring.growth import growth as growth
 from mxdsurgery.measuring.probe import probe as probe
 from mxdsurgery.planning.doctor import doctor as doctor
+from mxdsurgery.planning.gpus import GpuHours as GpuHours
+from mxdsurgery.planning.gpus import gpu_hours as gpu_hours
 from mxdsurgery.planning.plan import Plan as Plan
 from mxdsurgery.planning.plan import plan as plan
 from mxdsurgery.planning.proposal import Proposal as Proposal

@@ -14,6 +14,8 @@ _ONE, _NONE = {"kind": "count", "low": 1}, {"kind": "count", "low": 0}
 ARGUMENTS: dict[str, Key] = {
     **{name: RECIPE_KEYS[name] for name in ("tokens", "seed", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints")},
     "hours": Key("number", "that a conversion may take, evaluation and export included", above=0.0, high=100_000.0),
+    "price": Key("number", "of a GPU for an hour, in any currency", low=0.0),
+    "efficiency": Key("number", "share of a GPU's peak figures that is taken to be reached", above=0.0, high=1.0),
     "tokens_single": Key(doc="of the held-out tokens, those that each layer alone is measured on", **_ONE),
     "samples": Key(doc="texts", **_ONE),
     "context": Key("count", "tokens that each text is cut after", low=2),

@@ -24,6 +24,7 @@ from mxdsurgery.options import (
     RecipeValue,
     RecipeValues,
     edit_options,
+    gpu_options,
     heal_options,
     key_help,
     labelled_options,
@@ -80,33 +81,32 @@ def analyze(model: str, as_json: bool, **options: Any) -> None:
 @click.option("--recipe", help="A recipe file, or the name of one that comes with mxdsurgery.")
 @click.option("--measure/--no-measure", default=True, help="Measure this machine for some seconds, for the time it takes.")
 @number("hours", "Hours that there are: propose the conversion that fits them, evaluation and export included.")
+@gpu_options
 @AS_JSON
 @recipe_options()
-def plan(model: str, recipe: str | None, measure: bool, hours: float | None, as_json: bool, **overrides: Any) -> None:
+def plan(model: str, measure: bool, hours: float | None, rented: dict[str, Any], as_json: bool, **given: Any) -> None:
     """Show what a conversion of MODEL would make and take, without weights.
 
     Every flag is a key of the recipe; what is not given comes from the recipe made for the model, or from --recipe. With
-    --hours, this machine is measured up to five times, ten seconds each.
+    --hours, this machine is measured up to five times, ten seconds each; with --gpu, it is not.
     """
     from mxdsurgery.planning.summary import group_table, layer_table, summary
 
-    refusal, proposal = [], {}
-    if hours is None:
-        made, resolved = mxdsurgery.plan(model, recipe=recipe, measure=measure, **overrides)
+    printed, more = [], {}
+    if rented:
+        found = mxdsurgery.gpu_hours(model, **rented, **given)
+        made, resolved, printed, more = found.plan, found.recipe, found.printed(), {"gpus": found.to_dict()}
+    elif hours is not None:
+        found = mxdsurgery.propose(model, hours=hours, **given)
+        made, resolved, command = found.plan, found.recipe, found.command(model, given)
+        more = {"proposal": {"hours": hours} | found.keys | {"command": command}}
+        printed = [f"\nIn {duration(made.total_seconds or 0)}, of the {duration(3600 * hours)} that there are:\n{command}"]
     else:
-        found = mxdsurgery.propose(model, hours=hours, recipe=recipe, **overrides)
-        made, resolved = found.plan, found.recipe
-        proposal = {"hours": hours} | found.keys | {"command": found.command(model, recipe, overrides)}
-    if as_json:
-        print_json(made.to_dict() | {"recipe": resolved.to_dict()} | ({"proposal": proposal} if proposal else {}))
-        return
+        made, resolved = mxdsurgery.plan(model, measure=measure, **given)
     if made.refusal is not None:
-        refusal.append(f"\nconvert would refuse: {MemoryBudgetError(**made.refusal).for_command(flags_of(convert))}")
-    elif proposal:
-        refusal.append(
-            f"\nIn {duration(made.total_seconds)}, of the {duration(3600 * hours)} that there are:\n{proposal['command']}"
-        )
-    print_table(layer_table(made), group_table(made), *summary(made, resolved), *refusal)
+        printed = [f"\nconvert would refuse: {MemoryBudgetError(**made.refusal).for_command(flags_of(convert))}"]
+    plain = made.to_dict() | {"recipe": resolved.to_dict()} | more
+    print_json(plain) if as_json else print_table(layer_table(made), group_table(made), *summary(made, resolved), *printed)
 
 
 @main.command(section=CONVERT)

@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 from mxdsurgery.arguments import ARGUMENTS, given_number
 from mxdsurgery.choices import DEFAULT_KINDS, HEAL_CHOICES, LOCAL, LR_FACTOR, SPECIALISE_FACTOR
 from mxdsurgery.demo import DEMO_MODELS
+from mxdsurgery.hardware.gpus import EFFICIENCY, GPUS
 from mxdsurgery.hardware.threads import use_threads
 from mxdsurgery.paths import PATH_NAMES
 from mxdsurgery.recipe import CHECKPOINT_KEYS, RECIPE_KEYS, Recipe
@@ -183,6 +184,26 @@ def labelled_options(required: bool) -> Callable[[Callable], Callable]:
     return _together(cloup.option_group(_GROUPS["data"], *text), machine_options, layer, BASE)
 
 
+def gpu_options(command: Callable) -> Callable:
+    """The flags that ask for a plan on GPUs of a kind; they become one argument, ``rented``, empty where none is asked for."""
+    options = (
+        click.option("--gpu", type=click.Choice(list(GPUS)), help="Predict what 1 to 8 such GPUs take; none is needed."),
+        number("price", "With --gpu: of a GPU for an hour, in any currency."),
+        number("efficiency", f"With --gpu: share of its peak figures that is taken to be reached. [default: {EFFICIENCY:g}]"),
+    )
+
+    @functools.wraps(command)
+    def with_rented(*args: Any, gpu: str | None, price: float | None, efficiency: float | None, **given: Any) -> Any:
+        if gpu is None:
+            refuse_typed("price", "goes with --gpu")
+            refuse_typed("efficiency", "goes with --gpu")
+            return command(*args, rented={}, **given)
+        refuse_typed("hours", "goes without --gpu")
+        return command(*args, rented={"gpu": gpu, "price": price, "efficiency": efficiency or EFFICIENCY}, **given)
+
+    return cloup.option_group("On GPUs that are not here", *options)(with_rented)
+
+
 def edit_options(command: Callable) -> Callable:
     """The flags that say what is done to which experts; they become one argument, ``edits``."""
     listed, numbered = "LAYER:EXPERT,...", "LAYER:EXPERT=NUMBER,..."
@@ -220,6 +241,7 @@ def heal_options(command: Callable) -> Callable:
     learning = (
         _choice("mode", "What learns: the new layers, LoRA on the attention projections, or both."),
         click.option("--lr", type=RecipeValue("lr"), help=f"Peak learning rate; default: {LR_FACTOR} times the recipe's."),
+        _key_option("moments"),
         click.option("--batch", type=RecipeValue("batch"), help="Tokens per optimiser step; default: the recipe's."),
         number("accumulate", "Forward and backward passes that a step is split into. [default: 1]"),
         click.option("--checkpointing", is_flag=True, help="Compute each decoder layer twice, and keep less in memory."),
@@ -246,6 +268,8 @@ def heal_options(command: Callable) -> Callable:
     def with_given(*args: Any, **options: Any) -> Any:
         if options["teacher"] != "cached":
             refuse_typed("top_n", "goes with --teacher cached")
+        if options["mode"] == "lora":
+            refuse_typed("moments", "goes with --mode mxd or --mode both")
         if options["mode"] in (None, "mxd"):
             refuse_typed("lora_rank", "goes with --mode lora or --mode both")
             refuse_typed("lora", "goes with --mode lora or --mode both")

@@ -159,6 +159,12 @@ class Recipe:
     )
     warmup: float = _key(0.05, "number", "share of the steps with linear warm-up", low=0.0, high=1.0)
     decay: float = _key(0.3, "number", "share of the steps with linear decay to zero at the end", low=0.0, high=1.0)
+    moments: str = _key(
+        "float32",
+        "text",
+        "dtype of Adam's two moments; bfloat16: rounded at random, so that a parameter in training takes 8 bytes, not 12",
+        choices=("float32", "bfloat16"),
+    )
     compute: str = _key(
         "auto",
         "text",

@@ -56,6 +56,7 @@ def plan_real_model(tmp_path, recipe):
         (f"tokens: {'9' * 400}", "'tokens'", "999", "a whole number"),
         ("unit_norm: 1", "'unit_norm'", "1", "true or false"),
         ("init: foo", "'init'", "'foo'", "one of shared, encoder, random, pretrained"),
+        ("moments: int8", "'moments'", "'int8'", "one of float32, bfloat16"),
         ("device: tpu", "'device'", "'tpu'", "one of auto, cpu, cuda, mps, xpu"),
         ("layers: [1, [2]]", "'layers'", "[1, [2]]", "a range (2-5)"),
         ("tracker: no", "'tracker'", "False", "in a file, put it in quotes"),

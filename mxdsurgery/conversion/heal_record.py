@@ -62,6 +62,7 @@ def record_of(
         "seconds": round(state.seconds, 1),
         "batch": state.tokens_per_step,
         "lr": recipe.lr,
+        "moments": None if how.mode == "lora" else recipe.moments,
         "specialise": recipe.specialise,
         "keeps_shares": settings.keeps_shares,
         "local": how.local,

@@ -24,6 +24,7 @@ class Healing:
         data: the text; default: the recipe's.
         text_column: column or field with the text; default: the recipe's.
         lr: peak learning rate of Adam; default: ``LR_FACTOR`` times the recipe's.
+        moments: dtype of Adam's moments of the new layers; default: the recipe's.
         batch: tokens per optimiser step; default: the recipe's.
         accumulate: forward and backward passes that a step is split into.
         checkpointing: compute the inside of each decoder layer twice, and keep less in memory.
@@ -49,6 +50,7 @@ class Healing:
     data: str | None = None
     text_column: str | None = None
     lr: float | None = None
+    moments: str | None = None
     batch: int | None = None
     accumulate: int = 1
     checkpointing: bool = False
@@ -100,7 +102,7 @@ class Healing:
         Raises:
             RecipeError: a value out of range.
         """
-        names = ("text_column", "tokens", "lr", "batch", "specialise", "seed", *CHECKPOINT_KEYS)
+        names = ("text_column", "tokens", "lr", "moments", "batch", "specialise", "seed", *CHECKPOINT_KEYS)
         given = {name: getattr(self, name) for name in names}
         defaults = {"lr": LR_FACTOR * saved.lr, "seed": (saved.seed + 1) % 2**32}
         defaults |= {"warmup": WARMUP, "decay": 1.0 - WARMUP, "parallel": "data"}

@@ -12,6 +12,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 from mxdsurgery.base.running import own_code_named
 from mxdsurgery.errors import EditError, RecipeError, first_line
+from mxdsurgery.hardware.randomness import generator_on
 
 # What says how a model's text is written down, not which text it is: the base's generation config may set these.
 _OF_THE_BASE = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
@@ -172,16 +173,8 @@ class _Draw:
     """
 
     def __init__(self, device: torch.device, seed: int) -> None:
-        self.generator = _generator(device).manual_seed(seed)
+        self.generator = generator_on(device).manual_seed(seed)
 
     def __call__(self, _ids: Tensor, logits: Tensor) -> Tensor:
         noise = torch.empty(logits.shape, dtype=torch.float32, device=self.generator.device)
         return logits - noise.exponential_(generator=self.generator).log().to(logits.device)
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    """One on the device, where torch has one for it; elsewhere the random numbers are made on the CPU."""
-    try:
-        return torch.Generator(device)
-    except (RuntimeError, NotImplementedError):
-        return torch.Generator()

@@ -50,3 +50,11 @@ class OwnNumbers(TorchDispatchMode):
         if device not in self.generators:
             self.generators[device] = torch.Generator(device).manual_seed(self.seed)
         return self.generators[device]
+
+
+def generator_on(device: torch.device) -> torch.Generator:
+    """One on the device, where torch has one for it; elsewhere the random numbers are made on the CPU."""
+    try:
+        return torch.Generator(device)
+    except (RuntimeError, NotImplementedError):
+        return torch.Generator()

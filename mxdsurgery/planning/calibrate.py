@@ -72,7 +72,7 @@ _PROBE_TOKENS = 256
 _WRITTEN_BYTES = 2**26
 # What a process imports to reload a checkpoint, and the seconds assumed for that where measuring is not worth it.
 _RELOADS = "import torch; from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM"
-_USUAL_START = 6.0
+USUAL_START = 6.0
 # In a matrix product that takes so many seconds, launching it does not matter.
 _BUSY = 2e-3
 # Base models whose weights take more than this are not built: their pass is computed from the rate of a matrix product.
@@ -90,7 +90,8 @@ class Calibration:
         base_seconds: the base model's pass up to the last layer in training.
         base_flops: FLOPs of that pass, per token.
         base_from: ``forward pass``, of the base model's shape with random weights, or ``matrix product``: FLOPs at the rate
-            of one product in the base model's dtype, so that the true time is longer.
+            of one product in the base model's dtype, so that the true time is longer. Where nothing was measured, what all was
+            predicted from.
         k_seconds: pairs of a K and the seconds of that step with it, from the K at the end to the K at the start. Empty in
             what an older version wrote; the entries below are then 0.
         head_seconds: of the language-model head, and of comparing its predictions with others.
@@ -98,6 +99,7 @@ class Calibration:
         start_seconds: of a new process, until it can load a model.
         bytes_per_second: writing speed of the result's disk; None where it was not measured.
         wide_rate: FLOPs per second of a product in the widest dtype; None where none was needed.
+        predicted: whether all of it follows from a GPU's peak figures, and nothing was measured.
     """
 
     step_seconds: float
@@ -112,6 +114,7 @@ class Calibration:
     start_seconds: float = 0.0
     bytes_per_second: float | None = None
     wide_rate: float | None = None
+    predicted: bool = False
 
     def cost(self, groups: Sequence[Group], steps: int, batch: int) -> Callable[[float], float]:
         """A function from a number of tokens to the seconds they take, from the training's start, all groups in turn.
@@ -127,7 +130,7 @@ class Calibration:
         for group in groups:
             base = self._base_seconds(group)
             layers = self.seconds(group, 1) - base
-            each = [base + layers * step / self.step_seconds for step in _schedule(self.k_seconds or [[1, self.step_seconds]])]
+            each = [base + layers * step / self.step_seconds for step in schedule(self.k_seconds or [[1, self.step_seconds]])]
             ends += [ends[-1] + steps / _PARTS * so_far for so_far in itertools.accumulate(each)]
         tokens = np.linspace(0, len(groups) * steps * batch, len(ends))
         return lambda done: float(np.interp(done, tokens, ends))
@@ -214,7 +217,7 @@ def calibrate(
     forward_seconds = _measure_forward(largest, base, recipe, machine.device, seconds / 4)
     empty_cache(machine.device)
     return Calibration(
-        step_seconds=statistics.mean(_schedule(k_seconds)),
+        step_seconds=statistics.mean(schedule(k_seconds)),
         step_flops=sum(layer_flops(largest).values()),
         step_tokens=step_tokens,
         base_seconds=base_seconds,
@@ -223,13 +226,13 @@ def calibrate(
         k_seconds=k_seconds,
         head_seconds=head_seconds,
         forward_seconds=forward_seconds,
-        start_seconds=_measure_start() if share == 1.0 else _USUAL_START,
+        start_seconds=_measure_start() if share == 1.0 else USUAL_START,
         bytes_per_second=_measure_disk(Path(recipe.out)),
         wide_rate=wide_rate(machine.device) if any(fit_flops(layer.block, layer.kind) for layer in layers) else None,
     )
 
 
-def _schedule(k_seconds: Sequence[Sequence[float]]) -> list[float]:
+def schedule(k_seconds: Sequence[Sequence[float]]) -> list[float]:
     """A step's seconds in every part of the training, by its K; interpolated linearly between those that were measured."""
     ks, seconds = zip(*k_seconds, strict=True)
     parts = (active_experts(part, _PARTS, int(ks[0]), int(ks[-1])) for part in range(_PARTS))

@@ -8,7 +8,8 @@ from mxdsurgery.hardware.memory import free_memory
 from mxdsurgery.planning.budget import BUDGET_SHARE
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import size
-from mxdsurgery.training.cost import ADAM, TEXT_BYTES, WEIGHT, BaseShape, LayerPlan, Machine, states_bytes
+from mxdsurgery.training.adam import moment_bytes
+from mxdsurgery.training.cost import TEXT_BYTES, WEIGHT, BaseShape, LayerPlan, Machine, states_bytes
 
 
 def host_bytes(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, machine: Machine) -> int:
@@ -19,7 +20,7 @@ def host_bytes(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, mac
     """
     if shares_host_memory(machine.device):
         return 0
-    part = (WEIGHT + ADAM) * max(layer.parameters for layer in layers)
+    part = (WEIGHT + moment_bytes(recipe)) * max(layer.parameters for layer in layers)
     mixed = recipe.activation_buffer * base.d_model * base.element_bytes
     finished = 0 if base.offloaded else base.element_bytes * sum(layer.all_parameters for layer in layers)
     states = 0 if base.states_on_disk else states_bytes(base, recipe)

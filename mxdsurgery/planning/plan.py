@@ -22,8 +22,10 @@ from mxdsurgery.planning.machine import this_machine
 from mxdsurgery.planning.resolve import base_shape, open_base, resolve_recipe, saying_whose
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
 from mxdsurgery.terminal.console import Cost
+from mxdsurgery.training.adam import moment_bytes
 from mxdsurgery.training.cost import (
     DTYPE_BYTES,
+    WEIGHT,
     BaseShape,
     Group,
     LayerPlan,
@@ -145,6 +147,17 @@ class Plan:
         """Seconds of training, evaluation and export; None where one of them was not measured."""
         stages = (self.seconds, self.evaluation_seconds, self.export_seconds)
         return None if None in stages else sum(stages)
+
+    def resume_bytes(self, recipe: Recipe) -> int:
+        """Size of the largest checkpoint to resume from: layers in training with Adam's moments, and finished ones."""
+        in_training = WEIGHT + moment_bytes(recipe)
+        if recipe.inputs == "joint":  # also as they were at the best step so far
+            in_training += DTYPE_BYTES[self.machine.compute or self.dtype]
+        finished, largest = 0, 0
+        for group in self.groups:
+            largest = max(largest, finished + in_training * group.parameters)
+            finished += DTYPE_BYTES[self.dtype] * group.parameters
+        return max(largest, finished)
 
     def training_cost(self, recipe: Recipe) -> Cost | None:
         """What `Calibration.cost` gives, to predict the time that is left; None where nothing was measured."""
@@ -296,7 +309,7 @@ def with_time(made: Plan, recipe: Recipe, base_model: BaseModel, worth_it: float
         base_model: the model that the plan is for.
         worth_it: measure only if the run takes more seconds than this at the rate of a matrix product.
     """
-    machine, (recipe, base) = made.machine, _as_planned(made, recipe, base_model)
+    machine, (recipe, base) = made.machine, as_planned(made, recipe, base_model)
     if made.refusal is not None:
         return dataclasses.replace(made, unmeasured="it does not fit the memory budget")
     if machine.device not in devices():
@@ -315,7 +328,7 @@ def with_time(made: Plan, recipe: Recipe, base_model: BaseModel, worth_it: float
     return timed(made, calibrate(made.layers, base, base_model.config, recipe, machine, share), recipe, base_model)
 
 
-def _as_planned(made: Plan, recipe: Recipe, base_model: BaseModel) -> tuple[Recipe, BaseShape]:
+def as_planned(made: Plan, recipe: Recipe, base_model: BaseModel) -> tuple[Recipe, BaseShape]:
     """The recipe with what was chosen for this machine, and the base model's shape as the plan has it."""
     base = base_shape(base_model, made.dtype, made.machine.compute)
     base = dataclasses.replace(base, offloaded=made.offloaded, states_on_disk=made.states_on_disk)
@@ -324,7 +337,7 @@ def _as_planned(made: Plan, recipe: Recipe, base_model: BaseModel) -> tuple[Reci
 
 def timed(made: Plan, calibration: Calibration, recipe: Recipe, base_model: BaseModel) -> Plan:
     """The plan with the time that it takes by a calibration, which was measured for the same layers and batch."""
-    recipe, base = _as_planned(made, recipe, base_model)
+    recipe, base = as_planned(made, recipe, base_model)
     groups = []
     for group in made.groups:
         layers = [layer for layer in made.layers if layer.block.layer in group.layers]

@@ -38,10 +38,10 @@ class Proposal:
     plan: Plan
     recipe: Recipe
 
-    def command(self, model: str, recipe: str | None, given: dict[str, Any]) -> str:
+    def command(self, model: str, given: dict[str, Any]) -> str:
         """The command that does it, beside the flags that were given."""
         flags = {name: value for name, value in given.items() if value is not None} | self.keys
-        words = ["mxdsurgery convert", as_typed(model), *(["--recipe", as_typed(recipe)] if recipe else [])]
+        words = ["mxdsurgery convert", as_typed(model)]
         for name, value in flags.items():
             flag = name.replace("_", "-")
             if isinstance(value, bool):

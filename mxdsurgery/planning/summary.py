@@ -47,7 +47,8 @@ def group_table(plan: Plan) -> Table:
     }
     table = Table(title=title)
     table.add_column("layers")
-    for column in ("parameters", *columns, "time"):
+    predicted = plan.calibration is not None and plan.calibration.predicted
+    for column in ("parameters", *columns, "time, predicted" if predicted else "time"):
         table.add_column(column, justify="right")
     for group in plan.groups:
         held = (size(getattr(group, name)) for name in columns.values())
@@ -80,6 +81,7 @@ def summary(plan: Plan, recipe: Recipe) -> list[str]:
         f"{plan.machine.memory_source}",
         *([f"host       {size(plan.host_bytes)} of host memory beside that"] if plan.host_bytes else []),
         *_kept_lines(plan),
+        *_resume_line(plan, recipe),
         f"checkpoint {size(plan.checkpoint_bytes)}; {size(plan.disk_bytes)} of disk while it is written",
     ]
 
@@ -101,12 +103,21 @@ def _kept_lines(plan: Plan) -> list[str]:
     return lines
 
 
+def _resume_line(plan: Plan, recipe: Recipe) -> list[str]:
+    if not recipe.keep_checkpoints:
+        return []
+    kept = f"{recipe.keep_checkpoints} are kept, and one more is on disk while it is written"
+    return [f"resume     from checkpoints of up to {size(plan.resume_bytes(recipe))}; {kept}"]
+
+
 def _time(plan: Plan) -> list[str]:
     if plan.seconds is None:
         return [f"time       not predicted: {plan.unmeasured}"]
     stages = (("train", plan.seconds), ("evaluate", plan.evaluation_seconds), ("export", plan.export_seconds))
     words = ", ".join(f"{duration(seconds)} to {stage}" for stage, seconds in stages if seconds is not None)
     total = f": {duration(plan.total_seconds)}" if plan.total_seconds is not None else ""
+    if plan.calibration.predicted:
+        return [f"time       predicted, not measured: about {words}{total}", f"           by {plan.calibration.base_from}"]
     step = f"one layer's step on {plan.calibration.step_tokens} tokens"
     return [
         f"time       about {words}{total}",

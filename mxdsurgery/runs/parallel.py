@@ -37,9 +37,9 @@ def text_shares(recipe: Recipe) -> int:
     return processes() if recipe.parallel == "data" else 1
 
 
-def check_parallel(recipe: Recipe) -> None:
-    """Raises RecipeError for a recipe that so many processes cannot work on together."""
-    count = processes()
+def check_parallel(recipe: Recipe, count: int | None = None) -> None:
+    """Raises RecipeError for a recipe that so many processes cannot work on together; default: as many as there are."""
+    count = count or processes()
     if count == 1:
         return
     contexts = recipe.batch // recipe.context
@@ -68,9 +68,12 @@ def my_contexts(batch: Tensor, recipe: Recipe) -> Tensor:
     return batch[rank() :: shares] if shares > 1 else batch
 
 
-def layer_shares(layers: Sequence[Item], recipe: Recipe) -> list[list[Item]]:
-    """Each process's share of the layers: consecutive ones, as evenly as possible; all of them where layers are not shared."""
-    count = processes()
+def layer_shares(layers: Sequence[Item], recipe: Recipe, count: int | None = None) -> list[list[Item]]:
+    """Each process's share of the layers: consecutive ones, as evenly as possible; all of them where layers are not shared.
+
+    ``count`` processes share them; default: as many as there are.
+    """
+    count = count or processes()
     if count == 1 or recipe.parallel != "layers":
         return [list(layers)] * count
     bounds = [len(layers) * number // count for number in range(count + 1)]

@@ -16,13 +16,14 @@ from mxdsurgery.layers.layer import BATCH_TOP_K_LIMIT
 from mxdsurgery.layers.low_rank import total_rank
 from mxdsurgery.layers.sparse import EXTRA_CANDIDATES, TOP_K_GROUP, chunk_bytes
 from mxdsurgery.recipe import Recipe
+from mxdsurgery.training import adam
 from mxdsurgery.training.parameters import layer_parameters
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 2**30
 
-# New layers are trained in fp32: 4 bytes for a parameter, 4 for its gradient, 8 for Adam's two moments.
-WEIGHT, _GRADIENT, ADAM = 4, 4, 8
+# New layers are trained in fp32: bytes of a parameter and of its gradient, beside Adam's two moments.
+WEIGHT, _GRADIENT = 4, 4
 # Evaluation holds the final hidden states of variants up to so many bytes; then it compares their predictions at once.
 HELD_BYTES = 2**28
 # Variants of a layer that are scored in an evaluation, and while it learns.
@@ -340,7 +341,8 @@ def make_group(
     on_host = not shares_host_memory(machine.device)  # what is not computed with lies in host memory, apart from the device
     whole = recipe.inputs == "joint"  # one backward pass through all layers, with both models' logits
     logits = batch * base.vocabulary * 3 * base.element_bytes
-    working = sum(steps) + logits if whole else max(*steps, forward_bytes(base, widest, batch), drawn)
+    moving = adam.step_bytes(recipe, max(layer.parameters for layer in layers), machine.device)
+    working = sum(steps) + logits if whole else max(*steps, forward_bytes(base, widest, batch), drawn, moving)
     if mine := steered(layers, recipe):  # now and then it is measured what their experts carry
         working = max(working, forward_bytes(base, widest, batch) + _scoring_bytes(mine, _LOOKED_AT, base, batch, machine))
     return Group(
@@ -350,7 +352,7 @@ def make_group(
         finished_bytes=0 if on_host or base.offloaded else base.element_bytes * sum(old.all_parameters for old in finished),
         new_bytes=WEIGHT * parameters,
         gradient_bytes=_GRADIENT * (parameters if whole else max(layer.parameters for layer in layers)),
-        adam_bytes=ADAM * parameters,
+        adam_bytes=adam.moment_bytes(recipe) * parameters,
         activation_bytes=recorded * (1 + room) + working,
         text_bytes=0 if on_host else recipe.shuffle * TEXT_BYTES,
         flops={"base_forward": fed_flops(layers, base, recipe)} | flops,

@@ -25,6 +25,7 @@ from mxdsurgery.runs.parallel import agree, average_gradients, text_shares
 from mxdsurgery.runs.resume import optimizer_state, part, prefixed, restore_optimizer
 from mxdsurgery.runs.run_folder import UNKEPT, Keeper
 from mxdsurgery.training.accelerator import ranks_in
+from mxdsurgery.training.adam import make_adam
 from mxdsurgery.training.cost import LayerPlan, first_k
 from mxdsurgery.training.losses import distillation_loss, frozen_gain, token_weights, zero_loss
 from mxdsurgery.training.share import SHARES, ShareControl, ShareKept, SharesOf, look_steps
@@ -103,7 +104,7 @@ class LayerInTraining:
     Args:
         name: for people.
         layer: fp32, on the device of the training.
-        recipe: lr, unit_norm, specialise, expert_share, auxk, selection.
+        recipe: lr, moments, seed, unit_norm, specialise, expert_share, auxk, selection.
         dead_after: tokens without firing after which an expert is dead.
         steps: of the training.
     """
@@ -124,7 +125,7 @@ class LayerInTraining:
         self.thresholds = LearnedThresholds(layer.gate) if jumps else None
         learned = [] if self.thresholds is None else [self.thresholds.log]
         learned = [p for p in layer.parameters() if p.requires_grad] + learned
-        self.optimizer = torch.optim.Adam(learned, lr=recipe.lr, fused=True)
+        self.optimizer = make_adam(learned, recipe)
         device = layer.bias.device
         # The training tokens seen when each expert last fired.
         n_experts = 0 if self.experts is None else layer.gate.n_experts
@@ -320,7 +321,8 @@ def distill(
         layers: each with the block that it stands for; several may stand for the same one. fp32, on the activations' device.
         batches: endless, by layer: inputs and targets (B T, D), which are removed as they are used. Where the training
             resumes from a checkpoint, they begin after those that it took before.
-        recipe: lr, warmup, decay, k_start, unit_norm, specialise, expert_share, auxk, selection, activation_buffer.
+        recipe: lr, moments, warmup, decay, k_start, unit_norm, specialise, expert_share, auxk, selection,
+            activation_buffer.
         accelerator: device, precision and trackers.
         progress: says how many steps; updated on the way.
         report: called now and then with the progress.

@@ -182,8 +182,9 @@ def test_a_kept_adapter_is_an_ordinary_one_and_the_checkpoint_is_as_it_was(sourc
 
 
 def test_healing_goes_on_from_a_healed_folder(merged, text, tmp_path, no_reload):
-    again = heal(merged["out"], out=tmp_path / "again", data=text, checkpointing=True, local=0.1, **QUICK)
+    again = heal(merged["out"], out=tmp_path / "again", data=text, checkpointing=True, local=0.1, moments="bfloat16", **QUICK)
     assert [step["mode"] for step in entry(tmp_path / "again")] == ["both", "mxd"]
+    assert [step["moments"] for step in entry(tmp_path / "again")] == ["float32", "bfloat16"]
     assert all(".mlp." in name for name in changed(tmp_path / "again", merged["out"]))
     assert again["evaluation"]["all"]["kl"] < 1.1 * merged["evaluation"]["all"]["kl"]
     assert "Step 2: the new layers, trained" in (tmp_path / "again" / "README.md").read_text()
@@ -257,6 +258,7 @@ def test_edited_experts_are_not_healed_away(source, tmp_path):
         ({"accumulate": 99, "batch": 1024}, HealError, "accumulate is 99, and a step has 8 contexts"),
         ({"local": 0.1, "teacher": "cached"}, HealError, "local is above 0"),
         ({"lr": 7.0}, RecipeError, "recipe key 'lr' is 7.0"),
+        ({"moments": "int8"}, RecipeError, "recipe key 'moments' is 'int8'"),
         ({"data": "nothing.txt"}, DataError, "no text file"),
     ],
 )

@@ -100,6 +100,7 @@ WAYS = {
     "jointly": ({"inputs": "joint"}, [9]),
     "transcoders with rows of unit length": ({"kind": "transcoder", "unit_norm": True, "auxk": 0.1}, [25]),
     "jumprelu": ({"sparsity": "jumprelu"}, [30]),
+    "moments in bfloat16": ({"moments": "bfloat16"}, [25]),
     "batchtopk, block by block": ({"sparsity": "batchtopk", "inputs": "converted"}, [30]),
 }
 
@@ -137,7 +138,7 @@ def test_a_conversion_that_was_stopped_goes_on_bit_for_bit(way, unstopped, tmp_p
 
 HEALS = {
     "layers": {},
-    "layers and LoRA": {"mode": "both", "lora_rank": 2},
+    "layers and LoRA": {"mode": "both", "lora_rank": 2, "moments": "bfloat16"},
     "from kept predictions, in two passes": {"teacher": "cached", "accumulate": 2},
 }
 

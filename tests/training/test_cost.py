@@ -46,6 +46,32 @@ def test_planned_bytes_are_those_of_the_tensors_of_a_layer_in_training(family):
     assert group.adam_bytes == sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
 
 
+def test_moments_in_bfloat16_are_planned_as_they_are_held_and_more_layers_fit_together():
+    layers = tiny_layers()
+    rounded = dataclasses.replace(RECIPE, moments="bfloat16")
+    group = cost.make_group(layers[:1], [], tiny_base(), rounded, machine())
+    layer = MxDLayer(**layer_shape(layers[0]))
+    job = LayerInTraining("the layer", layer, rounded)
+    train_step(job, torch.randn(64, 32), torch.randn(64, 32), 1e-3, 64, Accelerator(cpu=True))
+    states = job.optimizer.state.values()
+    assert group.adam_bytes == sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
+    whole = cost.make_group(layers, [], tiny_base(), rounded, machine())
+    assert whole.peak_bytes == cost.make_group(layers, [], tiny_base(), RECIPE, machine()).peak_bytes - whole.adam_bytes
+    just = machine(whole.peak_bytes)
+    assert [group.layers for group in cost.make_groups(layers, tiny_base(), rounded, just)] == [[0, 1]]
+    assert [group.layers for group in cost.make_groups(layers, tiny_base(), RECIPE, just)] == [[0], [1]]
+
+
+def test_what_adam_works_on_at_a_time_counts_where_nothing_else_takes_as_much():
+    (layer, _) = tiny_layers(n_experts=200_000)
+    small = dataclasses.replace(RECIPE, moments="bfloat16", batch=16)
+    rounded, usual = (
+        cost.make_group([layer], [], tiny_base(), recipe, machine(device="cuda"))
+        for recipe in (small, dataclasses.replace(small, moments="float32"))
+    )
+    assert rounded.activation_bytes - 2 * 16 * 32 * 2 == 16 * (2**28 // 64) > usual.activation_bytes
+
+
 def test_a_group_adds_up_its_layers_and_holds_the_gradients_of_one():
     layers = tiny_layers()
     first, second = (cost.make_group([layer], [], tiny_base(), RECIPE, machine()) for layer in layers)
