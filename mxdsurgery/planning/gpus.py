@@ -201,7 +201,7 @@ def _kind(gpu: str, device: str | None) -> Gpu:
 def _machine(gpu: Gpu, recipe: Recipe, made: Plan) -> Machine:
     """A GPU as plans see it: what is computed in is as stored and in bf16, unless the recipe says otherwise."""
     compute = made.dtype if recipe.compute == "auto" else recipe.compute
-    memory, source = int(BUDGET_SHARE * gpu.memory), f"{BUDGET_SHARE:.0%} of the memory of an {gpu.name}"
+    memory, source = int(BUDGET_SHARE * gpu.memory), f"{BUDGET_SHARE:.0%} of the memory of the {gpu.name}"
     if recipe.memory is not None:
         memory, source = made.machine.memory, made.machine.memory_source
     why = "as stored, not measured" if recipe.compute == "auto" else "recipe key 'compute'"
@@ -305,7 +305,7 @@ def predicted(
         step_tokens=round(batch),
         base_seconds=max(launched, roof.seconds(flops * batch, held, base.dtype)),
         base_flops=flops,
-        base_from=f"arithmetic: {efficiency:.0%} of the peak figures of an {gpu.name}",
+        base_from=f"arithmetic: {efficiency:.0%} of the peak figures of the {gpu.name}",
         k_seconds=k_seconds,
         head_seconds=roof.seconds(2 * head * batch, base.element_bytes * head + 2 * logits * batch, base.dtype),
         forward_seconds=roof.seconds(forward * batch, base.element_bytes * largest.parameters, base.dtype),

@@ -145,7 +145,7 @@ def test_without_a_price_there_is_no_cost(llama):
 
 def test_what_does_not_fit_one_is_refused_for_all(llama):
     found = rented(llama, gpu="rtx-4090", n_experts=400_000)
-    assert found.rows == [] and "memory of an RTX 4090" in found.plan.refusal["found"]
+    assert found.rows == [] and "memory of the RTX 4090" in found.plan.refusal["found"]
     given = rented(llama, gpu="rtx-4090", n_experts=86_016, layers="3", memory=80)
     assert given.plan.refusal is None and given.plan.machine.memory == 80 * GIB
 

@@ -48,26 +48,24 @@ def test_a_rounded_value_is_one_of_the_two_next_to_it_and_right_on_average():
 def test_the_default_is_torchs_own_adam():
     (learning,) = parameters(5)
     made = make_adam([learning], Recipe(data="stdlib"))
-    assert (
-        type(made) is torch.optim.Adam and made.defaults["fused"] and isinstance(make_adam([learning], ROUNDED), RoundedAdam)
-    )
+    assert type(made) is torch.optim.Adam and made.defaults["fused"]
+    assert isinstance(make_adam([learning], ROUNDED), RoundedAdam)
 
 
 def test_steps_are_torchs_but_for_the_rounding_of_the_moments():
     ours, theirs = parameters(1000, 7), parameters(1000, 7)
     made, usual = make_adam(ours, ROUNDED), torch.optim.Adam(theirs, lr=0.01, fused=True)
-    for steps in (1, 99):
-        train(made, ours, steps, first=len(theirs[0]) * (steps > 1))
-        train(usual, theirs, steps, first=len(theirs[0]) * (steps > 1))
+    for first, steps in ((0, 1), (1, 99)):
+        train(made, ours, steps, first)
+        train(usual, theirs, steps, first)
         for one, other in zip(ours, theirs, strict=True):
             if steps == 1:  # nothing was rounded yet
                 assert torch.equal(one, other)
             assert (one - other).abs().max() < 0.01  # of up to a hundred steps of as much
     held = made.state[ours[0]]
     assert held["exp_avg"].dtype == held["exp_avg_sq"].dtype == torch.bfloat16
-    assert held["exp_avg_sq"].float().mean().item() == pytest.approx(
-        usual.state[theirs[0]]["exp_avg_sq"].mean().item(), rel=0.01
-    )
+    usually = usual.state[theirs[0]]["exp_avg_sq"]
+    assert held["exp_avg_sq"].float().mean().item() == pytest.approx(usually.mean().item(), rel=0.01)
 
 
 def test_a_second_moment_falls_where_rounding_to_the_nearest_would_keep_it():
