@@ -39,9 +39,9 @@ TEXTS = ("def f(x): return x + {}", "class A{}: import os")
 PASS, TRAINED = 1e-3, 5e-2
 
 
-def step(device: str, _folder: Path, _out: Path, _tokens: int) -> dict[str, float]:
+def step(device: str, _folder: Path, _out: Path, _tokens: int, **keys: Any) -> dict[str, float]:
     """Three steps of one layer on random numbers: the sparse products, their gradients and Adam."""
-    recipe = Recipe(model="demo-glu", device=device, auxk=0.1, specialise=0.1, **EXACT)
+    recipe = Recipe(model="demo-glu", device=device, auxk=0.1, specialise=0.1, **EXACT, **keys)
     accelerator, generator = make_accelerator(recipe), torch.Generator().manual_seed(0)
     torch.manual_seed(0)  # of the layer's start
     layer = MxDLayer(n_experts=300, k=6, d_model=48, d_hidden=96, kind="glu", activation="silu", encoder_bias=True)
@@ -111,6 +111,7 @@ def experts(device: str, folder: Path, out: Path, _tokens: int) -> dict[str, flo
 
 CHECKS: dict[str, tuple[Callable[[str, Path, Path, int], dict[str, float]], float]] = {
     "training steps of one layer": (step, PASS),
+    "training steps of one layer, moments in bfloat16": (functools.partial(step, moments="bfloat16"), PASS),
     "convert, batchtopk, dead experts helped": (functools.partial(convert, sparsity="batchtopk", auxk=0.03), TRAINED),
     "convert, layer after layer, from disk": (functools.partial(convert, inputs="converted", offload="disk"), TRAINED),
     "convert, jointly": (functools.partial(convert, inputs="joint"), TRAINED),
