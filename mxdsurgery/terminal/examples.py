@@ -3,7 +3,7 @@
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "analyze": ("meta-llama/Llama-3.2-3B",),
     "doctor": ("", "--json"),
-    "plan": ("meta-llama/Llama-3.2-3B --layers all", "org/model --hours 3"),
+    "plan": ("meta-llama/Llama-3.2-3B --layers all", "org/model --hours 3", "meta-llama/Llama-3.2-3B --layers all --gpu h100"),
     "plot": ("model-mxd",),
     "convert": (
         "demo-glu --layers all",
