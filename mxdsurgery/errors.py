@@ -194,6 +194,10 @@ class CheckpointError(MxDError):
     """A checkpoint that is damaged, or that a run with other settings wrote."""
 
 
+class CacheError(MxDError):
+    """Kept activations that are damaged, or of another model, text or batch."""
+
+
 class HealError(MxDError):
     """A folder that cannot be healed, or an unknown way of healing."""
 

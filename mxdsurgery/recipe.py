@@ -143,6 +143,12 @@ class Recipe:
     activation_buffer: int = _key(
         0, "count", "positions in the buffer of activations that batches are drawn from at random; 0: as the text comes", low=0
     )
+    cache_activations: str | None = _key(
+        None,
+        "text",
+        "folder in which the activations that layers learn on are kept, so that other trainings on the same text and batches "
+        "need no pass of the base model; with inputs: original",
+    )
     # How
     batch: int | None = _key(
         None,
@@ -263,6 +269,13 @@ class Recipe:
                 expected="inputs: converted, where one decoder layer at a time is enough",
                 fix="--inputs converted, or --offload auto",
                 keys=("offload", "inputs"),
+            )
+        if self.cache_activations is not None and self.inputs != "original":
+            raise RecipeError(
+                f"recipe keys 'cache_activations' and 'inputs' are {self.cache_activations!r} and {self.inputs!r}",
+                expected="inputs: original: what else layers learn on depends on other layers in training",
+                fix="leave out --cache-activations, or train with --inputs original",
+                keys=("cache_activations", "inputs"),
             )
         if self.expert_share and self.specialise is not None:
             raise RecipeError(

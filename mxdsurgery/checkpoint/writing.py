@@ -39,14 +39,19 @@ def check_output(out: str | Path, overwrite: bool) -> Path:
     return path
 
 
-def check_place(path: Path) -> None:
-    """Raises OutputError if nothing can be written at a path, or its parents cannot be made. Leaves nothing behind."""
+def check_place(path: Path, flag: str = "--out") -> None:
+    """Raises OutputError if nothing can be written at a path, or its parents cannot be made. Leaves nothing behind.
+
+    Args:
+        path: where a file or folder is to be.
+        flag: what names it.
+    """
     try:
         nearest = next(parent for parent in path.absolute().parents if parent.exists())
         with aside(path, nearest):
             pass
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise _unwritable(path, error, flag) from None
 
 
 def check_file(path: Path) -> None:
@@ -56,8 +61,8 @@ def check_file(path: Path) -> None:
     check_place(path)
 
 
-def _unwritable(path: str | Path, error: OSError) -> OutputError:
-    return OutputError(f"{str(path)!r} cannot be written: {error.strerror or first_line(error)}", fix="give another --out")
+def _unwritable(path: str | Path, error: OSError, flag: str = "--out") -> OutputError:
+    return OutputError(f"{str(path)!r} cannot be written: {error.strerror or first_line(error)}", fix=f"give another {flag}")
 
 
 def check_apart(out: str | Path, folder: str | Path, what: str) -> None:
@@ -74,15 +79,15 @@ def check_apart(out: str | Path, folder: str | Path, what: str) -> None:
         )
 
 
-def check_room(out: str | Path, needed: int) -> None:
-    """Raises OutputError if the disk that ``out`` will be on has less room than so many bytes."""
+def check_room(out: str | Path, needed: int, flag: str = "--out") -> None:
+    """Raises OutputError if the disk that ``out``, which ``flag`` names, will be on has less room than so many bytes."""
     nearest = next(parent for parent in (Path(out).resolve(), *Path(out).resolve().parents) if parent.exists())
     free = shutil.disk_usage(nearest).free
     if free < needed:
         raise OutputError(
             f"{str(out)!r} takes {size(needed)} of disk while it is written, and {size(free)} are free there",
             expected="room for it",
-            fix="free some space, or give another --out",
+            fix=f"free some space, or give another {flag}",
         )
 
 

@@ -21,7 +21,7 @@ from mxdsurgery.checkpoint.export import check_reload, write_converted, write_ev
 from mxdsurgery.checkpoint.trained_on import TrainedOn, text_used
 from mxdsurgery.checkpoint.writing import check_output, check_room, write_json
 from mxdsurgery.conversion.shared_run import shared_run
-from mxdsurgery.conversion.train import Training, collect, train_groups
+from mxdsurgery.conversion.train import Training, check_cache, collect, train_groups
 from mxdsurgery.errors import CheckpointError, RecipeError, first_line
 from mxdsurgery.hardware.guard import guarded_with
 from mxdsurgery.hardware.memory import PeakMemory
@@ -90,6 +90,7 @@ def convert(
     """
     made, resolved, base_model = open_and_plan(model, recipe, overrides)
     out = check_output(resolved.out, resolved.overwrite)
+    check_cache(made, resolved)
     if not resume:
         made.check_budget()
         check_room(out, made.disk_bytes)
@@ -123,7 +124,8 @@ def convert(
         if trained_on is not None:
             evaluation |= trained_on.share_of(texts.heldout)
         check, terms = texts.heldout[:_CHECK_CONTEXTS], terms_of(base_model.source, base_model.commit)
-        start, whole = time.perf_counter(), dataclasses.replace(resolved, format="checkpoint")  # an adapter rebuilds to one
+        # An adapter rebuilds to a checkpoint; and nothing that was learned depends on what was kept.
+        start, whole = time.perf_counter(), dataclasses.replace(resolved, format="checkpoint", cache_activations=None)
         with written_as(out, resolved.format, made.model, made.revision, run.scratch, own_code(base.config)) as staging:
             reference = write_converted(staging, base, layers, made, whole, tokenizer, check, terms, trained_on)
             del base, layers

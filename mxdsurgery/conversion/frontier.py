@@ -13,7 +13,7 @@ from mxdsurgery.base.blocks import Block
 from mxdsurgery.base.model import BaseModel
 from mxdsurgery.checkpoint.writing import check_file, check_room
 from mxdsurgery.choices import DEFAULT_K, DEFAULT_KINDS, ONE_LAYER
-from mxdsurgery.conversion.train import Training, train_groups
+from mxdsurgery.conversion.train import Training, check_cache, train_groups
 from mxdsurgery.errors import Interrupted, OutputError, RecipeError, first_line
 from mxdsurgery.hardware.device import check_device
 from mxdsurgery.hardware.guard import guarded_with
@@ -33,6 +33,7 @@ from mxdsurgery.training.parameters import layer_parameters, matched_n_experts, 
 
 # Recipe keys in which the rows of one folder may differ; they share every other key.
 _FREE_KEYS = {"layers", "k", "kind", "out", "overwrite", "device", "memory", "threads", "tracker", *ONE_LAYER}
+_FREE_KEYS |= {"cache_activations"}
 
 
 @guarded_with(*(name for name in RECIPE_KEYS if name not in ("layers", *ONE_LAYER)))
@@ -88,6 +89,7 @@ def frontier(
     made = with_layers(made, todo, resolved, base_model)
     made.check_budget()
     check_file(out / FRONTIER_FILE)
+    check_cache(made, resolved)
     check_room(out, DTYPE_BYTES[made.dtype] * sum(planned.all_parameters for planned in todo))
     run = RunFolder(out, resolved)
     run.check_decision(resume, resolved.overwrite, f"delete {run.path}")

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mxdsurgery.base.dtypes import cast, rounded, stored_in
 from mxdsurgery.base.offload import execution_device, on_disk, weights_of
+from mxdsurgery.checkpoint.writing import check_apart, check_place, check_room
 from mxdsurgery.layers.replacement import LAYER_KINDS
 from mxdsurgery.measuring.shares import Shares
 from mxdsurgery.planning.effort import fitted_per_scored
@@ -29,6 +30,7 @@ from mxdsurgery.terminal.console import ProgressLine, Reporter, compact, duratio
 from mxdsurgery.text.fingerprints import Fingerprints
 from mxdsurgery.text.sources import Texts, TextStream, check_validation
 from mxdsurgery.training.accelerator import choose_kernels, kernels_used, ranks_in, use_kernels
+from mxdsurgery.training.activation_cache import ActivationCache, check_cache_folder, kept_bytes, shape_of
 from mxdsurgery.training.cost import LayerPlan, tokens_per_step
 from mxdsurgery.training.distill import Progress, batches_taken, distill, layer_key
 from mxdsurgery.training.end_to_end import EndToEnd, Settings, train_end_to_end
@@ -91,6 +93,24 @@ class Training:
         return {layer: value for progress in self.passes for layer, value in progress.dead_share.items()}
 
 
+def check_cache(made: Plan, recipe: Recipe) -> None:
+    """Checks, before anything is loaded, that activations can be kept where the recipe says, if it does.
+
+    Raises:
+        CacheError: the folder holds those of other batches.
+        OutputError: it holds something else, is where the result goes, or has no room for what it does not hold yet.
+    """
+    if recipe.cache_activations is None:
+        return
+    folder = Path(recipe.cache_activations)
+    for out in (recipe.out, f"{recipe.out}.run"):
+        check_apart(out, folder, "where cache_activations keeps activations")
+    check_cache_folder(folder, shape_of(recipe))
+    check_place(folder, "--cache-activations")
+    layers = {block.layer for block in made.blocks}
+    check_room(folder, max(0, made.cache_bytes - kept_bytes(folder, sorted(layers))), "--cache-activations")
+
+
 def train_groups(
     base: PreTrainedModel,
     made: Plan,
@@ -120,6 +140,7 @@ def train_groups(
         DivergedError: naming the layer.
         DataError: the text cannot be read to its end.
         UnsupportedBlockError: with ``inputs: converted``, the decoder layers cannot be run one by one.
+        CacheError: the activations that ``cache_activations`` kept are of another model or text, or damaged.
         CheckpointError: the text is not the one that the run began with.
         OutputError: a checkpoint cannot be written.
         Interrupted: the run was asked to stop.
@@ -184,7 +205,8 @@ def _source(
     """Where the layers' inputs come from, by the recipe. Layers trained jointly start from statistics of the original's."""
     if recipe.inputs == "converted":
         return ConvertedInputs(base, train, recipe, device, folder, reporter)
-    return OriginalInputs(base, train, recipe, device)
+    kept = None if recipe.cache_activations is None else ActivationCache(Path(recipe.cache_activations), base, recipe)
+    return OriginalInputs(base, train, recipe, device, kept)
 
 
 @dataclass

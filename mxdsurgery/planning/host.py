@@ -8,6 +8,7 @@ from mxdsurgery.hardware.memory import free_memory
 from mxdsurgery.planning.budget import BUDGET_SHARE
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import size
+from mxdsurgery.training.activation_cache import caching_bytes
 from mxdsurgery.training.adam import moment_bytes
 from mxdsurgery.training.cost import TEXT_BYTES, WEIGHT, BaseShape, LayerPlan, Machine, states_bytes
 
@@ -16,16 +17,19 @@ def host_bytes(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, mac
     """Peak bytes of host memory beside a device that has its own; 0 where the device shares it: its peak has it all.
 
     The base model's weights while they are loaded; or, while the layers train, the buffer of text, finished layers, hidden
-    states, and the part of a checkpoint that is being written: one layer with Adam's state, or one buffer of positions.
+    states, activations on their way to and from the disk, and the part of a checkpoint that is being written: one layer with
+    Adam's state, or one buffer of positions.
     """
     if shares_host_memory(machine.device):
         return 0
+    blocks = {layer.block.layer: layer.block for layer in layers}.values()
+    kept = caching_bytes(blocks, recipe, base.element_bytes)
     part = (WEIGHT + moment_bytes(recipe)) * max(layer.parameters for layer in layers)
     mixed = recipe.activation_buffer * base.d_model * base.element_bytes
     finished = 0 if base.offloaded else base.element_bytes * sum(layer.all_parameters for layer in layers)
     states = 0 if base.states_on_disk else states_bytes(base, recipe)
     best = WEIGHT * sum(layer.parameters for layer in layers) if recipe.inputs == "joint" else 0  # as of the best step so far
-    return max(base.held_bytes, recipe.shuffle * TEXT_BYTES + finished + states + best + max(part, mixed))
+    return max(base.held_bytes, recipe.shuffle * TEXT_BYTES + kept + finished + states + best + max(part, mixed))
 
 
 def host_refusal(needed: int, base: BaseShape, recipe: Recipe, machine: Machine) -> MemoryBudgetError | None:

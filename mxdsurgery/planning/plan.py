@@ -22,6 +22,7 @@ from mxdsurgery.planning.machine import this_machine
 from mxdsurgery.planning.resolve import base_shape, open_base, resolve_recipe, saying_whose
 from mxdsurgery.recipe import RECIPE_KEYS, Recipe
 from mxdsurgery.terminal.console import Cost
+from mxdsurgery.training.activation_cache import batch_bytes
 from mxdsurgery.training.adam import moment_bytes
 from mxdsurgery.training.cost import (
     DTYPE_BYTES,
@@ -74,6 +75,7 @@ class Plan:
         evaluation_seconds: None where it was not measured; so is the next one.
         export_seconds: of writing the result and reloading it.
         eval_tokens_single: held-out tokens that each layer alone is measured on; None until training has shown how many.
+        cache_bytes: size of all activations that ``cache_activations`` keeps on disk; 0 where it keeps none.
         look_tokens: tokens of other text on which it is measured, while the layers learn, what their experts carry; 0 where no
             share is asked for, and in what an older version wrote.
     """
@@ -103,6 +105,7 @@ class Plan:
     export_seconds: float | None = None
     eval_tokens_single: int | None = None
     look_tokens: int = 0
+    cache_bytes: int = 0
 
     @property
     def blocks(self) -> list[Block]:
@@ -281,6 +284,7 @@ def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base_model:
     host = host_bytes(layers, base, recipe, made.machine)
     refused = refusal(layers, groups, base, recipe, made.machine) or host_refusal(host, base, recipe, made.machine)
     states = states_bytes(base, recipe)
+    blocks = {layer.block.layer: layer.block for layer in layers}.values()
     on_disk = dataclasses.replace(base, dtype=made.dtype)
     finished = on_disk.element_bytes * sum(layer.all_parameters for layer in layers) if base.offloaded else 0
     made = dataclasses.replace(
@@ -292,6 +296,7 @@ def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base_model:
         disk_bytes=checkpoint_bytes(layers, on_disk) * (2 if recipe.overwrite else 1)
         + (states if base.states_on_disk else 0)
         + finished,
+        cache_bytes=made.steps * batch_bytes(blocks, recipe, base.element_bytes) if recipe.cache_activations else 0,
         refusal=refused and {"found": refused.found, "expected": refused.expected, "fix": refused.fix},
         offloaded=base.offloaded,
         states_bytes=states,

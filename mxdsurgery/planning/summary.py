@@ -10,6 +10,8 @@ from mxdsurgery.base.selection import write_layers
 from mxdsurgery.planning.plan import Plan
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import compact, duration, size
+from mxdsurgery.training.activation_cache import kept_bytes
+from mxdsurgery.training.cost import tokens_per_step
 from mxdsurgery.training.share import LOOKS
 
 
@@ -80,7 +82,7 @@ def summary(plan: Plan, recipe: Recipe) -> list[str]:
         f"memory     {size(plan.peak_bytes)} to train, {size(plan.evaluation_bytes)} to evaluate and export; {budget}, "
         f"{plan.machine.memory_source}",
         *([f"host       {size(plan.host_bytes)} of host memory beside that"] if plan.host_bytes else []),
-        *_kept_lines(plan),
+        *_kept_lines(plan, recipe),
         *_resume_line(plan, recipe),
         f"checkpoint {size(plan.checkpoint_bytes)}; {size(plan.disk_bytes)} of disk while it is written",
     ]
@@ -92,12 +94,20 @@ def _compute(plan: Plan) -> str:
     return f"{plan.machine.compute}: {plan.machine.compute_why}; new layers train in {training}{ranked}"
 
 
-def _kept_lines(plan: Plan) -> list[str]:
-    """Where the base model and the hidden states are kept, if not just in memory."""
+def _kept_lines(plan: Plan, recipe: Recipe) -> list[str]:
+    """Where the base model, hidden states and activations are kept, if not just in memory."""
     lines = []
     if plan.states_bytes:
         where = "on disk" if plan.states_on_disk else "in memory"
         lines.append(f"states     {size(plan.states_bytes)} of hidden states are kept {where} from layer to layer")
+    if plan.cache_bytes:
+        per_token = plan.cache_bytes // (plan.steps * tokens_per_step(recipe))
+        there = kept_bytes(Path(recipe.cache_activations), sorted({block.layer for block in plan.blocks}))
+        of_it = f"; {size(there)} are there, which the time does not know of" if there else ""
+        lines.append(
+            f"cache      {size(plan.cache_bytes)} of activations, {per_token:,} bytes of a token, in "
+            f"{recipe.cache_activations}{of_it}"
+        )
     if plan.offloaded:
         lines.append("offload    the base model's weights stay on disk; one decoder layer at a time is in memory")
     return lines

@@ -42,6 +42,12 @@ def check_parallel(recipe: Recipe, count: int | None = None) -> None:
     count = count or processes()
     if count == 1:
         return
+    if recipe.cache_activations is not None:
+        raise RecipeError(
+            f"recipe key 'cache_activations' is {recipe.cache_activations!r}, with {count} processes",
+            expected="one process: only then all of a batch is in one place",
+            fix="leave out --cache-activations, or launch one process",
+        )
     contexts = recipe.batch // recipe.context
     together = [("inputs", recipe.inputs, "original")] if recipe.parallel == "layers" else []
     if recipe.parallel == "data":

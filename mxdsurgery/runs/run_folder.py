@@ -37,6 +37,7 @@ TRAINING_FILE = "training.safetensors"
 # A run may go on with other values of these: they do not change what is trained; for threads, `keep_threads` sees to that.
 _FREE_KEYS = {
     *CHECKPOINT_KEYS,
+    "cache_activations",
     "overwrite",
     "out",
     "tracker",

@@ -17,6 +17,7 @@ from mxdsurgery.layers.low_rank import total_rank
 from mxdsurgery.layers.sparse import EXTRA_CANDIDATES, TOP_K_GROUP, chunk_bytes
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.training import adam
+from mxdsurgery.training.activation_cache import caching_bytes
 from mxdsurgery.training.parameters import layer_parameters
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -165,7 +166,8 @@ class Group:
         adam_bytes: both moments of all new layers.
         activation_bytes: recorded inputs and outputs of one batch, the shuffle buffer, and the working memory of the base
             model's pass or of one layer's step, whichever is larger.
-        text_bytes: the buffer that shuffles the text. 0 on a GPU: there it lies in host memory.
+        text_bytes: the buffer that shuffles the text, and activations on their way to or from the disk. 0 on a GPU: there they
+            lie in host memory.
         flops: per token of the text: ``base_forward``, ``gate``, ``encoder_decoder``, ``experts``.
         seconds: of training; None where it was not measured.
         state_bytes: the hidden states that are kept from layer to layer. 0 where they lie in a GPU's host memory or on disk.
@@ -354,7 +356,7 @@ def make_group(
         gradient_bytes=_GRADIENT * (parameters if whole else max(layer.parameters for layer in layers)),
         adam_bytes=adam.moment_bytes(recipe) * parameters,
         activation_bytes=recorded * (1 + room) + working,
-        text_bytes=0 if on_host else recipe.shuffle * TEXT_BYTES,
+        text_bytes=0 if on_host else recipe.shuffle * TEXT_BYTES + caching_bytes(blocks, recipe, base.element_bytes),
         flops={"base_forward": fed_flops(layers, base, recipe)} | flops,
         state_bytes=0 if on_host or base.states_on_disk else states_bytes(base, recipe),
     )

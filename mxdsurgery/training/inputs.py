@@ -36,6 +36,7 @@ from mxdsurgery.runs.parallel import agree, my_contexts, text_shares
 from mxdsurgery.terminal.console import Reporter
 from mxdsurgery.text.fingerprints import Fingerprints
 from mxdsurgery.text.sources import TextStream
+from mxdsurgery.training.activation_cache import ActivationCache
 from mxdsurgery.training.cost import LayerPlan, kept_batches
 from mxdsurgery.training.initialize import Statistics, measure_statistics, statistics_of
 
@@ -102,10 +103,18 @@ class OriginalInputs:
         text: what it reads.
         recipe: batch, context, parallel.
         device: of the training.
+        kept: where activations are read that are kept already, and others are kept; default: nowhere.
     """
 
-    def __init__(self, base: PreTrainedModel, text: TextStream, recipe: Recipe, device: torch.device) -> None:
-        self.base, self.text, self.recipe, self.device = base, text, recipe, device
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        text: TextStream,
+        recipe: Recipe,
+        device: torch.device,
+        kept: ActivationCache | None = None,
+    ) -> None:
+        self.base, self.text, self.recipe, self.device, self.kept = base, text, recipe, device, kept
         self.contexts = recipe.batch // recipe.context
         self.times_read = 0
         self.read = Read(iter(()))
@@ -117,10 +126,18 @@ class OriginalInputs:
         with closing(text.batches(self.contexts)) as batches:
             sample = list(itertools.islice(batches, _STATISTICS_BATCHES))
             self.read = Read(itertools.chain(sample, batches))
-            statistics = measure_statistics(self.base, blocks, [batch.to(self.device) for batch in sample])
+            if self.kept is None:
+                statistics = measure_statistics(self.base, blocks, [batch.to(self.device) for batch in sample])
+            else:
+                statistics = statistics_of(self.kept.sample(blocks, sample))
             self.read.skip(skip)
             mine = (my_contexts(batch, self.recipe) for batch in self.read)
-            yield Feed(statistics, stream_activations(self.base, blocks, mine, self.device), self.read)
+            if self.kept is None:
+                stream = stream_activations(self.base, blocks, mine, self.device)
+            else:
+                stream = self.kept.stream(blocks, mine, skip)
+            with closing(stream):
+                yield Feed(statistics, stream, self.read)
         self.times_read = text.passes
 
     def replace(self, layers: Mapping[LayerPlan, nn.Module]) -> None:
