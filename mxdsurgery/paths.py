@@ -13,9 +13,9 @@ from typing import TypeVar
 from mxdsurgery.errors import PathError
 
 # Recipe keys and arguments of public functions that may name a file or folder.
-PATH_NAMES = frozenset({"model", "folder", "adapter", "base", "recipe", "data", "eval_data", "out", "edits", "path"}) | {
-    "cache_activations"
-}
+PATH_NAMES = frozenset(
+    {"model", "folder", "adapter", "base", "recipe", "data", "eval_data", "cache_activations", "out", "edits", "path"}
+)
 
 # What Python makes of bytes of a file's name that are no text in the encoding of this environment.
 _NO_TEXT = re.compile(r"[\udc80-\udcff]")

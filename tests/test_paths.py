@@ -50,7 +50,7 @@ def test_recipe_keys_in_files_and_in_python(home):
     (home / "r.yaml").write_text("data: ~/t.txt\nmodel: ~/m\nout: ~/x\n")
     assert load_recipe(home / "r.yaml") == {"data": f"{home}/t.txt", "model": f"{home}/m", "out": f"{home}/x"}
     assert Recipe(eval_data="~/t.txt").eval_data == f"{home}/t.txt"
-    assert PATH_NAMES & RECIPE_KEYS.keys() == {"data", "eval_data", "model", "out"}
+    assert PATH_NAMES & RECIPE_KEYS.keys() == {"cache_activations", "data", "eval_data", "model", "out"}
 
 
 def test_commands_and_functions(home, tmp_path):

@@ -114,6 +114,8 @@ def test_shipped_recipes_are_found_by_name_with_or_without_suffix():
         ({"warmup": 0.6, "decay": 0.5}, "'warmup' and 'decay' are 0.6 and 0.5, together more than 1"),
         ({"batch": 64, "context": 128}, "'batch' is 64 tokens, less than one context of 128"),
         ({"offload": "disk"}, "'offload' and 'inputs' are 'disk' and 'original'"),
+        ({"cache_activations": "x", "inputs": "converted"}, "'cache_activations' and 'inputs' are 'x' and 'converted'"),
+        ({"cache_activations": "x", "inputs": "joint"}, "'cache_activations' and 'inputs' are 'x' and 'joint'"),
         ({"auxk": 0.1, "inputs": "joint"}, "'auxk' and 'inputs' are 0.1 and 'joint'"),
         ({"activation_buffer": 8191, "batch": 4096}, "'activation_buffer' is 8191, less than two batches of 4096"),
     ],

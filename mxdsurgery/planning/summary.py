@@ -100,10 +100,10 @@ def _kept_lines(plan: Plan, recipe: Recipe) -> list[str]:
     if plan.states_bytes:
         where = "on disk" if plan.states_on_disk else "in memory"
         lines.append(f"states     {size(plan.states_bytes)} of hidden states are kept {where} from layer to layer")
-    if plan.cache_bytes:
+    if plan.cache_bytes and recipe.cache_activations:
         per_token = plan.cache_bytes // (plan.steps * tokens_per_step(recipe))
         there = kept_bytes(Path(recipe.cache_activations), sorted({block.layer for block in plan.blocks}))
-        of_it = f"; {size(there)} are there, which the time does not know of" if there else ""
+        of_it = f"; {size(there)} are there already, which the predicted time leaves out" if there else ""
         lines.append(
             f"cache      {size(plan.cache_bytes)} of activations, {per_token:,} bytes of a token, in "
             f"{recipe.cache_activations}{of_it}"

@@ -36,6 +36,7 @@ from mxdsurgery.recipe import Recipe
 from mxdsurgery.text.ahead import run_ahead
 
 CACHE_FILE = "cache.json"
+_LAYER = "layer_"  # begins the name of each layer's folder
 # Of what is in the folder; another version's is refused.
 CACHE_VERSION = 1
 # A file holds as many batches as fit in so many bytes, or one.
@@ -75,8 +76,7 @@ class _Shard:
 
 def batch_bytes(blocks: Iterable[Block], recipe: Recipe, element_bytes: int) -> int:
     """Bytes on disk of one batch of some blocks: x, y and ids; ``element_bytes`` of the dtype that is computed in."""
-    tokens = recipe.batch // recipe.context * recipe.context
-    return tokens * sum(8 + 2 * block.d_model * element_bytes for block in blocks)
+    return shape_of(recipe)["batch"] * sum(8 + 2 * block.d_model * element_bytes for block in blocks)
 
 
 def caching_bytes(blocks: Collection[Block], recipe: Recipe, element_bytes: int) -> int:
@@ -134,6 +134,11 @@ class ActivationCache:
             self.places[layer] = found
         return self.places[layer]
 
+    def _layers(self) -> list[int]:
+        """The layers of which something is kept."""
+        names = (path.name.removeprefix(_LAYER) for path in self.folder.glob(f"{_LAYER}*"))
+        return sorted(int(name) for name in names if name.isdigit())
+
     def read(self, layer: int, number: int) -> Kept | None:
         """A batch of a layer, in host memory; None where it is not kept. CacheError if the file is damaged or of others."""
         place = self.holds(layer).get(number)
@@ -167,6 +172,8 @@ class ActivationCache:
         """
         for number, ids in enumerate(batches):
             check_fits(self.base, ids)
+            for layer in self._layers():
+                self._check_ids(layer, number, ids, self.read(layer, number))
             kept = self._all(blocks, number)
             found = self._checked(blocks, number, ids, kept) | self._fresh(blocks, ids, kept)
             yield {layer: Activations(*(part.view(*ids.shape, -1) for part in pair)) for layer, pair in found.items()}
@@ -188,10 +195,11 @@ class ActivationCache:
         try:
             with closing(ahead):
                 for number, (ids, kept) in enumerate(zip(batches, ahead, strict=False), first):
+                    found = self._checked(blocks, number, ids, kept)
                     fresh = self._fresh(blocks, ids, kept)
                     for layer, pair in fresh.items():
                         self._keep(layer, number, ids, pair)
-                    found = self._checked(blocks, number, ids, kept) | fresh
+                    found |= fresh
                     yield {block.layer: found[block.layer] for block in blocks}
         finally:
             for layer in list(self.filling):
@@ -210,8 +218,7 @@ class ActivationCache:
     def _checked(self, blocks: Sequence[Block], number: int, ids: Tensor, kept: Mapping[int, Kept]) -> dict[int, Activations]:
         """What was kept of a batch, on the device, after a check that it is of these ids and, once, of this model."""
         for layer, found in kept.items():
-            if not torch.equal(found.ids, ids):
-                raise self._other_text(layer, number)
+            self._check_ids(layer, number, ids, found)
         if kept and not self.proven:
             self._prove([block for block in blocks if block.layer in kept], number, ids, kept)
         return {layer: Activations(*(part.to(self.device) for part in found.pair)) for layer, found in kept.items()}
@@ -230,11 +237,14 @@ class ActivationCache:
                     )
         self.proven = True
 
-    def _other_text(self, layer: int, number: int) -> CacheError:
+    def _check_ids(self, layer: int, number: int, ids: Tensor, kept: Kept | None) -> None:
+        """Raises CacheError if a batch was kept of other ids."""
+        if kept is None or torch.equal(kept.ids, ids):
+            return
         was = self.written["text"]
         other = [name for name, value in self.text.items() if was.get(name) != value]
         listed = ", ".join(f"{name} {was.get(name)!r}, now {self.text[name]!r}" for name in other)
-        return CacheError(
+        raise CacheError(
             f"batch {number} of the training text is not the one that {str(self.folder)!r} holds activations of, for layer "
             f"{layer}: {listed or 'the keys are the same, the text itself has changed'}",
             expected="the same text in the same order",
@@ -270,8 +280,8 @@ class ActivationCache:
 
 
 def shape_of(recipe: Recipe) -> dict[str, int]:
-    """What of a recipe activations depend on beside the text: tokens of a context, and contexts that the model runs on."""
-    return {"context": recipe.context, "contexts": recipe.batch // recipe.context}
+    """What of a recipe activations depend on beside the text: tokens of a context, and of all contexts of a batch."""
+    return {"context": recipe.context, "batch": recipe.batch // recipe.context * recipe.context}
 
 
 def check_cache_folder(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -295,10 +305,11 @@ def check_cache_folder(folder: Path, identity: Mapping[str, Any]) -> None:
     other = [name for name, value in identity.items() if written.get(name) != value]
     if other:
         differs = ", ".join(f"{name} {_short(written.get(name))}, now {_short(identity[name])}" for name in other)
-        again = "repeat the earlier keys (--batch, --context, --compute), or " if other != ["weights"] else ""
+        flags = [f"--{name} {written.get(name)}" for name in other if name != "weights"]
+        again = f"compute as then ({', '.join(flags)}), or " if flags else ""
         raise CacheError(
             f"{str(folder)!r} holds activations of something else: {differs}",
-            expected="the same model, dtype, and contexts of a batch",
+            expected="the same model, dtype, context and batch",
             fix=again + _ANOTHER,
         )
 
@@ -325,7 +336,7 @@ def kept_bytes(folder: Path, layers: Sequence[int]) -> int:
 
 
 def _folder_of(folder: Path, layer: int) -> Path:
-    return folder / f"layer_{layer}"
+    return folder / f"{_LAYER}{layer}"
 
 
 def _words(circumstances: Mapping[str, Any]) -> str:

@@ -3,11 +3,13 @@
     python scripts/measure/bench_cache.py MODEL --layer 3 --data TRAIN --eval-data HELDOUT --tokens 60k --rounds 3 --json
 
 One layer of kind `mxd` is trained, the three runs of a round one after the other, each a process of its own with one thread.
-Seconds: `steps` of the training's steps, what feeds them included; `train` the same and what comes before the first step,
-which is the text, read until its shuffling buffer is full; `command` all of it, with the base model loaded and the layer
-measured. Medians over the rounds. The trained weights have to be the same to the bit, or the script fails.
+`steps`: the training's steps, what feeds them included; `train`: the same and what comes before the first step, which is the
+text, read until its shuffling buffer is full; `command`: all of it, with the base model loaded and the layer measured. Seconds
+by the clock (`wall`) and of computing (`cpu`), which does not count what other jobs do meanwhile; medians over the rounds. The
+trained weights have to be the same to the bit, or the script fails.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -15,25 +17,41 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 from pages import SCRIPTS
 
-from mxdsurgery.terminal.console import Reporter
+from mxdsurgery.terminal.console import ProgressLine, Reporter
 
 RUNS = ("without", "writing", "reading")
 
 
 class _Stopwatch(Reporter):
-    """Remembers when each line was said, by its first word."""
+    """Knows when each line was said, by its first word, and when the steps of the training began and ended."""
 
     def __init__(self) -> None:
-        self.said: dict[str, float] = {}
+        self.at: dict[str, dict[str, float]] = {}
+
+    def note(self, what: str) -> None:
+        """Remembers the time of both clocks."""
+        self.at[what] = {"wall": time.perf_counter(), "cpu": time.process_time()}
+
+    def between(self, first: str, last: str) -> dict[str, float]:
+        """Seconds from one moment to another."""
+        return {clock: self.at[last][clock] - self.at[first][clock] for clock in self.at[first]}
 
     def say(self, line: str) -> None:
-        self.said[line.split(" ")[0]] = time.perf_counter()
+        self.note(line.split(" ")[0])
+
+    @contextlib.contextmanager
+    def progress(self, label: str, _unit: str, _cost: object = None) -> Iterator[ProgressLine]:
+        self.note(f"{label} begins")
+        line = ProgressLine()
+        line.update = lambda *_: self.note(f"{label} ends")
+        yield line
 
 
 def train(model: str, layer: int, k: int, out: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -42,14 +60,13 @@ def train(model: str, layer: int, k: int, out: str, options: dict[str, Any]) -> 
     from mxdsurgery.base.digest import file_digest
     from mxdsurgery.measuring.frontier_table import layer_file
 
-    watch, start = _Stopwatch(), time.perf_counter()
+    watch = _Stopwatch()
+    watch.note("start")
     made = mxdsurgery.frontier(model, layer=layer, k=(k,), kinds=("mxd",), out=out, threads=1, reporter=watch, **options)
-    command = time.perf_counter() - start
-    rows = [json.loads(line) for line in (made.out / "metrics.jsonl").read_text().splitlines()]
-    steps = [row["seconds"] for row in rows if row["stage"] == "distil"][-1]
-    seconds = {"steps": steps, "train": watch.said["distilled"] - watch.said["proof"], "command": command}
+    watch.note("end")
+    moments = {"steps": ("distil begins", "distil ends"), "train": ("proof", "distilled"), "command": ("start", "end")}
     return {
-        "seconds": seconds,
+        "seconds": {what: watch.between(*both) for what, both in moments.items()},
         "weights": file_digest(layer_file(made.out, made.rows[0]["layer"], "mxd", k)),
         "tokens": made.rows[0]["train_tokens"],
         "batch": made.settings["batch"],
@@ -85,7 +102,11 @@ def compare(model: str, layer: int, k: int, rounds: int, options: dict[str, Any]
     result |= {"compute": written["compute"], "hardware": hardware("cpu"), "torch": written["circumstances"]["torch"]}
     result |= {"rounds": rounds, "kept_bytes": held, "bytes_per_token": round(held / tokens)}
     for name, runs in found.items():
-        result[name] = {what: round(statistics.median(run["seconds"][what] for run in runs), 1) for what in runs[0]["seconds"]}
+        result[name] = {
+            f"{what}_{clock}": round(statistics.median(run["seconds"][what][clock] for run in runs), 1)
+            for what, both in runs[0]["seconds"].items()
+            for clock in both
+        }
     return result
 
 

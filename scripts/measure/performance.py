@@ -40,7 +40,7 @@ TINY = {
 
 @dataclass(frozen=True)
 class Bench:
-    """A command of this folder: its name in the results, and its arguments; {yardstick} and {shared} are paths."""
+    """A command of this folder: its name in the results, and its arguments; {yardstick}, {shared} and the like are paths."""
 
     name: str
     command: str
@@ -60,8 +60,11 @@ def cpu_benches() -> Iterator[Bench]:
         yield Bench(f"scaling K {k}", f"bench_step.py --k {k} --steps 8 --alone --yardstick {{yardstick}}")
     for d in (384, 768, 1536):
         yield Bench(f"scaling D {d}", f"bench_step.py --d {d} --h {4 * d} --steps 8 --alone --yardstick {{yardstick}}")
-    model = "{shared}/models/books-llama-6m --data {shared}/text/train.jsonl.gz --eval-data {shared}/text/heldout.jsonl.gz"
+    texts = "--data {shared}/text/train.jsonl.gz --eval-data {shared}/text/heldout.jsonl.gz"
+    model = "{shared}/models/books-llama-6m " + texts
     yield Bench("convert books-llama-6m", f"bench_convert.py {model} --tokens 500k --eval-tokens 20k")
+    yield Bench("cache books-llama-6m", f"bench_cache.py {model} --layer 3 --rounds 3")
+    yield Bench("cache smollm2", f"bench_cache.py {{smollm2}} {texts} --layer 15 --rounds 1")
     yield Bench("selection books-llama-6m", f"bench_selection.py {model} --layer 3 --tokens 1M")
     yield Bench("kernels GPT-2 cpu", "bench_kernels.py --d 768 --n 21490 --device cpu")
     yield Bench("compiled kernels", "compile_kernels.py")
@@ -114,19 +117,34 @@ def main() -> None:
 @click.option("--shared", default="../shared", show_default=True, help="Folder with models/, text/ and bench/.")
 @click.option("--yardstick", help="Default: bench/dense_reference.py in the shared folder.")
 @click.option("--peers", help="Python of an environment with others' packages; without it they are not measured.")
+@click.option("--smollm2", help="Folder with SmolLM2-135M-Instruct; without it nothing of it is measured.")
 @click.option("--only", default="", help="Benchmarks whose names contain this.")
 @click.option("--kind", default="bf16", show_default=True, help="Of the processor; what `any:` measures is kept for each.")
 @click.option("--tiny", is_flag=True, help="The GPU's list at a tiny scale; nothing is kept.")
 def measure(
-    device: str, on: str, shared: str, yardstick: str | None, peers: str | None, only: str, kind: str, tiny: bool
+    device: str,
+    on: str,
+    shared: str,
+    yardstick: str | None,
+    peers: str | None,
+    smollm2: str | None,
+    only: str,
+    kind: str,
+    tiny: bool,
 ) -> None:
     """Run the benchmarks of a device and keep their lines."""
     benches = cpu_benches() if device == "cpu" else gpu_benches(on, tiny)
     # What no GPU runs, Triton's interpreter can, if triton is installed.
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if device == "cuda" and on == "cpu" else {})
-    paths = {"shared": shared, "yardstick": yardstick or f"{shared}/bench/dense_reference.py", "peers": peers}
+    paths = {
+        "shared": shared,
+        "yardstick": yardstick or f"{shared}/bench/dense_reference.py",
+        "peers": peers,
+        "smollm2": smollm2,
+    }
     for bench in benches:
-        if only not in bench.name or ("{peers}" in bench.command and peers is None):
+        missing = any(f"{{{name}}}" in bench.command for name, path in paths.items() if path is None)
+        if only not in bench.name or missing:
             continue
         script, *words = shlex.split(f"{bench.command.format(**paths)} --json")
         command = shlex.join(["python", str((SCRIPTS / script).relative_to(ROOT)), *words])
@@ -301,6 +319,21 @@ def compiled_section(records: dict[str, dict[str, Any]]) -> str:
     return f"{said}\n\n{table(names, rows)}\n\n{choices}"
 
 
+def cache_table(records: dict[str, dict[str, Any]]) -> str:
+    """Trainings without kept activations, that keep them, and on kept ones."""
+    rows = []
+    for name, record in records.items():
+        if name.startswith("cache "):
+            r = record["result"]
+            start = (r["model"], r["layer"], f"{r['tokens']:,}", r["batch"], r["compute"], f"{r['bytes_per_token']:,}")
+            for what in ("steps", "train", "command"):
+                cpu = [r[run][f"{what}_cpu"] for run in ("without", "writing", "reading")]
+                ratio = f"{cpu[0] / cpu[2]:.1f}"
+                rows.append(cells(*start, what, *cpu, ratio, *(r[run][f"{what}_wall"] for run in ("without", "reading"))))
+    headings = "model | layer | tokens | batch | computed in | bytes of a token | what | without | writing | reading"
+    return table(f"{headings} | without / reading | by the clock, without | reading", rows)
+
+
 def blocks(records: dict[str, dict[str, Any]], prefix: str) -> str:
     """Results as JSON, where they fit no table."""
     found = [r for name, r in records.items() if name.startswith(prefix)]
@@ -353,6 +386,16 @@ Batch 4096, GPT-2's shape where not varied.
 {convert}
 
 {passes}
+
+## Activations kept on disk
+
+`frontier --kinds mxd --k 32 --cache-activations FOLDER` on one layer, one thread: *without* the flag, with a new folder
+(*writing*), and with the same folder again (*reading*); the weights are the same to the bit. *steps* are the training's
+steps, *train* adds what comes before the first one, most of it the text, which is read until its shuffling buffer is full,
+*command* adds loading, proving and measuring. Seconds of computing, since other jobs ran beside; the ratio is of these.
+Medians, rounds: {cache_rounds}.
+
+{cache}
 
 ## Selection in bf16
 
@@ -412,6 +455,10 @@ def page() -> None:
             convert=blocks(records, "convert "),
             passes=blocks(records, "pass "),
             any_kind=any_section(records),
+            cache=cache_table(records),
+            cache_rounds=", ".join(
+                f"{r['result']['rounds']} ({r['result']['model']})" for name, r in records.items() if name.startswith("cache ")
+            ),
             selection=blocks(records, "selection "),
             kernels=blocks(records, "kernels "),
             compiled=compiled_section(records),

@@ -176,6 +176,7 @@ def test_shares_of_the_text_cover_a_batch(three, monkeypatch):
         ({"batch": 1536, "sparsity": "batchtopk"}, "'sparsity' and 'parallel'"),
         ({"parallel": "layers", "inputs": "converted"}, "'inputs' and 'parallel'(.|\n)*parallel='data'"),
         ({"parallel": "layers", "inputs": "joint"}, "'inputs' and 'parallel'"),
+        ({"cache_activations": "kept"}, "'cache_activations' is 'kept', with 3 processes(.|\n)*launch one process"),
     ],
 )
 def test_what_they_cannot_do_together_is_named(three, keys, message):
