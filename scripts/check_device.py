@@ -59,6 +59,13 @@ def convert(device: str, _folder: Path, out: Path, tokens: int, **keys: Any) -> 
     return {name: figures[name] for name in ("kl", "nmse", "constant_gate_nmse")}
 
 
+def kept(device: str, folder: Path, out: Path, tokens: int) -> dict[str, float]:
+    """A conversion from the activations that one before it kept; they have to be the device's own, to the bit."""
+    keys = {"layers": "2", "cache_activations": str(out.with_name(f"{out.name} kept"))}
+    convert(device, folder, out.with_name(f"{out.name} first"), tokens, **keys)
+    return convert(device, folder, out, tokens, **keys)
+
+
 def kinds(device: str, _folder: Path, out: Path, tokens: int) -> dict[str, float]:
     """Every kind of layer, trained and measured side by side."""
     keys = {
@@ -114,6 +121,7 @@ CHECKS: dict[str, tuple[Callable[[str, Path, Path, int], dict[str, float]], floa
     "training steps of one layer, moments in bfloat16": (functools.partial(step, moments="bfloat16"), PASS),
     "convert, batchtopk, dead experts helped": (functools.partial(convert, sparsity="batchtopk", auxk=0.03), TRAINED),
     "convert, layer after layer, from disk": (functools.partial(convert, inputs="converted", offload="disk"), TRAINED),
+    "convert, from kept activations": (kept, TRAINED),
     "convert, jointly": (functools.partial(convert, inputs="joint"), TRAINED),
     "every kind of layer, jumprelu": (kinds, TRAINED),
     "heal": (functools.partial(heal, checkpointing=True, local=0.1), TRAINED),
