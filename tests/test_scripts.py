@@ -81,6 +81,14 @@ def test_every_kernel_compiles_without_a_gpu(run):
     assert choice["best three of groups of 32"] < choice["plain torch"]
 
 
+def test_trainings_that_keep_and_read_activations_are_timed_beside_one_without(run):
+    text = ("--data", "stdlib", "--eval-data", "stdlib:heldout", "--shuffle", 0, "--tokens", "2k", "--eval-tokens", 300)
+    result = run("bench_cache.py", "demo-glu", "--layer", 2, "--k", 4, "--rounds", 1, *text)
+    width = {"float32": 4, "bfloat16": 2}[result["compute"]]
+    assert result["tokens"] == 7 * 256 and result["bytes_per_token"] == 8 + 2 * 192 * width
+    assert all(result[name]["command_cpu"] > result[name]["train_cpu"] for name in ("without", "writing", "reading"))
+
+
 def test_steps_keep_what_commands_print_and_what_they_cost(tmp_path):
     work, kept = tmp_path / "work", tmp_path / "kept"
     work.mkdir()

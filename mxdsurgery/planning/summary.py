@@ -103,7 +103,7 @@ def _kept_lines(plan: Plan, recipe: Recipe) -> list[str]:
     if plan.cache_bytes and recipe.cache_activations:
         per_token = plan.cache_bytes // (plan.steps * tokens_per_step(recipe))
         there = kept_bytes(Path(recipe.cache_activations), sorted({block.layer for block in plan.blocks}))
-        of_it = f"; {size(there)} are there already, which the predicted time leaves out" if there else ""
+        of_it = f"; {size(there)} are there already, so it takes less time than predicted" if there else ""
         lines.append(
             f"cache      {size(plan.cache_bytes)} of activations, {per_token:,} bytes of a token, in "
             f"{recipe.cache_activations}{of_it}"

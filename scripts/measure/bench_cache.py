@@ -56,18 +56,21 @@ class _Stopwatch(Reporter):
 
 def train(model: str, layer: int, k: int, out: str, options: dict[str, Any]) -> dict[str, Any]:
     """Makes a frontier of one layer in this process, and measures the time."""
+    from safetensors.torch import load_file
+
     import mxdsurgery
-    from mxdsurgery.base.digest import file_digest
+    from mxdsurgery.base.digest import tensor_digest
     from mxdsurgery.measuring.frontier_table import layer_file
 
     watch = _Stopwatch()
     watch.note("start")
     made = mxdsurgery.frontier(model, layer=layer, k=(k,), kinds=("mxd",), out=out, threads=1, reporter=watch, **options)
     watch.note("end")
+    path = layer_file(made.out, made.rows[0]["layer"], "mxd", k)
     moments = {"steps": ("distil begins", "distil ends"), "train": ("proof", "distilled"), "command": ("start", "end")}
     return {
         "seconds": {what: watch.between(*both) for what, both in moments.items()},
-        "weights": file_digest(layer_file(made.out, made.rows[0]["layer"], "mxd", k)),
+        "weights": {name: tensor_digest(tensor) for name, tensor in sorted(load_file(path).items())},
         "tokens": made.rows[0]["train_tokens"],
         "batch": made.settings["batch"],
     }
@@ -95,7 +98,7 @@ def compare(model: str, layer: int, k: int, rounds: int, options: dict[str, Any]
                 found[name].append(measured(model, layer, k, f"{folder}/{name}", keys))
             held = sum(path.stat().st_size for path in kept.rglob("*.safetensors"))
             written = json.loads((kept / "cache.json").read_text())
-    if len({run["weights"] for runs in found.values() for run in runs}) > 1:
+    if len({json.dumps(run["weights"]) for runs in found.values() for run in runs}) > 1:
         raise RuntimeError("the trained weights differ")
     tokens = found["without"][0]["tokens"]
     result = {"model": Path(model).name, "layer": layer, "k": k, "tokens": tokens, "batch": found["without"][0]["batch"]}
