@@ -64,7 +64,7 @@ def cpu_benches() -> Iterator[Bench]:
     model = "{shared}/models/books-llama-6m " + texts
     yield Bench("convert books-llama-6m", f"bench_convert.py {model} --tokens 500k --eval-tokens 20k")
     yield Bench("cache books-llama-6m", f"bench_cache.py {model} --layer 3 --rounds 1")
-    smollm2 = f"{{smollm2}} {texts} --layer 15 --tokens 60k --eval-tokens 500 --shuffle 100k"
+    smollm2 = f"{{smollm2}} {texts} --layer 15 --tokens 20k --eval-tokens 500 --shuffle 100k"
     yield Bench("cache smollm2", f"bench_cache.py {smollm2} --rounds 1")
     yield Bench("selection books-llama-6m", f"bench_selection.py {model} --layer 3 --tokens 1M")
     yield Bench("kernels GPT-2 cpu", "bench_kernels.py --d 768 --n 21490 --device cpu")
