@@ -202,9 +202,10 @@ def _open_folder(out: Path, settings: dict[str, Any], overwrite: bool) -> Fronti
     if empty or (overwrite and (out / FRONTIER_FILE).is_file()):
         return Frontier(out, [], 0, {}, settings)
     found = read_frontier(out)
-    other = [name for name in settings if found.settings.get(name) != settings[name]]
+    was = {field.name: field.default for field in dataclasses.fields(Recipe)} | found.settings  # keys may be newer than it
+    other = [name for name in settings if was.get(name) != settings[name]]
     if other:
-        differs = ", ".join(f"{name} {found.settings.get(name)!r}, now {settings[name]!r}" for name in other)
+        differs = ", ".join(f"{name} {was.get(name)!r}, now {settings[name]!r}" for name in other)
         raise OutputError(
             f"{str(out)!r} holds a frontier of other settings: {differs}",
             expected="the same settings: only then its rows can be compared",

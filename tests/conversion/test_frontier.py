@@ -161,6 +161,19 @@ def test_rows_of_other_settings_are_not_mixed(made):
         mxdsurgery.frontier("demo-glu", layer=2, k=(4,), kinds=("mxd",), out=str(made.out), **SMALL | {"tokens": 24_000})
 
 
+def test_a_folder_from_before_a_recipe_key_goes_on_with_its_default(made, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(made.out, out)
+    kept = json.loads((out / "frontier.json").read_text())
+    del kept["settings"]["unit_norm"]
+    (out / "frontier.json").write_text(json.dumps(kept))
+    ks = tuple(sorted({row["k"] for row in made.rows if row["kind"] == "mxd"}))
+    again = mxdsurgery.frontier("demo-glu", layer=2, k=ks, kinds=("mxd",), out=str(out), **SMALL)
+    assert again.rows == made.rows  # nothing was trained again
+    with pytest.raises(OutputError, match="other settings: unit_norm False, now True"):
+        mxdsurgery.frontier("demo-glu", layer=2, k=ks, kinds=("mxd",), out=str(out), **SMALL, unit_norm=True)
+
+
 def test_begun_anew_only_its_own_files_are_removed(made, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(made.out, out)
