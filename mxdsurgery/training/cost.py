@@ -166,8 +166,7 @@ class Group:
         adam_bytes: both moments of all new layers.
         activation_bytes: recorded inputs and outputs of one batch, the shuffle buffer, and the working memory of the base
             model's pass or of one layer's step, whichever is larger.
-        text_bytes: the buffer that shuffles the text, and activations on their way to or from the disk. 0 on a GPU: there they
-            lie in host memory.
+        text_bytes: what shuffles the text, and activations that go to or from the disk. 0 on a GPU: they lie in host memory.
         flops: per token of the text: ``base_forward``, ``gate``, ``encoder_decoder``, ``experts``.
         seconds: of training; None where it was not measured.
         state_bytes: the hidden states that are kept from layer to layer. 0 where they lie in a GPU's host memory or on disk.
