@@ -159,7 +159,7 @@ class Recipe:
     lr: float = _key(
         1e-3,
         "number",
-        "peak learning rate of Adam; of transcoders, of a molt, or with init: shared, four times that; of autoencoders, eight",
+        "peak learning rate of Adam; four times that with init: shared, and of all kinds to compare it with but dense",
         low=1e-8,
         high=1.0,
     )

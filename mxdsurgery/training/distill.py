@@ -37,10 +37,9 @@ _CHECK_EVERY = 20
 _DIVERGED = 10.0
 # K has fallen to its final value after this share of the steps.
 _K_FALLS_UNTIL = 0.7
-# These learn best at a higher rate than the recipe's, a Mixture of Decoders': docs/tried.md.
-_RATE_FACTORS = {"transcoder": 4.0, "skip-transcoder": 4.0, "topk-sae": 8.0, "molt": 4.0}
-# So does a Mixture of Decoders that starts as its block: docs/controls.md.
-_SHARED_RATE_FACTOR = 4.0
+# Layers with experts learn best at so many times the recipe's rate (docs/tried.md), but for a Mixture of Decoders that does not
+# start as its block.
+_RATE_FACTOR = 4.0
 # A gradient longer than this many times its usual length is cut to that; the usual length is a running mean over about so many
 # steps. Adam steps the further the more a gradient exceeds those before it: in real models, where a few tokens have huge
 # outputs, one batch could otherwise undo a layer (docs/tried.md).
@@ -224,7 +223,7 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
 
 def rate_factor(plan: LayerPlan) -> float:
     """How many times the recipe's learning rate a layer is trained with."""
-    return _SHARED_RATE_FACTOR if plan.shared else _RATE_FACTORS.get(plan.kind, 1.0)
+    return _RATE_FACTOR if plan.shared or plan.kind not in ("mxd", "dense") else 1.0
 
 
 def active_experts(step: int, steps: int, k: int, first_k: int) -> int:

@@ -66,8 +66,7 @@ class Variant:
 
 VARIANTS = (
     Variant("", ("mxd", "dense"), FIXED, FORMER),
-    Variant("", ("transcoder", "skip-transcoder"), RIVALS, FORMER),
-    Variant("", ("topk-sae",), RIVALS | {"lr": 5e-4}, FORMER),
+    Variant("", ("transcoder", "skip-transcoder", "topk-sae"), RIVALS, FORMER),
     Variant(", init shared, specialise 0", ("mxd",), STEPS | {"init": "shared", "specialise": 0.0}, FORMER),
     Variant(", init random, specialise 0", ("mxd",), STEPS | {"init": "random", "specialise": 0.0}, FORMER),
     *(Variant(f", specialise {weight:g}", ("mxd",), STEPS | {"specialise": weight}, FRONT) for weight in (0.01, 0.03, 0.1)),
@@ -79,8 +78,9 @@ VARIANTS = (
         )
         for share in (0.25, 0.5, 0.75)
     ),
-    # The transcoder also at twice the rate, and in the steps of the first rows, lest it be held back by ours.
+    # The transcoder also at other rates, and in the steps of the first rows, lest it be held back by ours.
     Variant(", defaults, 2M tokens", ("mxd", "transcoder"), {"tokens": LONG}),
+    Variant(", half the rate, 2M tokens", ("transcoder",), {"tokens": LONG}, FORMER, rate=0.5),
     Variant(", twice the rate, 2M tokens", ("transcoder",), {"tokens": LONG}, rate=2.0),
     Variant(", 2M tokens", ("transcoder",), RIVALS | {"tokens": LONG}, FORMER),
     Variant(", defaults, 8M tokens", ("mxd",), {"tokens": 4 * LONG}, FRONT),
