@@ -37,8 +37,8 @@ _CHECK_EVERY = 20
 _DIVERGED = 10.0
 # K has fallen to its final value after this share of the steps.
 _K_FALLS_UNTIL = 0.7
-# Layers with experts learn best at so many times the recipe's rate (docs/tried.md), but for a Mixture of Decoders that does not
-# start as its block.
+# Layers with experts learn best at so many times the recipe's rate (docs/tried.md), but for a Mixture of Decoders that starts
+# otherwise than as its block.
 _RATE_FACTOR = 4.0
 # A gradient longer than this many times its usual length is cut to that; the usual length is a running mean over about so many
 # steps. Adam steps the further the more a gradient exceeds those before it: in real models, where a few tokens have huge
