@@ -1,10 +1,12 @@
 """What the command line says of itself: commands and flags in groups, whole sentences, examples that run, completion."""
 
+import re
 import shlex
 
 import pytest
 from click.shell_completion import BashComplete
 from click.testing import CliRunner
+from running import ROOT
 
 from mxdsurgery.cli import SECTIONS, main
 from mxdsurgery.recipe import RECIPE_KEYS
@@ -71,3 +73,34 @@ def test_a_shell_completes_commands_flags_and_values(words, offered):
     found = BashComplete(main, {}, "mxdsurgery", "_MXDSURGERY_COMPLETE").get_completions(before, incomplete)
     assert [item.value for item in found] == offered
     assert (found[0].type in ("dir", "file")) == (offered == [incomplete])
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page):
+    """The fenced blocks of a page: their language, and their text."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands_of(page):
+    """The commands of ours that a page shows, as words; but for those with a word that stands for others."""
+    text = "\n".join(block for language, block in blocks(page) if language != "python").replace("\\\n", " ")
+    shown = re.findall(r"^(?:\$ )?(?:time )?mxdsurgery (.*)$", text, re.MULTILINE)
+    every = (shlex.split(words, comments=True) for words in shown)
+    return [words for words in every if not {"...", "MODEL", "DIR", "COMMAND"} & {*words}]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_python_that_pages_show_can_be_read(page):
+    for name, *words in commands_of(page):
+        assert main.commands[name].make_context(name, words).params is not None  # raises where a flag or value is wrong
+    for language, block in blocks(page):
+        if language == "python":
+            compile(block, page.name, "exec")
+
+
+def test_what_pages_show_is_found():
+    shown = [words for page in PAGES for words in commands_of(page)]
+    assert len(shown) > 30 and len({words[0] for words in shown}) > 10
+    assert sum(language == "python" for language, _ in blocks(ROOT / "README.md")) > 5
