@@ -75,7 +75,8 @@ def test_a_shell_completes_commands_flags_and_values(words, offered):
     assert (found[0].type in ("dir", "file")) == (offered == [incomplete])
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *GUIDE]
 
 
 def blocks(page):
@@ -103,4 +104,4 @@ def test_commands_and_python_that_pages_show_can_be_read(page):
 def test_what_pages_show_is_found():
     shown = [words for page in PAGES for words in commands_of(page)]
     assert len(shown) > 20 and len({words[0] for words in shown}) > 10
-    assert sum(language == "python" for language, _ in blocks(ROOT / "README.md")) > 5
+    assert sum(language == "python" for page in PAGES for language, _ in blocks(page)) > 7

@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # flags and files are checked without torch
 # They are applied in this order.
 KINDS = ("replace", "drop", "ablate", "scale", "copy", "merge", "clamp", "steer")
 LISTED, NUMBERED = ("ablate", "drop"), ("scale", "steer", "clamp")
-_FILE = "an edit file: see the README's section on editing"
+_FILE = "an edit file: see docs/guide/edit.md"
 # Of an edit file: about 500 experts' rows of 4,096 numbers. More of them are better given in Python.
 _MOST_BYTES = 16 * 2**20
 

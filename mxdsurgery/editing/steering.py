@@ -99,7 +99,8 @@ def steering(
         samples: S, texts of each model.
         max_new_tokens: M, tokens of each text; none ends sooner.
         temperature: of the sampling, above 0.
-        top_k, top_p: how many of the likeliest tokens, and what share of the probability, are sampled from; default: all.
+        top_k: how many of the likeliest tokens are sampled from; default: all.
+        top_p: the likeliest tokens that are sampled from have this share of the probability; default: all of it.
         controls: how many other experts, drawn at random among the 20 that fire about as often, are steered to compare.
         base: the original model, if it is no longer where the recipe says.
         device: ``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu``; default: the recipe's.
@@ -132,8 +133,7 @@ def steering(
     original = load_original(converted, base or recipe.model, recipe).to(converted.model.device)
     concept, tokenizer = _Concept(converted, catalogue, layer, expert), converted.tokenizer()
     writer = _Writer(converted.model, original, tokenizer, concept, prompt_ids(tokenizer, prompt), sampling)
-    others = _others(edits, catalogue, layer, controls, seed)
-    maxima = {number: maximum_of(converted, layer, number) for number in (expert, *others)}
+    maxima = {n: maximum_of(converted, layer, n) for n in (expert, *_others(edits, catalogue, layer, controls, seed))}
     with reporter.progress("steer", "runs") as line:
         unsteered, rows = writer.write(), []
         for factor in factors:

@@ -71,7 +71,7 @@ def measure(
     maps: Mapping[str, nn.Module] | None = None,
     alone: Alone = ON_ALL,
 ) -> dict[str, Any]:
-    """All figures, as one JSON object (the README lists its entries).
+    """All figures, as one JSON object (docs/guide/measure.md lists its entries).
 
     Args:
         model: the original model; it is left as it was.

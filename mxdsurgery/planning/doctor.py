@@ -28,7 +28,7 @@ _OPTIONAL = {
     "tensorboard": ("--tracker tensorboard", "pip install 'mxdsurgery[tensorboard]'"),
     "wandb": ("--tracker wandb", "pip install 'mxdsurgery[wandb]'"),
     "triton": ("faster sparse products on a GPU", "comes with torch's builds for GPUs"),
-    "lm-eval": ("accuracy on tasks, as in README's example", "pip install lm-eval"),
+    "lm-eval": ("accuracy on tasks, as in examples/lm_eval_task.py", "pip install lm-eval"),
 }
 # The product that is timed is of two square matrices this wide.
 _WIDTH = 1024

@@ -112,7 +112,7 @@ def _refused_or_converted(family: str, folder: Path) -> dict[str, Any]:
         chosen = str(able[-1].layer) if able else "all"
         base = open_model(str(source)).load()
         row["error"] = max((prove_block(base, finding.block) for finding in able), default=None)
-        settings = SETTINGS | {"data": text(folder, "README.md"), "eval_data": text(folder, "CONTRIBUTING.md")}
+        settings = SETTINGS | {"data": text(folder, "CHANGELOG.md"), "eval_data": text(folder, "CONTRIBUTING.md")}
         converted = mxdsurgery.convert(str(source), layers=chosen, out=str(folder / "converted"), **settings)
     except REFUSALS as error:
         return row | {"verdict": "refused", "reason": error.found.replace(repr(str(source)), family)}

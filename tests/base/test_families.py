@@ -56,7 +56,7 @@ def test_all_layers_of_a_mixed_model_are_those_that_can_be_converted_and_the_oth
     families.byte_tokenizer().save_pretrained(source)
     reporter = Reporter()
     reporter.say = lines.append
-    settings = families.SETTINGS | {"data": families.text(tmp_path, "README.md"), "eval_tokens": 128, "tokens": 512}
+    settings = families.SETTINGS | {"data": families.text(tmp_path, "CHANGELOG.md"), "eval_tokens": 128, "tokens": 512}
     made = mxdsurgery.convert(str(source), layers="all", out=str(tmp_path / "out"), reporter=reporter, **settings)
     assert [block.layer for block in made.plan.blocks] == [0, 1] and list(made.plan.left.values()) == ["2-3"]
     assert any(line.startswith("left       layers 2-3 as they are: is a mixture of experts") for line in lines)
