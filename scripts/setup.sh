@@ -13,7 +13,7 @@ wanted=$(cat pyproject.toml constraints.txt | "$python" -c 'import hashlib, sys;
 if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
     echo "Installing mxdsurgery and its dependencies into .venv (a few minutes, once) ..." >&2
     "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+    .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,docs]'
     echo "$wanted" > "$stamp"
 fi
 export PATH="$PWD/.venv/bin:$PATH"
