@@ -56,6 +56,7 @@ def main() -> None:
 
 
 @main.command(section=LOOK)
+@THREADS
 @AS_JSON
 def doctor(as_json: bool) -> None:
     """Show what this machine has for the other commands, and what it lacks."""
