@@ -101,11 +101,12 @@ def plan(model: str, measure: bool, hours: float | None, rented: dict[str, Any],
         found = mxdsurgery.propose(model, hours=hours, **given)
         made, resolved, command = found.plan, found.recipe, found.command(model, given)
         more = {"proposal": {"hours": hours} | found.keys | {"command": command}}
-        printed = [f"\nIn {duration(made.total_seconds or 0)}, of the {duration(3600 * hours)} that there are:\n{command}"]
     else:
         made, resolved = mxdsurgery.plan(model, measure=measure, **given)
     if made.refusal is not None:
         printed = [f"\nconvert would refuse: {MemoryBudgetError(**made.refusal).for_command(flags_of(convert))}"]
+    elif more.get("proposal"):
+        printed = [f"\nIn {duration(made.total_seconds)}, of the {duration(3600 * hours)} that there are:\n{command}"]
     plain = made.to_dict() | {"recipe": resolved.to_dict()} | more
     print_json(plain) if as_json else print_table(layer_table(made), group_table(made), *summary(made, resolved), *printed)
 

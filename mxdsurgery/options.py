@@ -52,7 +52,7 @@ class Number(click.ParamType):
         return given_number(self.argument, value)
 
 
-def number(name: str, doc: str | None = None, default: int | str | None = None) -> Callable[[Callable], Callable]:
+def number(name: str, doc: str | None = None, default: float | str | None = None) -> Callable[[Callable], Callable]:
     """The flag of an argument that is a number."""
     flag, said = "--" + name.replace("_", "-"), doc or ARGUMENTS[name].doc.capitalize() + "."
     return click.option(flag, type=Number(name), default=default, show_default=default is not None, help=said)
@@ -189,17 +189,17 @@ def gpu_options(command: Callable) -> Callable:
     options = (
         click.option("--gpu", type=click.Choice(list(GPUS)), help="Predict what 1 to 8 such GPUs take; none is needed."),
         number("price", "With --gpu: of a GPU for an hour, in any currency."),
-        number("efficiency", f"With --gpu: share of its peak figures that is taken to be reached. [default: {EFFICIENCY:g}]"),
+        number("efficiency", "With --gpu: share of its peak figures that is taken to be reached.", default=EFFICIENCY),
     )
 
     @functools.wraps(command)
-    def with_rented(*args: Any, gpu: str | None, price: float | None, efficiency: float | None, **given: Any) -> Any:
+    def with_rented(*args: Any, gpu: str | None, price: float | None, efficiency: float, **given: Any) -> Any:
         if gpu is None:
             refuse_typed("price", "goes with --gpu")
             refuse_typed("efficiency", "goes with --gpu")
             return command(*args, rented={}, **given)
         refuse_typed("hours", "goes without --gpu")
-        return command(*args, rented={"gpu": gpu, "price": price, "efficiency": efficiency or EFFICIENCY}, **given)
+        return command(*args, rented={"gpu": gpu, "price": price, "efficiency": efficiency}, **given)
 
     return cloup.option_group("On GPUs that are not here", *options)(with_rented)
 

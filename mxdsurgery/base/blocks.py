@@ -5,7 +5,7 @@ blocks in a model, `mxdsurgery.base.proof` makes sure that they compute what is 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,11 @@ class Block:
     def output(self, root: nn.Module, z: Tensor) -> Tensor:
         """The block's output from its hidden units: z (..., H) -> y (..., D)."""
         return nn.functional.linear(z, self.decoder.weight(root), self.decoder.bias(root))
+
+
+def distinct(blocks: Iterable[Block]) -> list[Block]:
+    """Each block once: several new layers may stand for the same one."""
+    return list({block.layer: block for block in blocks}.values())
 
 
 def rebase(path: str, old: str, new: str) -> str:

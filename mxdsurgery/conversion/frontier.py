@@ -32,8 +32,10 @@ from mxdsurgery.training.distill import layer_key
 from mxdsurgery.training.parameters import layer_parameters, matched_n_experts, transcoder_parameters
 
 # Recipe keys in which the rows of one folder may differ; they share every other key.
-_FREE_KEYS = {"layers", "k", "kind", "out", "overwrite", "device", "memory", "threads", "tracker", *ONE_LAYER}
-_FREE_KEYS |= {"cache_activations"}
+_FREE_KEYS = {
+    *("layers", "k", "kind", "out", "overwrite", "device", "memory", "threads", "tracker", "cache_activations"),
+    *ONE_LAYER,
+}
 
 
 @guarded_with(*(name for name in RECIPE_KEYS if name not in ("layers", *ONE_LAYER)))

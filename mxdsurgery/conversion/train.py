@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mxdsurgery.base.blocks import distinct
 from mxdsurgery.base.dtypes import cast, rounded, stored_in
 from mxdsurgery.base.offload import execution_device, on_disk, weights_of
 from mxdsurgery.checkpoint.writing import check_apart, check_place, check_room
@@ -275,7 +276,7 @@ class _Work:
             training.seconds_feeding = saved.state["seconds_feeding"]
             resumed = saved.tensors(TRAINING_FILE)
         keeper = Keeper(self.run, lambda: training.step, self.state, self.finished_files(), resumed)
-        blocks = list({layer.block.layer: layer.block for layer in layers}.values())
+        blocks = distinct(layer.block for layer in layers)
         joint = self.recipe.inputs == "joint"
         with self.source.feed(blocks, skip=0 if joint else batches_taken(progress, self.recipe)) as feed:
             if resumed is not None and not joint:

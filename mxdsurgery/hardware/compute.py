@@ -227,8 +227,8 @@ def _write_rate(machine: str, what: str, seconds: dict[str, float]) -> None:
 def _machine(device: str) -> str:
     """What the rates of a device depend on beside the shape."""
     if device == "cpu":
-        named, torchs = processor("model name", "model", "stepping"), torch.backends.cpu.get_cpu_capability()
-        name = f"{named}, {torchs}, {torch.get_num_threads()} threads"
+        named, capability = processor("model name", "model", "stepping"), torch.backends.cpu.get_cpu_capability()
+        name = f"{named}, {capability}, {torch.get_num_threads()} threads"
     else:
         name = hardware(device)
     limits = (f"{name}={os.environ[name]}" for name in ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS") if name in os.environ)

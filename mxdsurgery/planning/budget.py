@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from mxdsurgery.base.selection import write_layers
 from mxdsurgery.errors import MemoryBudgetError
 from mxdsurgery.hardware.device import shares_host_memory
+from mxdsurgery.hardware.gpus import GIB
 from mxdsurgery.hardware.memory import free_memory
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.terminal.console import size
 from mxdsurgery.training.cost import (
-    GIB,
     TEXT_BYTES,
     BaseShape,
     Group,

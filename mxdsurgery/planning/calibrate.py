@@ -24,6 +24,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from mxdsurgery.base.activations import record_activations
+from mxdsurgery.base.blocks import distinct
 from mxdsurgery.base.scores import known_predictions, next_token_scores
 from mxdsurgery.hardware.device import empty_cache, widest
 from mxdsurgery.hardware.randomness import OwnNumbers
@@ -152,11 +153,10 @@ class Calibration:
         self, layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, training_seconds: float
     ) -> float:
         """Seconds to evaluate the layers, several of which may replace the same block, after so many seconds of training."""
-        blocks = {layer.block.layer: layer.block for layer in layers}
-        last, contexts = max(blocks), max(1, recipe.eval_tokens // recipe.context)
+        every = distinct(layer.block for layer in layers)
+        last, contexts = max(block.layer for block in every), max(1, recipe.eval_tokens // recipe.context)
         kinds = [layer.kind for layer in layers if layer.block.layer == last]
         rates = self.rates(largest_layer(layers), base, last, recipe.batch // recipe.context)
-        every = list(blocks.values())
         runs = evaluation_runs(every, len(base.layer_parameters), contexts, recipe.context, kinds)
         together, single = map(rates.seconds, runs)
         once = solving_seconds(every, kinds, lambda: self.wide_rate or math.inf)

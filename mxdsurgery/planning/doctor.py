@@ -18,7 +18,7 @@ from mxdsurgery.hardware.compute import Shape, model_dtype, processor
 from mxdsurgery.hardware.device import devices, hardware
 from mxdsurgery.hardware.guard import guarded
 from mxdsurgery.hardware.memory import free_memory
-from mxdsurgery.hardware.timing import best_seconds
+from mxdsurgery.planning.calibrate import matmul_rate
 from mxdsurgery.terminal.console import size
 
 _LIBRARIES = ("mxdsurgery", "torch", "transformers", "accelerate", "safetensors", "huggingface-hub", "datasets")
@@ -30,8 +30,6 @@ _OPTIONAL = {
     "triton": ("faster sparse products on a GPU", "comes with torch's builds for GPUs"),
     "lm-eval": ("accuracy on tasks, as in examples/lm_eval_task.py", "pip install lm-eval"),
 }
-# The product that is timed is of two square matrices this wide.
-_WIDTH = 1024
 # A forward pass of a small model, for which it is said what a model stored in bfloat16 computes in.
 _SHAPE = Shape(tokens=512, context=128, d_model=576, d_hidden=1536, heads=9)
 _HUB_SECONDS = 5.0
@@ -79,27 +77,21 @@ def _device(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "hardware": hardware(name),
-        "products": {dtype: _flops(name, getattr(torch, dtype)) for dtype in ("float32", "bfloat16")},
+        "products": {dtype: matmul_rate(name, dtype) for dtype in ("float32", "bfloat16")},
         "free_bytes": free_memory(name),
         "compute": {"dtype": chosen.dtype, "why": chosen.why},
     }
 
 
-def _flops(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a product of two matrices."""
-    a, b = (torch.full((_WIDTH, _WIDTH), 0.1, device=device, dtype=dtype) for _ in range(2))
-    return 2 * _WIDTH**3 / best_seconds(lambda: a @ b, 0.2)
-
-
 def _hub() -> dict[str, Any]:
     """Whether the hub answers."""
-    found = {"endpoint": masked(constants.ENDPOINT, ()), "reachable": False, "why_not": None, "token": get_token() is not None}
+    found = {"endpoint": masked(constants.ENDPOINT), "reachable": False, "why_not": None, "token": get_token() is not None}
     if constants.HF_HUB_OFFLINE:
         return found | {"why_not": "HF_HUB_OFFLINE is set"}
     try:
         get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)
     except Exception as error:  # httpx and what is below it raise many kinds
-        return found | {"why_not": masked(first_line(error), ())}
+        return found | {"why_not": masked(first_line(error))}
     return found | {"reachable": True}
 
 

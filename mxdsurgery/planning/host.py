@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from mxdsurgery.base.blocks import distinct
 from mxdsurgery.errors import MemoryBudgetError
 from mxdsurgery.hardware.device import devices, shares_host_memory
 from mxdsurgery.hardware.memory import free_memory
@@ -22,7 +23,7 @@ def host_bytes(layers: Sequence[LayerPlan], base: BaseShape, recipe: Recipe, mac
     """
     if shares_host_memory(machine.device):
         return 0
-    blocks = {layer.block.layer: layer.block for layer in layers}.values()
+    blocks = distinct(layer.block for layer in layers)
     kept = caching_bytes(blocks, recipe, base.element_bytes)
     part = (WEIGHT + moment_bytes(recipe)) * max(layer.parameters for layer in layers)
     mixed = recipe.activation_buffer * base.d_model * base.element_bytes

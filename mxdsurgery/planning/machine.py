@@ -8,11 +8,12 @@ from transformers import PreTrainedConfig
 
 from mxdsurgery.hardware.compute import Choice, Shape, model_dtype
 from mxdsurgery.hardware.device import devices, meant
+from mxdsurgery.hardware.gpus import GIB
 from mxdsurgery.hardware.memory import free_memory
 from mxdsurgery.planning.budget import BUDGET_SHARE
 from mxdsurgery.recipe import Recipe
 from mxdsurgery.training.accelerator import computes_in_bf16, selects_in_bf16
-from mxdsurgery.training.cost import GIB, LayerPlan, Machine, largest_layer
+from mxdsurgery.training.cost import LayerPlan, Machine, largest_layer
 
 
 def this_machine(recipe: Recipe, layers: Sequence[LayerPlan], config: PreTrainedConfig, dtype: str) -> Machine:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mxdsurgery.base.analyze import analysis_of
-from mxdsurgery.base.blocks import Block
+from mxdsurgery.base.blocks import Block, distinct
 from mxdsurgery.base.model import BaseModel, check_context
 from mxdsurgery.errors import MemoryBudgetError, RecipeError
 from mxdsurgery.hardware.device import devices
@@ -284,7 +284,7 @@ def with_layers(made: Plan, layers: list[LayerPlan], recipe: Recipe, base_model:
     host = host_bytes(layers, base, recipe, made.machine)
     refused = refusal(layers, groups, base, recipe, made.machine) or host_refusal(host, base, recipe, made.machine)
     states = states_bytes(base, recipe)
-    blocks = {layer.block.layer: layer.block for layer in layers}.values()
+    blocks = distinct(layer.block for layer in layers)
     on_disk = dataclasses.replace(base, dtype=made.dtype)
     finished = on_disk.element_bytes * sum(layer.all_parameters for layer in layers) if base.offloaded else 0
     made = dataclasses.replace(

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mxdsurgery.base.blocks import Block
+from mxdsurgery.base.blocks import Block, distinct
 from mxdsurgery.base.offload import SHARD_BYTES
 from mxdsurgery.hardware.device import shares_host_memory
 from mxdsurgery.layers.layer import BATCH_TOP_K_LIMIT
@@ -21,7 +21,6 @@ from mxdsurgery.training.activation_cache import caching_bytes
 from mxdsurgery.training.parameters import layer_parameters
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-GIB = 2**30
 
 # New layers are trained in fp32: bytes of a parameter and of its gradient, beside Adam's two moments.
 WEIGHT, _GRADIENT = 4, 4
@@ -317,7 +316,7 @@ def make_group(
 ) -> Group:
     """What it takes to train some layers together, after others are finished."""
     batch = tokens_per_step(recipe)
-    blocks = {layer.block.layer: layer.block for layer in layers}.values()
+    blocks = distinct(layer.block for layer in layers)
     recorded = sum(2 * batch * block.d_model * base.element_bytes for block in blocks)  # x and y of one batch
     room = recipe.activation_buffer // batch  # batches in the buffer that mixes positions
     drawn = recorded if room else 0  # the batch that is drawn, beside the one that takes its place
